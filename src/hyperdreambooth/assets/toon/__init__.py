@@ -1,0 +1,17 @@
+"""Where the shipped embedded world lies. `HYPERDREAMBOOTH_TOON` names another directory, for those who train their own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ...errors import InputError
+
+
+def directory(part: str = "") -> Path:
+    """A folder of the embedded world: base, hypernetwork, recogniser, classifier or faces. Raises InputError if absent."""
+    root = Path(os.environ.get("HYPERDREAMBOOTH_TOON") or Path(__file__).parent)
+    path = root / part
+    if not path.exists():
+        raise InputError(f"{path} is missing: the embedded world isn't installed there. `make weights` trains it.")
+    return path

@@ -1,0 +1,110 @@
+"""Training state on disk: tensors and JSON in one safetensors file, written atomically; no pickle.
+
+A checkpoint is one file, so that it is whole or absent: the tensors (model, optimizer, averaged weights) under
+prefixed names, everything else as JSON in the header. Also here: the two helpers by which every other file of the
+project is written, to a temporary name first and then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import InputError
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Calls `write(temporary)` and renames the result to `path`; on any error nothing is left behind.
+
+    The temporary file stands in the same folder (a rename is atomic only within one file system) and keeps the
+    suffix, which some writers go by. Raises InputError where the folder can't be written or the disk is full.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+        temporary = None
+    except OSError as error:
+        raise InputError(f"{path} can't be written: {error.strerror or error}. Free some space or name another place.") from error
+    except safetensors.SafetensorError as error:  # how safetensors reports a full disk
+        raise InputError(f"{path} can't be written: {error}. Free some space or name another place.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Writes `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+    """Writes a safetensors file, atomically. Tensors are made contiguous and moved to the CPU."""
+    ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    return write_atomically(path, lambda file: save_file(ready, file, metadata=dict(metadata or {})))
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file: its tensors (on the CPU) and its header's metadata.
+
+    Raises InputError for a file that is missing, truncated, or not safetensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file.")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:  # type: ignore[no-untyped-call]
+            metadata = dict(file.metadata() or {})
+        return load_file(path), metadata
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}). Was it cut off while copying?") from error
+
+
+def save(path: str | Path, model: Mapping[str, Tensor], optimizer: dict[str, Any], average: Mapping[str, Tensor], meta: dict[str, Any]) -> Path:
+    """Writes the state of a training: weights, a torch optimizer's `state_dict()`, averaged weights, and JSON `meta`."""
+    tensors = {f"model/{name}": value for name, value in model.items()}
+    tensors |= {f"average/{name}": value for name, value in average.items()}
+    for index, state in optimizer["state"].items():
+        tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in state.items()}
+    header = {"meta": json.dumps(meta), "param_groups": json.dumps(optimizer["param_groups"])}
+    return save_tensors(path, tensors, header)
+
+
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Reads what `save` wrote: (model, optimizer state_dict, average, meta)."""
+    tensors, header = read_tensors(path)
+    model: dict[str, Tensor] = {}
+    average: dict[str, Tensor] = {}
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        kind, rest = name.split("/", 1)
+        if kind == "optimizer":
+            index, key = rest.split("/", 1)
+            state.setdefault(int(index), {})[key] = value
+        else:
+            (model if kind == "model" else average)[rest] = value
+    optimizer = {"state": state, "param_groups": json.loads(header["param_groups"])}
+    return model, optimizer, average, json.loads(header["meta"])

@@ -1,0 +1,145 @@
+"""A low-rank update as plain tensors, and the one way it is applied while training.
+
+    update = up @ down            down (*batch, rank, in), up (*batch, out, rank), no alpha anywhere
+
+A leading batch dimension gives every sample of a batch an update of its own. `applied` adds updates by forward
+hooks, held open through `backward()`: exact under gradient checkpointing, autocast and classifier-free guidance, and
+on top of any PEFT adapter. After training everything is the ecosystem's; nothing here is needed to use a LoRA.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The update of one linear layer. `down`: (rank, in) or (B, rank, in). `up`: (out, rank) or (B, out, rank)."""
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[-2]
+
+    def delta(self) -> Tensor:
+        """The update as a matrix, (..., out, in). For small layers and tests: it is what LoRA avoids."""
+        return self.up @ self.down
+
+    def __add__(self, other: Lora) -> Lora:
+        """The sum of two updates: they concatenate along the rank."""
+        if self.down.ndim != other.down.ndim:
+            raise ValueError(f"a batch of updates and a single one can't be added: {self.down.shape}, {other.down.shape}")
+        return Lora(torch.cat([self.down, other.down], -2), torch.cat([self.up, other.up], -1))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """up @ down @ x for x (B, ..., in); a batch of updates takes as many samples or a multiple of them (tiled)."""
+        x = x.to(self.down.dtype)
+        if self.down.ndim == 2:
+            return nn.functional.linear(nn.functional.linear(x, self.down), self.up)
+        batch = self.down.shape[0]
+        if x.shape[0] % batch:
+            raise ValueError(f"{batch} updates for a batch of {x.shape[0]}: it must be a multiple")
+        tiles = x.shape[0] // batch
+        down, up = (self.down, self.up) if tiles == 1 else (self.down.repeat(tiles, 1, 1), self.up.repeat(tiles, 1, 1))
+        flat = x.reshape(x.shape[0], -1, x.shape[-1])
+        return (flat @ down.mT @ up.mT).reshape(*x.shape[:-1], up.shape[-2])
+
+
+class LoraSet(dict[str, Lora]):
+    """Updates by layer path, such as `unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q`."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LoraSet:
+        """Applies `change` to every tensor."""
+        return LoraSet({path: Lora(change(lora.down), change(lora.up)) for path, lora in self.items()})
+
+    def detach(self) -> LoraSet:
+        return self.map(torch.Tensor.detach)
+
+    def __add__(self, other: LoraSet) -> LoraSet:
+        """The sum, layer by layer; a layer that only one of them has keeps that one's update."""
+        merged = dict(self) | dict(other)
+        return LoraSet({path: self[path] + other[path] if path in self and path in other else lora for path, lora in merged.items()})
+
+    def scaled(self, weight: float) -> LoraSet:
+        """The update times `weight`."""
+        return LoraSet({path: Lora(lora.down, lora.up * weight) for path, lora in self.items()})
+
+    def select(self, index: int) -> LoraSet:
+        """One sample's updates out of a batch."""
+        return self.map(lambda tensor: tensor[index])
+
+    def repeat(self, times: int) -> LoraSet:
+        """Each sample's updates `times` in a row: for several pictures a prompt."""
+        return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
+
+
+class Shape(NamedTuple):
+    """A linear layer's dimensions."""
+
+    inputs: int
+    outputs: int
+
+
+def find_targets(root: nn.Module, patterns: Sequence[str]) -> dict[str, Shape]:
+    """The linear layers whose path matches any glob pattern, in the model's order.
+
+    Raises InputError for a pattern that matches nothing, or something that isn't linear, and for a model whose
+    attention projections were fused (a fused layer bypasses `to_q`, `to_k`, `to_v`).
+    """
+    modules = dict(root.named_modules())
+    fused = [path for path, module in modules.items() if getattr(module, "fused_projections", False)]
+    if fused:
+        raise InputError(f"{fused[0]} has fused projections, which bypass its LoRA targets: call unfuse_qkv_projections() first.")
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = fnmatch.filter(modules, pattern)
+        if not hits:
+            raise InputError(f"target pattern {pattern!r} matches no layer of {', '.join(dict(root.named_children()))}. See `hyperdreambooth targets BASE`.")
+        for path in hits:
+            if not isinstance(modules[path], nn.Linear) and not hasattr(modules[path], "base_layer"):
+                raise InputError(f"target pattern {pattern!r} matches {path}, a {type(modules[path]).__name__}: only linear layers can carry a LoRA. Narrow the pattern.")
+        found.update(hits)
+    return {path: Shape(module.in_features, module.out_features) for path, module in modules.items() if path in found}  # type: ignore[arg-type]
+
+
+@contextmanager
+def applied(root: nn.Module, loras: Mapping[str, Lora], weights: Tensor | None = None) -> Iterator[None]:
+    """Adds the updates to the layers of `root` until the context closes. Keep it open through `backward()`.
+
+    Args:
+        loras: by layer path; per-sample updates tile over a larger batch in [uncond, cond] order.
+        weights: (B,) multiplies each sample's update; 0 leaves that sample to the base (identity guidance).
+
+    Raises InputError for a path that `root` doesn't have.
+    """
+    modules = dict(root.named_modules())
+    missing = [path for path in loras if path not in modules]
+    if missing:
+        raise InputError(f"this LoRA is for another base: {missing[0]} and {len(missing) - 1} more of its {len(loras)} layers aren't in this one.")
+
+    def hook(lora: Lora) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            update = lora(args[0])
+            if weights is not None:
+                update = update * weights.to(update).reshape(-1, *[1] * (update.ndim - 1))
+            return output + update.to(output.dtype)
+
+        return add
+
+    handles = [modules[path].register_forward_hook(hook(lora)) for path, lora in loras.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,129 @@
+"""The toon base: a `StableDiffusionPipeline` of 13 M parameters, every part of it real.
+
+CLIPTextModel with a tokenizer of a few hundred words, UNet2DConditionModel on 8 x 8 x 32 latents, AutoencoderKL;
+v prediction with zero terminal SNR and trailing time steps.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from hyperdreambooth.backbones import StableDiffusion
+from hyperdreambooth.objectives import NoiseLevels, denoising
+
+from . import pictures
+
+WIDTH = 128
+LENGTH = 32
+IDENTIFIER = "[V]"
+
+
+def byte_alphabet() -> list[str]:
+    """CLIP's printable stand-ins for the 256 bytes."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    spare = iter(range(256, 512))
+    return [chr(byte if byte in kept else next(spare)) for byte in range(256)]
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer that knows the captions' words whole, and every other word by its bytes."""
+    alphabet = byte_alphabet()
+    symbols = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    merges: list[tuple[str, str]] = []
+    for word in pictures.vocabulary():
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            if (parts[0], parts[1]) not in merges:
+                merges.append((parts[0], parts[1]))
+                symbols.append(parts[0] + parts[1])
+            parts = [parts[0] + parts[1], *parts[2:]]
+    names = list(dict.fromkeys([*symbols, "<|startoftext|>", "<|endoftext|>"]))
+    tokenizer = CLIPTokenizer(vocab={name: index for index, name in enumerate(names)}, merges=merges, model_max_length=LENGTH)
+    tokenizer.add_tokens([AddedToken(IDENTIFIER, normalized=False)])
+    return tokenizer
+
+
+def build(vae: AutoencoderKL) -> StableDiffusionPipeline:
+    """The pipeline with an untrained UNet and text encoder."""
+    tokenizer = build_tokenizer()
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    channels = vae.config.latent_channels
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(128, 192),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        use_linear_projection=True,
+    )
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,
+    )
+    return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # type: ignore[arg-type]
+
+
+class BaseTraining:
+    """Step and batches for `fit`: captions are drawn anew each time a picture is seen."""
+
+    levels = NoiseLevels(mean=0.4, std=1.3, uniform=0.15)
+
+    def __init__(self, backbone: StableDiffusion, latents: Tensor, rows: list[dict[str, Any]], batch: int, seed: int):
+        self.backbone, self.latents, self.rows, self.batch, self.seed = backbone, latents, rows, batch, seed
+        backbone.components.requires_grad_(True)
+        unused = backbone.components["text_encoder"]
+        for name, parameter in unused.named_parameters():
+            parameter.requires_grad_("position_ids" not in name)
+
+    def batches(self, index: int) -> tuple[Tensor, list[str]]:
+        """The index-th batch: latents and captions."""
+        draw = random.Random(self.seed * 1_000_003 + index)
+        chosen = [draw.randrange(len(self.rows)) for _ in range(self.batch)]
+        return self.latents[chosen].float(), [pictures.training_caption(self.rows[i], draw) for i in chosen]
+
+    @contextmanager
+    def step(self, model: nn.Module, batch: tuple[Tensor, list[str]], generator: torch.Generator) -> Iterator[Tensor]:
+        latents, captions = batch
+        levels = self.levels.draw(len(captions), generator)
+        yield denoising(self.backbone, latents, self.backbone.encode_prompts(captions), levels, generator)
+
+
+def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Writes the pipeline in fp16 safetensors, without changing the one in memory."""
+    import copy
+
+    half = copy.deepcopy(pipe).to(torch.float16)
+    half.save_pretrained(str(folder), safe_serialization=True)

@@ -1,0 +1,20 @@
+"""One photo in, a personal LoRA out. See `HyperDreamBooth` for the API and `hyperdreambooth --help` for the commands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .api import HyperDreamBooth, Person
+
+__version__ = "0.1.0"
+__all__ = ["HyperDreamBooth", "Person", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    # torch and diffusers take seconds to import: only where they are used
+    if name in ("HyperDreamBooth", "Person"):
+        from . import api
+
+        return getattr(api, name)
+    raise AttributeError(name)

@@ -83,7 +83,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"{path} is not a whole safetensors file ({error}). Was it cut off while copying?") from error
 
 
-def save(path: str | Path, model: Mapping[str, Tensor], optimizer: dict[str, Any], average: Mapping[str, Tensor], meta: dict[str, Any]) -> Path:
+def save(
+    path: str | Path, model: Mapping[str, Tensor], optimizer: dict[str, Any], average: Mapping[str, Tensor], meta: dict[str, Any]
+) -> Path:
     """Writes the state of a training: weights, a torch optimizer's `state_dict()`, averaged weights, and JSON `meta`."""
     tensors = {f"model/{name}": value for name, value in model.items()}
     tensors |= {f"average/{name}": value for name, value in average.items()}

@@ -91,13 +91,29 @@ class Shape(NamedTuple):
     outputs: int
 
 
+def canonical(path: str) -> str:
+    """A layer's path as files carry it: `text_model.` exactly once inside a text encoder.
+
+    transformers 5.23 dropped that step from `CLIPTextModel`'s module paths (not from `CLIPTextModelWithProjection`'s).
+    """
+    component, _, rest = path.partition(".")
+    if component.startswith("text_encoder") and rest.startswith(("encoder.", "embeddings.", "final_layer_norm")):
+        return f"{component}.text_model.{rest}"
+    return path
+
+
+def canonical_modules(root: nn.Module) -> dict[str, nn.Module]:
+    """The modules of `root` by canonical path."""
+    return {canonical(path): module for path, module in root.named_modules()}
+
+
 def find_targets(root: nn.Module, patterns: Sequence[str]) -> dict[str, Shape]:
-    """The linear layers whose path matches any glob pattern, in the model's order.
+    """The linear layers whose canonical path matches any glob pattern, in the model's order.
 
     Raises InputError for a pattern that matches nothing, or something that isn't linear, and for a model whose
     attention projections were fused (a fused layer bypasses `to_q`, `to_k`, `to_v`).
     """
-    modules = dict(root.named_modules())
+    modules = canonical_modules(root)
     fused = [path for path, module in modules.items() if getattr(module, "fused_projections", False)]
     if fused:
         raise InputError(f"{fused[0]} has fused projections, which bypass its LoRA targets: call unfuse_qkv_projections() first.")
@@ -105,10 +121,14 @@ def find_targets(root: nn.Module, patterns: Sequence[str]) -> dict[str, Shape]:
     for pattern in patterns:
         hits = fnmatch.filter(modules, pattern)
         if not hits:
-            raise InputError(f"target pattern {pattern!r} matches no layer of {', '.join(dict(root.named_children()))}. See `hyperdreambooth targets BASE`.")
+            raise InputError(
+                f"target pattern {pattern!r} matches no layer of {', '.join(dict(root.named_children()))}. See `hyperdreambooth targets BASE`."
+            )
         for path in hits:
             if not isinstance(modules[path], nn.Linear) and not hasattr(modules[path], "base_layer"):
-                raise InputError(f"target pattern {pattern!r} matches {path}, a {type(modules[path]).__name__}: only linear layers can carry a LoRA. Narrow the pattern.")
+                raise InputError(
+                    f"target pattern {pattern!r} matches {path}, a {type(modules[path]).__name__}: only linear layers can carry a LoRA. Narrow the pattern."
+                )
         found.update(hits)
     return {path: Shape(module.in_features, module.out_features) for path, module in modules.items() if path in found}  # type: ignore[arg-type]
 
@@ -123,10 +143,12 @@ def applied(root: nn.Module, loras: Mapping[str, Lora], weights: Tensor | None =
 
     Raises InputError for a path that `root` doesn't have.
     """
-    modules = dict(root.named_modules())
+    modules = canonical_modules(root)
     missing = [path for path in loras if path not in modules]
     if missing:
-        raise InputError(f"this LoRA is for another base: {missing[0]} and {len(missing) - 1} more of its {len(loras)} layers aren't in this one.")
+        raise InputError(
+            f"this LoRA is for another base: {missing[0]} and {len(missing) - 1} more of its {len(loras)} layers aren't in this one."
+        )
 
     def hook(lora: Lora) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -143,3 +165,31 @@ def applied(root: nn.Module, loras: Mapping[str, Lora], weights: Tensor | None =
     finally:
         for handle in handles:
             handle.remove()
+
+
+def update_norms(loras: LoraSet) -> Tensor:
+    """Squared Frobenius norm of each sample's whole update, (B,), without forming an (out, in) matrix."""
+    total: Tensor | None = None
+    for lora in loras.values():
+        # |up down|^2 = trace((up^T up) (down down^T))
+        value = ((lora.up.mT @ lora.up) * (lora.down @ lora.down.mT)).sum((-2, -1))
+        total = value if total is None else total + value
+    if total is None:
+        raise ValueError("no layers")
+    return total
+
+
+def compress(lora: Lora, tolerance: float = 1e-6) -> Lora:
+    """The same update with orthogonal factors and no more rank than it has (paper, section 4.3: merge and decompose).
+
+    QR of both factors, then an SVD of the small core, never of the (out, in) matrix; the singular values go to `up`.
+    Singular values under `tolerance` times the largest are zero to float precision and are dropped. Float64 inside.
+    """
+    if lora.down.ndim != 2:
+        raise ValueError(f"compress takes one sample's update; select() it first: {tuple(lora.down.shape)}")
+    left, upper = torch.linalg.qr(lora.up.double())
+    right, lower = torch.linalg.qr(lora.down.double().mT)
+    u, values, vh = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
+    rank = max(1, int((values > tolerance * values[0]).sum()))
+    up = left @ (u[:, :rank] * values[:rank])
+    return Lora((vh[:rank] @ right.mT).to(lora.down.dtype), up.to(lora.up.dtype))

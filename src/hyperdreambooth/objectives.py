@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .backbones import Backbone, Conditioning
+from .lora import LoraSet, update_norms
 
 
 @dataclass
@@ -32,6 +34,11 @@ class NoiseLevels:
         return torch.where(torch.rand(count, generator=generator) < self.uniform, flat, levels)
 
 
+def gaussian(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Independent noise, drawn on the CPU, so that every device sees the same."""
+    return torch.randn(shape, generator=generator)
+
+
 def denoising(
     backbone: Backbone,
     latents: Tensor,
@@ -39,6 +46,7 @@ def denoising(
     levels: Tensor,
     generator: torch.Generator,
     mask: Tensor | None = None,
+    draw: Callable[[torch.Size, torch.Generator], Tensor] = gaussian,
 ) -> Tensor:
     """The denoising loss of Ruiz et al., equation 1, as a mean over each sample's elements: (B,).
 
@@ -46,11 +54,21 @@ def denoising(
         latents: (B, C, h, w).
         levels: noise levels (B,) in 0..1, see NoiseLevels.
         mask: weights (B, 1, h, w) in 0..1, where only a part of the picture (a face) should count.
+        draw: how noise is drawn, where samples are to share it.
     """
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    noise = draw(latents.shape, generator).to(latents)
     timesteps = backbone.steps_for(levels)
     predicted = backbone.predict(backbone.add_noise(latents, noise, timesteps), timesteps, conditioning)
     errors = (predicted.float() - backbone.target(latents, noise, timesteps).float()).square()
     if mask is None:
         return errors.flatten(1).mean(1)
     return (errors * mask).flatten(1).sum(1) / (mask.expand_as(errors).flatten(1).sum(1) + 1e-6)
+
+
+def weight_loss(predicted: LoraSet, target: LoraSet) -> Tensor:
+    """Squared Frobenius distance of two batches of updates, a mean over layers: (B,).
+
+    Paper, equation 4, on what tokens mean rather than on the tokens: (s * down, up / s) is the same update, so raw
+    tokens can't be compared. The difference of two updates is a LoRA too, so no (out, in) matrix is formed.
+    """
+    return update_norms(predicted + target.scaled(-1.0)) / len(predicted)

@@ -21,7 +21,15 @@ class Progress:
         self.first, self.started = done, time.monotonic()
         self.bar: Bar | None = None
         if console.is_terminal and not quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self.bar = Bar(*columns, console=console)
             self.task = self.bar.add_task(name, total=total, completed=done, note="")
 
@@ -48,7 +56,11 @@ class Progress:
             return
         speed = (done - self.first) / max(time.monotonic() - self.started, 1e-9)
         left = (self.total - done) / max(speed, 1e-9) / 60
-        print(f"{time.strftime('%H:%M:%S')} {self.name} {done}/{self.total} loss {loss:.4f} lr {rate:.2e} {speed:.2f} steps/s {left:.0f} min left", file=sys.stderr, flush=True)
+        print(
+            f"{time.strftime('%H:%M:%S')} {self.name} {done}/{self.total} loss {loss:.4f} lr {rate:.2e} {speed:.2f} steps/s {left:.0f} min left",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""

@@ -70,7 +70,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.gradient_accumulation < 1:
-            raise InputError(f"steps must be 0 or more and gradient_accumulation 1 or more, not {self.steps} and {self.gradient_accumulation}.")
+            raise InputError(
+                f"steps must be 0 or more and gradient_accumulation 1 or more, not {self.steps} and {self.gradient_accumulation}."
+            )
         if not 0 <= self.cooldown <= 1 or not 0 <= self.average < 1:
             raise InputError(f"cooldown must lie in 0..1 and average in 0..1 (exclusive), not {self.cooldown} and {self.average}.")
 
@@ -229,13 +231,23 @@ def fit(
     return report
 
 
-def _restore(file: Path, trained: dict[str, nn.Parameter], buffers: dict[str, Tensor], optimizer: torch.optim.Optimizer, average: dict[str, Tensor], report: TrainingReport, name: str) -> int:
+def _restore(
+    file: Path,
+    trained: dict[str, nn.Parameter],
+    buffers: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    report: TrainingReport,
+    name: str,
+) -> int:
     model, optimizer_state, saved_average, meta = checkpoint.load(file)
     expected = {n: tuple(t.shape) for n, t in {**trained, **buffers}.items()}
     found = {n: tuple(t.shape) for n, t in model.items()}
     if expected != found:
         names = sorted(set(expected.items()) ^ set(found.items()))
-        raise InputError(f"{file} belongs to another {name}: {names[0][0]} differs. Give another folder, or delete that file to start anew.")
+        raise InputError(
+            f"{file} belongs to another {name}: {names[0][0]} differs. Give another folder, or delete that file to start anew."
+        )
     with torch.no_grad():
         for n, tensor in {**trained, **buffers}.items():
             tensor.copy_(model[n])
@@ -255,7 +267,16 @@ def _swap(trained: dict[str, nn.Parameter], average: dict[str, Tensor]) -> None:
         average[name].copy_(current)
 
 
-def _validate(validate: Validate, done: int, model: nn.Module, trained: dict[str, nn.Parameter], average: dict[str, Tensor], report: TrainingReport, accelerator: Accelerator, progress: Progress) -> None:
+def _validate(
+    validate: Validate,
+    done: int,
+    model: nn.Module,
+    trained: dict[str, nn.Parameter],
+    average: dict[str, Tensor],
+    report: TrainingReport,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> None:
     if average:
         _swap(trained, average)
     with torch.no_grad():

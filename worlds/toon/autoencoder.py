@@ -148,7 +148,12 @@ def reconstruction_step(decoder: nn.Module, latents: Tensor, target: Tensor, gen
     error = decoder(noisy) - target
     horizontal, vertical = error.diff(dim=-1), error.diff(dim=-2)
     small = F.avg_pool2d(error, 8)
-    yield error.abs().flatten(1).mean(1) + 2 * error.square().flatten(1).mean(1) + 0.5 * (horizontal.abs().flatten(1).mean(1) + vertical.abs().flatten(1).mean(1)) + 2 * small.square().flatten(1).mean(1)
+    yield (
+        error.abs().flatten(1).mean(1)
+        + 2 * error.square().flatten(1).mean(1)
+        + 0.5 * (horizontal.abs().flatten(1).mean(1) + vertical.abs().flatten(1).mean(1))
+        + 2 * small.square().flatten(1).mean(1)
+    )
 
 
 def encode(components: Tensor, offset: Tensor, pictures: Tensor) -> Tensor:

@@ -93,7 +93,9 @@ def build(vae: AutoencoderKL) -> StableDiffusionPipeline:
         timestep_spacing="trailing",
         steps_offset=1,
     )
-    return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # type: ignore[arg-type]
+    return StableDiffusionPipeline(
+        vae, text, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )  # type: ignore[arg-type]
 
 
 class BaseTraining:

@@ -27,7 +27,16 @@ FIRST = {"train": 0, "validation": 1_000_000, "test": 2_000_000, "faces": 3_000_
 """First person of each split."""
 STYLES = list(CONTEXTS["style"])
 KINDS = list(CONTEXTS)
-HAIR_COLOR = {"#272421": "black", "#3d2314": "brown", "#5a3825": "brown", "#8d5524": "brown", "#cc9966": "blond", "#b55239": "red", "#e9c67b": "blond", "#9c9c9c": "gray"}
+HAIR_COLOR = {
+    "#272421": "black",
+    "#3d2314": "brown",
+    "#5a3825": "brown",
+    "#8d5524": "brown",
+    "#cc9966": "blond",
+    "#b55239": "red",
+    "#e9c67b": "blond",
+    "#9c9c9c": "gray",
+}
 DARK_SKINS = {"#ad6453", "#74453d", "#5c3937"}
 BROWN_SKINS = {"#bb876f", "#a67358"}
 
@@ -107,7 +116,9 @@ def filtered(pixels: np.ndarray, style: str) -> np.ndarray:
     elif style == "sepia":
         y = gray * torch.tensor([1.0, 0.86, 0.66]).reshape(1, 3, 1, 1) + torch.tensor([0.06, 0.03, 0.0]).reshape(1, 3, 1, 1)
     elif style == "blueprint":
-        y = torch.tensor([0.1, 0.25, 0.6]).reshape(1, 3, 1, 1) + (1 - lines + 0.2 * (1 - gray)) * torch.tensor([0.9, 0.75, 0.4]).reshape(1, 3, 1, 1)
+        y = torch.tensor([0.1, 0.25, 0.6]).reshape(1, 3, 1, 1) + (1 - lines + 0.2 * (1 - gray)) * torch.tensor([0.9, 0.75, 0.4]).reshape(
+            1, 3, 1, 1
+        )
     elif style == "pixel":
         small = torch.nn.functional.avg_pool2d(x, 4)
         y = torch.nn.functional.interpolate((small * 7).round() / 7, scale_factor=4, mode="nearest")
@@ -130,7 +141,13 @@ def identity_words(identity: dict[str, str], draw: random.Random) -> str:
     if hair in ("bald", "short-bald"):
         adjectives += ["bald"] if draw.random() < 0.7 else []
     elif draw.random() < 0.7:
-        length = "long" if identity["hairBg"] != "none" or hair in ("longHair", "shaggy1", "shaggy2", "dreads") else "short" if "short" in hair or "fade" in hair.lower() or "crop" in hair else ""
+        length = (
+            "long"
+            if identity["hairBg"] != "none" or hair in ("longHair", "shaggy1", "shaggy2", "dreads")
+            else "short"
+            if "short" in hair or "fade" in hair.lower() or "crop" in hair
+            else ""
+        )
         adjectives.append(f"with {length} {HAIR_COLOR[identity['hairColor'].lower()]} hair".replace("  ", " "))
     tail = [a for a in adjectives if a.startswith("with")]
     head = [a for a in adjectives if not a.startswith("with")]
@@ -139,13 +156,28 @@ def identity_words(identity: dict[str, str], draw: random.Random) -> str:
         head.append("dark skinned" if skin in DARK_SKINS else "brown skinned" if skin in BROWN_SKINS else "light skinned")
     beard = identity["facialHair"]
     if beard != "none" and draw.random() < 0.7:
-        kind = "a mustache" if "mustache" in beard else "sideburns" if "sideburns" in beard or "mutton" in beard else "a goatee" if "goatee" in beard.lower() or "soul" in beard else "a beard"
+        kind = (
+            "a mustache"
+            if "mustache" in beard
+            else "sideburns"
+            if "sideburns" in beard or "mutton" in beard
+            else "a goatee"
+            if "goatee" in beard.lower() or "soul" in beard
+            else "a beard"
+        )
         tail.append(f"and {kind}" if tail else f"with {kind}")
     noun = "man" if identity["gender"] == "male" else "woman"
     return " ".join([*head, noun, *tail])
 
 
-def caption(context: dict[str, str], *, mention: float = 1.0, draw: random.Random | None = None, identity: dict[str, str] | None = None, subject: str = "[V] face") -> str:
+def caption(
+    context: dict[str, str],
+    *,
+    mention: float = 1.0,
+    draw: random.Random | None = None,
+    identity: dict[str, str] | None = None,
+    subject: str = "[V] face",
+) -> str:
     """A context in words: "a pencil sketch of a smiling [V] face wearing a cap on a blue background".
 
     Every choice is mentioned with probability `mention`; with `identity`, the person is described too.

@@ -1,24 +1,40 @@
 """Trains the toon world, stage by stage, each resumable: the recipe of what is shipped.
 
-    python -m worlds.toon.train base            one stage
-    python -m worlds.toon.train all --minutes 170   whatever is unfinished first, until the time is up
+python -m worlds.toon.train base            one stage
+python -m worlds.toon.train all --minutes 170   whatever is unfinished first, until the time is up
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionPipeline
+from torch.nn import functional as F
 
 from hyperdreambooth.backbones import StableDiffusion
 from hyperdreambooth.checkpoint import read_tensors, save_tensors
-from hyperdreambooth.training import TrainingConfig, fit
+from hyperdreambooth.data import IdentityData
+from hyperdreambooth.encoder import FaceEncoder
+from hyperdreambooth.evaluation.judges import Judge
+from hyperdreambooth.lightweight import LightweightLora
+from hyperdreambooth.lora import find_targets
+from hyperdreambooth.pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
+from hyperdreambooth.sources import PredictedLora
+from hyperdreambooth.stages.preoptimize import preoptimize, read_table
+from hyperdreambooth.stages.train_hypernetwork import TrainHypernetworkConfig, train_hypernetwork
+from hyperdreambooth.training import TrainingConfig, TrainingReport, fit
 
-from . import autoencoder, base, pictures
+from . import autoencoder, base, hypernetworks, judges, pictures
 
 RUNS = Path("runs/toon")
+ASSETS = Path("src/hyperdreambooth/assets/toon")
 
 
 def components(runs: Path, data: pictures.Pictures) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,14 +43,20 @@ def components(runs: Path, data: pictures.Pictures) -> tuple[torch.Tensor, torch
     if not file.is_file():
         matrix, offset = autoencoder.principal_components(pictures.to_tensor(data.pixels[::5]))
         save_tensors(file, {"matrix": matrix, "offset": offset})
-    tensors, _ = read_tensors(file)
+    return read_components(runs)
+
+
+def read_components(runs: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    tensors, _ = read_tensors(runs / "components.safetensors")
     return tensors["matrix"], tensors["offset"]
 
 
 def latents_of(runs: Path, data: pictures.Pictures) -> torch.Tensor:
     """All latents, fp16."""
     matrix, offset = components(runs, data)
-    return torch.cat([autoencoder.encode(matrix, offset, pictures.to_tensor(data.pixels[i : i + 1000])).half() for i in range(0, len(data.pixels), 1000)])
+    return torch.cat(
+        [autoencoder.encode(matrix, offset, pictures.to_tensor(data.pixels[i : i + 1000])).half() for i in range(0, len(data.pixels), 1000)]
+    )
 
 
 def train_base(runs: Path, minutes: float | None, steps: int = 4200) -> bool:
@@ -45,8 +67,12 @@ def train_base(runs: Path, minutes: float | None, steps: int = 4200) -> bool:
     torch.manual_seed(0)
     backbone = StableDiffusion(base.build(vae))
     training = base.BaseTraining(backbone, latents_of(runs, data), data.rows, batch=64, seed=1)
-    config = TrainingConfig(steps=steps, learning_rate=8e-4, weight_decay=0.01, warmup=100, cooldown=0.25, average=0.998, seed=1, log_every=50)
+    config = TrainingConfig(
+        steps=steps, learning_rate=8e-4, weight_decay=0.01, warmup=100, cooldown=0.25, average=0.998, seed=1, log_every=50
+    )
     report = fit(training.step, backbone.components, training.batches, config, directory=runs / "base", minutes=minutes, name="base")
+    if report.finished:
+        backbone.pipe.save_pretrained(str(runs / "base" / "model"))
     return report.finished
 
 
@@ -72,12 +98,204 @@ def train_decoder(runs: Path, minutes: float | None, steps: int = 4000) -> bool:
         mse = (rebuilt - images).square().mean((1, 2, 3)) / 4
         return {"psnr": (-10 * mse.log10()).mean(), "psnr_of_mean": -10 * mse.mean().log10()}
 
-    config = TrainingConfig(steps=steps, learning_rate=2e-3, warmup=100, cooldown=0.3, average=0.998, seed=2, log_every=50, validate_every=500)
+    config = TrainingConfig(
+        steps=steps, learning_rate=2e-3, warmup=100, cooldown=0.3, average=0.998, seed=2, log_every=50, validate_every=500
+    )
     report = fit(step, decoder, batches, config, directory=runs / "decoder", validate=validate, minutes=minutes, name="decoder")
+    if report.finished:
+        save_tensors(runs / "decoder" / "model.safetensors", decoder.state_dict())
     return report.finished
 
 
-STAGES = {"decoder": train_decoder, "base": train_base}
+def validation_pairs(runs: Path, people: int = 300) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, str]]]:
+    """Two pictures of each of some validation people, in random contexts: (N, 3, 64, 64) twice, and all contexts."""
+    render = runs / "data" / "validation"
+    pictures.render(render, ["--first", str(pictures.FIRST["validation"]), "--people", str(people), "--contexts", "2"])
+    data = pictures.Pictures.load(render)
+    images = pictures.to_tensor(data.pixels)
+    return images[::2], images[1::2], [row["context"] for row in data.rows]
+
+
+def train_embedder(runs: Path, name: str, model: torch.nn.Module, seed: int, steps: int, minutes: float | None) -> bool:
+    """Contrastive training, 64 people a batch; validated by rank-1 among 300 strangers."""
+    data = pictures.training_pictures(runs / "data")
+    linear = judges.linear_round_trip(*components(runs, data))
+    first, second, _ = validation_pairs(runs)
+
+    def step(model, batch, generator):  # type: ignore[no-untyped-def]
+        return judges.contrastive_step(model, batch, generator, linear)
+
+    def validate(done, model):  # type: ignore[no-untyped-def]
+        model.eval()
+        a, b = (F.normalize(model(images)["identity"], dim=-1) for images in (first, linear(second)))
+        model.train()
+        return {"rank1": ((a @ b.mT).argmax(1) == torch.arange(len(a))).float().mean()}
+
+    config = TrainingConfig(
+        steps=steps, learning_rate=1e-3, weight_decay=0.05, warmup=30, cooldown=0.4, seed=seed, log_every=20, validate_every=100
+    )
+    return fit(
+        step, model, judges.pairs(data, 64, seed), config, directory=runs / name, validate=validate, minutes=minutes, name=name
+    ).finished
+
+
+def train_encoder(runs: Path, minutes: float | None, steps: int = 400) -> bool:
+    torch.manual_seed(3)
+    model = judges.Embedder(judges.build_encoder())
+    done = train_embedder(runs, "encoder", model, 3, steps, minutes)
+    if done:
+        model.encoder.save_pretrained(runs / "encoder" / "model")
+    return done
+
+
+def train_recogniser(runs: Path, minutes: float | None, steps: int = 500) -> bool:
+    torch.manual_seed(4)
+    model = judges.build_recogniser()
+    done = train_embedder(runs, "recogniser", model, 4, steps, minutes)
+    if done:
+        model.save_pretrained(runs / "recogniser" / "model")
+    return done
+
+
+def train_classifier(runs: Path, minutes: float | None, steps: int = 300) -> bool:
+    data = pictures.training_pictures(runs / "data")
+    linear = judges.linear_round_trip(*components(runs, data))
+    first, second, contexts = validation_pairs(runs)
+    images = torch.stack([first, linear(second)], 1).flatten(0, 1)
+    torch.manual_seed(5)
+    model = judges.build_classifier()
+
+    def step(model, batch, generator):  # type: ignore[no-untyped-def]
+        return judges.classification_step(model, batch, generator, linear)
+
+    def validate(done, model):  # type: ignore[no-untyped-def]
+        found = model.classify(images)
+        return {
+            "all_right": sum(a == b for a, b in zip(found, contexts, strict=True)) / len(found),
+            **{kind: sum(a[kind] == b[kind] for a, b in zip(found, contexts, strict=True)) / len(found) for kind in pictures.KINDS},
+        }
+
+    config = TrainingConfig(
+        steps=steps, learning_rate=2e-3, weight_decay=0.02, warmup=30, cooldown=0.4, seed=5, log_every=20, validate_every=100
+    )
+    done = fit(
+        step,
+        model,
+        judges.labelled(data, 96, 5),
+        config,
+        directory=runs / "classifier",
+        validate=validate,
+        minutes=minutes,
+        name="classifier",
+    ).finished
+    if done:
+        model.save_pretrained(runs / "classifier" / "model")
+    return done
+
+
+def trained_backbone(runs: Path) -> StableDiffusion:
+    """The finished base (averaged weights) with the best decoder so far."""
+    folder = runs / "base" / "model"
+    if not (folder / "model_index.json").is_file():
+        raise SystemExit("the base isn't trained yet: python -m worlds.toon.train base")
+    pipe = StableDiffusionPipeline.from_pretrained(str(folder))
+    decoder = runs / "decoder" / "model.safetensors"
+    if decoder.is_file():
+        pipe.vae.decoder.load_state_dict({name: value.float() for name, value in read_tensors(decoder)[0].items()})
+    return StableDiffusion(pipe)
+
+
+def hypernetwork_data(runs: Path, encoder: FaceEncoder) -> tuple[IdentityData, IdentityData]:
+    """Training and validation identities; latents and features are kept in memory."""
+    matrix, offset = read_components(runs)
+    sets = []
+    for name, first, people in (("hyper", 0, pictures.TRAIN_PEOPLE), ("hyper-validation", pictures.FIRST["validation"], 150)):
+        shown = hypernetworks.load_pictures(runs / "data" / name, first, people)
+        sets.append(hypernetworks.identity_data(shown, encoder, matrix, offset))
+    return sets[0], sets[1]
+
+
+def train_pro(runs: Path, minutes: float | None, steps: int = 1800) -> bool:
+    """Batches of 64."""
+    backbone = trained_backbone(runs)
+    encoder = FaceEncoder.from_pretrained(runs / "encoder" / "model")
+    data, validation = hypernetwork_data(runs, encoder)
+    config = hypernetworks.pro_config(steps)
+    source, report = train_hypernetwork(backbone, encoder, data, config, directory=runs / "pro", validation=validation, minutes=minutes)
+    if report.finished:
+        save_hypernetwork(runs / "pro" / "model", source, describe(source, config, report))
+    return report.finished
+
+
+def train_table(runs: Path, minutes: float | None, steps: int = 150, people: int = 500) -> bool:
+    """Pre-optimized tokens of the first training people."""
+    backbone = trained_backbone(runs)
+    encoder = FaceEncoder.from_pretrained(runs / "encoder" / "model")
+    data = hypernetwork_data(runs, encoder)[0]
+    few = hypernetworks.first_people(data, people)
+    table = preoptimize(backbone, few, hypernetworks.table_config(steps), runs / "table", minutes=minutes)
+    return len(table) == people
+
+
+def train_faithful(runs: Path, minutes: float | None, steps: int = 400) -> bool:
+    """Batches of 64, with the table's weight loss."""
+    backbone = trained_backbone(runs)
+    encoder = FaceEncoder.from_pretrained(runs / "encoder" / "model")
+    data, validation = hypernetwork_data(runs, encoder)
+    config = hypernetworks.faithful_config(steps)
+    targets = find_targets(backbone.components, backbone.default_targets)
+    table = read_table(runs / "table", LightweightLora(targets, config.lightweight).fingerprint())
+    source, report = train_hypernetwork(
+        backbone, encoder, data, config, directory=runs / "faithful", validation=validation, table=table, minutes=minutes
+    )
+    if report.finished:
+        save_hypernetwork(runs / "faithful" / "model", source, describe(source, config, report))
+    return report.finished
+
+
+def describe(source: PredictedLora, config: TrainHypernetworkConfig, report: TrainingReport) -> HyperNetworkInfo:
+    """What travels with a hypernetwork; the defaults of personalize and generate were chosen on validation people."""
+    return HyperNetworkInfo(
+        base="toon",
+        targets={path: list(shape) for path, shape in source.lightweight.targets.items()},
+        lightweight=asdict(config.lightweight),
+        hypernetwork=asdict(config.hypernetwork),
+        mode=config.mode,
+        personalize={"steps": 25, "rank": 4, "learning_rate": 1e-3},
+        generate={"steps": 16, "guidance": 2.5, "identity_guidance": 2.5},
+        trained={"steps": report.steps, "batch": config.batch, "people": pictures.TRAIN_PEOPLE, "validation": report.validations[-1:]},
+    )
+
+
+def export(runs: Path, minutes: float | None = None) -> bool:
+    """Copies what is finished to where the wheel ships it from, in fp16."""
+    base.save(trained_backbone(runs).pipe, ASSETS / "base")
+    for name in ("recogniser", "classifier"):
+        Judge.from_pretrained(runs / name / "model").save_pretrained(ASSETS / name)
+    for name, folder in (("pro", ASSETS / "hypernetwork"), ("faithful", Path("benchmarks/faithful"))):
+        if (runs / name / "model" / "config.json").is_file():
+            source, info = load_hypernetwork(runs / name / "model")
+            source.encoder.model.half()
+            save_hypernetwork(folder, source, info)
+    return True
+
+
+STAGES: dict[str, Callable[..., bool]] = {
+    "encoder": train_encoder,
+    "recogniser": train_recogniser,
+    "classifier": train_classifier,
+    "decoder": train_decoder,
+    "base": train_base,
+    "pro": train_pro,
+    "table": train_table,
+    "faithful": train_faithful,
+    "export": export,
+}
+
+
+def interrupt(number: int, frame: object) -> None:
+    """A terminated training checkpoints, as one stopped by Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def main(argv: list[str]) -> int:
@@ -87,9 +305,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--steps", type=int)
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, interrupt)
     extra = {"steps": args.steps} if args.steps else {}
-    done = STAGES[args.stage](args.runs, args.minutes, **extra)
-    return 0 if done else 1
+    started = time.monotonic()
+    for name in STAGES if args.stage == "all" else [args.stage]:
+        left = args.minutes - (time.monotonic() - started) / 60 if args.minutes else None
+        if not STAGES[name](args.runs, left, **extra):
+            print(f"{name} isn't finished; the same command goes on from here")
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

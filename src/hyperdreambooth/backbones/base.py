@@ -31,6 +31,10 @@ class Backbone(Protocol):
     default_targets: tuple[str, ...]
     size: int
 
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """(C, h, w) of a picture's latents; by default of the base's own size."""
+        ...
+
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Pictures (B, 3, H, W) in -1..1 -> latents (B, C, h, w), scaled as the denoiser expects."""
         ...

@@ -37,6 +37,10 @@ class StableDiffusion:
     def dtype(self) -> torch.dtype:
         return next(self.pipe.unet.parameters()).dtype
 
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        factor = self.pipe.vae_scale_factor
+        return int(self.pipe.unet.config.in_channels), (height or self.size) // factor, (width or self.size) // factor
+
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         with torch.no_grad():
             latents = self.pipe.vae.encode(pixels.to(self.device, self.pipe.vae.dtype)).latent_dist.mode()
@@ -46,11 +50,15 @@ class StableDiffusion:
     def decode_images(self, latents: Tensor) -> Tensor:
         config = self.pipe.vae.config
         with torch.no_grad():
-            pixels: Tensor = self.pipe.vae.decode(latents.to(self.pipe.vae.dtype) / config.scaling_factor + (config.shift_factor or 0.0)).sample
+            pixels: Tensor = self.pipe.vae.decode(
+                latents.to(self.pipe.vae.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
+            ).sample
         return pixels.float().clamp(-1, 1)
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        tokens = self.pipe.tokenizer(prompts, padding="max_length", truncation=True, max_length=self.pipe.tokenizer.model_max_length, return_tensors="pt")
+        tokens = self.pipe.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=self.pipe.tokenizer.model_max_length, return_tensors="pt"
+        )
         return {"encoder_hidden_states": self.components["text_encoder"](tokens.input_ids.to(self.device))[0]}
 
     def steps_for(self, levels: Tensor) -> Tensor:

@@ -1,0 +1,38 @@
+# Convenience for Linux and macOS; everything works by `pip install` and `hyperdreambooth` alone, on Windows too.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MINUTES ?= 170
+
+.PHONY: demo test check weights evaluate clean
+
+# personalize a face nobody trained on, and draw it in new pictures: demo/index.html
+demo: $(VENV)/installed
+	$(BIN)/hyperdreambooth demo -o demo --overwrite
+
+test: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# train the embedded world, or go on with it: whatever is unfinished first
+weights: $(VENV)/installed-dev
+	$(BIN)/python -m worlds.toon.train all --minutes $(MINUTES)
+
+evaluate: $(VENV)/installed
+	$(BIN)/hyperdreambooth evaluate -o benchmarks/results/fidelity.json
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist

@@ -1,0 +1,272 @@
+"""The Python face of the product.
+
+from hyperdreambooth import HyperDreamBooth
+
+hdb = HyperDreamBooth.from_pretrained("toon")
+me = hdb.personalize("face.png", steps=25)
+me.save("me.safetensors")
+images = hdb.generate("a pencil sketch of a [V] face", me, seed=0)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import formats, photos
+from .assets import toon
+from .backbones import Backbone, load_backbone
+from .errors import InputError
+from .lightweight import LightweightLora
+from .lora import LoraSet, find_targets
+from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork
+from .sources import PredictedLora
+from .stages.generate import GenerateConfig, generate
+from .stages.personalize import PersonalizeConfig, finish, personalize
+from .stages.subject import Subject
+
+PLACEHOLDER = "[V]"
+"""Stands for the person in prompts, whatever the base's own rare token is."""
+RARE_TOKEN = "ohwx"
+"""Names the person on bases whose tokenizer has no token of its own for the placeholder."""
+
+
+@dataclass
+class Person:
+    """A personal LoRA: one person's update of one base."""
+
+    loras: LoraSet
+    base: str
+    identifier: str = PLACEHOLDER
+    prompt: str = "a [V] face"
+    predicted: LoraSet | None = None
+    """The hypernetwork's prediction before any step."""
+    tokens: Tensor | None = None
+    """The prediction as tokens (layers, width)."""
+    lightweight: LightweightLora | None = None
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What took how long: predict, finetune, export."""
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        return max(lora.rank for lora in self.loras.values())
+
+    def save(
+        self, path: str | Path, *, layout: formats.Layout = "diffusers", dtype: torch.dtype = torch.float16, overwrite: bool = False
+    ) -> Path:
+        """Writes a standard LoRA that diffusers, ComfyUI and A1111 open. Raises InputError where `path` exists."""
+        trigger = self.prompt.replace(PLACEHOLDER, self.identifier)
+        metadata = formats.standard_metadata(self.loras, title=Path(path).stem, base=self.base, trigger=trigger, identifier=self.identifier)
+        return formats.save_lora(path, self.loras, {**metadata, **self.metadata}, layout=layout, dtype=dtype, overwrite=overwrite)
+
+    def save_tokens(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes the prediction's tokens: the person in a few numbers a layer. The fine-tuned residual isn't in them."""
+        if self.tokens is None or self.lightweight is None:
+            raise InputError("only a hypernetwork's prediction has tokens: this LoRA was trained from scratch or loaded from a file.")
+        return formats.save_tokens(
+            path,
+            self.tokens,
+            self.lightweight,
+            {"base": self.base, "identifier": self.identifier, "prompt": self.prompt},
+            overwrite=overwrite,
+        )
+
+
+class HyperDreamBooth:
+    """A base and, where there is one for it, a hypernetwork."""
+
+    def __init__(self, backbone: Backbone, base: str, source: PredictedLora | None = None, info: HyperNetworkInfo | None = None):
+        self.backbone, self.base, self.source, self.info = backbone, base, source, info
+        known = backbone.pipe.tokenizer.get_vocab() if getattr(backbone.pipe, "tokenizer", None) else {}
+        self.identifier = PLACEHOLDER if PLACEHOLDER in known else RARE_TOKEN
+        self.prompt = info.prompt if info else f"a {PLACEHOLDER} face"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path = "toon",
+        *,
+        hypernetwork: str | Path | None = "auto",
+        device: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> HyperDreamBooth:
+        """Opens a base and its hypernetwork.
+
+        Args:
+            base: "toon" (shipped), a directory in diffusers' layout, or a hub id.
+            hypernetwork: a directory or hub id; None for none; "auto" takes the shipped one for toon, none elsewhere.
+            device: cuda, mps or cpu; by default the best there is.
+        """
+        device = device or best_device()
+        backbone = load_backbone(base, device=device, dtype=dtype)
+        if hypernetwork == "auto":
+            hypernetwork = toon.directory("hypernetwork") if str(base) == "toon" else None
+        if hypernetwork is None or str(hypernetwork) == "none":
+            return cls(backbone, str(base))
+        source, info = load_hypernetwork(hypernetwork, backbone)
+        return cls(backbone, str(base), source.to(device), info)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.components.parameters()).device
+
+    def personalize_config(self, **changes: Any) -> PersonalizeConfig:
+        """The defaults that suit this base, changed by whatever isn't None."""
+        return _configured(PersonalizeConfig, self.info.personalize if self.info else {}, changes)
+
+    def generate_config(self, **changes: Any) -> GenerateConfig:
+        """The defaults that suit this base, changed by whatever isn't None."""
+        return _configured(GenerateConfig, self.info.generate if self.info else {}, changes)
+
+    def read_photos(
+        self, files: Sequence[str | Path | Image.Image] | str | Path | Image.Image, *, crop: photos.Crop = "center", face: int | None = None
+    ) -> tuple[Tensor, list[str]]:
+        """Photos as (n, 3, size, size) in -1..1 and what is worth saying about them (which face was taken)."""
+        group = [files] if isinstance(files, (str, Path, Image.Image)) else list(files)
+        if not group:
+            raise InputError("no photo was given.")
+        images, notes = [], []
+        for file in group:
+            image, note = (
+                (photos.square(file.convert("RGB"), self.backbone.size), "")
+                if isinstance(file, Image.Image)
+                else photos.prepare(file, self.backbone.size, crop, face)
+            )
+            images.append(image)
+            notes += [note] if note else []
+        return photos.to_tensor(images), notes
+
+    @torch.no_grad()
+    def predict(self, pixels: Tensor) -> Tensor:
+        """Photos (n, 3, H, W) of one person -> tokens (layers, width): several photos are averaged in token space."""
+        if self.source is None:
+            raise InputError(f"there is no hypernetwork for {self.base}: give one, or fine-tune from scratch (`--hypernetwork none`).")
+        return self.source.tokens(pixels.to(self.device)).mean(0)
+
+    def personalize(
+        self,
+        files: Sequence[str | Path | Image.Image] | str | Path | Image.Image,
+        *,
+        steps: int | None = None,
+        crop: photos.Crop = "center",
+        face: int | None = None,
+        targets: Sequence[str] = (),
+        directory: str | Path | None = None,
+        quiet: bool = False,
+        config: PersonalizeConfig | None = None,
+        **changes: Any,
+    ) -> Person:
+        """A person's LoRA from one photo or several: predict, fine-tune, merge.
+
+        Args:
+            steps: fine-tuning steps; 0 keeps the prediction. Default: 25, or 300 without a hypernetwork.
+            changes: any field of PersonalizeConfig.
+            targets: layers to train without a hypernetwork; default: the base's own.
+            directory: where an interrupted fine-tuning resumes from.
+        """
+        config = config or self.personalize_config(steps=steps, **changes)
+        pixels, _ = self.read_photos(files, crop=crop, face=face)
+        prompt = self.prompt.replace(PLACEHOLDER, self.identifier)
+        started = time.perf_counter()
+        tokens = self.predict(pixels) if self.source else None
+        predicted = self.source.lightweight(tokens[None]).detach() if self.source and tokens is not None else None
+        seconds = {"predict": time.perf_counter() - started}
+        started = time.perf_counter()
+        # fp32 for what is trained and for its latents, whatever the base's precision
+        subject = Subject(self.backbone.encode_images(pixels)[None].float(), prompt)
+        chosen = find_targets(self.backbone.components, targets or self.backbone.default_targets) if predicted is None else None
+        loras, report = personalize(self.backbone, subject, predicted, config, targets=chosen, directory=directory, quiet=quiet)
+        seconds["finetune"] = time.perf_counter() - started
+        started = time.perf_counter()
+        merged = finish(loras.select(0) if predicted is not None else loras)
+        seconds["export"] = time.perf_counter() - started
+        return Person(
+            merged,
+            self.base,
+            self.identifier,
+            self.prompt,
+            predicted=predicted.select(0) if predicted is not None else None,
+            tokens=tokens.cpu() if tokens is not None else None,
+            lightweight=self.source.lightweight if self.source else None,
+            losses=report.losses,
+            seconds=seconds,
+            metadata={"hyperdreambooth.steps": str(report.steps)},
+        )
+
+    def load(self, path: str | Path) -> Person:
+        """A LoRA file, or a token file of this hypernetwork, as a Person. Raises InputError where it is for another base."""
+        if formats.is_tokens(path):
+            if self.source is None:
+                raise InputError(f"{path} is a token file, and there is no hypernetwork here to read it with.")
+            tokens = formats.read_tokens(path, self.source.lightweight)
+            predicted = self.source.lightweight(tokens[None].to(self.device)).detach().select(0)
+            return Person(finish(predicted), self.base, self.identifier, self.prompt, predicted, tokens, self.source.lightweight)
+        file = formats.read_lora(path, self.backbone.components)
+        check_targets(file.shapes(), self.backbone, str(path))
+        loras = file.loras.map(lambda tensor: tensor.to(self.device, torch.float32))
+        identifier = file.metadata.get("hyperdreambooth.identifier", self.identifier)
+        return Person(loras, self.base, identifier, self.prompt, metadata=file.metadata)
+
+    def styles(self, files: Sequence[str | Path | tuple[str | Path, float]]) -> LoraSet:
+        """The weighted sum of style LoRAs."""
+        total = LoraSet()
+        for file in files:
+            path, weight = file if isinstance(file, tuple) else (file, 1.0)
+            total = total + self.load(path).loras.scaled(weight)
+        return total
+
+    def generate(
+        self,
+        prompts: Sequence[str] | str,
+        person: Person | LoraSet | str | Path | None = None,
+        *,
+        styles: Sequence[str | Path | tuple[str | Path, float]] = (),
+        seed: int | None = None,
+        count: int | None = None,
+        on_picture: Callable[[int], None] | None = None,
+        config: GenerateConfig | None = None,
+        **changes: Any,
+    ) -> list[Image.Image]:
+        """Pictures, `count` for each prompt, in order. Any field of GenerateConfig can be given.
+
+        Args:
+            person: a Person, a LoRA file or a token file; None generates with the base alone.
+            styles: style LoRA files, or (file, weight) pairs.
+            seed: of each prompt's first picture; the next ones count up.
+        """
+        config = config or self.generate_config(seed=seed, count=count, **changes)
+        if isinstance(person, (str, Path)):
+            person = self.load(person)
+        loras = person.loras if isinstance(person, Person) else person
+        identifier = person.identifier if isinstance(person, Person) else self.identifier
+        wanted = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [prompt.replace(PLACEHOLDER, identifier) for prompt in wanted for _ in range(config.count)]
+        seeds = [config.seed + i for _ in wanted for i in range(config.count)]
+        pixels = generate(
+            self.backbone, texts, seeds, config, personal=loras, styles=self.styles(styles) if styles else None, on_picture=on_picture
+        )
+        return photos.to_images(pixels)
+
+
+def _configured(kind: type[Any], defaults: dict[str, Any], changes: dict[str, Any]) -> Any:
+    values = {**defaults, **{key: value for key, value in changes.items() if value is not None}}
+    names = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise InputError(f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(names))}.")
+    return kind(**values)
+
+
+def best_device() -> str:
+    """cuda, then mps, then cpu."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,114 @@
+"""The command line: a mapping of names to plain functions.
+
+Every command is a dataclass whose fields are its flags and whose docstrings are its help; `--config FILE` reads them
+from YAML or JSON. What a user got wrong is one line on stderr and exit code 2, never a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+# before transformers is imported: without torchvision it prints two lines at import that concern nobody here
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+HELP = """usage: hyperdreambooth COMMAND [OPTIONS]      (hyperdreambooth COMMAND --help explains each)
+
+One face photo in, a personal LoRA out, for any Stable Diffusion.
+
+make and use a personal LoRA
+  personalize         photo -> hypernetwork -> fine-tuning -> a standard LoRA
+  generate            prompts + LoRAs -> pictures
+  demo                the whole way on an example face, offline, with a report
+  info                what is in a LoRA or token file
+  export              a LoRA from a token file, a table's row, or a train-light run; also converts layouts
+  mix                 blend the token files of several people
+
+train
+  train-light         lightweight DreamBooth on one subject's photos
+  preoptimize         tokens for every identity of a folder
+  train-hypernetwork  a hypernetwork that predicts tokens from a photo
+
+look and measure
+  targets             a base's layers: shapes, numbers of variables, bytes
+  evaluate            fidelity on people that were never trained on
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from . import __version__
+
+        print(__version__)
+        return 0
+    from .errors import InputError, TrainingError
+
+    try:
+        from . import commands
+
+        name = arguments[0]
+        if name not in commands.COMMANDS:
+            raise InputError(f"{name} is no command. There are: {', '.join(commands.COMMANDS)}.")
+        signal.signal(signal.SIGTERM, _interrupt)
+        kind, run = commands.COMMANDS[name]
+        return run(parse(name, kind, arguments[1:])) or 0
+    except (InputError, TrainingError) as error:
+        print(f"hyperdreambooth: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hyperdreambooth: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+def parse(name: str, kind: type, arguments: list[str]) -> object:
+    """A command's dataclass from flags, over a config file where `--config` names one."""
+    import tyro
+
+    from .config import read_config, updated
+
+    default = None
+    for index, argument in enumerate(arguments):
+        if argument == "--config" and index + 1 < len(arguments):
+            file, used = arguments[index + 1], 2
+        elif argument.startswith("--config="):
+            file, used = argument.split("=", 1)[1], 1
+        else:
+            continue
+        del arguments[index : index + used]
+        default = updated(commands_default(kind), read_config(file), file)
+        break
+    return tyro.cli(kind, prog=f"hyperdreambooth {name}", args=arguments, default=default)
+
+
+def commands_default(kind: type) -> object:
+    """A command's dataclass with what it requires still missing, for a config file to be laid over."""
+    import dataclasses
+
+    import tyro
+
+    values = {
+        field.name: tyro.MISSING
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    return kind(**values)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

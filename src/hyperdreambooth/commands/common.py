@@ -1,0 +1,81 @@
+"""What several commands share: where they run, what they refuse, what a picture carries."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from ..api import HyperDreamBooth
+from ..errors import InputError
+from ..progress import console
+from ..stages.generate import GenerateConfig
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+Flat = tyro.conf.arg(name="")
+"""A nested dataclass whose fields are flags without a prefix."""
+
+
+@dataclass
+class Machine:
+    """Where it runs."""
+
+    device: str | None = None
+    """cuda, mps or cpu. Default: the best there is."""
+    dtype: Dtype = "float32"
+    """Precision of the frozen base. What is trained is always float32."""
+
+    def open(self, base: str, hypernetwork: str | None = "auto") -> HyperDreamBooth:
+        return HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, device=self.device, dtype=getattr(torch, self.dtype))
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Before any work is done: an output that is there is never replaced unasked."""
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")
+
+
+def say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def changed_fields(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults: what a user asked for, to be laid over a base's own defaults."""
+    default = type(config)()
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if value != getattr(default, name)}
+
+
+def as_json(args: Any) -> dict[str, Any]:
+    """A command's settings as they are saved beside what it made."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(args), default=str))
+    return values
+
+
+def picture_metadata(
+    hdb: HyperDreamBooth, prompt: str, seed: int, config: GenerateConfig, loras: list[tuple[str, float]]
+) -> dict[str, str]:
+    """What a PNG carries: how it was made, and that a machine made it (IPTC's digital source type, in XMP)."""
+    settings = {
+        "prompt": prompt,
+        "negative": config.negative,
+        "seed": seed,
+        "steps": config.steps,
+        "guidance": config.guidance,
+        "identity_guidance": config.identity_guidance,
+        "scheduler": config.scheduler,
+        "base": hdb.base,
+        "loras": [list(lora) for lora in loras],
+    }
+    source = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    xmp = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+        f'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType="{source}"/></rdf:RDF></x:xmpmeta>'
+    )
+    return {"Software": "hyperdreambooth", "ai_generated": "true", "hyperdreambooth": json.dumps(settings), "XML:com.adobe.xmp": xmp}

@@ -1,0 +1,213 @@
+"""Commands that train: one subject, a table of identities, a hypernetwork."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from .. import formats, photos
+from ..api import PLACEHOLDER, HyperDreamBooth, Person
+from ..assets import toon
+from ..checkpoint import write_json
+from ..data import load_identities
+from ..encoder import FaceEncoder
+from ..errors import InputError
+from ..lightweight import LightweightLora
+from ..lora import find_targets
+from ..pretrained import HyperNetworkInfo, save_hypernetwork
+from ..stages.personalize import finish
+from ..stages.preoptimize import PreoptimizeConfig, preoptimize, read_table
+from ..stages.subject import Subject
+from ..stages.train_hypernetwork import TrainHypernetworkConfig, train_hypernetwork
+from ..stages.train_light import TrainLightConfig, train_light
+from .common import Flat, Machine, Output, as_json, refuse_existing, say
+
+
+@dataclass
+class TrainLight:
+    """Lightweight DreamBooth: train one subject's tokens on its photos (1 to n), over frozen random aux matrices.
+
+    hyperdreambooth train-light photos/*.jpg -o light --training.steps 300
+    hyperdreambooth train-light me.jpg -o light --targets "unet*attn?.to_q" "text_encoder*q_proj" --prior-pictures 16
+    """
+
+    photos: tyro.conf.Positional[tuple[Path, ...]]
+    """Photos of one subject."""
+    output: Output
+    """The folder of the run: tokens, LoRA, preview, config, checkpoint."""
+    base: str = "toon"
+    """"toon" (shipped), a directory in diffusers' layout, or a hub id."""
+    crop: photos.Crop = "center"
+    """center: the middle square. face: find the face (needs the extra `faces`)."""
+    overwrite: bool = False
+    """Replace the LoRA of a finished run."""
+    config: Annotated[TrainLightConfig, Flat] = field(default_factory=TrainLightConfig)
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+
+
+def run_train_light(args: TrainLight) -> None:
+    lora = args.output / "lora.safetensors"
+    refuse_existing(lora, args.overwrite)
+    hdb = args.machine.open(args.base, None)
+    pixels, notes = hdb.read_photos(args.photos, crop=args.crop)
+    for note in notes:
+        say(note)
+    prompt = args.config.prompt.replace(PLACEHOLDER, hdb.identifier)
+    subject = Subject(hdb.backbone.encode_images(pixels)[None].float(), prompt)
+    table, report = train_light(hdb.backbone, subject, args.config, directory=args.output)
+    loras = finish(table.lightweight(table.tokens.detach()).detach().select(0))
+    me = Person(loras, hdb.base, hdb.identifier, args.config.prompt, tokens=table.tokens[0].detach().cpu(), lightweight=table.lightweight)
+    me.save(lora, overwrite=True)
+    formats.save_tokens(
+        args.output / "rows" / "subject.safetensors",
+        table.tokens[0].detach().cpu(),
+        table.lightweight,
+        {"identity": "subject"},
+        overwrite=True,
+    )
+    write_json(args.output / "config.json", as_json(args))
+    picture = hdb.generate([args.config.prompt] * 4, me, seed=0)
+    photos.save_png(
+        photos.grid([picture], [args.config.prompt], [""] * 4), args.output / "preview.png", {"ai_generated": "true"}, overwrite=True
+    )
+    say(f"{lora}: rank {me.rank}, {len(me.loras)} layers, {report.seconds:.0f} s\n{args.output / 'preview.png'}: a preview")
+
+
+@dataclass
+class Preoptimize:
+    """Pre-optimize tokens for every identity of a folder: identity/picture.png, or one picture each.
+
+    Chunks of identities are trained side by side and written row by row; stop it at any moment and start it again.
+    `export` makes a LoRA of any row.
+
+        hyperdreambooth preoptimize faces -o table
+        hyperdreambooth export table --identity alice -o alice.safetensors
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """Pictures of identities."""
+    output: Output
+    """The table's folder."""
+    base: str = "toon"
+    """"toon" (shipped), a directory in diffusers' layout, or a hub id."""
+    crop: photos.Crop = "center"
+    """center: the middle square. face: find the face (needs the extra `faces`)."""
+    config: Annotated[PreoptimizeConfig, Flat] = field(default_factory=PreoptimizeConfig)
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+
+
+def run_preoptimize(args: Preoptimize) -> None:
+    hdb = args.machine.open(args.base, None)
+    args.config.prompt = args.config.prompt.replace(PLACEHOLDER, hdb.identifier)
+    data = load_identities(args.folder, hdb.backbone, None, args.config.prompt, crop=args.crop, cache=args.output / "cache")
+    saved = args.output / "config.json"
+    if saved.is_file():
+        before = json.loads(saved.read_text(encoding="utf-8"))["config"]["lightweight"]
+        if before != dataclasses.asdict(args.config.lightweight):
+            raise InputError(f"{saved} was made with other token sizes ({before}). Use those, or another folder.")
+    write_json(saved, as_json(args))
+    table = preoptimize(hdb.backbone, data, args.config, args.output)
+    targets = find_targets(hdb.backbone.components, args.config.targets or hdb.backbone.default_targets)
+    lightweight = LightweightLora(targets, args.config.lightweight).to(hdb.device)
+    names = data.names[:8]
+    sheet = []
+    for name in names:
+        loras = lightweight(table[name][None].to(hdb.device)).detach().select(0)
+        sheet.append(hdb.generate([args.config.prompt] * 3, loras, seed=0))
+    preview = args.output / "preview.png"
+    photos.save_png(photos.grid(sheet, names, [""] * 3), preview, {"ai_generated": "true"}, overwrite=True)
+    say(f"{args.output}: {len(table)} identities\n{preview}: the first of them")
+
+
+@dataclass
+class TrainHypernetwork:
+    """Train a hypernetwork: a face photo in, LoRA tokens out.
+
+    pro (default) needs no table: aux matrices are learnt, with the denoising loss. faithful is the paper's: frozen aux,
+    and a weight loss against the table of `preoptimize`. Watch the identity gain (loss with a stranger's photo minus loss
+    with one's own): it must rise; the loss itself hardly moves.
+
+        hyperdreambooth train-hypernetwork faces --validation-folder strangers -o hypernetwork
+        hyperdreambooth train-hypernetwork faces --table table --mode faithful -o hypernetwork
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """Pictures of identities: identity/picture.png, or one picture each."""
+    output: Output
+    """The hypernetwork's folder; `personalize --hypernetwork` takes it."""
+    base: str = "toon"
+    """"toon" (shipped), a directory in diffusers' layout, or a hub id."""
+    encoder: str = "auto"
+    """A vision model of transformers, by directory or hub id (DINOv2, CLIP, ViT). auto: the shipped one for toon."""
+    validation_folder: Path | None = None
+    """Identities for the identity gain; default: the last tenth of the folder's."""
+    table: Path | None = None
+    """faithful: the folder of `preoptimize`."""
+    crop: photos.Crop = "center"
+    """center: the middle square. face: find the face (needs the extra `faces`)."""
+    config: Annotated[TrainHypernetworkConfig, Flat] = field(default_factory=TrainHypernetworkConfig)
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+
+
+def run_train_hypernetwork(args: TrainHypernetwork) -> None:
+    if args.encoder == "auto" and args.base != "toon":
+        raise InputError(f"{args.base} has no encoder of its own: name a vision model with --encoder, such as facebook/dinov2-small.")
+    hdb = args.machine.open(args.base, None)
+    config = args.config
+    config.prompt = config.prompt.replace(PLACEHOLDER, hdb.identifier)
+    encoder = (
+        FaceEncoder.from_pretrained(toon.directory("hypernetwork") / "encoder" if args.encoder == "auto" else args.encoder)
+        .to(hdb.device)
+        .eval()
+    )
+    data = load_identities(args.folder, hdb.backbone, encoder, config.prompt, crop=args.crop, cache=args.output / "cache")
+    if args.validation_folder:
+        validation = load_identities(
+            args.validation_folder, hdb.backbone, encoder, config.prompt, crop=args.crop, cache=args.output / "cache"
+        )
+    else:
+        data, validation = data.split(max(2, len(data.names) // 10))
+    table = None
+    if args.table:
+        targets = find_targets(hdb.backbone.components, config.targets or hdb.backbone.default_targets)
+        table = read_table(args.table, LightweightLora(targets, config.lightweight).fingerprint())
+    write_json(args.output / "training.json", as_json(args))
+    source, report = train_hypernetwork(
+        hdb.backbone, encoder, data, config, directory=args.output / "run", validation=validation, table=table
+    )
+    info = HyperNetworkInfo(
+        base=args.base,
+        targets={path: list(shape) for path, shape in source.lightweight.targets.items()},
+        lightweight=dataclasses.asdict(config.lightweight),
+        hypernetwork=dataclasses.asdict(config.hypernetwork),
+        mode=config.mode,
+        prompt=args.config.prompt.replace(hdb.identifier, PLACEHOLDER),
+        trained={"steps": report.steps, "identities": len(data.names), "validation": report.validations[-1:]},
+    )
+    save_hypernetwork(args.output, source, info)
+    count = min(6, len(validation.names))
+    shown = HyperDreamBooth(hdb.backbone, hdb.base, source.eval(), info)
+    sheet = []
+    for person in range(count):
+        features = validation.features[validation.of_person[person][:1]].to(hdb.device).float()
+        loras = source(features).detach().select(0)
+        sheet.append(
+            [
+                *photos.to_images(hdb.backbone.decode_images(validation.latents[validation.of_person[person][:1]].to(hdb.device))),
+                *shown.generate([info.prompt] * 2, loras, seed=0),
+            ]
+        )
+    photos.save_png(
+        photos.grid(sheet, validation.names[:count], ["photo", "seed 0", "seed 0"]),
+        args.output / "preview.png",
+        {"ai_generated": "true"},
+        overwrite=True,
+    )
+    say(
+        f"{args.output}: a hypernetwork; {report.validations[-1] if report.validations else ''}\n{args.output / 'preview.png'}: people it never saw"
+    )

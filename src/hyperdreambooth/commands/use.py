@@ -1,0 +1,250 @@
+"""Commands that make and use a personal LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from .. import formats, photos
+from ..api import Person
+from ..checkpoint import write_json
+from ..errors import InputError
+from ..lightweight import LightweightConfig, LightweightLora
+from ..lora import find_targets
+from ..progress import Progress
+from ..stages.generate import GenerateConfig
+from ..stages.personalize import PersonalizeConfig, finish
+from ..stages.preoptimize import read_table
+from .common import Flat, Machine, Output, as_json, changed_fields, picture_metadata, refuse_existing, say
+
+
+@dataclass
+class Personalize:
+    """Turn photos of one person into a personal LoRA.
+
+    The hypernetwork predicts a LoRA from the photo; a few steps of rank-relaxed fine-tuning make it fit. The result is a
+    standard LoRA file, with a preview picture beside it.
+
+        hyperdreambooth personalize face.png -o me.safetensors
+        hyperdreambooth personalize me1.jpg me2.jpg --base runwayml/stable-diffusion-v1-5 --hypernetwork none -o me.safetensors
+    """
+
+    photos: tyro.conf.Positional[tuple[Path, ...]]
+    """One photo or several of the same person."""
+    output: Output
+    """The LoRA file to write (.safetensors)."""
+    base: str = "toon"
+    """"toon" (shipped), a directory in diffusers' layout, or a hub id."""
+    hypernetwork: str = "auto"
+    """A directory or hub id; "none" trains from scratch, on any base; "auto" takes the shipped one for toon."""
+    tokens: Path | None = None
+    """Also write the prediction as a token file (about 120 KB for Stable Diffusion 1.5)."""
+    format: formats.Layout = "diffusers"
+    """Layout of the LoRA file: diffusers, or kohya for A1111 and ComfyUI (both open either)."""
+    crop: photos.Crop = "center"
+    """center: the middle square. face: find the face (needs the extra `faces`)."""
+    face: int | None = None
+    """Which face, by size, where there are several."""
+    targets: tuple[str, ...] = ()
+    """Glob patterns of layers, without a hypernetwork; default: the base's own."""
+    preview: str | None = None
+    """Prompt of the preview picture; default: the person's own prompt."""
+    overwrite: bool = False
+    """Replace the output if it exists."""
+    config: Annotated[PersonalizeConfig, Flat] = field(default_factory=PersonalizeConfig)
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+
+
+def run_personalize(args: Personalize) -> None:
+    for path in (args.output, *([args.tokens] if args.tokens else [])):
+        refuse_existing(path, args.overwrite)
+    started = time.perf_counter()
+    for file in args.photos:  # a photo's fault shows before seconds go into loading the base
+        photos.load_photo(file)
+    hdb = args.machine.open(args.base, args.hypernetwork)
+    if hdb.source is None and args.hypernetwork == "auto":
+        say(f"There is no hypernetwork for {args.base}: training from scratch.")
+    _, notes = hdb.read_photos(args.photos, crop=args.crop, face=args.face)
+    for note in notes:
+        say(note)
+    config = hdb.personalize_config(**changed_fields(args.config))
+    loaded = time.perf_counter()
+    me = hdb.personalize(args.photos, crop=args.crop, face=args.face, targets=args.targets, config=config)
+    me.save(args.output, layout=args.format, overwrite=args.overwrite)
+    say(f"{args.output}: rank {me.rank}, {len(me.loras)} layers, {args.output.stat().st_size / 1e6:.2f} MB, trigger {me.identifier}")
+    if args.tokens:
+        me.save_tokens(args.tokens, overwrite=args.overwrite)
+        say(f"{args.tokens}: {args.tokens.stat().st_size / 1e3:.0f} KB")
+    picture = hdb.generate(args.preview or me.prompt, me, seed=config.seed)[0]
+    preview = args.output.with_suffix(".png")
+    metadata = picture_metadata(hdb, args.preview or me.prompt, config.seed, hdb.generate_config(), [(str(args.output), 1.0)])
+    photos.save_png(picture, preview, metadata, overwrite=True)
+    write_json(args.output.with_suffix(".json"), as_json(args))
+    took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in me.seconds.items())
+    say(f"{preview}: a preview")
+    say(f"loading {loaded - started:.1f} s, {took}, in all {time.perf_counter() - started:.1f} s")
+
+
+@dataclass
+class Generate:
+    """Make pictures from prompts, with a personal LoRA and any number of style LoRAs.
+
+    Write [V] where the person belongs. A LoRA takes a weight after a colon.
+
+        hyperdreambooth generate "a pencil sketch of a [V] face" --lora me.safetensors -o pictures
+        hyperdreambooth generate "a [V] face, oil painting" --lora me.safetensors:0.9 --style oil.safetensors:0.7 --count 4 -o pictures
+    """
+
+    prompts: tyro.conf.Positional[tuple[str, ...]]
+    """What to draw."""
+    output: Output
+    """The folder that gets the pictures and, for several, a grid."""
+    lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """FILE[:WEIGHT]. The first one is the person (a LoRA or a token file), further ones are styles. Can be repeated."""
+    style: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """FILE[:WEIGHT] of a style LoRA, where there is no personal one. Can be repeated."""
+    base: str = "toon"
+    """"toon" (shipped), a directory in diffusers' layout, or a hub id."""
+    overwrite: bool = False
+    """Replace pictures that exist."""
+    config: Annotated[GenerateConfig, Flat] = field(default_factory=GenerateConfig)
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """FILE[:WEIGHT]; a colon of a Windows drive isn't a weight."""
+    file, _, weight = text.rpartition(":")
+    try:
+        return (file, float(weight)) if file else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def run_generate(args: Generate) -> None:
+    hdb = args.machine.open(args.base)
+    config = hdb.generate_config(**changed_fields(args.config))
+    loras = [weighted(text) for text in args.lora]
+    styles = [*loras[1:], *(weighted(text) for text in args.style)]
+    me = hdb.load(loras[0][0]) if loras else None
+    if loras:
+        config = dataclasses.replace(config, strength=config.strength * loras[0][1])
+    files = [args.output / f"{p + 1:02d}-{config.seed + i}.png" for p in range(len(args.prompts)) for i in range(config.count)]
+    for file in files:
+        refuse_existing(file, args.overwrite)
+    with Progress("pictures", len(files)) as progress:
+        images = hdb.generate(args.prompts, me, styles=styles, config=config, on_picture=progress.update)
+    for index, (file, image) in enumerate(zip(files, images, strict=True)):
+        prompt, seed = args.prompts[index // config.count], config.seed + index % config.count
+        photos.save_png(image, file, picture_metadata(hdb, prompt, seed, config, [*loras[:1], *styles]), overwrite=args.overwrite)
+        say(f"{file}: {prompt} (seed {seed})")
+    if len(images) > 1:
+        rows = [images[i : i + config.count] for i in range(0, len(images), config.count)]
+        sheet = photos.grid(rows, list(args.prompts), [f"seed {config.seed + i}" for i in range(config.count)])
+        photos.save_png(sheet, args.output / "grid.png", {"ai_generated": "true"}, overwrite=True)
+        say(f"{args.output / 'grid.png'}: all of them")
+    write_json(args.output / "generate.json", as_json(args))
+
+
+@dataclass
+class Export:
+    """Write a standard LoRA from something else.
+
+    From a token file, from one identity of a pre-optimized table, from a train-light run (its folder), or from a LoRA in
+    the other layout.
+
+        hyperdreambooth export me.tokens -o me.safetensors
+        hyperdreambooth export table --identity alice -o alice.safetensors
+        hyperdreambooth export me.safetensors --format kohya -o me-kohya.safetensors
+    """
+
+    source: tyro.conf.Positional[Path]
+    """A token file, a table's folder, a train-light folder, or a LoRA file."""
+    output: Output
+    """The LoRA file to write."""
+    identity: str | None = None
+    """Which row of a table."""
+    base: str = "toon"
+    """The base that it belongs to."""
+    hypernetwork: str = "auto"
+    """The hypernetwork whose token file it is."""
+    format: formats.Layout = "diffusers"
+    """Layout of the file: diffusers or kohya."""
+    overwrite: bool = False
+    """Replace the output if it exists."""
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+
+
+def run_export(args: Export) -> None:
+    refuse_existing(args.output, args.overwrite)
+    if not args.source.exists():
+        raise InputError(f"{args.source}: no such file or folder.")
+    if not args.source.is_dir():
+        me = args.machine.open(args.base, args.hypernetwork).load(args.source)
+    else:
+        me = _from_table(args)
+    me.save(args.output, layout=args.format, overwrite=args.overwrite)
+    say(f"{args.output}: rank {me.rank}, {len(me.loras)} layers, {args.output.stat().st_size / 1e6:.2f} MB")
+
+
+def _from_table(args: Export) -> Person:
+    file = args.source / "config.json"
+    if not file.is_file():
+        raise InputError(f"{args.source} has no config.json: it is neither a table of `preoptimize` nor a run of `train-light`.")
+    values = json.loads(file.read_text(encoding="utf-8"))
+    hdb = args.machine.open(values["base"], None)
+    config = values["config"]
+    lightweight = LightweightLora(
+        find_targets(hdb.backbone.components, config["targets"] or hdb.backbone.default_targets), LightweightConfig(**config["lightweight"])
+    )
+    table = read_table(args.source, lightweight.fingerprint())
+    name = args.identity or (next(iter(table)) if len(table) == 1 else None)
+    if name not in table:
+        raise InputError(
+            f"{args.source} has {len(table)} identities; name one of them with --identity: {', '.join(list(table)[:8])}{' ...' if len(table) > 8 else ''}"
+        )
+    loras = finish(lightweight(table[name][None]).detach().select(0))
+    return Person(loras, values["base"], hdb.identifier, config["prompt"], tokens=table[name], lightweight=lightweight)
+
+
+@dataclass
+class Mix:
+    """Blend the token files of several people: FILE:WEIGHT each.
+
+    hyperdreambooth mix alice.tokens:0.5 bob.tokens:0.5 -o both.safetensors
+    """
+
+    files: tyro.conf.Positional[tuple[str, ...]]
+    """FILE:WEIGHT of each person."""
+    output: Output
+    """The LoRA file to write."""
+    base: str = "toon"
+    """The base that they belong to."""
+    hypernetwork: str = "auto"
+    """The hypernetwork whose token files they are."""
+    tokens: Path | None = None
+    """Also write the blend as a token file."""
+    overwrite: bool = False
+    """Replace the output if it exists."""
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+
+
+def run_mix(args: Mix) -> None:
+    refuse_existing(args.output, args.overwrite)
+    hdb = args.machine.open(args.base, args.hypernetwork)
+    if hdb.source is None:
+        raise InputError(f"there is no hypernetwork for {args.base}, so there are no token files to mix.")
+    parts = [(formats.read_tokens(file, hdb.source.lightweight), weight) for file, weight in map(weighted, args.files)]
+    tokens = formats.mix_tokens(parts)
+    loras = finish(hdb.source.lightweight(tokens[None]).detach().select(0))
+    me = Person(loras, hdb.base, hdb.identifier, hdb.prompt, tokens=tokens, lightweight=hdb.source.lightweight)
+    me.save(args.output, overwrite=args.overwrite)
+    say(f"{args.output}: {' + '.join(args.files)}")
+    if args.tokens:
+        me.save_tokens(args.tokens, overwrite=args.overwrite)
+        say(str(args.tokens))

@@ -1,0 +1,137 @@
+"""Identities to train on: latents and features are computed once, prompts too where no text encoder is a target."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import photos
+from .backbones import Backbone, Conditioning
+from .checkpoint import read_tensors, save_tensors
+from .encoder import FaceEncoder
+from .errors import InputError
+from .progress import Progress, console
+
+
+class PromptCache:
+    """Prompts -> conditioning. Each distinct prompt is encoded once, unless a text encoder carries a LoRA."""
+
+    def __init__(self, backbone: Backbone, *, live: bool = False):
+        self.backbone, self.live = backbone, live
+        self.known: dict[str, Conditioning] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        if self.live:
+            return self.backbone.encode_prompts(list(prompts))
+        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        if fresh:
+            with torch.no_grad():
+                encoded = self.backbone.encode_prompts(fresh)
+            for index, prompt in enumerate(fresh):
+                self.known[prompt] = {key: value[index] for key, value in encoded.items()}
+        return {key: torch.stack([self.known[prompt][key] for prompt in prompts]) for key in self.known[prompts[0]]}
+
+
+@dataclass
+class IdentityData:
+    """N pictures of some people.
+
+    latents (N, C, h, w); features (N, positions, dim) of an encoder; people (N,) index into `names`; one prompt each;
+    `reference` (N,) says which pictures may stand for their person as the photo.
+    """
+
+    latents: Tensor
+    features: Tensor
+    people: Tensor
+    names: list[str]
+    prompts: list[str]
+    reference: Tensor
+
+    def __post_init__(self) -> None:
+        self.of_person: list[list[int]] = [[] for _ in self.names]
+        for index, person in enumerate(self.people.tolist()):
+            self.of_person[person].append(index)
+
+    def split(self, count: int) -> tuple[IdentityData, IdentityData]:
+        """All but the last `count` people, and those."""
+        last = self.people >= len(self.names) - count
+        if last.all():
+            raise InputError(f"{len(self.names)} identities are too few to keep {count} for validation.")
+        return self._subset(~last, self.names[:-count], 0), self._subset(last, self.names[-count:], len(self.names) - count)
+
+    def _subset(self, keep: Tensor, names: list[str], first: int) -> IdentityData:
+        prompts = [prompt for prompt, kept in zip(self.prompts, keep.tolist(), strict=True) if kept]
+        return IdentityData(self.latents[keep], self.features[keep], self.people[keep] - first, names, prompts, self.reference[keep])
+
+    def pair(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
+        """For each picture another one of the same person, where there is one, to predict from: (B,)."""
+        others = []
+        for index in chosen.tolist():
+            mine = [i for i in self.of_person[int(self.people[index])] if self.reference[i]] or [index]
+            mine = [i for i in mine if i != index] or mine
+            others.append(mine[int(torch.randint(len(mine), (), generator=generator))])
+        return torch.tensor(others)
+
+
+def load_identities(
+    folder: str | Path,
+    backbone: Backbone,
+    encoder: FaceEncoder | None,
+    prompt: str,
+    *,
+    crop: photos.Crop = "center",
+    cache: str | Path | None = None,
+) -> IdentityData:
+    """Reads `identity/picture.png`, or one picture each, and encodes every picture once.
+
+    Broken pictures are named, counted and skipped. With `cache`, latents and features are kept there under a key of
+    the files' names, sizes and dates. Raises InputError for an empty folder.
+    """
+    found = photos.list_identities(folder)
+    files = [(name, file) for name, group in found.items() for file in group]
+    config = f"{getattr(backbone.pipe, 'name_or_path', '')}|{encoder is not None}|{crop}|{backbone.size}"
+    stamp = hashlib.sha256(config.encode())
+    for _, file in files:
+        stat = file.stat()
+        stamp.update(f"{file}|{stat.st_size}|{stat.st_mtime_ns}".encode())
+    stored = Path(cache) / f"identities-{stamp.hexdigest()[:16]}.safetensors" if cache else None
+    if stored and stored.is_file():
+        tensors, _ = read_tensors(stored)
+    else:
+        tensors = _encode(files, backbone, encoder, crop)
+        if stored:
+            save_tensors(stored, tensors)
+    kept = [files[i][0] for i in tensors["kept"].tolist()]
+    names = list(dict.fromkeys(kept))
+    people = torch.tensor([names.index(name) for name in kept])
+    return IdentityData(
+        tensors["latents"], tensors["features"], people, names, [prompt] * len(kept), torch.ones(len(kept), dtype=torch.bool)
+    )
+
+
+def _encode(files: list[tuple[str, Path]], backbone: Backbone, encoder: FaceEncoder | None, crop: photos.Crop) -> dict[str, Tensor]:
+    latents, features, kept, skipped = [], [], [], []
+    with Progress("encoding pictures", len(files)) as progress, torch.no_grad():
+        for index, (_, file) in enumerate(files):
+            try:
+                image, _ = photos.prepare(file, backbone.size, crop)
+            except InputError as error:
+                skipped.append(str(error))
+                continue
+            pixels = photos.to_tensor([image])
+            latents.append(backbone.encode_images(pixels).cpu())
+            features.append(encoder(pixels.to(next(encoder.parameters()).device)).cpu() if encoder else torch.zeros(1, 0, 0))
+            kept.append(index)
+            progress.update(index + 1)
+    for message in skipped:
+        console.print(f"skipped: {message}", highlight=False)
+    if skipped:
+        console.print(f"{len(skipped)} of {len(files)} pictures were skipped.", highlight=False)
+    if not kept:
+        raise InputError(f"none of the {len(files)} pictures could be read; the first: {skipped[0]}")
+    return {"latents": torch.cat(latents), "features": torch.cat(features), "kept": torch.tensor(kept)}

@@ -1,0 +1,67 @@
+"""The embedded world's judges, used only to measure: a recogniser of identities and a classifier of contexts.
+
+They share no weights, seed or architecture with the encoder that predicts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import read_tensors, save_tensors, write_json
+from ..errors import InputError
+
+
+class Judge(nn.Module):
+    """A small ConvNeXt V2 with linear heads on its pooled features: pictures (N, 3, H, W) in -1..1 -> logits a head.
+
+    `heads` maps a name to the names of its outputs; a recogniser has one head, "identity", whose outputs have no names.
+    """
+
+    def __init__(self, backbone: dict[str, Any], heads: dict[str, list[str]]):
+        super().__init__()
+        from transformers import ConvNextV2Config, ConvNextV2Model
+
+        self.spec = {"backbone": backbone, "heads": heads}
+        self.backbone = ConvNextV2Model(ConvNextV2Config(**backbone))
+        width = backbone["hidden_sizes"][-1]
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(outputs)) for name, outputs in heads.items()})
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        pooled = self.backbone(pixel_values=pixels).pooler_output
+        return {name: head(pooled) for name, head in self.heads.items()}
+
+    @torch.no_grad()
+    def embed(self, pixels: Tensor, batch: int = 256) -> Tensor:
+        """Unit vectors (N, dim) whose dot product says how alike two people are."""
+        parts = [nn.functional.normalize(self(chunk)["identity"], dim=-1) for chunk in pixels.split(batch)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def classify(self, pixels: Tensor, batch: int = 256) -> list[dict[str, str]]:
+        """The context of each picture: {"style": "sketch", "background": "white", ...}."""
+        found: list[dict[str, str]] = []
+        for chunk in pixels.split(batch):
+            best = {name: logits.argmax(-1).tolist() for name, logits in self(chunk).items()}
+            found += [{name: self.spec["heads"][name][best[name][i]] for name in best} for i in range(len(chunk))]
+        return found
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """config.json and model.safetensors (fp16)."""
+        write_json(Path(folder) / "config.json", self.spec)
+        save_tensors(Path(folder) / "model.safetensors", {name: value.half() for name, value in self.state_dict().items()})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Judge:
+        file = Path(folder) / "config.json"
+        if not file.is_file():
+            raise InputError(f"{folder} has no config.json, so it isn't a judge.")
+        spec = json.loads(file.read_text(encoding="utf-8"))
+        judge = cls(spec["backbone"], spec["heads"])
+        tensors, _ = read_tensors(Path(folder) / "model.safetensors")
+        judge.load_state_dict({name: value.float() for name, value in tensors.items()})
+        return judge.eval().requires_grad_(False)

@@ -1,0 +1,62 @@
+"""Features -> tokens, refined over passes (paper, section 4.2). torch only.
+
+    tokens = start;  repeat: tokens = tokens + head(decoder(layer_embedding + embed(tokens), features))
+
+Every target layer is one query of a transformer decoder that attends to the features. The head of the up part starts
+at zero, so an untrained hypernetwork predicts no update at all, yet has gradients (the down part starts random).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class HyperNetworkConfig:
+    """Size of the decoder."""
+
+    dim: int = 256
+    """Width of the decoder."""
+    blocks: int = 3
+    """Decoder blocks, shared by all passes."""
+    heads: int = 4
+    """Attention heads."""
+    passes: int = 2
+    """Refinements of the tokens (the paper's iterative prediction, k)."""
+
+
+class HyperNetwork(nn.Module):
+    """Features (B, positions, feature_dim) -> tokens (B, layers, width).
+
+    `start` are the tokens (layers, width) before the first pass; they are learnt, and shared by all identities.
+    """
+
+    def __init__(self, start: Tensor, down_width: int, feature_dim: int, config: HyperNetworkConfig):
+        super().__init__()
+        layers, width = start.shape
+        self.config = config
+        self.start = nn.Parameter(start.clone())
+        with torch.random.fork_rng(devices=[]):  # building a module must not move the global generator
+            torch.manual_seed(0)
+            self.features = nn.Sequential(nn.LayerNorm(feature_dim), nn.Linear(feature_dim, config.dim))
+            self.layers = nn.Parameter(torch.randn(layers, config.dim) * 0.02)
+            self.embed = nn.Linear(width, config.dim)
+            block = nn.TransformerDecoderLayer(
+                config.dim, config.heads, 2 * config.dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            self.decoder = nn.TransformerDecoder(block, config.blocks, norm=nn.LayerNorm(config.dim))
+            # a head for each layer: what a direction means differs from layer to layer
+            self.head = nn.Parameter(torch.randn(layers, config.dim, width) * 0.02 / config.dim**0.5)
+        with torch.no_grad():
+            self.head[:, :, down_width:] = 0
+
+    def forward(self, features: Tensor) -> Tensor:
+        memory = self.features(features)
+        tokens = self.start.expand(len(features), -1, -1)
+        for _ in range(self.config.passes):
+            hidden = self.decoder(self.layers + self.embed(tokens), memory)
+            tokens = tokens + torch.einsum("bld,ldw->blw", hidden, self.head)
+        return tokens

@@ -1,0 +1,122 @@
+"""A trained hypernetwork on disk: config.json, model.safetensors, and the encoder as transformers reads it.
+
+Frozen aux matrices aren't stored: they follow from the recipe in config.json. Learnt ones are in model.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .backbones import Backbone
+from .checkpoint import read_tensors, save_tensors, write_json
+from .encoder import FaceEncoder
+from .errors import InputError
+from .hypernetwork import HyperNetwork, HyperNetworkConfig
+from .lightweight import LightweightConfig, LightweightLora
+from .lora import Shape, find_targets
+from .sources import PredictedLora
+
+FORMAT = 1
+
+
+@dataclass
+class HyperNetworkInfo:
+    """What a hypernetwork was trained for; travels with it as config.json."""
+
+    base: str
+    """The base it predicts for."""
+    targets: dict[str, list[int]]
+    """Layer path -> [inputs, outputs]."""
+    lightweight: dict[str, Any]
+    hypernetwork: dict[str, Any]
+    mode: str = "pro"
+    prompt: str = "a [V] face"
+    """The prompt that names the person."""
+    personalize: dict[str, Any] = field(default_factory=dict)
+    """Defaults of the fine-tuning that suit this base (chosen on validation)."""
+    generate: dict[str, Any] = field(default_factory=dict)
+    """Defaults of generation that suit this base."""
+    trained: dict[str, Any] = field(default_factory=dict)
+    """How it was trained, and what it reached on validation."""
+    format: int = FORMAT
+
+
+def build(targets: dict[str, Shape], encoder: FaceEncoder, lightweight: LightweightConfig, config: HyperNetworkConfig) -> PredictedLora:
+    """An untrained hypernetwork: it predicts no update at all."""
+    tokens = LightweightLora(targets, lightweight)
+    return PredictedLora(encoder, HyperNetwork(tokens.start(), lightweight.rank * lightweight.down_dim, encoder.dim, config), tokens)
+
+
+def save_hypernetwork(folder: str | Path, source: PredictedLora, info: HyperNetworkInfo, dtype: torch.dtype = torch.float16) -> Path:
+    """Writes `folder`; the config comes last, so that a folder with one is whole."""
+    folder = Path(folder)
+    tensors = {name: value.to(dtype) for name, value in source.state_dict().items() if not name.startswith("encoder.")}
+    source.encoder.save_pretrained(folder / "encoder")
+    save_tensors(folder / "model.safetensors", tensors)
+    return write_json(folder / "config.json", asdict(info))
+
+
+def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> tuple[PredictedLora, HyperNetworkInfo]:
+    """Reads a folder or a hub id; with `backbone`, checks that its layers are the ones that were trained for.
+
+    Raises InputError where it is no hypernetwork, of a newer format, or for another base.
+    """
+    folder = _local(folder)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder} has no config.json, so it isn't a hypernetwork. `train-hypernetwork` makes one.")
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if "hypernetwork" not in values or values.get("format", 0) > FORMAT:
+        raise InputError(f"{file} isn't a hypernetwork of format {FORMAT} or older.")
+    info = HyperNetworkInfo(**values)
+    targets = {path: Shape(*shape) for path, shape in info.targets.items()}
+    if backbone is not None:
+        check_targets(targets, backbone, str(folder))
+    source = build(
+        targets,
+        FaceEncoder.from_pretrained(folder / "encoder"),
+        LightweightConfig(**info.lightweight),
+        HyperNetworkConfig(**info.hypernetwork),
+    )
+    tensors, _ = read_tensors(folder / "model.safetensors")
+    missing, unexpected = source.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
+    wrong = [name for name in [*missing, *unexpected] if not name.startswith("encoder.")]
+    if wrong:
+        raise InputError(f"{folder}/model.safetensors doesn't fit its config.json: {wrong[0]} and {len(wrong) - 1} more.")
+    return source.eval(), info
+
+
+def check_targets(targets: dict[str, Shape], backbone: Backbone, name: str) -> None:
+    """Raises InputError unless `backbone` has every layer, in the same size."""
+    from .lora import canonical_modules
+
+    modules = canonical_modules(backbone.components)
+    absent = [path for path in targets if path not in modules]
+    if absent:
+        raise InputError(
+            f"{name} was made for another base: {absent[0]} and {len(absent) - 1} more of its {len(targets)} layers aren't in this one."
+        )
+    for path, shape in find_targets(backbone.components, list(targets)).items():
+        if shape != targets[path]:
+            raise InputError(
+                f"{name} was made for another base: {path} is {targets[path].inputs} x {targets[path].outputs} there and {shape.inputs} x {shape.outputs} here."
+            )
+
+
+def _local(folder: str | Path) -> Path:
+    if Path(folder).exists() or str(folder).count("/") != 1:
+        return Path(folder)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{folder} is neither a folder nor a model on the hub that can be reached: {str(error).splitlines()[0]}"
+        ) from error

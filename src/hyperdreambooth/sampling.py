@@ -1,0 +1,94 @@
+"""From noise to latents: diffusers' schedulers, our guidance.
+
+Identity guidance takes the base *without* the personal LoRA as the unconditional branch. With prompt scale g and
+identity scale i the prediction is
+
+    (1 - g) e(empty, base) + (g - i) e(prompt, base) + i e(prompt, person)
+
+so g pushes along the prompt, i along the person, and a branch whose weight is zero isn't computed: g = i and g = 1
+cost two branches, as plain guidance does. Plain guidance, (1 - g) e(empty, person) + g e(prompt, person), keeps the LoRA in
+both branches; it strengthens the prompt alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from .backbones import Backbone, Conditioning
+from .errors import InputError
+from .lora import LoraSet, applied
+
+
+def make_scheduler(pipe: Any, name: str | None = None) -> Any:
+    """A fresh scheduler: the base's own, or one of diffusers' by class name, with the base's noise schedule.
+
+    Raises InputError for a name that diffusers doesn't know or that can't run this base.
+    """
+    kind: Any = type(pipe.scheduler) if name is None else getattr(diffusers, name, None)
+    if kind is None or not hasattr(kind, "from_config"):
+        raise InputError(
+            f"{name} is no scheduler of diffusers. Usual ones: DPMSolverMultistepScheduler, DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler."
+        )
+    try:
+        return kind.from_config(pipe.scheduler.config)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise InputError(f"{name} can't run this base: {error}") from error
+
+
+def branches(guidance: float, identity: float | None) -> list[tuple[float, bool, bool]]:
+    """The predictions to mix: (weight, with prompt, with person). Zero weights are left out."""
+    if identity is None:
+        mix = [(1 - guidance, False, True), (guidance, True, True)]
+    else:
+        mix = [(1 - guidance, False, False), (guidance - identity, True, False), (identity, True, True)]
+    return [branch for branch in mix if abs(branch[0]) > 1e-9]
+
+
+@torch.no_grad()
+def sample(
+    backbone: Backbone,
+    prompts: Conditioning,
+    negative: Conditioning,
+    noise: Tensor,
+    *,
+    personal: LoraSet | None = None,
+    styles: LoraSet | None = None,
+    steps: int = 20,
+    guidance: float = 3.0,
+    identity_guidance: float | None = None,
+    scheduler: str | None = None,
+    generator: torch.Generator | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Denoises `noise` (B, C, h, w) into latents of the same shape.
+
+    Args:
+        prompts, negative: conditioning of B samples each.
+        personal: one person's LoRA, or B of them; in every branch "with person".
+        styles: LoRAs that stay in every branch; shared by the batch.
+        identity_guidance: the scale i above; None is plain guidance.
+        on_step: called after each step with its number.
+    """
+    schedule = make_scheduler(backbone.pipe, scheduler)
+    schedule.set_timesteps(steps, device=noise.device)
+    mix = branches(guidance, identity_guidance if personal else None)
+    count = len(noise)
+    conditioning = {key: torch.cat([(prompts if prompted else negative)[key] for _, prompted, _ in mix]) for key in prompts}
+    person = torch.tensor([float(who) for _, _, who in mix], device=noise.device).repeat_interleave(count)
+    weights = torch.tensor([weight for weight, _, _ in mix], device=noise.device, dtype=noise.dtype).reshape(-1, 1, 1, 1, 1)
+    latents = noise * schedule.init_noise_sigma
+    extra = {"generator": generator} if "generator" in schedule.step.__code__.co_varnames else {}
+    with applied(backbone.components, styles or {}), applied(backbone.components, personal or {}, person if personal else None):
+        for number, timestep in enumerate(schedule.timesteps):
+            tiled = schedule.scale_model_input(latents.repeat(len(mix), 1, 1, 1), timestep)
+            predicted = backbone.predict(tiled, timestep.expand(len(tiled)), conditioning)
+            mixed = (predicted.unflatten(0, (len(mix), count)) * weights).sum(0)
+            latents = schedule.step(mixed, timestep, latents, **extra, return_dict=False)[0]
+            if on_step:
+                on_step(number + 1)
+    return latents

@@ -1,0 +1,93 @@
+"""Where a LoRA comes from while it is trained: three modules, `forward(batch) -> LoraSet`.
+
+`parameters()` is what is trained, `state_dict()` what is saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .encoder import FaceEncoder
+from .hypernetwork import HyperNetwork
+from .lightweight import LightweightLora, orthonormal
+from .lora import Lora, LoraSet, Shape
+
+
+class IdentityTable(nn.Module):
+    """One row of tokens for each identity; all start from the same tokens. Rows (B,) -> LoraSet of B updates."""
+
+    def __init__(self, count: int, lightweight: LightweightLora):
+        super().__init__()
+        self.lightweight = lightweight
+        self.tokens = nn.Parameter(lightweight.start().expand(count, -1, -1).clone())
+
+    def forward(self, rows: Tensor) -> LoraSet:
+        loras: LoraSet = self.lightweight(self.tokens[rows])
+        return loras
+
+
+class PredictedLora(nn.Module):
+    """Features of a photo (B, positions, dim), or photos (B, 3, H, W) in -1..1 -> LoraSet of B updates."""
+
+    def __init__(self, encoder: FaceEncoder, hypernetwork: HyperNetwork, lightweight: LightweightLora):
+        super().__init__()
+        self.encoder, self.hypernetwork, self.lightweight = encoder, hypernetwork, lightweight
+
+    def tokens(self, photos: Tensor) -> Tensor:
+        """Photos or their features -> tokens (B, layers, width)."""
+        predicted: Tensor = self.hypernetwork(self.encoder(photos) if photos.ndim == 4 else photos)
+        return predicted
+
+    def forward(self, photos: Tensor) -> LoraSet:
+        loras: LoraSet = self.lightweight(self.tokens(photos))
+        return loras
+
+
+class RelaxedLora(nn.Module):
+    """Rank relaxation (paper, section 4.3): a predicted update beside a trainable one of higher rank.
+
+    order="residual": predicted (frozen) + residual of rank r (down random, up zero); the residual is trained.
+    order="merged": both are merged first and all of it is trained, the zero directions being the fresh rank.
+    Without a prediction (`predicted=None`, `targets` given) the residual is an ordinary LoRA from scratch.
+    """
+
+    def __init__(
+        self,
+        predicted: LoraSet | None,
+        rank: int,
+        *,
+        targets: Mapping[str, Shape] | None = None,
+        order: Literal["residual", "merged"] = "residual",
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.predicted = predicted.detach() if predicted is not None else None
+        if predicted is not None:
+            targets = {path: Shape(lora.down.shape[-1], lora.up.shape[-2]) for path, lora in predicted.items()}
+        if not targets:
+            raise ValueError("neither a prediction nor targets")
+        self.paths, self.order = list(targets), order
+        self.downs, self.ups = nn.ParameterList(), nn.ParameterList()
+        for path, shape in targets.items():
+            rows = min(rank, shape.inputs)
+            down = orthonormal(rows, shape.inputs, f"{seed}/{path}/residual") * math.sqrt(1 / 3)  # the scale of torch's Linear
+            fresh = Lora(down, torch.zeros(shape.outputs, rows))
+            if self.predicted is not None:
+                reference = self.predicted[path]
+                batch = reference.down.shape[:-2]
+                fresh = Lora(
+                    fresh.down.to(reference.down.device).expand(*batch, -1, -1), fresh.up.to(reference.up.device).expand(*batch, -1, -1)
+                )
+                if order == "merged":
+                    fresh = reference + fresh
+            self.downs.append(nn.Parameter(fresh.down.clone()))
+            self.ups.append(nn.Parameter(fresh.up.clone()))
+
+    def forward(self, batch: object = None) -> LoraSet:
+        trained = LoraSet({path: Lora(down, up) for path, down, up in zip(self.paths, self.downs, self.ups, strict=True)})
+        return trained if self.predicted is None or self.order == "merged" else self.predicted + trained

@@ -1,0 +1,120 @@
+"""Prompts and a person -> pictures, with style LoRAs beside the personal one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..backbones import Backbone
+from ..data import PromptCache
+from ..errors import InputError
+from ..lora import LoraSet
+from ..sampling import sample
+
+
+@dataclass
+class GenerateConfig:
+    """How pictures are made."""
+
+    negative: str = ""
+    """Negative prompt."""
+    steps: int = 20
+    """Denoising steps."""
+    guidance: float = 3.0
+    """Prompt guidance scale; 1 is none."""
+    identity_guidance: float | None = None
+    """Identity guidance scale: the base without the personal LoRA as the unconditional branch. Unset: plain guidance."""
+    strength: float = 1.0
+    """Weight of the personal LoRA."""
+    scheduler: str | None = None
+    """A scheduler of diffusers by class name, such as EulerDiscreteScheduler. Default: the base's own."""
+    width: int | None = None
+    """Width in pixels. Default: the base's own."""
+    height: int | None = None
+    """Height in pixels. Default: the base's own."""
+    seed: int = 0
+    """The first picture's seed; the next ones count up."""
+    count: int = 1
+    """Pictures a prompt."""
+    batch: int = 8
+    """Pictures that are denoised side by side."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.count < 1 or self.batch < 1:
+            raise InputError(f"steps, count and batch must be at least 1, not {self.steps}, {self.count} and {self.batch}.")
+
+
+def noise_for(backbone: Backbone, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
+    """Initial noise (B, C, h, w), one seed each: a picture depends on its own seed, never on the batch."""
+    shape = backbone.latent_shape(height, width)
+    device = next(backbone.components.parameters()).device
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+
+
+def generate(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    config: GenerateConfig,
+    *,
+    personal: LoraSet | None = None,
+    styles: LoraSet | None = None,
+    on_picture: Callable[[int], None] | None = None,
+) -> Tensor:
+    """One picture for each (prompt, seed): (N, 3, H, W) in -1..1.
+
+    Args:
+        personal: one person's LoRA, or a batch of N, one for each picture.
+        styles: the sum of any style LoRAs.
+        on_picture: called with the number of pictures done.
+
+    Raises InputError where width or height don't fit the base.
+    """
+    unit = 8 * int(backbone.pipe.vae_scale_factor) // 8
+    for name, value in (("width", config.width), ("height", config.height)):
+        if value is not None and (value < unit or value % unit):
+            raise InputError(f"{name} must be a multiple of {unit} for this base, not {value}.")
+    cache = PromptCache(backbone, live=False)
+    text = {path.split(".")[0] for path in [*(personal or {}), *(styles or {})]} & set(backbone.text_components)
+    pictures = []
+    for start in range(0, len(prompts), config.batch):
+        part = slice(start, start + config.batch)
+        mine = personal.map(lambda tensor, part=part: tensor[part] if tensor.ndim == 3 else tensor) if personal else None  # type: ignore[misc]
+        wanted = list(prompts[part])
+        noise = noise_for(backbone, seeds[part], config.height, config.width)
+        scaled = mine.scaled(config.strength) if mine else None
+        conditioning, negative = cache(wanted), cache([config.negative] * len(wanted))
+        if text:  # a LoRA on the text encoder belongs to the prompt's branch and, under plain guidance, to the negative one
+            conditioning = encode_under(backbone, wanted, (scaled or LoraSet()) + (styles or LoraSet()))
+            base = styles if config.identity_guidance is not None and personal else (scaled or LoraSet()) + (styles or LoraSet())
+            negative = encode_under(backbone, [config.negative] * len(wanted), base or LoraSet())
+        latents = sample(
+            backbone,
+            conditioning,
+            negative,
+            noise,
+            personal=scaled,
+            styles=styles,
+            steps=config.steps,
+            guidance=config.guidance,
+            identity_guidance=config.identity_guidance,
+            scheduler=config.scheduler,
+            generator=torch.Generator().manual_seed(seeds[start]),
+        )
+        pictures.append(backbone.decode_images(latents).cpu())
+        if on_picture:
+            on_picture(start + len(wanted))
+    return torch.cat(pictures)
+
+
+@torch.no_grad()
+def encode_under(backbone: Backbone, prompts: list[str], loras: LoraSet) -> dict[str, Tensor]:
+    """Conditioning of prompts while the text encoders carry `loras`."""
+    from ..lora import applied
+
+    mine = LoraSet({path: lora for path, lora in loras.items() if path.split(".")[0] in backbone.text_components})
+    with applied(backbone.components, mine):
+        return backbone.encode_prompts(prompts)

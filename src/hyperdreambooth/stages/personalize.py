@@ -1,0 +1,88 @@
+"""Photo -> hypernetwork -> rank-relaxed fine-tuning -> one standard LoRA (paper, section 4.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..backbones import Backbone
+from ..errors import InputError
+from ..lora import LoraSet, Shape, compress
+from ..objectives import NoiseLevels
+from ..sources import RelaxedLora
+from ..training import TrainingConfig, TrainingReport, fit
+from .subject import Subject, make_step, prior_latents
+
+
+@dataclass
+class PersonalizeConfig:
+    """Rank-relaxed fast fine-tuning."""
+
+    steps: int | None = None
+    """Fine-tuning steps. 0 stops at the prediction. Default: the hypernetwork's own (25), or 300 from scratch."""
+    rank: int = 4
+    """Rank of the residual that is trained beside the prediction."""
+    order: Literal["residual", "merged"] = "residual"
+    """residual: the prediction stays frozen, a residual is trained (the paper). merged: all of it is trained."""
+    learning_rate: float = 1e-3
+    """Peak learning rate; constant, then it falls over the last fifth."""
+    copies: int = 4
+    """Noised copies of the photo in every step."""
+    levels: NoiseLevels = field(default_factory=NoiseLevels)
+    """Where noise levels are drawn from: high ones ask who it is."""
+    prior_pictures: int = 0
+    """Prior preservation: pictures of the class that the base generates first. 0: none."""
+    prior_weight: float = 1.0
+    """Weight of the prior loss."""
+    seed: int = 0
+    """Noise and the residual's start follow from this number."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.copies < 1 or (self.steps is not None and self.steps < 0):
+            raise InputError(f"rank and copies must be at least 1 and steps at least 0, not {self.rank}, {self.copies} and {self.steps}.")
+
+
+def personalize(
+    backbone: Backbone,
+    subject: Subject,
+    predicted: LoraSet | None,
+    config: PersonalizeConfig,
+    *,
+    targets: dict[str, Shape] | None = None,
+    directory: str | Path | None = None,
+    quiet: bool = False,
+) -> tuple[LoraSet, TrainingReport]:
+    """Fine-tunes P people at once: (P updates, report). Without `predicted`, from scratch on `targets`.
+
+    Args:
+        predicted: the hypernetwork's updates of the P people, batched.
+        directory: where an interrupted fine-tuning resumes from; None keeps nothing.
+    """
+    steps = config.steps if config.steps is not None else (25 if predicted is not None else 300)
+    if steps == 0:
+        if predicted is None:
+            raise InputError("0 steps without a hypernetwork leave nothing: give --steps, or a hypernetwork.")
+        return predicted.detach(), TrainingReport(finished=True)
+    if config.prior_pictures and subject.prior is None:
+        subject.prior = prior_latents(backbone, subject.prior_prompt, config.prior_pictures, config.seed)
+        subject.prior_weight = config.prior_weight
+    source = RelaxedLora(predicted, config.rank, targets=targets, order=config.order, seed=config.seed).to(subject.latents.device)
+    paths = predicted or targets or {}
+    step, batches = make_step(backbone, subject, config.levels, config.copies, live_text=trains_text(paths, backbone), seed=config.seed)
+    # no clipping: its norm would run over all people of a batch
+    training = TrainingConfig(
+        steps=steps, learning_rate=config.learning_rate, cooldown=0.2, max_grad_norm=0.0, seed=config.seed, log_every=max(1, steps // 10)
+    )
+    report = fit(step, source, batches, training, directory=directory, device=subject.latents.device, name="fine-tuning", quiet=quiet)
+    return source().detach(), report
+
+
+def trains_text(paths: object, backbone: Backbone) -> bool:
+    """Whether any layer of a text encoder is a target: then prompts can't be cached."""
+    return any(str(path).split(".")[0] in backbone.text_components for path in paths)  # type: ignore[attr-defined]
+
+
+def finish(loras: LoraSet) -> LoraSet:
+    """One person's update, merged and decomposed exactly, ready for export."""
+    return LoraSet({path: compress(lora) for path, lora in loras.items()})

@@ -1,0 +1,126 @@
+"""Weight pre-optimization (paper, section 4.2): tokens for every identity of a data set.
+
+A chunk of identities shares a batch, each sample with its own tokens. A chunk is trained to the end and written,
+row by row, before the next begins: no optimizer ever moves a row whose identity isn't in the batch. All identities see
+the same noise and time steps and start from the same tokens, so that their rows can be compared.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..backbones import Backbone
+from ..checkpoint import read_tensors, save_tensors
+from ..data import IdentityData
+from ..errors import InputError
+from ..lightweight import LightweightConfig, LightweightLora
+from ..lora import find_targets
+from ..objectives import NoiseLevels
+from ..progress import Progress
+from ..sources import IdentityTable
+from ..training import TrainingConfig, fit
+from .personalize import trains_text
+from .subject import Subject, make_step
+
+
+@dataclass
+class PreoptimizeConfig:
+    """Pre-optimization of many identities."""
+
+    prompt: str = "a [V] face"
+    """The prompt that names a person."""
+    targets: tuple[str, ...] = ()
+    """Glob patterns of layers; default: the base's own."""
+    lightweight: LightweightConfig = field(default_factory=LightweightConfig)
+    """Token size. The aux matrices are frozen here."""
+    levels: NoiseLevels = field(default_factory=NoiseLevels)
+    """Where noise levels are drawn from."""
+    chunk: int = 16
+    """Identities trained side by side."""
+    copies: int = 4
+    """Noised pictures of each identity in every step."""
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=300, learning_rate=5e-3, max_grad_norm=0.0))
+    """The loop of one chunk."""
+
+    def __post_init__(self) -> None:
+        if self.lightweight.learnable:
+            raise InputError(
+                "pre-optimization needs frozen aux matrices: learnable ones would be shared by rows that are trained one after another."
+            )
+        if self.chunk < 1:
+            raise InputError(f"chunk must be at least 1, not {self.chunk}.")
+
+
+def preoptimize(
+    backbone: Backbone,
+    data: IdentityData,
+    config: PreoptimizeConfig,
+    output: str | Path,
+    *,
+    on_row: Callable[[str, Tensor], None] | None = None,
+    minutes: float | None = None,
+) -> dict[str, Tensor]:
+    """Tokens (layers, width) by identity; one file a row in `output`/rows. Rows that are there are kept.
+
+    Survives a kill at any moment: a row is whole or absent, and an unfinished chunk resumes from its checkpoint.
+    """
+    import time
+
+    rows = Path(output) / "rows"
+    targets = find_targets(backbone.components, config.targets or backbone.default_targets)
+    lightweight = LightweightLora(targets, config.lightweight)
+    fingerprint = lightweight.fingerprint()
+    table = read_table(output, fingerprint) if rows.is_dir() else {}
+    todo = [index for index, name in enumerate(data.names) if name not in table]
+    deadline = time.monotonic() + 60 * minutes if minutes is not None else None
+    with Progress("identities", len(data.names), len(table)) as progress:
+        for start in range(0, len(todo), config.chunk):
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            chunk = todo[start : start + config.chunk]
+            state = Path(output) / "chunk" / f"{chunk[0]}-{chunk[-1]}"
+            tokens = _train_chunk(backbone, data, chunk, lightweight, config, state)
+            for index, row in zip(chunk, tokens, strict=True):
+                name = data.names[index]
+                save_tensors(rows / f"{name}.safetensors", {"tokens": row}, {"fingerprint": fingerprint, "identity": name})
+                table[name] = row
+                if on_row:
+                    on_row(name, row)
+            shutil.rmtree(state, ignore_errors=True)
+            progress.update(len(table))
+    return table
+
+
+def _train_chunk(
+    backbone: Backbone, data: IdentityData, chunk: list[int], lightweight: LightweightLora, config: PreoptimizeConfig, state: Path
+) -> Tensor:
+    # people with fewer pictures see theirs more often
+    most = max(len(data.of_person[person]) for person in chunk)
+    latents = torch.stack([torch.stack([data.latents[data.of_person[p][i % len(data.of_person[p])]] for i in range(most)]) for p in chunk])
+    device = next(backbone.components.parameters()).device
+    subject = Subject(latents.to(device).float(), config.prompt)
+    source = IdentityTable(len(chunk), lightweight).to(device)
+    step, batches = make_step(
+        backbone, subject, config.levels, config.copies, live_text=trains_text(lightweight.targets, backbone), seed=config.training.seed
+    )
+    fit(step, source, batches, config.training, directory=state, device=device, name="chunk", quiet=True)
+    return source.tokens.detach().cpu()
+
+
+def read_table(folder: str | Path, fingerprint: str) -> dict[str, Tensor]:
+    """The rows of a pre-optimized table: identity -> tokens (layers, width). Refuses rows of another fingerprint."""
+    table = {}
+    for file in sorted((Path(folder) / "rows").glob("*.safetensors")):
+        tensors, header = read_tensors(file)
+        if header.get("fingerprint") != fingerprint:
+            raise InputError(
+                f"{file} was pre-optimized for other targets, token sizes or aux seed (fingerprint {header.get('fingerprint')}, here {fingerprint}). Use its config, or another folder."
+            )
+        table[header["identity"]] = tensors["tokens"]
+    return table

@@ -1,0 +1,186 @@
+"""Hypernetwork training (paper, section 4.2), pro or faithful.
+
+pro: learnable aux matrices, denoising loss, and a penalty on the update's norm (never on raw tokens: (token / s, aux * s)
+is the same update). faithful: frozen aux matrices, denoising loss and a weight loss against pre-optimized tokens, for
+the identities that have a row.
+
+The denoising loss alone hardly moves. Watch the *identity gain*: the loss with a stranger's photo minus the loss with
+one's own, same noise, same pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones import Backbone
+from ..data import IdentityData, PromptCache
+from ..encoder import FaceEncoder
+from ..errors import InputError
+from ..hypernetwork import HyperNetworkConfig
+from ..lightweight import LightweightConfig
+from ..lora import applied, find_targets, update_norms
+from ..objectives import NoiseLevels, denoising, weight_loss
+from ..pretrained import build
+from ..sources import PredictedLora
+from ..training import TrainingConfig, TrainingReport, fit
+from .personalize import trains_text
+
+
+@dataclass
+class TrainHypernetworkConfig:
+    """Training of a hypernetwork."""
+
+    mode: Literal["pro", "faithful"] = "pro"
+    """pro: learnable aux, no table needed. faithful: frozen aux and a weight loss against a table."""
+    prompt: str = "a [V] face"
+    """The prompt that names a person."""
+    targets: tuple[str, ...] = ()
+    """Glob patterns of layers; default: the base's own."""
+    lightweight: LightweightConfig = field(default_factory=LightweightConfig)
+    """Token size."""
+    hypernetwork: HyperNetworkConfig = field(default_factory=HyperNetworkConfig)
+    """Decoder size."""
+    levels: NoiseLevels = field(default_factory=NoiseLevels)
+    """Where noise levels are drawn from. Low noise shows who it is without the tokens' help: keep the mean high."""
+    batch: int = 16
+    """Pictures in every step."""
+    penalty: float = 1e-5
+    """pro: weight of the update's mean squared Frobenius norm a layer."""
+    weight_loss: float = 1e-2
+    """faithful: weight of the squared Frobenius distance between predicted and pre-optimized updates, a mean over layers."""
+    aux_scale: float = 2.0
+    """pro: the aux matrices' learning rate over the decoder's."""
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=20_000, learning_rate=1e-3, warmup=100, average=0.998, validate_every=500)
+    )
+    """The loop."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("pro", "faithful"):
+            raise InputError(f"mode must be pro or faithful, not {self.mode}.")
+        if self.lightweight.learnable != (self.mode == "pro"):
+            self.lightweight = LightweightConfig(**{**self.lightweight.__dict__, "learnable": self.mode == "pro"})
+
+
+@dataclass
+class Batch:
+    """B pictures to denoise, the features to predict from, and, where there is one, the row of the table."""
+
+    latents: Tensor
+    features: Tensor
+    prompts: list[str]
+    rows: Tensor | None
+    has_row: Tensor | None
+
+
+def train_hypernetwork(
+    backbone: Backbone,
+    encoder: FaceEncoder,
+    data: IdentityData,
+    config: TrainHypernetworkConfig,
+    *,
+    directory: str | Path | None = None,
+    validation: IdentityData | None = None,
+    table: dict[str, Tensor] | None = None,
+    minutes: float | None = None,
+) -> tuple[PredictedLora, TrainingReport]:
+    """Trains and returns the source (averaged weights in place where the training finished)."""
+    if config.mode == "faithful" and not table:
+        raise InputError("the faithful mode needs a table of pre-optimized tokens: run `preoptimize` first, or take mode pro.")
+    targets = find_targets(backbone.components, config.targets or backbone.default_targets)
+    device = next(backbone.components.parameters()).device
+    source = build(targets, encoder, config.lightweight, config.hypernetwork).to(device)
+    prompts = PromptCache(backbone, live=trains_text(targets, backbone))
+    rows = has_row = None
+    if config.mode == "faithful" and table:
+        empty = torch.zeros(source.lightweight.token_shape)
+        rows = torch.stack([table.get(name, empty) for name in data.names])
+        has_row = torch.tensor([name in table for name in data.names])
+
+    def batches(index: int) -> Batch:
+        generator = torch.Generator().manual_seed(config.training.seed * 1_000_003 + index)
+        chosen = torch.randint(len(data.people), (config.batch,), generator=generator)
+        people = data.people[chosen]
+        return Batch(
+            data.latents[chosen].to(device).float(),
+            data.features[data.pair(chosen, generator)].to(device).float(),
+            [data.prompts[i] for i in chosen.tolist()],
+            rows[people].to(device) if rows is not None else None,
+            has_row[people].to(device) if has_row is not None else None,
+        )
+
+    @contextmanager
+    def step(model: nn.Module, batch: Batch, generator: torch.Generator) -> Iterator[Tensor]:
+        levels = config.levels.draw(len(batch.latents), generator)
+        loras = model(batch.features)
+        with applied(backbone.components, loras):
+            losses = denoising(backbone, batch.latents, prompts(batch.prompts), levels, generator)
+            if config.mode == "pro":
+                losses = losses + config.penalty * update_norms(loras) / len(loras)
+            elif batch.rows is not None and batch.has_row is not None:
+                losses = losses + config.weight_loss * batch.has_row * weight_loss(loras, source.lightweight(batch.rows))
+            yield losses
+
+    gain = IdentityGain(backbone, validation, config.levels, prompts) if validation else None
+    aux = [p for p in source.lightweight.parameters() if p.requires_grad]
+    known = {id(p) for p in aux}
+    groups: list[dict[str, Any]] = [{"params": [p for p in source.parameters() if p.requires_grad and id(p) not in known]}]
+    if aux:
+        groups.append({"params": aux, "lr_scale": config.aux_scale})
+    report = fit(
+        step,
+        source,
+        batches,
+        config.training,
+        directory=directory,
+        device=device,
+        groups=groups,
+        validate=gain,
+        minutes=minutes,
+        name=f"hypernetwork ({config.mode})",
+    )
+    return source, report
+
+
+class IdentityGain:
+    """Loss with a stranger's photo minus loss with one's own: on fixed pictures, noise and levels."""
+
+    def __init__(self, backbone: Backbone, data: IdentityData, levels: NoiseLevels, prompts: PromptCache, count: int = 128):
+        generator = torch.Generator().manual_seed(99)
+        device = next(backbone.components.parameters()).device
+        chosen = torch.randperm(len(data.people), generator=generator)[:count]
+        self.own = data.pair(chosen, generator)
+        # the next picture's photo, unless that is the same person's
+        strangers = self.own.roll(1)
+        for shift in range(2, 6):
+            same = data.people[strangers] == data.people[chosen]
+            strangers = torch.where(same, self.own.roll(shift), strangers)
+        self.strangers, self.chosen, self.data = strangers, chosen, data
+        self.latents = data.latents[chosen].to(device).float()
+        self.levels = levels.draw(len(chosen), generator)
+        self.backbone, self.prompts, self.device = backbone, prompts, device
+
+    def __call__(self, step: int, model: nn.Module) -> dict[str, float]:
+        own, stranger = (self.loss(model, photos) for photos in (self.own, self.strangers))
+        return {"identity_gain": stranger - own, "loss": own}
+
+    def loss(self, source: nn.Module, photos: Tensor) -> float:
+        """Mean denoising loss when predicted from `photos` (indices into the data)."""
+        total = 0.0
+        prompts = [self.data.prompts[i] for i in self.chosen.tolist()]
+        for start in range(0, len(photos), 32):
+            part = slice(start, start + 32)
+            loras = source(self.data.features[photos[part]].to(self.device).float())
+            with applied(self.backbone.components, loras):
+                losses = denoising(
+                    self.backbone, self.latents[part], self.prompts(prompts[part]), self.levels[part], torch.Generator().manual_seed(start)
+                )
+            total += losses.sum().item()
+        return total / len(photos)

@@ -15,7 +15,7 @@ from .backbones import Backbone, Conditioning
 from .checkpoint import read_tensors, save_tensors
 from .encoder import FaceEncoder
 from .errors import InputError
-from .progress import Progress, console
+from .progress import Progress, say
 
 
 class PromptCache:
@@ -129,9 +129,9 @@ def _encode(files: list[tuple[str, Path]], backbone: Backbone, encoder: FaceEnco
             kept.append(index)
             progress.update(index + 1)
     for message in skipped:
-        console.print(f"skipped: {message}", highlight=False)
+        say(f"skipped: {message}")
     if skipped:
-        console.print(f"{len(skipped)} of {len(files)} pictures were skipped.", highlight=False)
+        say(f"{len(skipped)} of {len(files)} pictures were skipped.")
     if not kept:
         raise InputError(f"none of the {len(files)} pictures could be read; the first: {skipped[0]}")
     return {"latents": torch.cat(latents), "features": torch.cat(features), "kept": torch.tensor(kept)}

@@ -39,7 +39,7 @@ class FaceEncoder(nn.Module):
         from transformers import AutoImageProcessor, AutoModel
 
         try:
-            model: Any = AutoModel.from_pretrained(source)
+            model: Any = AutoModel.from_pretrained(source, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise InputError(f"{source} can't be opened as a vision model of transformers: {str(error).splitlines()[0]}") from error
         model = getattr(model, "vision_model", model)

@@ -75,8 +75,8 @@ class LoraSet(dict[str, Lora]):
         """The update times `weight`."""
         return LoraSet({path: Lora(lora.down, lora.up * weight) for path, lora in self.items()})
 
-    def select(self, index: int) -> LoraSet:
-        """One sample's updates out of a batch."""
+    def select(self, index: int | slice | Tensor) -> LoraSet:
+        """One sample's updates out of a batch (an int), or several samples', still batched (a slice, or indices)."""
         return self.map(lambda tensor: tensor[index])
 
     def repeat(self, times: int) -> LoraSet:

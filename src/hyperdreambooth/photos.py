@@ -58,7 +58,9 @@ def load_photo(path: str | Path) -> Image.Image:
             with Image.open(path, formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
-                    raise InputError(f"{path} has {width} x {height} pixels; the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first.")
+                    raise InputError(
+                        f"{path} has {width} x {height} pixels; the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first."
+                    )
                 if min(width, height) < MIN_SIDE:
                     raise InputError(f"{path} has {width} x {height} pixels, too few to show a face: at least {MIN_SIDE} x {MIN_SIDE}.")
                 image.load()
@@ -105,7 +107,12 @@ def find_faces(image: Image.Image) -> list[Box]:
     small = image.resize((max(1, round(image.width / scale)), max(1, round(image.height / scale))), Image.Resampling.BILINEAR)
     side = min(small.size)
     found = Cascade(lbp_frontal_face_cascade_filename()).detect_multi_scale(
-        img=np.asarray(small), scale_factor=1.15, step_ratio=1, min_size=(max(24, side // 10),) * 2, max_size=(side, side), min_neighbor_number=3
+        img=np.asarray(small),
+        scale_factor=1.15,
+        step_ratio=1,
+        min_size=(max(24, side // 10),) * 2,
+        max_size=(side, side),
+        min_neighbor_number=5,
     )
     boxes = sorted((Box(round(f["c"] * scale), round(f["r"] * scale), round(f["width"] * scale)) for f in found), key=lambda box: -box.side)
     kept: list[Box] = []
@@ -178,7 +185,9 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
         elif entry.suffix.lower() in SUFFIXES:
             found.setdefault(entry.stem, []).append(entry)
     if not found:
-        raise InputError(f"{folder} holds no pictures. Expected: {folder}/identity/picture.png, or one picture each, {folder}/identity.png.")
+        raise InputError(
+            f"{folder} holds no pictures. Expected: {folder}/identity/picture.png, or one picture each, {folder}/identity.png."
+        )
     return found
 
 
@@ -202,10 +211,12 @@ def read_png_metadata(path: str | Path) -> dict[str, str]:
     """The text metadata of a PNG."""
     with Image.open(path, formats=("PNG",)) as image:
         image.load()
-        return {key: value for key, value in image.info.items() if isinstance(value, str)}
+        return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int | None = None) -> Image.Image:
+def grid(
+    rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int | None = None
+) -> Image.Image:
     """A labelled contact sheet: one row of pictures for each row label. `cell` is the side of a picture on it."""
     cell = cell or min(256, max(128, max(row[0].width for row in rows)))
     font = ImageFont.load_default(13)

@@ -13,6 +13,11 @@ from rich.progress import Progress as Bar
 console = Console(stderr=True)
 
 
+def say(text: str) -> None:
+    """A line for people, on stderr: long paths aren't broken, and nothing in them is markup."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 class Progress:
     """`with Progress("name", total, done) as p: p.update(done)`. Silent where `quiet`, lines where stderr is no terminal."""
 

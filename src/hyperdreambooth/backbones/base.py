@@ -75,7 +75,7 @@ def load_backbone(base: str | Path, *, device: str | torch.device = "cpu", dtype
 
     source = resolve_base(base)
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
             f"{base} can't be opened as a base: {str(error).splitlines()[0]} "

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import diffusers
 import torch
+import transformers
 import tyro
 
 from ..api import HyperDreamBooth
 from ..errors import InputError
-from ..progress import console
 from ..stages.generate import GenerateConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -31,6 +32,11 @@ class Machine:
     dtype: Dtype = "float32"
     """Precision of the frozen base. What is trained is always float32."""
 
+    def __post_init__(self) -> None:
+        # loading takes a second: the libraries' own progress bars would only hide what matters
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+
     def open(self, base: str, hypernetwork: str | None = "auto") -> HyperDreamBooth:
         return HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, device=self.device, dtype=getattr(torch, self.dtype))
 
@@ -39,10 +45,6 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
     """Before any work is done: an output that is there is never replaced unasked."""
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")
-
-
-def say(text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)
 
 
 def changed_fields(config: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from .. import formats, photos
+from .. import photos
 from ..api import PLACEHOLDER, HyperDreamBooth, Person
 from ..assets import toon
 from ..checkpoint import write_json
@@ -20,12 +20,13 @@ from ..errors import InputError
 from ..lightweight import LightweightLora
 from ..lora import find_targets
 from ..pretrained import HyperNetworkInfo, save_hypernetwork
+from ..progress import say
 from ..stages.personalize import finish
-from ..stages.preoptimize import PreoptimizeConfig, preoptimize, read_table
+from ..stages.preoptimize import PreoptimizeConfig, preoptimize, read_table, save_row
 from ..stages.subject import Subject
 from ..stages.train_hypernetwork import TrainHypernetworkConfig, train_hypernetwork
 from ..stages.train_light import TrainLightConfig, train_light
-from .common import Flat, Machine, Output, as_json, refuse_existing, say
+from .common import Flat, Machine, Output, as_json, refuse_existing
 
 
 @dataclass
@@ -63,13 +64,7 @@ def run_train_light(args: TrainLight) -> None:
     loras = finish(table.lightweight(table.tokens.detach()).detach().select(0))
     me = Person(loras, hdb.base, hdb.identifier, args.config.prompt, tokens=table.tokens[0].detach().cpu(), lightweight=table.lightweight)
     me.save(lora, overwrite=True)
-    formats.save_tokens(
-        args.output / "rows" / "subject.safetensors",
-        table.tokens[0].detach().cpu(),
-        table.lightweight,
-        {"identity": "subject"},
-        overwrite=True,
-    )
+    save_row(args.output, "subject", table.tokens[0].detach().cpu(), table.lightweight.fingerprint())
     write_json(args.output / "config.json", as_json(args))
     picture = hdb.generate([args.config.prompt] * 4, me, seed=0)
     photos.save_png(

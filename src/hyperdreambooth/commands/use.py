@@ -17,11 +17,11 @@ from ..checkpoint import write_json
 from ..errors import InputError
 from ..lightweight import LightweightConfig, LightweightLora
 from ..lora import find_targets
-from ..progress import Progress
+from ..progress import Progress, say
 from ..stages.generate import GenerateConfig
 from ..stages.personalize import PersonalizeConfig, finish
 from ..stages.preoptimize import read_table
-from .common import Flat, Machine, Output, as_json, changed_fields, picture_metadata, refuse_existing, say
+from .common import Flat, Machine, Output, as_json, changed_fields, picture_metadata, refuse_existing
 
 
 @dataclass
@@ -184,10 +184,7 @@ def run_export(args: Export) -> None:
     refuse_existing(args.output, args.overwrite)
     if not args.source.exists():
         raise InputError(f"{args.source}: no such file or folder.")
-    if not args.source.is_dir():
-        me = args.machine.open(args.base, args.hypernetwork).load(args.source)
-    else:
-        me = _from_table(args)
+    me = _from_table(args) if args.source.is_dir() else args.machine.open(args.base, args.hypernetwork).load(args.source)
     me.save(args.output, layout=args.format, overwrite=args.overwrite)
     say(f"{args.output}: rank {me.rank}, {len(me.loras)} layers, {args.output.stat().st_size / 1e6:.2f} MB")
 

@@ -79,10 +79,11 @@ def generate(
             raise InputError(f"{name} must be a multiple of {unit} for this base, not {value}.")
     cache = PromptCache(backbone, live=False)
     text = {path.split(".")[0] for path in [*(personal or {}), *(styles or {})]} & set(backbone.text_components)
+    batched = personal is not None and next(iter(personal.values())).down.ndim == 3
     pictures = []
     for start in range(0, len(prompts), config.batch):
         part = slice(start, start + config.batch)
-        mine = personal.map(lambda tensor, part=part: tensor[part] if tensor.ndim == 3 else tensor) if personal else None  # type: ignore[misc]
+        mine = personal.select(part) if personal and batched else personal
         wanted = list(prompts[part])
         noise = noise_for(backbone, seeds[part], config.height, config.width)
         scaled = mine.scaled(config.strength) if mine else None

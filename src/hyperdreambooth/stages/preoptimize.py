@@ -88,7 +88,7 @@ def preoptimize(
             tokens = _train_chunk(backbone, data, chunk, lightweight, config, state)
             for index, row in zip(chunk, tokens, strict=True):
                 name = data.names[index]
-                save_tensors(rows / f"{name}.safetensors", {"tokens": row}, {"fingerprint": fingerprint, "identity": name})
+                save_row(output, name, row, fingerprint)
                 table[name] = row
                 if on_row:
                     on_row(name, row)
@@ -111,6 +111,11 @@ def _train_chunk(
     )
     fit(step, source, batches, config.training, directory=state, device=device, name="chunk", quiet=True)
     return source.tokens.detach().cpu()
+
+
+def save_row(folder: str | Path, name: str, tokens: Tensor, fingerprint: str) -> Path:
+    """Writes one identity's tokens (layers, width), whole or not at all."""
+    return save_tensors(Path(folder) / "rows" / f"{name}.safetensors", {"tokens": tokens}, {"fingerprint": fingerprint, "identity": name})
 
 
 def read_table(folder: str | Path, fingerprint: str) -> dict[str, Tensor]:

@@ -1,0 +1,119 @@
+"""`hyperdreambooth evaluate`: JSON, a table, and a grid of people beside the right answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .. import photos
+from ..assets import toon
+from ..checkpoint import read_tensors, write_json
+from ..errors import InputError
+from ..progress import say
+from .atlas import Atlas, load_atlas
+from .evaluate import PLAIN_GUIDANCE, ROWS, Judges, environment, evaluate
+from .judges import Judge
+
+if TYPE_CHECKING:
+    from ..commands.look import Evaluate
+
+COLUMNS = {
+    "rank1": "rank-1",
+    "top5": "top-5",
+    "context_seen": "context, seen",
+    "context_held_out": "context, held out",
+    "feature_distance": "distance to the true render",
+    "copied": "copies",
+}
+
+
+def run(args: Evaluate) -> None:
+    """Measures; keeps rows that the output has already, unless `overwrite`."""
+    unknown = set(args.rows) - set(ROWS)
+    if unknown:
+        raise InputError(f"{min(unknown)} is no row; there are {', '.join(ROWS)}.")
+    hdb = args.machine.open("toon")
+    atlas = load_atlas(args.atlas, args.split).first(args.people)
+    stored = args.atlas / "training.safetensors"
+    training = read_tensors(stored)[0]["embeddings"].float() if stored.is_file() else None
+    judges = Judges(Judge.from_pretrained(toon.directory("recogniser")), Judge.from_pretrained(toon.directory("classifier")), training)
+    folder = args.faithful or Path("benchmarks/faithful")
+    faithful = args.machine.open("toon", str(folder)) if folder.is_dir() else None
+    settings = {
+        "split": args.split,
+        "people": len(atlas.people),
+        "pictures": args.pictures,
+        "personalize": _fields(hdb.personalize_config()),
+        "generate": _fields(hdb.generate_config()),
+        "plain_guidance": PLAIN_GUIDANCE,
+    }
+    done: dict[str, Any] = {}
+    if args.output.is_file() and not args.overwrite:
+        before = json.loads(args.output.read_text(encoding="utf-8"))
+        if before["settings"] != settings:
+            raise InputError(f"{args.output} was measured with other settings. Give --overwrite, or another path.")
+        done = before["rows"]
+
+    def save(row: str, figures: dict[str, Any]) -> None:
+        done[row] = figures
+        write_json(
+            args.output,
+            {
+                "command": " ".join(["hyperdreambooth", *sys.argv[1:]]),
+                **environment(hdb),
+                "settings": settings,
+                "rows": {name: done[name] for name in ROWS if name in done},
+            },
+        )
+
+    _, drawn = evaluate(hdb, atlas, judges, args.rows or ROWS, pictures=args.pictures, faithful=faithful, done=done, on_row=save)
+    table = markdown_table(done)
+    say(table)
+    args.output.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+    if drawn:
+        sheet = args.output.with_suffix(".png")
+        photos.save_png(contact_sheet(atlas, drawn), sheet, {"ai_generated": "true"}, overwrite=True)
+        say(f"{sheet}: the first people")
+    say(f"{args.output}: all figures")
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    import dataclasses
+
+    values: dict[str, Any] = dataclasses.asdict(config)
+    return values
+
+
+def markdown_table(rows: dict[str, Any]) -> str:
+    """Rows x figures with their 95 % intervals; shares in per cent."""
+    lines = ["| row | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name in ROWS:
+        if name in rows:
+            cells = [_cell(rows[name].get(key), key) for key in COLUMNS]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(figure: list[float] | None, key: str) -> str:
+    if figure is None:
+        return "-"
+    mean, low, high = figure
+    return f"{mean:.3f} ({low:.3f}-{high:.3f})" if key == "feature_distance" else f"{100 * mean:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def contact_sheet(atlas: Atlas, drawn: dict[str, Tensor], people: int = 20) -> Any:
+    """A row a person: the reference, then for two prompts the right answer and every row's first picture."""
+    shown = [name for name in ("base", "prediction", "prediction+guidance", "finetuned", "finetuned+guidance") if name in drawn]
+    rows, columns = [], ["reference"]
+    prompts = [0, len(atlas.prompts) - 3] if len(atlas.prompts) > 3 else [0]
+    columns += ["true", *shown] * len(prompts)
+    for person in range(min(people, len(atlas.people))):
+        cells = [atlas.references[person]]
+        for prompt in prompts:
+            cells += [atlas.truths[person, prompt], *(drawn[name][person, prompt, 0] for name in shown)]
+        rows.append([image for cell in cells for image in photos.to_images(cell[None])])
+    return photos.grid(rows, [""] * len(rows), columns, cell=128)

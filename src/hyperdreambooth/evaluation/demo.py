@@ -1,0 +1,86 @@
+"""`hyperdreambooth demo`: one example face, the whole way, and a report that opens anywhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .. import photos
+from ..api import HyperDreamBooth, Person
+from ..assets import toon
+from ..checkpoint import write_atomically
+from ..errors import InputError
+from ..progress import say
+
+STYLE = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse } td, th { padding: .3rem; text-align: center; font-weight: normal; font-size: .9rem }
+img { width: 8rem; height: 8rem; image-rendering: auto; border-radius: .4rem; display: block }
+th:first-child, td:first-child { text-align: left; max-width: 12rem }
+.small { opacity: .7; font-size: .9rem }
+"""
+
+
+def demo(hdb: HyperDreamBooth, output: Path, face: int) -> None:
+    """Personalizes example face number `face`, draws it in every context, and writes `output`/index.html."""
+    started = time.perf_counter()
+    folder = toon.directory("faces")
+    about = json.loads((folder / "faces.json").read_text(encoding="utf-8"))
+    count, prompts = len(about["people"]), about["prompts"]
+    if not 1 <= face <= count:
+        raise InputError(f"there are example faces 1 to {count}, not {face}.")
+    reference = folder / f"face-{face:02d}.png"
+    side = about["size"]
+    with Image.open(folder / "truth.webp") as sheet:
+        row = np.asarray(sheet.convert("RGB"))[(face - 1) * side : face * side]
+    truths = [Image.fromarray(cell) for cell in np.split(row, row.shape[1] // side, axis=1)[2:]]
+
+    me = hdb.personalize(reference)
+    lora = me.save(output / "me.safetensors", overwrite=True)
+    me.save_tokens(output / "me.tokens", overwrite=True)
+    took = {"personalize": sum(me.seconds.values()), **me.seconds}
+    drawing = time.perf_counter()
+    before = hdb.generate(prompts, me.predicted, seed=face)
+    after = hdb.generate(prompts, me, seed=face)
+    base = hdb.generate(prompts, None, seed=face)
+    took["pictures"] = time.perf_counter() - drawing
+    photo = photos.load_photo(reference)
+    columns = ["photo", "the base alone", "prediction only", "fine-tuned", "the right answer"]
+    rows = [[photo, *cells] for cells in zip(base, before, after, truths, strict=True)]
+    grid = photos.save_png(photos.grid(rows, prompts, columns, cell=128), output / "grid.png", {"ai_generated": "true"}, overwrite=True)
+    report = write_atomically(
+        output / "index.html", lambda file: file.write_text(_page(me, rows, columns, prompts, took, lora), encoding="utf-8")
+    )
+    say(
+        f"personalized in {took['personalize']:.1f} s, {3 * len(prompts)} pictures in {took['pictures']:.1f} s, in all {time.perf_counter() - started:.1f} s"
+    )
+    for path, what in ((lora, "the LoRA"), (grid, "the pictures"), (report, "the report: open it in a browser")):
+        say(f"{path}: {what}")
+
+
+def _page(me: Person, rows: list[list[Image.Image]], columns: list[str], prompts: list[str], took: dict[str, float], lora: Path) -> str:
+    def cell(image: Image.Image) -> str:
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        return f'<td><img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"></td>'
+
+    head = "".join(f"<th>{name}</th>" for name in ["prompt", *columns])
+    body = "".join(f"<tr><td>{html.escape(prompt)}</td>{''.join(map(cell, row))}</tr>" for prompt, row in zip(prompts, rows, strict=True))
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in took.items())
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>hyperdreambooth demo</title><style>{STYLE}</style>
+<h1>One photo in, a personal LoRA out</h1>
+<p>Nobody trained on this person. The hypernetwork saw the photo once and predicted a LoRA; {me.metadata.get("hyperdreambooth.steps")} steps of
+rank-relaxed fine-tuning made it fit. The right answer is the same person, drawn as the prompt asks for.</p>
+<p>{times}. LoRA: {lora.name}, rank {me.rank}, {len(me.loras)} layers, {lora.stat().st_size / 1e3:.0f} KB.</p>
+<table><tr>{head}</tr>{body}</table>
+<p class="small">The pictures are AI-generated, but for the photo and the right answers. All of it is the embedded toon world, 64 x 64 pixels.</p></html>
+"""

@@ -1,0 +1,44 @@
+"""What is measured, as pure functions. A value a picture comes out, (N, ...) with people first; means come last."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ranks(embedded: Tensor, gallery: Tensor) -> Tensor:
+    """How many of the gallery (N, D) are nearer to each picture (N, ..., D) than its own person: (N, ...), 0 is right."""
+    alike = embedded @ gallery.mT
+    shape = [len(gallery)] + [1] * (alike.ndim - 1)
+    own = alike.gather(-1, torch.arange(len(gallery)).reshape(shape).expand(*alike.shape[:-1], 1))
+    return (alike > own).sum(-1)
+
+
+def similarity(embedded: Tensor, gallery: Tensor) -> Tensor:
+    """Cosine of each picture (N, ..., D) to its own person's gallery picture (N, D): (N, ...)."""
+    shape = [len(gallery)] + [1] * (embedded.ndim - 2) + [gallery.shape[-1]]
+    return (embedded * gallery.reshape(shape)).sum(-1)
+
+
+def copied(embedded: Tensor, references: Tensor, training: Tensor) -> Tensor:
+    """Whether a picture (N, ..., D) is nearer to some training person (M, D) than to its own reference (N, D): (N, ...)."""
+    return ((embedded @ training.mT).amax(-1) > similarity(embedded, references)).float()
+
+
+def context_right(found: list[dict[str, str]], asked: list[dict[str, str]]) -> Tensor:
+    """Whether everything that a prompt asks for is in the picture: (N,) of 0 and 1."""
+    return torch.tensor([float(all(f[kind] == value for kind, value in a.items())) for f, a in zip(found, asked, strict=True)])
+
+
+def psnr(pictures: Tensor, truths: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of pictures (N, ..., 3, H, W) in -1..1: (N, ...)."""
+    return -10 * ((pictures - truths).square().mean((-3, -2, -1)) / 4).clamp(min=1e-10).log10()
+
+
+def interval(values: Tensor, resamples: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean and 95 % interval of values (N, ...), by bootstrap over people (the first dimension)."""
+    people = values.flatten(1).double().mean(1) if values.ndim > 1 else values.double()
+    draws = torch.randint(len(people), (resamples, len(people)), generator=torch.Generator().manual_seed(seed))
+    means = people[draws].mean(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return people.mean().item(), low, high

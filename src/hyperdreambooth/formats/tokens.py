@@ -1,0 +1,103 @@
+"""The token file: a person in a few numbers a layer (some 120 KB on Stable Diffusion 1.5).
+
+A safetensors file, version 1:
+
+    tensors   "<layer path>": float32 (width,), the down part first, then the up part, row-major
+    header    "hyperdreambooth.tokens": "1"                the format's version
+              "hyperdreambooth.fingerprint": 16 hex digits  what the tokens belong to
+              "hyperdreambooth.recipe": JSON                targets, rank, dimensions, seed; without the targets' shapes
+              and any of: base, identifier, prompt
+
+Tokens mean something only together with the aux matrices that they were made with: the fingerprint is that of the
+recipe (frozen aux) or of the matrices (learnt aux), and another one is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from ..checkpoint import read_tensors, save_tensors
+from ..errors import InputError
+from ..lightweight import LightweightLora
+
+VERSION = "1"
+KEY = "hyperdreambooth.tokens"
+
+
+def save_tokens(
+    path: str | Path, tokens: Tensor, lightweight: LightweightLora, metadata: Mapping[str, str], *, overwrite: bool = False
+) -> Path:
+    """Writes tokens (layers, width). Raises InputError where `path` exists."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")
+    if tuple(tokens.shape) != lightweight.token_shape:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)}, expected {lightweight.token_shape}")
+    recipe = {key: value for key, value in lightweight.recipe().items() if key != "targets"}
+    header = {
+        KEY: VERSION,
+        "hyperdreambooth.fingerprint": lightweight.fingerprint(),
+        "hyperdreambooth.recipe": json.dumps(recipe),
+        **metadata,
+    }
+    return save_tensors(path, {layer: tokens[index].float() for index, layer in enumerate(lightweight.targets)}, header)
+
+
+def is_tokens(path: str | Path) -> bool:
+    """Whether a file's header says that it is a token file; False for anything else, readable or not."""
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            return KEY in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
+def read_tokens(path: str | Path, lightweight: LightweightLora) -> Tensor:
+    """Tokens (layers, width) in the order of `lightweight`'s targets.
+
+    Raises InputError for a file that is no token file, of a newer version, or of another fingerprint.
+    """
+    tensors, header = read_tensors(path)
+    if KEY not in header:
+        raise InputError(f"{path} is no token file.")
+    if header[KEY] != VERSION:
+        raise InputError(f"{path} is a token file of version {header[KEY]}; this program reads version {VERSION}. Update it.")
+    mine, theirs = lightweight.fingerprint(), header.get("hyperdreambooth.fingerprint")
+    if theirs != mine:
+        raise InputError(f"{path} belongs to another hypernetwork or aux recipe: its fingerprint is {theirs}, this one's is {mine}.")
+    missing = [layer for layer in lightweight.targets if layer not in tensors]
+    if missing:
+        raise InputError(f"{path} lacks {missing[0]} and {len(missing) - 1} more layers. Is the file whole?")
+    return torch.stack([tensors[layer] for layer in lightweight.targets])
+
+
+def mix_tokens(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """The weighted sum of several people's tokens (layers, width). Raises InputError for nothing to mix."""
+    if not parts:
+        raise InputError("there is nothing to mix.")
+    return torch.stack([tokens * weight for tokens, weight in parts]).sum(0)
+
+
+def describe_tokens(path: str | Path) -> dict[str, Any]:
+    """What is in a token file, for people."""
+    tensors, header = read_tensors(path)
+    recipe = json.loads(header.get("hyperdreambooth.recipe", "{}"))
+    return {
+        "file": str(path),
+        "kind": "tokens",
+        "base": header.get("base", "unknown"),
+        "rank": recipe.get("rank", "unknown"),
+        "layers": len(tensors),
+        "variables": sum(tensor.numel() for tensor in tensors.values()),
+        "bytes": Path(path).stat().st_size,
+        "trigger": header.get("prompt", "unknown"),
+        "fingerprint": header.get("hyperdreambooth.fingerprint", "unknown"),
+        "metadata": header,
+    }

@@ -1,0 +1,69 @@
+"""Who may import whom, and how large a room may be."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1] / "src" / "hyperdreambooth"
+BASE = {"errors", "checkpoint", "progress"}
+MAY = {  # module (or package) -> the modules of ours that it may import
+    "lora": {"errors"},
+    "lightweight": {"errors", "lora"},
+    "hypernetwork": set(),
+    "encoder": BASE,
+    "sources": {"encoder", "hypernetwork", "lightweight", "lora"},
+    "backbones": {"errors", "assets", "backbones"},
+    "objectives": {"backbones", "lora"},
+    "training": BASE,
+    "photos": BASE,
+    "sampling": {"backbones", "errors", "lora"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    """The first-level modules of ours that a file imports, wherever in it."""
+    depth = len(file.relative_to(ROOT).parts) - 1
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            package = [ROOT.name, *file.relative_to(ROOT).parts[:-1]][: depth + 2 - node.level]
+            names = [*package[1:], *(node.module.split(".") if node.module else [])]
+            found |= {names[0]} if names else {alias.name for alias in node.names}
+    return found
+
+
+def files() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def test_data_flows_one_way():
+    for file in files():
+        top = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        found = imports(file)
+        if top in MAY:
+            assert found <= MAY[top], f"{file.name} imports {found - MAY[top]}"
+        if top not in ("api", "cli", "commands", "stages", "evaluation"):
+            assert "stages" not in found, f"{file.name}: stages are for api and the commands"
+        if top not in ("cli", "commands"):
+            assert not found & {"cli", "commands"} or "TYPE_CHECKING" in file.read_text(), (
+                f"{file.name}: nothing imports the product's faces"
+            )
+        if top not in ("cli", "commands", "evaluation", "__init__"):
+            assert "api" not in found, file.name
+
+
+def test_rooms_stay_small_and_nothing_unpickles():
+    for file in files():
+        text = file.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 400, f"{file.name} has grown too large to know"
+        assert "torch.load(" not in text
+        assert "import pickle" not in text
+
+
+def test_the_cli_starts_without_torch():
+    import subprocess
+    import sys
+
+    code = "import sys; sys.argv=['x','--help']; from hyperdreambooth.cli import main; main(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,309 @@
+"""The commands from end to end on a tiny world: what they write, what they say, what they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hyperdreambooth import formats, photos
+from hyperdreambooth.cli import main
+
+from .conftest import picture
+from .test_photos import png_header
+
+pytestmark = pytest.mark.usefixtures("tiny_world")
+SMALL = ["--lightweight.down-dim", "12", "--lightweight.up-dim", "8"]
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def me(tmp_path, face):
+    assert run("personalize", face, "-o", tmp_path / "me.safetensors", "--tokens", tmp_path / "me.tokens") == 0
+    return tmp_path / "me.safetensors"
+
+
+def test_personalize_writes_a_lora_a_preview_its_tokens_and_its_config(me):
+    file = formats.read_lora(me)
+    assert file.metadata["modelspec.trigger_phrase"] == "a [V] face"
+    assert max(lora.rank for lora in file.loras.values()) == 3  # predicted 1 + residual 2
+    assert photos.read_png_metadata(me.with_suffix(".png"))["ai_generated"] == "true"
+    assert formats.is_tokens(me.with_suffix(".tokens"))
+    assert json.loads(me.with_suffix(".json").read_text())["base"] == "toon"
+
+
+def test_personalize_with_zero_steps_from_several_photos_and_from_scratch(tmp_path, face):
+    picture(3).save(tmp_path / "second.png")
+    assert run("personalize", face, tmp_path / "second.png", "--steps", 0, "-o", tmp_path / "zero.safetensors") == 0
+    assert max(lora.rank for lora in formats.read_lora(tmp_path / "zero.safetensors").loras.values()) == 1
+    assert (
+        run("personalize", face, "--hypernetwork", "none", "--steps", 2, "--targets", "unet*to_q", "-o", tmp_path / "scratch.safetensors")
+        == 0
+    )
+    layers = formats.read_lora(tmp_path / "scratch.safetensors").loras
+    assert all(path.endswith("to_q") for path in layers)
+    assert run("personalize", face, "--order", "merged", "--steps", 2, "--format", "kohya", "-o", tmp_path / "merged.safetensors") == 0
+    assert formats.read_lora(tmp_path / "merged.safetensors").layout == "kohya"
+
+
+def test_a_config_file_gives_the_flags(tmp_path, face, capsys):
+    (tmp_path / "c.yaml").write_text("config:\n  steps: 1\n  rank: 3\n  learning_rate: 1e-3\nformat: kohya\n")
+    assert run("personalize", face, "-o", tmp_path / "a.safetensors", "--config", tmp_path / "c.yaml") == 0
+    file = formats.read_lora(tmp_path / "a.safetensors")
+    assert file.layout == "kohya"
+    assert max(lora.rank for lora in file.loras.values()) == 4
+    for text, says in (
+        ("nonsense: 1", "unknown setting"),
+        ("config: {steps: many}", "steps"),
+        ("- a", "mapping"),
+        ("a: [", "neither YAML"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        assert run("personalize", face, "-o", tmp_path / "b.safetensors", "--config", tmp_path / "bad.yaml") == 2
+        assert says in capsys.readouterr().err
+    assert run("personalize", "--config", tmp_path / "a.json", "--overwrite") == 0  # what was saved is a config again
+
+
+def test_generate_makes_pictures_that_say_what_they_are(tmp_path, me):
+    out = tmp_path / "out"
+    formats.save_lora(tmp_path / "style.safetensors", formats.read_lora(me).loras.scaled(0.1), {})
+    arguments = [
+        "generate",
+        "a [V] face",
+        "a pencil sketch of a [V] face",
+        "--lora",
+        f"{me}:0.9",
+        "--lora",
+        f"{tmp_path}/style.safetensors:0.7",
+    ]
+    assert run(*arguments, "--count", 2, "--steps", 2, "--seed", 5, "-o", out) == 0
+    assert sorted(file.name for file in out.iterdir()) == ["01-5.png", "01-6.png", "02-5.png", "02-6.png", "generate.json", "grid.png"]
+    metadata = photos.read_png_metadata(out / "02-6.png")
+    settings = json.loads(metadata["hyperdreambooth"])
+    assert settings["prompt"] == "a pencil sketch of a [V] face"
+    assert settings["seed"] == 6
+    assert settings["loras"][0] == [str(me), 0.9]
+    assert "trainedAlgorithmicMedia" in metadata["XML:com.adobe.xmp"]
+    # the same seed gives the same picture
+    assert (
+        run(
+            "generate",
+            "a [V] face",
+            "--lora",
+            f"{me}:0.9",
+            "--style",
+            f"{tmp_path}/style.safetensors:0.7",
+            "--steps",
+            2,
+            "--seed",
+            6,
+            "-o",
+            tmp_path / "again",
+        )
+        == 0
+    )
+    again, before = (np.asarray(Image.open(folder / "01-6.png")).astype(int) for folder in (tmp_path / "again", out))
+    assert np.abs(again - before).max() <= 1  # a batch of another size rounds differently
+
+
+def test_generate_takes_token_files_and_no_lora_at_all(tmp_path, me):
+    assert run("generate", "a [V] face", "--lora", me.with_suffix(".tokens"), "--steps", 1, "-o", tmp_path / "t") == 0
+    assert run("generate", "a face", "--steps", 1, "--scheduler", "DDIMScheduler", "--negative", "hat", "-o", tmp_path / "n") == 0
+
+
+def test_info_targets_export_and_mix(tmp_path, me, capsys):
+    assert run("info", me) == 0
+    assert "trigger: a [V] face" in capsys.readouterr().out
+    assert run("info", me.with_suffix(".tokens"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "tokens"
+    assert run("targets", "toon", "--json") == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["layers"] == len(about["shapes"]) == len(formats.read_lora(me).loras)
+    assert about["token_variables"] == 150 * about["layers"]
+    assert run("targets") == 0
+    assert run("export", me.with_suffix(".tokens"), "-o", tmp_path / "e.safetensors") == 0
+    assert run("export", me, "--format", "kohya", "-o", tmp_path / "k.safetensors") == 0
+    assert (
+        run(
+            "mix",
+            f"{me.with_suffix('.tokens')}:0.5",
+            f"{me.with_suffix('.tokens')}:0.5",
+            "-o",
+            tmp_path / "m.safetensors",
+            "--tokens",
+            tmp_path / "m.tokens",
+        )
+        == 0
+    )
+    one, both = (formats.read_lora(tmp_path / f"{name}.safetensors").loras for name in ("e", "m"))
+    path = next(iter(one))
+    torch.testing.assert_close(one[path].delta(), both[path].delta(), atol=1e-2, rtol=1e-2)
+
+
+def test_train_light_and_its_export(tmp_path, face):
+    assert run("train-light", face, "-o", tmp_path / "light", "--training.steps", 2, *SMALL) == 0
+    names = {file.name for file in (tmp_path / "light").iterdir()}
+    assert {"lora.safetensors", "preview.png", "config.json", "rows"} <= names
+    assert run("export", tmp_path / "light", "-o", tmp_path / "again.safetensors") == 0
+    a, b = (formats.read_lora(file).loras for file in (tmp_path / "light" / "lora.safetensors", tmp_path / "again.safetensors"))
+    path = next(iter(a))
+    torch.testing.assert_close(a[path].delta(), b[path].delta(), atol=1e-3, rtol=1e-2)
+
+
+def test_the_seeds_chain_preoptimize_train_personalize(tmp_path, people, face, capsys):
+    table, folder = tmp_path / "table", tmp_path / "hyper"
+    assert run("preoptimize", people, "-o", table, "--training.steps", 2, "--chunk", 3, *SMALL) == 0
+    assert run("export", table, "--identity", "cyd", "-o", tmp_path / "cyd.safetensors") == 0
+    assert run("export", table, "-o", tmp_path / "which.safetensors") == 2
+    assert "ann, bob" in capsys.readouterr().err
+    small = ["--training.steps", 2, "--batch", 2, "--hypernetwork.dim", 16, "--hypernetwork.heads", 2, "--hypernetwork.blocks", 1]
+    assert run("train-hypernetwork", people, "-o", folder, "--mode", "faithful", "--table", table, *small, *SMALL) == 0
+    assert (folder / "preview.png").is_file()
+    assert run("personalize", face, "--hypernetwork", folder, "--steps", 1, "-o", tmp_path / "f.safetensors") == 0
+    assert run("train-hypernetwork", people, "-o", tmp_path / "pro", *small, *SMALL) == 0
+    assert json.loads((tmp_path / "pro" / "config.json").read_text())["mode"] == "pro"
+    assert "identity_gain" in capsys.readouterr().err
+
+
+def test_demo_writes_a_report_that_needs_nothing_else(tmp_path):
+    assert run("demo", "-o", tmp_path / "demo", "--face", 2) == 0
+    page = (tmp_path / "demo" / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 5 * 8
+    assert "http" not in page.replace("<!doctype html>", "")
+    assert (tmp_path / "demo" / "grid.png").is_file()
+    assert formats.read_lora(tmp_path / "demo" / "me.safetensors").loras
+
+
+def test_help_teaches(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in (
+        "personalize",
+        "generate",
+        "demo",
+        "train-light",
+        "preoptimize",
+        "train-hypernetwork",
+        "export",
+        "info",
+        "targets",
+        "evaluate",
+    ):
+        assert name in text
+        with pytest.raises(SystemExit) as ended:
+            main([name, "--help"])
+        assert ended.value.code == 0
+    assert main(["--version"]) == 0
+
+
+def refused(capsys, says: str, *arguments: object) -> None:
+    before = capsys.readouterr()
+    assert before is not None
+    assert run(*arguments) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    assert said[0].startswith("hyperdreambooth: ")
+    assert says in said[0], said[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("none.png", None),
+        ("text.png", b"hello"),
+        ("empty.png", b""),
+        ("bomb.png", png_header(30_000, 30_000)),
+        ("dot.png", png_header(1, 1)),
+        ("cut.png", png_header(64, 64)),
+    ],
+)
+def test_bad_photos_are_one_line_and_leave_nothing(tmp_path, capsys, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    refused(capsys, name, "personalize", tmp_path / name, "-o", tmp_path / "out" / "me.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_requests_are_one_line(tmp_path, capsys, face, me, people):
+    refused(capsys, "no command", "nonsense")
+    refused(capsys, "--overwrite", "personalize", face, "-o", me)
+    refused(capsys, "no such folder", "preoptimize", tmp_path / "nowhere", "-o", tmp_path / "t")
+    (tmp_path / "empty").mkdir()
+    refused(capsys, "holds no pictures", "preoptimize", tmp_path / "empty", "-o", tmp_path / "t")
+    refused(capsys, "can't be opened as a base", "generate", "x", "--base", tmp_path / "nowhere", "-o", tmp_path / "g")
+    refused(capsys, "model_index.json", "generate", "x", "--base", tmp_path / "empty", "-o", tmp_path / "g")
+    refused(capsys, "isn't a hypernetwork", "personalize", face, "--hypernetwork", tmp_path / "empty", "-o", tmp_path / "h.safetensors")
+    refused(capsys, "matches no layer", "targets", "toon", "--targets", "unet.nothing*")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(me.read_bytes()[:100])
+    refused(capsys, "cut.safetensors", "info", cut)
+    refused(capsys, "cut.safetensors", "generate", "x", "--lora", cut, "-o", tmp_path / "g")
+    refused(capsys, "no scheduler", "generate", "x", "--scheduler", "Nope", "-o", tmp_path / "g")
+    refused(capsys, "no such file or folder", "export", tmp_path / "nothing", "-o", tmp_path / "x.safetensors")
+    refused(capsys, "table", "train-hypernetwork", people, "--mode", "faithful", "-o", tmp_path / "f")
+    refused(capsys, "is no row", "evaluate", "--rows", "nonsense", "-o", tmp_path / "e.json")
+
+
+def test_a_lora_of_another_base_is_refused(tmp_path, capsys, me):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(me)
+    key = next(key for key in tensors if key.endswith("lora_A.weight"))
+    save_file({**tensors, key: torch.zeros(3, 7)}, tmp_path / "other.safetensors")
+    refused(capsys, "another base", "generate", "x", "--lora", tmp_path / "other.safetensors", "-o", tmp_path / "g")
+    save_file(
+        {"unet.elsewhere.lora_A.weight": torch.zeros(1, 7), "unet.elsewhere.lora_B.weight": torch.zeros(7, 1)}, tmp_path / "far.safetensors"
+    )
+    refused(capsys, "another base", "generate", "x", "--lora", tmp_path / "far.safetensors", "-o", tmp_path / "g")
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_left(tmp_path, capsys, face, monkeypatch):
+    from hyperdreambooth import checkpoint
+
+    def full(*args: object, **more: object) -> None:
+        Path(str(args[1])).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert run("personalize", face, "--steps", 0, "-o", tmp_path / "out" / "me.safetensors") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_ctrl_c_says_so(monkeypatch, face, tmp_path, capsys):
+    from hyperdreambooth import commands
+
+    def stop(args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(commands.COMMANDS, "info", (commands.COMMANDS["info"][0], stop))
+    assert run("info", face) == 130
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_evaluate_measures_resumes_and_tabulates(tmp_path, capsys, tiny_world):
+    atlas = Path(__file__).parents[1] / "benchmarks" / "atlas"
+    out = tmp_path / "e.json"
+    common = ["evaluate", "--split", "validation", "--people", 3, "--pictures", 1, "--atlas", atlas, "-o", out]
+    shutil.rmtree(tmp_path / "none", ignore_errors=True)
+    assert run(*common, "--rows", "true", "base", "prediction") == 0
+    first = json.loads(out.read_text())
+    assert run(*common, "--rows", "finetuned+guidance", "reconstruction") == 0
+    second = json.loads(out.read_text())
+    assert set(second["rows"]) == {"true", "reconstruction", "base", "prediction", "finetuned+guidance"}
+    assert second["rows"]["base"] == first["rows"]["base"]
+    for figures in second["rows"].values():
+        mean, low, high = figures["rank1"]
+        assert 0 <= low <= mean <= high <= 1
+    assert "| prediction |" in out.with_suffix(".md").read_text()
+    assert out.with_suffix(".png").is_file()
+    refused(capsys, "other settings", *common[:-1], out, "--pictures", 2)

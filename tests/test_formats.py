@@ -1,0 +1,210 @@
+"""LoRA files against the readers of others, and the token file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+
+from hyperdreambooth import formats
+from hyperdreambooth.errors import InputError
+from hyperdreambooth.lightweight import LightweightConfig, LightweightLora
+from hyperdreambooth.lora import Lora, LoraSet, Shape, applied
+
+from .conftest import conditioning, random_loras, tiny_pipe
+
+TEXT = "text_encoder*_proj"
+
+
+def same(a: LoraSet, b: LoraSet, tolerance: float = 1e-5) -> None:
+    assert a.keys() == b.keys()
+    for path in a:
+        torch.testing.assert_close(a[path].delta(), b[path].delta(), atol=tolerance, rtol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_round_trip(backbone, tmp_path, layout, dtype):
+    loras = random_loras(backbone, patterns=(*backbone.default_targets, TEXT))
+    path = formats.save_lora(tmp_path / "a.safetensors", loras, {"note": "kept"}, layout=layout, dtype=dtype)
+    file = formats.read_lora(path, backbone.components)
+    same(file.loras, loras, 1e-5 if dtype == torch.float32 else 1e-2)
+    assert file.metadata["note"] == "kept"
+    assert file.layout == layout
+    keys = load_file(path)
+    assert all(key.count("text_model") == (1 if key.startswith(("text", "lora_te")) else 0) for key in keys)
+    if layout == "kohya":
+        assert all(key.startswith(("lora_unet_", "lora_te_text_model_")) for key in keys)
+        assert all(value.item() == 2 for key, value in keys.items() if key.endswith(".alpha"))
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_diffusers_opens_it_and_text_encoder_output_is_the_hooks(backbone, tmp_path, layout):
+    loras = random_loras(backbone, patterns=(TEXT,))
+    path = formats.save_lora(tmp_path / "a.safetensors", loras, {}, layout=layout, dtype=torch.float32)
+    pipe = tiny_pipe()
+    pipe.load_lora_weights(str(path))
+    tokens = pipe.tokenizer(["a [V] face"], padding="max_length", max_length=32, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = pipe.text_encoder(tokens)[0]
+        with applied(backbone.components, loras):
+            found = backbone.encode_prompts(["a [V] face"])["encoder_hidden_states"]
+        plain = backbone.encode_prompts(["a [V] face"])["encoder_hidden_states"]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert (found - plain).abs().max() > 1e-3
+
+
+def test_personal_and_style_with_weights_equal_the_sum(backbone, tmp_path):
+    person, style = random_loras(backbone, seed=1), random_loras(backbone, rank=3, seed=2)
+    for name, loras in (("me", person), ("style", style)):
+        formats.save_lora(tmp_path / f"{name}.safetensors", loras, {}, dtype=torch.float32)
+    pipe = tiny_pipe()
+    pipe.load_lora_weights(str(tmp_path / "me.safetensors"), adapter_name="me")
+    pipe.load_lora_weights(str(tmp_path / "style.safetensors"), adapter_name="style")
+    pipe.set_adapters(["me", "style"], [1.0, 0.7])
+    x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([400, 400]), conditioning(backbone, 2)
+    with torch.no_grad():
+        expected = pipe.unet(x, t, **cond).sample
+        with applied(backbone.components, person + style.scaled(0.7)):
+            found = backbone.predict(x, t, cond)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-3)
+
+
+def test_hooks_stack_on_a_peft_adapter(backbone, tmp_path):
+    from hyperdreambooth.backbones import StableDiffusion
+
+    person, style = random_loras(backbone, seed=1), random_loras(backbone, seed=2)
+    path = formats.save_lora(tmp_path / "style.safetensors", style, {}, dtype=torch.float32)
+    pipe = tiny_pipe()
+    pipe.load_lora_weights(str(path))
+    stacked = StableDiffusion(pipe)
+    x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([400, 400]), conditioning(backbone, 2)
+    with torch.no_grad():
+        with applied(stacked.components, person):
+            found = stacked.predict(x, t, cond)
+        with applied(backbone.components, person + style):
+            expected = backbone.predict(x, t, cond)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-3)
+
+
+def test_pefts_own_files_are_read(tmp_path):
+    pipe = tiny_pipe()
+    inject_adapter_in_model(LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_out.0"], init_lora_weights=False), pipe.unet)
+    state = get_peft_model_state_dict(pipe.unet)
+    save_file({f"base_model.model.{key}": value.contiguous() for key, value in state.items()}, tmp_path / "peft.safetensors")
+    file = formats.read_lora(tmp_path / "peft.safetensors")
+    modules = dict(pipe.unet.named_modules())
+    for path, lora in file.loras.items():
+        module = modules[path.removeprefix("unet.")]
+        torch.testing.assert_close(lora.delta(), module.get_delta_weight("default"), atol=1e-6, rtol=1e-4)
+    assert len(file.loras) == len(state) // 2
+
+
+def test_older_layouts_and_mixed_alphas(backbone, tmp_path):
+    down, up = torch.randn(2, 32), torch.randn(32, 2)
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
+    names = {
+        f"{layer}.processor.to_q_lora": f"{layer}.to_q",
+        f"{layer}.processor.to_out_lora": f"{layer}.to_out.0",
+    }
+    save_file(
+        {f"{old}.{side}.weight": t for old in names for side, t in (("down", down.clone()), ("up", up.clone()))},
+        tmp_path / "old.safetensors",
+    )
+    found = formats.read_lora(tmp_path / "old.safetensors").loras
+    assert set(found) == set(names.values())
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file(
+        {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.0)}, tmp_path / "kohya.safetensors"
+    )
+    scaled = formats.read_lora(tmp_path / "kohya.safetensors", backbone.components).loras
+    torch.testing.assert_close(scaled[f"{layer}.to_q"].delta(), 0.5 * up @ down)
+
+
+def bad(tmp_path, tensors):
+    save_file(tensors, tmp_path / "bad.safetensors")
+    return tmp_path / "bad.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"unet.x.to_q.lora_A.weight": torch.ones(1, 2)}, "no up matrix"),
+        ({"unet.x.to_q.lora_magnitude_vector": torch.ones(2)}, "DoRA"),
+        ({"lora_unet_x.hada_w1_a": torch.ones(2)}, "no LoRA layout"),
+        ({"model.diffusion_model.input_blocks.0.weight": torch.ones(2)}, "is no LoRA"),
+        ({"unet.c.lora_A.weight": torch.ones(1, 2, 3, 3), "unet.c.lora_B.weight": torch.ones(2, 1, 1, 1)}, "convolution"),
+        ({"lora_unet_nowhere.lora_down.weight": torch.ones(1, 2), "lora_unet_nowhere.lora_up.weight": torch.ones(2, 1)}, "another base"),
+    ],
+)
+def test_what_is_no_lora_raises(backbone, tmp_path, tensors, says):
+    with pytest.raises(InputError, match=says):
+        formats.read_lora(bad(tmp_path, tensors), backbone.components)
+
+
+def test_truncated_missing_and_existing_files_raise(backbone, tmp_path):
+    path = formats.save_lora(tmp_path / "a.safetensors", random_loras(backbone), {})
+    with pytest.raises(InputError, match="--overwrite"):
+        formats.save_lora(path, random_loras(backbone), {})
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(InputError, match="not a whole safetensors"):
+        formats.read_lora(path)
+    with pytest.raises(InputError, match="no such file"):
+        formats.read_lora(tmp_path / "none.safetensors")
+
+
+def test_an_update_that_overflows_fp16_raises(tmp_path):
+    with pytest.raises(InputError, match="doesn't fit"):
+        formats.save_lora(tmp_path / "a.safetensors", LoraSet({"unet.a": Lora(torch.full((1, 2), 1e6), torch.ones(2, 1))}), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_metadata_is_what_uis_read(backbone, tmp_path):
+    loras = random_loras(backbone)
+    metadata = formats.standard_metadata(loras, title="me", base="toon", trigger="a [V] face", identifier="[V]")
+    path = formats.save_lora(tmp_path / "me.safetensors", loras, metadata)
+    about = formats.describe(path)
+    assert about["trigger"] == "a [V] face"
+    assert about["base"] == "toon"
+    assert about["rank"] == 2
+    assert about["layers"] == len(loras)
+    assert json.loads(about["metadata"]["ss_tag_frequency"])
+    assert about["metadata"]["ss_network_module"] == "networks.lora"
+    assert about["fingerprint"] == metadata["hyperdreambooth.fingerprint"]
+
+
+TARGETS = {"unet.a": Shape(16, 24), "unet.b": Shape(20, 12)}
+
+
+def test_tokens_round_trip_by_path_and_refuse_another_fingerprint(tmp_path):
+    light = LightweightLora(TARGETS, LightweightConfig(1, 10, 8))
+    tokens = torch.randn(2, 18)
+    path = formats.save_tokens(tmp_path / "me.tokens", tokens, light, {"base": "toon"})
+    assert formats.is_tokens(path)
+    assert not formats.is_tokens(__file__)
+    torch.testing.assert_close(formats.read_tokens(path, light), tokens)
+    with pytest.raises(InputError, match="fingerprint"):
+        formats.read_tokens(path, LightweightLora(TARGETS, LightweightConfig(1, 10, 8, seed=1)))
+    with pytest.raises(InputError, match="--overwrite"):
+        formats.save_tokens(path, tokens, light, {})
+    about = formats.describe(path)
+    assert about["kind"] == "tokens"
+    assert about["variables"] == 36
+    assert about["fingerprint"] == light.fingerprint()
+
+
+def test_tokens_of_the_papers_size_weigh_what_it_says(tmp_path):
+    targets = {f"unet.layer{i}": Shape(320, 320) for i in range(192)}
+    light = LightweightLora(targets, LightweightConfig(1, 100, 50))
+    path = formats.save_tokens(tmp_path / "me.tokens", torch.zeros(192, 150), light, {})
+    assert 115_200 <= path.stat().st_size < 135_000
+
+
+def test_mixing_is_linear():
+    a, b = torch.randn(2, 18), torch.randn(2, 18)
+    torch.testing.assert_close(formats.mix_tokens([(a, 0.25), (b, 0.75)]), 0.25 * a + 0.75 * b)
+    with pytest.raises(InputError):
+        formats.mix_tokens([])

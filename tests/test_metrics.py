@@ -1,0 +1,51 @@
+"""Metrics by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hyperdreambooth.evaluation import metrics
+
+EYE = torch.eye(3)
+
+
+def test_ranks_count_who_is_nearer_than_oneself():
+    embedded = torch.stack([EYE, EYE.roll(1, 0)], 1)  # each person: once as oneself, once as a neighbor
+    assert metrics.ranks(embedded, EYE).tolist() == [[0, 1], [0, 1], [0, 1]]
+    assert metrics.similarity(embedded, EYE).tolist() == [[1, 0], [1, 0], [1, 0]]
+
+
+def test_copying_is_being_nearer_to_a_training_person():
+    training = torch.tensor([[0.0, 1.0, 0.0]])
+    assert metrics.copied(EYE, EYE.roll(1, 0), training).tolist() == [0, 1, 0]
+    assert metrics.copied(EYE, EYE, training).tolist() == [0, 0, 0]
+
+
+def test_a_context_is_right_only_when_all_that_was_asked_is():
+    found = [{"style": "sketch", "background": "red"}] * 3
+    asked = [{"style": "sketch"}, {"style": "sketch", "background": "blue"}, {}]
+    assert metrics.context_right(found, asked).tolist() == [1, 0, 1]
+
+
+def test_psnr():
+    black, gray = -torch.ones(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
+    assert metrics.psnr(black, gray).item() == pytest.approx(10 * torch.log10(torch.tensor(4.0)).item(), abs=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 5), st.integers(0, 99))
+def test_intervals_hold_the_mean_and_repeat(people, each, seed):
+    values = torch.rand(people, each, generator=torch.Generator().manual_seed(seed))
+    mean, low, high = metrics.interval(values)
+    assert low <= mean <= high
+    assert metrics.interval(values) == (mean, low, high)
+    assert mean == pytest.approx(values.mean().item(), abs=1e-5)
+
+
+def test_intervals_are_over_people_not_pictures():
+    same = torch.tensor([[0.0] * 100, [1.0] * 100])
+    _, low, high = metrics.interval(same)
+    assert (low, high) == (0, 1)

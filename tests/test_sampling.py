@@ -1,0 +1,117 @@
+"""Our sampler against diffusers' pipeline, and what identity guidance means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hyperdreambooth import formats, photos
+from hyperdreambooth.errors import InputError
+from hyperdreambooth.lora import applied
+from hyperdreambooth.sampling import branches, sample
+from hyperdreambooth.stages.generate import GenerateConfig, generate, noise_for
+
+from .conftest import conditioning, random_loras, tiny_pipe
+
+PROMPT = "a pencil sketch of a [V] face"
+
+
+def through_pipe(pipe, seeds, **more):
+    noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    return pipe([PROMPT] * len(seeds), latents=noise, num_inference_steps=4, guidance_scale=3.0, output_type="pt", **more).images * 2 - 1
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+def test_plain_guidance_equals_the_pipeline(prediction):
+    from hyperdreambooth.backbones import StableDiffusion
+
+    backbone = StableDiffusion(tiny_pipe(prediction))
+    found = generate(backbone, [PROMPT] * 2, [1, 2], GenerateConfig(steps=4, guidance=3.0))
+    torch.testing.assert_close(found, through_pipe(backbone.pipe, [1, 2]), atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_hooks_equal_the_exported_file_in_the_pipeline(layout, tmp_path):
+    from hyperdreambooth.backbones import StableDiffusion
+
+    backbone = StableDiffusion(tiny_pipe())
+    loras = random_loras(backbone, patterns=(*backbone.default_targets, "text_encoder*_proj"))
+    formats.save_lora(tmp_path / "me.safetensors", loras, {}, layout=layout, dtype=torch.float32)
+    found = generate(backbone, [PROMPT] * 2, [1, 2], GenerateConfig(steps=4, guidance=3.0), personal=loras)
+    plain = generate(backbone, [PROMPT] * 2, [1, 2], GenerateConfig(steps=4, guidance=3.0))
+    pipe = tiny_pipe()
+    pipe.load_lora_weights(str(tmp_path / "me.safetensors"))
+    torch.testing.assert_close(found, through_pipe(pipe, [1, 2]), atol=5e-4, rtol=1e-3)
+    assert (found - plain).abs().max() > 0.01
+
+
+def test_branches_leave_out_what_weighs_nothing():
+    assert branches(3.0, None) == [(-2.0, False, True), (3.0, True, True)]
+    assert branches(1.0, None) == [(1.0, True, True)]
+    assert branches(2.0, 2.0) == [(-1.0, False, False), (2.0, True, True)]
+    assert branches(1.0, 2.0) == [(-1.0, True, False), (2.0, True, True)]
+    assert len(branches(3.0, 2.0)) == 3
+    for guidance in (1.0, 2.5, 7.0):
+        for identity in (None, 0.0, 1.0, 3.0):
+            assert sum(weight for weight, _, _ in branches(guidance, identity)) == pytest.approx(1)
+
+
+def test_identity_guidance_of_zero_is_the_base_and_its_formula_holds(backbone):
+    loras = random_loras(backbone)
+    cond, empty = conditioning(backbone, 2), {k: v[2:3].expand(2, -1, -1) for k, v in conditioning(backbone, 3).items()}
+    noise = noise_for(backbone, [3, 4])
+
+    def run(**settings):
+        return sample(backbone, cond, empty, noise, steps=1, **settings)
+
+    torch.testing.assert_close(run(personal=loras, guidance=2.0, identity_guidance=0.0), run(guidance=2.0), atol=1e-4, rtol=1e-3)
+    # a single step is linear in the prediction
+    base_empty, base = run(guidance=0.0), run(guidance=1.0)
+    with applied(backbone.components, loras):
+        person = run(guidance=1.0)
+    expected = (1 - 2.0) * base_empty + (2.0 - 3.0) * base + 3.0 * person
+    torch.testing.assert_close(run(personal=loras, guidance=2.0, identity_guidance=3.0), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_picture_depends_on_its_own_seed_and_person_alone(backbone):
+    loras = random_loras(backbone, batch=3)
+    config = GenerateConfig(steps=2, identity_guidance=2.0, batch=2)
+    together = generate(backbone, [PROMPT] * 3, [7, 8, 9], config, personal=loras)
+    alone = generate(backbone, [PROMPT], [9], config, personal=loras.select(2))
+    torch.testing.assert_close(together[2:], alone, atol=1e-4, rtol=1e-3)
+
+
+def test_styles_stay_in_every_branch(backbone):
+    person, style = random_loras(backbone, seed=1), random_loras(backbone, seed=2)
+    config = GenerateConfig(steps=2, guidance=2.0)
+    summed = generate(backbone, [PROMPT], [1], config, personal=person + style.scaled(0.5))
+    apart = generate(backbone, [PROMPT], [1], config, personal=person, styles=style.scaled(0.5))
+    torch.testing.assert_close(apart, summed, atol=1e-4, rtol=1e-3)
+
+
+def test_strength_scales_from_the_base(backbone):
+    person = random_loras(backbone)
+    base = generate(backbone, [PROMPT], [1], GenerateConfig(steps=2))
+    none = generate(backbone, [PROMPT], [1], GenerateConfig(steps=2, strength=0.0), personal=person)
+    torch.testing.assert_close(none, base, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler", "DDPMScheduler"])
+def test_schedulers_by_name(backbone, scheduler):
+    images = generate(backbone, [PROMPT], [1], GenerateConfig(steps=3, scheduler=scheduler))
+    assert torch.isfinite(images).all()
+    assert photos.to_images(images)[0].size == (64, 64)
+
+
+def test_bad_settings_raise(backbone):
+    with pytest.raises(InputError, match="no scheduler"):
+        generate(backbone, [PROMPT], [1], GenerateConfig(scheduler="NoSuchScheduler"))
+    with pytest.raises(InputError, match="multiple of 8"):
+        generate(backbone, [PROMPT], [1], GenerateConfig(width=63))
+    with pytest.raises(InputError):
+        GenerateConfig(steps=0)
+
+
+def test_other_sizes(backbone):
+    images = generate(backbone, [PROMPT], [1], GenerateConfig(steps=1, width=96, height=64))
+    assert images.shape == (1, 3, 64, 96)

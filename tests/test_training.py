@@ -1,0 +1,243 @@
+"""The loop: resume is exact, whatever ended the run; bad losses stop it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hyperdreambooth import checkpoint
+from hyperdreambooth.errors import InputError, TrainingError
+from hyperdreambooth.training import TrainingConfig, fit, learning_rate
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def batches(index: int) -> torch.Tensor:
+    return torch.randn(6, 4, generator=torch.Generator().manual_seed(index))
+
+
+@contextmanager
+def step(net, batch, generator):
+    noise = torch.randn(len(batch), 1, generator=generator)
+    yield (net(batch) - batch.sum(1, keepdim=True) + 0.1 * noise).square().flatten()
+
+
+CONFIG = TrainingConfig(steps=12, learning_rate=1e-2, warmup=2, average=0.9, log_every=3)
+
+
+def weights(net: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def test_training_learns_and_resuming_is_exact(tmp_path):
+    whole = model()
+    report = fit(step, whole, batches, CONFIG, quiet=True, device="cpu")
+    assert report.finished
+    assert report.losses[-1][1] < report.losses[0][1]
+
+    parts = model()
+    real, calls = batches, []
+
+    def interrupted(index: int) -> torch.Tensor:
+        if index == 7 and not calls:
+            calls.append(index)
+            raise KeyboardInterrupt
+        return real(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(step, parts, interrupted, CONFIG, directory=tmp_path, quiet=True, device="cpu")
+    assert checkpoint.load(tmp_path / "state.safetensors")[3]["step"] == 7
+    fresh = model()
+    again = fit(step, fresh, interrupted, CONFIG, directory=tmp_path, quiet=True, device="cpu")
+    for a, b in zip(weights(whole), weights(fresh), strict=True):
+        assert torch.equal(a, b)
+    assert again.losses == report.losses or len(again.losses) == len(report.losses)
+    # a finished training stays as it is
+    done = model()
+    fit(step, done, batches, CONFIG, directory=tmp_path, quiet=True, device="cpu")
+    for a, b in zip(weights(whole), weights(done), strict=True):
+        assert torch.equal(a, b)
+
+
+SCRIPT = """
+import sys, time
+sys.path[:0] = [{root!r}]
+from pathlib import Path
+from tests.test_training import CONFIG, batches, model, step
+from hyperdreambooth.training import fit
+import dataclasses
+def slow(index):
+    time.sleep(0.02)
+    print(index, flush=True)
+    return batches(index)
+config = dataclasses.replace(CONFIG, steps=60, checkpoint_minutes=0.0)
+fit(step, model(), slow, config, directory=Path({folder!r}), quiet=True, device="cpu")
+"""
+
+
+def test_resume_after_kill_is_bit_for_bit(tmp_path):
+    root = str(Path(__file__).parents[1])
+    code = SCRIPT.format(root=root, folder=str(tmp_path))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root + "/src"}
+    )
+    for line in process.stdout:
+        if int(line) >= 20:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < checkpoint.load(tmp_path / "state.safetensors")[3]["step"] < 60
+    import dataclasses
+
+    config = dataclasses.replace(CONFIG, steps=60)
+    resumed, whole = model(), model()
+    fit(step, resumed, batches, config, directory=tmp_path, quiet=True, device="cpu")
+    fit(step, whole, batches, config, quiet=True, device="cpu")
+    for a, b in zip(weights(resumed), weights(whole), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_accumulation_equals_a_larger_batch():
+    big, small = model(), model()
+    plain = TrainingConfig(steps=3, learning_rate=1e-2, max_grad_norm=0)
+
+    @contextmanager
+    def exact(net, batch, generator):
+        yield net(batch).square().flatten()
+
+    fit(exact, big, lambda i: torch.cat([batches(2 * i), batches(2 * i + 1)]), plain, quiet=True, device="cpu")
+    fit(
+        exact,
+        small,
+        batches,
+        TrainingConfig(steps=3, learning_rate=1e-2, max_grad_norm=0, gradient_accumulation=2),
+        quiet=True,
+        device="cpu",
+    )
+    for a, b in zip(weights(big), weights(small), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_step_stays_open_through_backward():
+    events = []
+
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            events.append("backward")
+            return grad
+
+    @contextmanager
+    def watched(net, batch, generator):
+        yield Marked.apply(net(batch)).flatten()
+        events.append("closed")
+
+    fit(watched, model(), batches, TrainingConfig(steps=1), quiet=True, device="cpu")
+    assert events == ["backward", "closed"]
+
+
+def test_a_loss_that_is_not_finite_raises_and_names_the_sample():
+    @contextmanager
+    def broken(net, batch, generator):
+        losses = net(batch).flatten()
+        losses = torch.where(torch.arange(len(losses)) == 2, torch.nan, losses)
+        yield losses
+
+    with pytest.raises(TrainingError, match="sample 2 of step 0"):
+        fit(broken, model(), batches, TrainingConfig(steps=2), quiet=True, device="cpu")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    fit(step, model(), batches, CONFIG, directory=tmp_path, quiet=True, device="cpu")
+    with pytest.raises(InputError, match="belongs to another"):
+        fit(step, nn.Linear(4, 1), batches, CONFIG, directory=tmp_path, quiet=True, device="cpu")
+
+
+def test_nothing_to_train_raises():
+    with pytest.raises(InputError, match="nothing to train"):
+        fit(step, model().requires_grad_(False), batches, CONFIG, quiet=True, device="cpu")
+
+
+def test_time_limit_stops_and_a_later_call_goes_on(tmp_path):
+    def slow(index: int) -> torch.Tensor:
+        time.sleep(0.02)
+        return batches(index)
+
+    first = fit(step, model(), slow, CONFIG, directory=tmp_path, quiet=True, device="cpu", minutes=0.0005)
+    assert not first.finished
+    assert 0 < first.steps < 12
+    assert fit(step, model(), batches, CONFIG, directory=tmp_path, quiet=True, device="cpu").finished
+
+
+def test_validation_sees_the_averaged_weights_and_leaves_the_model_alone(tmp_path):
+    seen = []
+
+    def validate(done, net):
+        seen.append(weights(net)[0])
+        return {"figure": 1.0}
+
+    net = model()
+    config = TrainingConfig(steps=4, learning_rate=1e-1, average=0.99, validate_every=2)
+    report = fit(step, net, batches, config, validate=validate, quiet=True, device="cpu")
+    assert [v["step"] for v in report.validations] == [2, 4]
+    assert torch.equal(seen[-1], weights(net)[0])
+
+
+@pytest.mark.parametrize("bad", [{"steps": -1}, {"gradient_accumulation": 0}, {"cooldown": 2.0}, {"average": 1.0}])
+def test_bad_settings_raise(bad):
+    with pytest.raises(InputError):
+        TrainingConfig(**bad)
+
+
+def test_learning_rate_rises_stays_and_falls():
+    config = TrainingConfig(steps=100, learning_rate=1.0, warmup=10, cooldown=0.5)
+    rates = [learning_rate(config, i) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[20] == rates[49] == 1.0
+    assert rates[75] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.02)
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    target = tmp_path / "file.json"
+    checkpoint.write_json(target, {"old": 1})
+
+    def full(file: Path) -> None:
+        file.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="No space left"):
+        checkpoint.write_atomically(target, full)
+    assert "old" in target.read_text()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_state_round_trip_holds_no_pickle(tmp_path):
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(batches(0)).sum().backward()
+    optimizer.step()
+    path = checkpoint.save(tmp_path / "s.safetensors", net.state_dict(), optimizer.state_dict(), {}, {"step": 3})
+    loaded, state, average, meta = checkpoint.load(path)
+    assert meta == {"step": 3}
+    assert average == {}
+    assert all(torch.equal(loaded[k], v) for k, v in net.state_dict().items())
+    fresh = torch.optim.AdamW(net.parameters())
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])

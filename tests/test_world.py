@@ -1,0 +1,98 @@
+"""The embedded world: the written encoder, the tokenizer, the captions, the filters, the judges."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from hyperdreambooth.encoder import FaceEncoder
+from hyperdreambooth.evaluation.judges import Judge
+from worlds.toon import autoencoder, base, hypernetworks, judges, pictures
+
+from .conftest import picture
+
+
+def images(count: int = 40) -> torch.Tensor:
+    arrays = np.stack([np.asarray(picture(i, (64, 64))) for i in range(count)])
+    return pictures.to_tensor(arrays)
+
+
+def test_the_written_encoder_is_the_pca():
+    x = images()
+    matrix, offset = autoencoder.principal_components(x)
+    expected = autoencoder.encode(matrix, offset, x)
+    vae = autoencoder.build()
+    autoencoder.write_encoder(vae, matrix, offset)
+    with torch.no_grad():
+        found = vae.encode(x).latent_dist.mode()
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+    assert expected.std().item() == pytest.approx(1, abs=0.05)
+    rebuilt = judges.linear_round_trip(matrix, offset)(x)
+    assert (rebuilt - x).square().mean() < 0.2 * x.var()
+
+
+def test_the_tokenizer_knows_its_words_and_survives_the_disk(tmp_path):
+    from transformers import CLIPTokenizer
+
+    tokenizer = base.build_tokenizer()
+    assert len(tokenizer) <= 1000
+    tokenizer.save_pretrained(str(tmp_path))
+    for one in (tokenizer, CLIPTokenizer.from_pretrained(str(tmp_path))):
+        ids = one("a pencil sketch of a [V] face").input_ids
+        assert len(ids) == 9  # a word is one token, and so is [V]
+        assert one.convert_ids_to_tokens(ids)[6] == "[V]"
+        assert one.unk_token_id not in one("zebra").input_ids[1:-1]
+
+
+def test_captions_use_known_words_and_say_the_context():
+    known = {*pictures.vocabulary(), "[V]"}
+    draw = random.Random(0)
+    identity = {"gender": "male", "hair": "bald", "hairBg": "none", "hairColor": "#272421", "skin": "#f2d6cb", "facialHair": "goatee1"}
+    for _ in range(300):
+        context = {kind: draw.choice(list(choices)) for kind, choices in pictures.CONTEXTS.items()}
+        text = pictures.training_caption({"context": context, "identity": identity}, draw)
+        assert set(text.split()) <= known, text
+    context = {"style": "sketch", "background": "white", "headwear": "cap", "eyewear": "none", "expression": "angry"}
+    assert pictures.caption(context) == "a pencil sketch of an angry [V] face wearing a cap"
+    assert (
+        pictures.caption({**context, "style": "plain", "headwear": "none", "background": "red"}) == "an angry [V] face on a red background"
+    )
+
+
+@pytest.mark.parametrize("style", [s for s in pictures.STYLES if s != "plain"])
+def test_filters_change_the_picture_and_keep_its_shape(style):
+    pixels = np.stack([np.asarray(picture(i, (64, 64))) for i in range(3)])
+    drawn = pictures.filtered(pixels, style)
+    assert drawn.shape == pixels.shape
+    assert drawn.dtype == np.uint8
+    assert np.abs(drawn.astype(int) - pixels).mean() > 3
+    assert np.array_equal(drawn[1:2], pictures.filtered(pixels[1:2], style))
+
+
+def test_plans_hold_out_contexts_and_splits_do_not_overlap():
+    for job in hypernetworks.plan(0, 50):
+        assert pictures.is_seen(job["context"])
+    starts = sorted(pictures.FIRST.values())
+    assert starts[0] + pictures.TRAIN_PEOPLE <= starts[1]
+    assert hypernetworks.plan(3, 1) == hypernetworks.plan(0, 4)[12:]
+
+
+def test_judges_and_encoder_share_no_architecture_and_survive_the_disk(tmp_path):
+    torch.manual_seed(0)
+    judge = Judge({**judges.JUDGE, "hidden_sizes": [8, 16, 16], "depths": [1, 1, 1]}, {"identity": [""] * 4, "style": ["a", "b"]}).eval()
+    judge.save_pretrained(tmp_path / "judge")
+    x = images(3)
+    again = Judge.from_pretrained(tmp_path / "judge")
+    torch.testing.assert_close(judge.embed(x), again.embed(x), atol=1e-2, rtol=0.1)
+    assert torch.allclose(again.embed(x).norm(dim=-1), torch.ones(3))
+    assert {row["style"] for row in again.classify(x)} <= {"a", "b"}
+    encoder = judges.build_encoder().eval()
+    encoder.save_pretrained(tmp_path / "encoder")
+    loaded = FaceEncoder.from_pretrained(tmp_path / "encoder").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), encoder(x), atol=1e-5, rtol=1e-4)
+    assert loaded(x).shape == (3, 16, 256)
+    assert type(loaded.model).__name__ != type(judge.backbone).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -49,7 +50,7 @@ def test_what_is_no_photo_is_one_error_that_names_the_file(tmp_path, content, sa
         path.write_bytes(content)
     with pytest.raises(InputError, match=says) as caught:
         photos.load_photo(path)
-    assert "photo.png" in str(caught.value)
+    assert str(caught.value).count("photo.png") == 1  # no message inside another
     assert "\n" not in str(caught.value)
 
 
@@ -62,6 +63,55 @@ def test_folders_and_truncated_photos(tmp_path):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(InputError, match=r"damaged|not a picture"):
             photos.load_photo(path)
+
+
+def test_limits_before_decoding_are_messages_of_their_own(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    path.write_bytes(png_header(9000, 9000))  # between our limit and the one at which Pillow itself refuses
+    with pytest.raises(InputError, match=r"large\.png has 9000 x 9000 pixels.*megapixels") as caught:
+        photos.load_photo(path)
+    assert "damaged" not in str(caught.value)
+    picture().save(path)
+    monkeypatch.setattr(photos, "MAX_BYTES", 100)
+    with pytest.raises(InputError, match="the limit is"):
+        photos.load_photo(path)
+
+
+def test_what_the_system_refuses_is_not_called_damaged(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="can't be read: File name too long"):
+        photos.load_photo("a" * 300 + ".png")
+    path = tmp_path / "mine.png"
+    picture().save(path)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(InputError, match=r"mine\.png can't be read: Permission denied"):
+        photos.load_photo(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(photos.FORMATS),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4),
+)
+def test_damaged_bytes_are_a_picture_or_one_error(tmp_path_factory, format, changes):
+    path = tmp_path_factory.mktemp("damaged") / "photo"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(size=(32, 24)).save(path, format, **({} if format in ("BMP", "GIF") else {"exif": exif}))
+    data = bytearray(path.read_bytes())
+    for position, value in changes:
+        data[position % len(data)] = value
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none may leak either
+        try:
+            message, mode = "", photos.load_photo(path).mode
+        except InputError as error:
+            message, mode = str(error), ""
+    assert mode == "RGB" or message.count(str(path)) == 1
 
 
 def test_exif_rotation_is_applied(tmp_path):
@@ -87,6 +137,33 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert loaded.size == (32, 32)
     if mode == "I;16":
         assert abs(np.asarray(loaded).mean() - 40_000 / 257) < 1  # scaled, not clipped
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16", "F"]),
+    st.integers(1, 40),
+    st.integers(1, 40),
+)
+def test_any_mode_of_pillow_becomes_rgb_of_the_same_size(mode, width, height):
+    image = picture(size=(width, height))
+    image = (
+        image.convert("L").convert(mode)
+        if mode in ("I", "I;16", "F")
+        else image.convert("P").convert(mode)
+        if mode == "PA"
+        else image.convert(mode)
+    )
+    converted = photos.to_rgb(image)
+    assert converted.mode == "RGB"
+    assert converted.size == (width, height)
+
+
+def test_wide_numbers_are_scaled_and_gaps_are_black():
+    ramp = np.array([[0, 2**29, 2**30]], np.int32)
+    assert np.asarray(photos.to_rgb(Image.fromarray(ramp)))[0, :, 0].tolist() == [0, 128, 255]
+    gap = np.array([[np.nan, 0.2, 1.0]], np.float32)
+    assert np.asarray(photos.to_rgb(Image.fromarray(gap)))[0, :, 0].tolist() == [0, 51, 255]
 
 
 def test_transparency_is_laid_on_white(tmp_path):
@@ -150,10 +227,10 @@ def test_identities_of_a_folder(tmp_path, people):
     assert len(found["ann"]) == 2
     flat = tmp_path / "flat"
     flat.mkdir()
-    for name in ("2", "10"):
+    for name in ("2", "10", "²"):
         picture().save(flat / f"{name}.png")
     (flat / "notes.txt").write_text("no picture")
-    assert list(photos.list_identities(flat)) == ["2", "10"]
+    assert list(photos.list_identities(flat)) == ["2", "10", "²"]  # "²" is a digit that int() refuses
     (tmp_path / "empty").mkdir()
     for folder, says in ((tmp_path / "empty", "holds no pictures"), (tmp_path / "nowhere", "no such folder")):
         with pytest.raises(InputError, match=says):
@@ -165,6 +242,10 @@ def test_png_metadata_and_overwriting(tmp_path):
     assert photos.read_png_metadata(path)["prompt"] == "ein Gesicht, größer"
     with pytest.raises(InputError, match="--overwrite"):
         photos.save_png(picture(), path, {})
+    (tmp_path / "cut.png").write_bytes(path.read_bytes()[:200])
+    for broken in (tmp_path / "none.png", tmp_path / "cut.png", tmp_path):
+        with pytest.raises(InputError, match="is not a whole PNG"):
+            photos.read_png_metadata(broken)
 
 
 def test_grids_have_a_cell_for_every_picture():

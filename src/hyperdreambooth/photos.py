@@ -43,18 +43,18 @@ def load_photo(path: str | Path) -> Image.Image:
     missing, empty, no picture, truncated, under 16 x 16 pixels, over 64 megapixels (before it is decoded) or over 100 MB.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, not a picture.")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file.")
-    size = path.stat().st_size
-    if size == 0:
-        raise InputError(f"{path} is empty (0 bytes).")
-    if size > MAX_BYTES:
-        raise InputError(f"{path} has {size / 1e6:.0f} MB; the limit is {MAX_BYTES / 1e6:.0f} MB. Scale it down first.")
     try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder, not a picture. Name a picture in it.")
+        if not path.is_file():
+            raise InputError(f"{path}: no such file. Check the path.")
+        size = path.stat().st_size
+        if size == 0:
+            raise InputError(f"{path} is empty (0 bytes). Was it cut off while copying?")
+        if size > MAX_BYTES:
+            raise InputError(f"{path} has {size / 1e6:.0f} MB; the limit is {MAX_BYTES / 1e6:.0f} MB. Scale it down first.")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows, and is lower
+            warnings.simplefilter("ignore")  # of large pictures (our own limit is lower) and of damaged EXIF, which is no loss
             with Image.open(path, formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
@@ -62,25 +62,31 @@ def load_photo(path: str | Path) -> Image.Image:
                         f"{path} has {width} x {height} pixels; the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first."
                     )
                 if min(width, height) < MIN_SIDE:
-                    raise InputError(f"{path} has {width} x {height} pixels, too few to show a face: at least {MIN_SIDE} x {MIN_SIDE}.")
+                    raise InputError(
+                        f"{path} has {width} x {height} pixels, too few to show a face: take one of at least {MIN_SIDE} x {MIN_SIDE}."
+                    )
                 image.load()
                 return to_rgb(ImageOps.exif_transpose(image))
+    except InputError:  # is a ValueError, and would be wrapped below
+        raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} has too many pixels; the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first.") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not a picture ({', '.join(FORMATS)} are read).") from error
+        raise InputError(f"{path} is not a picture ({', '.join(FORMATS)} are read). Convert it first.") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's errors have a number, Pillow's have none
+            raise InputError(f"{path} can't be read: {error.strerror}. Check the path and its permissions.") from error
         raise InputError(f"{path} is a damaged picture ({error}). Was it cut off while copying?") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode of Pillow as 8-bit RGB: 16-bit is scaled, never clipped; transparency is laid on white."""
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        # 16-bit files are read as I or I;16; a float picture is taken as 0..1, or as 0..255 where it exceeds that
-        top = 65535.0 if image.mode != "F" else 1.0 if values.max(initial=0) <= 1 else 255.0
-        scaled = np.nan_to_num(values / top).clip(0, 1)
-        return Image.fromarray((scaled * 255).round().astype(np.uint8)).convert("RGB")
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        # 16-bit files are read as I or I;16, 32-bit ones as I; a float picture is taken as 0..1, or as 0..255 where it exceeds that
+        largest = values.max(initial=0)
+        top = (1.0 if largest <= 1 else 255.0) if image.mode == "F" else max(65535.0, largest)
+        return Image.fromarray(((values / top).clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layered = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layered).convert("RGB")
@@ -89,7 +95,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def square(image: Image.Image, size: int) -> Image.Image:
     """The middle square, resized to `size` x `size`."""
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side), reducing_gap=3.0)
 
 
 def find_faces(image: Image.Image) -> list[Box]:
@@ -191,9 +199,10 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
     return found
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sorts 2.png before 10.png."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name.lower())]
+def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
+    """Sorts 2.png before 10.png; the name itself decides between 1.png and 01.png."""
+    # isdecimal, since "²" is a digit that int() refuses
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name.lower())], path.name
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str], overwrite: bool = False) -> Path:
@@ -208,10 +217,15 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str], 
 
 
 def read_png_metadata(path: str | Path) -> dict[str, str]:
-    """The text metadata of a PNG."""
-    with Image.open(path, formats=("PNG",)) as image:
-        image.load()
-        return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+    """The text metadata of a PNG. Raises InputError for a file that is missing or no whole PNG."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.load()  # text may also stand after the pixels
+            return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{path} is not a whole PNG ({getattr(error, 'strerror', None) or error}). Name a picture that was saved here."
+        ) from error
 
 
 def grid(

@@ -89,7 +89,10 @@ def personalize() -> dict[str, float]:
     face = toon.directory("faces") / "face-01.png"
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, arguments in (("load", ["targets", "toon", "--json"]), ("personalize", ["personalize", str(face), "-o", f"{folder}/me.safetensors"])):
+        for name, arguments in (
+            ("load", ["targets", "toon", "--json"]),
+            ("personalize", ["personalize", str(face), "-o", f"{folder}/me.safetensors"]),
+        ):
             done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True, env=os.environ)
             found = json.loads(done.stdout.strip().splitlines()[-1])
             figures[f"{name}_seconds"], figures[f"{name}_peak_mb"] = found["seconds"], found["peak_mb"]

@@ -36,7 +36,9 @@ def main() -> int:
     readme = ROOT / "README.md"
     text = old = readme.read_text(encoding="utf-8")
     for name, table in (("fidelity", fidelity()), ("speed", speed())):
-        text = re.sub(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda m, table=table: m.group(1) + table + m.group(2), text, flags=re.S)
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda m, table=table: m.group(1) + table + m.group(2), text, flags=re.S
+        )
     if "--check" in sys.argv:
         return int(text != old)
     readme.write_text(text, encoding="utf-8")

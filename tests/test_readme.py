@@ -82,7 +82,7 @@ def test_the_python_example_runs(newcomer):
 
 def test_the_tree_exists():
     tree = README[README.index("## The tree") :].split("```")[0]
-    names = [name for name in re.findall(r"[\w./]+(?:\.py|/)(?=[\s,])", tree)]
+    names = re.findall(r"[\w./]+(?:\.py|/)(?=[\s,])", tree)
     assert len(names) > 20
     for name in names:
         assert (ROOT / name).exists() or (ROOT / "src/hyperdreambooth" / name).exists(), name

@@ -262,3 +262,22 @@ def test_noise_levels_mean_the_same_for_every_schedule(backbone):
     drawn = NoiseLevels(mean=1.5).draw(2000, torch.Generator().manual_seed(0))
     assert 0.7 < drawn.median() < 0.9
     assert NoiseLevels(uniform=1.0).draw(2000, torch.Generator().manual_seed(0)).mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_checkpointing_a_frozen_model_changes_nothing():
+    from hyperdreambooth.backbones import StableDiffusion
+
+    results = []
+    for checkpointing in (False, True):
+        backbone = StableDiffusion(tiny_pipe())
+        if checkpointing:
+            backbone.enable_checkpointing()
+            calls = []
+            block = backbone.components["unet"].up_blocks[1].resnets[0]
+            block.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        predicted = random_loras(backbone, batch=1, rank=1)
+        found, _ = personalize(backbone, Subject(latents(1, 1), "a [V] face"), predicted, PersonalizeConfig(steps=2), quiet=True)
+        results.append(found)
+    assert len(calls) == 4  # two steps, each forward ran twice
+    for path in results[0]:
+        torch.testing.assert_close(results[0][path].up, results[1][path].up, atol=1e-6, rtol=1e-5)

@@ -11,11 +11,12 @@ images = hdb.generate("a pencil sketch of a [V] face", me, seed=0)
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -33,6 +34,7 @@ from .stages.generate import GenerateConfig, generate
 from .stages.personalize import PersonalizeConfig, finish, personalize
 from .stages.subject import Subject
 
+C = TypeVar("C", PersonalizeConfig, GenerateConfig)
 PLACEHOLDER = "[V]"
 """Stands for the person in prompts, whatever the base's own rare token is."""
 RARE_TOKEN = "ohwx"
@@ -120,13 +122,14 @@ class HyperDreamBooth:
     def device(self) -> torch.device:
         return next(self.backbone.components.parameters()).device
 
-    def personalize_config(self, **changes: Any) -> PersonalizeConfig:
-        """The defaults that suit this base, changed by whatever isn't None."""
-        return _configured(PersonalizeConfig, self.info.personalize if self.info else {}, changes)
+    def personalize_config(self, config: PersonalizeConfig | None = None, **changes: Any) -> PersonalizeConfig:
+        """A config with whatever is unset taken from the hypernetwork's own defaults."""
+        own = self.info.personalize if self.info else {}
+        return _changed(config or PersonalizeConfig(), changes).resolved(predicted=self.source is not None, **own)
 
-    def generate_config(self, **changes: Any) -> GenerateConfig:
-        """The defaults that suit this base, changed by whatever isn't None."""
-        return _configured(GenerateConfig, self.info.generate if self.info else {}, changes)
+    def generate_config(self, config: GenerateConfig | None = None, **changes: Any) -> GenerateConfig:
+        """A config with whatever is unset taken from the hypernetwork's own defaults."""
+        return _changed(config or GenerateConfig(), changes).resolved(**(self.info.generate if self.info else {}))
 
     def read_photos(
         self, files: Sequence[str | Path | Image.Image] | str | Path | Image.Image, *, crop: photos.Crop = "center", face: int | None = None
@@ -174,7 +177,7 @@ class HyperDreamBooth:
             targets: layers to train without a hypernetwork; default: the base's own.
             directory: where an interrupted fine-tuning resumes from.
         """
-        config = config or self.personalize_config(steps=steps, **changes)
+        config = self.personalize_config(config, steps=steps, **changes)
         pixels, _ = self.read_photos(files, crop=crop, face=face)
         prompt = self.prompt.replace(PLACEHOLDER, self.identifier)
         started = time.perf_counter()
@@ -244,7 +247,7 @@ class HyperDreamBooth:
             styles: style LoRA files, or (file, weight) pairs.
             seed: of each prompt's first picture; the next ones count up.
         """
-        config = config or self.generate_config(seed=seed, count=count, **changes)
+        config = self.generate_config(config, seed=seed, count=count, **changes)
         if isinstance(person, (str, Path)):
             person = self.load(person)
         loras = person.loras if isinstance(person, Person) else person
@@ -258,15 +261,17 @@ class HyperDreamBooth:
         return photos.to_images(pixels)
 
 
-def _configured(kind: type[Any], defaults: dict[str, Any], changes: dict[str, Any]) -> Any:
-    values = {**defaults, **{key: value for key, value in changes.items() if value is not None}}
-    names = {f.name for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - names)
+def _changed(config: C, changes: dict[str, Any]) -> C:
+    """A dataclass with every change that isn't None. Raises InputError for a field that it doesn't have."""
+    names = {f.name for f in dataclasses.fields(config)}
+    unknown = sorted(set(changes) - names)
     if unknown:
-        raise InputError(f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(names))}.")
-    return kind(**values)
+        raise InputError(f"{type(config).__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(names))}.")
+    return dataclasses.replace(config, **{key: value for key, value in changes.items() if value is not None})
 
 
 def best_device() -> str:
     """cuda, then mps, then cpu."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one GPU for each process of `accelerate launch`
+    return "mps" if torch.backends.mps.is_available() else "cpu"

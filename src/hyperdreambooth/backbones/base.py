@@ -31,6 +31,10 @@ class Backbone(Protocol):
     default_targets: tuple[str, ...]
     size: int
 
+    def enable_checkpointing(self) -> None:
+        """Gradient checkpointing of the denoiser: activations are computed again in the backward pass."""
+        ...
+
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """(C, h, w) of a picture's latents; by default of the base's own size."""
         ...

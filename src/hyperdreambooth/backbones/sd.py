@@ -37,6 +37,9 @@ class StableDiffusion:
     def dtype(self) -> torch.dtype:
         return next(self.pipe.unet.parameters()).dtype
 
+    def enable_checkpointing(self) -> None:
+        self.pipe.unet.enable_gradient_checkpointing()
+
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         factor = self.pipe.vae_scale_factor
         return int(self.pipe.unet.config.in_channels), (height or self.size) // factor, (width or self.size) // factor

@@ -31,6 +31,8 @@ class Machine:
     """cuda, mps or cpu. Default: the best there is."""
     dtype: Dtype = "float32"
     """Precision of the frozen base. What is trained is always float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: slower, but a fraction of the memory."""
 
     def __post_init__(self) -> None:
         # loading takes a second: the libraries' own progress bars would only hide what matters
@@ -38,20 +40,16 @@ class Machine:
         transformers.utils.logging.disable_progress_bar()
 
     def open(self, base: str, hypernetwork: str | None = "auto") -> HyperDreamBooth:
-        return HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, device=self.device, dtype=getattr(torch, self.dtype))
+        hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, device=self.device, dtype=getattr(torch, self.dtype))
+        if self.gradient_checkpointing:
+            hdb.backbone.enable_checkpointing()
+        return hdb
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Before any work is done: an output that is there is never replaced unasked."""
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")
-
-
-def changed_fields(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from their defaults: what a user asked for, to be laid over a base's own defaults."""
-    default = type(config)()
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
 def as_json(args: Any) -> dict[str, Any]:

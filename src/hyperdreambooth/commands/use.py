@@ -21,7 +21,7 @@ from ..progress import Progress, say
 from ..stages.generate import GenerateConfig
 from ..stages.personalize import PersonalizeConfig, finish
 from ..stages.preoptimize import read_table
-from .common import Flat, Machine, Output, as_json, changed_fields, picture_metadata, refuse_existing
+from .common import Flat, Machine, Output, as_json, picture_metadata, refuse_existing
 
 
 @dataclass
@@ -73,7 +73,7 @@ def run_personalize(args: Personalize) -> None:
     _, notes = hdb.read_photos(args.photos, crop=args.crop, face=args.face)
     for note in notes:
         say(note)
-    config = hdb.personalize_config(**changed_fields(args.config))
+    config = hdb.personalize_config(args.config)
     loaded = time.perf_counter()
     me = hdb.personalize(args.photos, crop=args.crop, face=args.face, targets=args.targets, config=config)
     me.save(args.output, layout=args.format, overwrite=args.overwrite)
@@ -128,7 +128,7 @@ def weighted(text: str) -> tuple[str, float]:
 
 def run_generate(args: Generate) -> None:
     hdb = args.machine.open(args.base)
-    config = hdb.generate_config(**changed_fields(args.config))
+    config = hdb.generate_config(args.config)
     loras = [weighted(text) for text in args.lora]
     styles = [*loras[1:], *(weighted(text) for text in args.style)]
     me = hdb.load(loras[0][0]) if loras else None

@@ -119,7 +119,7 @@ def draw(hdb: HyperDreamBooth, atlas: Atlas, loras: LoraSet | None, pictures: in
     people, prompts = len(atlas.references), len(atlas.prompts)
     config = hdb.generate_config()
     if not guided:
-        config = dataclasses.replace(config, identity_guidance=None, guidance=PLAIN_GUIDANCE)
+        config = dataclasses.replace(config, identity_guidance="off", guidance=PLAIN_GUIDANCE)
     config = dataclasses.replace(config, batch=batch)
     jobs = [(person, prompt, number) for person in range(people) for prompt in range(prompts) for number in range(pictures)]
     parts = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,12 +23,13 @@ class GenerateConfig:
 
     negative: str = ""
     """Negative prompt."""
-    steps: int = 20
-    """Denoising steps."""
-    guidance: float = 3.0
-    """Prompt guidance scale; 1 is none."""
-    identity_guidance: float | None = None
-    """Identity guidance scale: the base without the personal LoRA as the unconditional branch. Unset: plain guidance."""
+    steps: int | None = None
+    """Denoising steps. Default: the hypernetwork's own, or 25."""
+    guidance: float | None = None
+    """Prompt guidance scale; 1 is none. Default: the hypernetwork's own, or 5."""
+    identity_guidance: float | Literal["off"] | None = None
+    """Identity guidance scale: the base without the personal LoRA as the unconditional branch. "off": plain guidance, with the
+    LoRA in both branches. Default: the hypernetwork's own, or off."""
     strength: float = 1.0
     """Weight of the personal LoRA."""
     scheduler: str | None = None
@@ -43,8 +46,13 @@ class GenerateConfig:
     """Pictures that are denoised side by side."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.count < 1 or self.batch < 1:
+        if (self.steps is not None and self.steps < 1) or self.count < 1 or self.batch < 1:
             raise InputError(f"steps, count and batch must be at least 1, not {self.steps}, {self.count} and {self.batch}.")
+
+    def resolved(self, **own: Any) -> GenerateConfig:
+        """The same with whatever is unset filled in: from a base's own defaults, then from general ones."""
+        general = {"steps": 25, "guidance": 5.0, "identity_guidance": "off"}
+        return dataclasses.replace(self, **{key: value for key, value in {**general, **own}.items() if getattr(self, key) is None})
 
 
 def noise_for(backbone: Backbone, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
@@ -73,6 +81,8 @@ def generate(
 
     Raises InputError where width or height don't fit the base.
     """
+    config = config.resolved()
+    identity = None if config.identity_guidance == "off" else config.identity_guidance
     unit = 8 * int(backbone.pipe.vae_scale_factor) // 8
     for name, value in (("width", config.width), ("height", config.height)):
         if value is not None and (value < unit or value % unit):
@@ -90,7 +100,7 @@ def generate(
         conditioning, negative = cache(wanted), cache([config.negative] * len(wanted))
         if text:  # a LoRA on the text encoder belongs to the prompt's branch and, under plain guidance, to the negative one
             conditioning = encode_under(backbone, wanted, (scaled or LoraSet()) + (styles or LoraSet()))
-            base = styles if config.identity_guidance is not None and personal else (scaled or LoraSet()) + (styles or LoraSet())
+            base = styles if identity is not None and personal else (scaled or LoraSet()) + (styles or LoraSet())
             negative = encode_under(backbone, [config.negative] * len(wanted), base or LoraSet())
         latents = sample(
             backbone,
@@ -99,9 +109,9 @@ def generate(
             noise,
             personal=scaled,
             styles=styles,
-            steps=config.steps,
-            guidance=config.guidance,
-            identity_guidance=config.identity_guidance,
+            steps=config.steps or 25,
+            guidance=config.guidance if config.guidance is not None else 5.0,
+            identity_guidance=identity,
             scheduler=config.scheduler,
             generator=torch.Generator().manual_seed(seeds[start]),
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..backbones import Backbone
 from ..errors import InputError
@@ -21,12 +22,12 @@ class PersonalizeConfig:
 
     steps: int | None = None
     """Fine-tuning steps. 0 stops at the prediction. Default: the hypernetwork's own (25), or 300 from scratch."""
-    rank: int = 4
-    """Rank of the residual that is trained beside the prediction."""
+    rank: int | None = None
+    """Rank of the residual that is trained beside the prediction. Default: the hypernetwork's own, or 4."""
     order: Literal["residual", "merged"] = "residual"
     """residual: the prediction stays frozen, a residual is trained (the paper). merged: all of it is trained."""
-    learning_rate: float = 1e-3
-    """Peak learning rate; constant, then it falls over the last fifth."""
+    learning_rate: float | None = None
+    """Peak learning rate; constant, then it falls over the last fifth. Default: the hypernetwork's own, or 1e-3."""
     copies: int = 4
     """Noised copies of the photo in every step."""
     levels: NoiseLevels = field(default_factory=NoiseLevels)
@@ -39,8 +40,13 @@ class PersonalizeConfig:
     """Noise and the residual's start follow from this number."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.copies < 1 or (self.steps is not None and self.steps < 0):
+        if any(value is not None and value < low for value, low in ((self.rank, 1), (self.copies, 1), (self.steps, 0))):
             raise InputError(f"rank and copies must be at least 1 and steps at least 0, not {self.rank}, {self.copies} and {self.steps}.")
+
+    def resolved(self, *, predicted: bool, **own: Any) -> PersonalizeConfig:
+        """The same with whatever is unset filled in: from a hypernetwork's own defaults, then from general ones."""
+        general = {"steps": 25 if predicted else 300, "rank": 4, "learning_rate": 1e-3}
+        return dataclasses.replace(self, **{key: value for key, value in {**general, **own}.items() if getattr(self, key) is None})
 
 
 def personalize(
@@ -59,7 +65,8 @@ def personalize(
         predicted: the hypernetwork's updates of the P people, batched.
         directory: where an interrupted fine-tuning resumes from; None keeps nothing.
     """
-    steps = config.steps if config.steps is not None else (25 if predicted is not None else 300)
+    config = config.resolved(predicted=predicted is not None)
+    steps, rank, rate = config.steps or 0, config.rank or 4, config.learning_rate or 1e-3
     if steps == 0:
         if predicted is None:
             raise InputError("0 steps without a hypernetwork leave nothing: give --steps, or a hypernetwork.")
@@ -67,12 +74,12 @@ def personalize(
     if config.prior_pictures and subject.prior is None:
         subject.prior = prior_latents(backbone, subject.prior_prompt, config.prior_pictures, config.seed)
         subject.prior_weight = config.prior_weight
-    source = RelaxedLora(predicted, config.rank, targets=targets, order=config.order, seed=config.seed).to(subject.latents.device)
+    source = RelaxedLora(predicted, rank, targets=targets, order=config.order, seed=config.seed).to(subject.latents.device)
     paths = predicted or targets or {}
     step, batches = make_step(backbone, subject, config.levels, config.copies, live_text=trains_text(paths, backbone), seed=config.seed)
     # no clipping: its norm would run over all people of a batch
     training = TrainingConfig(
-        steps=steps, learning_rate=config.learning_rate, cooldown=0.2, max_grad_norm=0.0, seed=config.seed, log_every=max(1, steps // 10)
+        steps=steps, learning_rate=rate, cooldown=0.2, max_grad_norm=0.0, seed=config.seed, log_every=max(1, steps // 10)
     )
     report = fit(step, source, batches, training, directory=directory, device=subject.latents.device, name="fine-tuning", quiet=quiet)
     return source().detach(), report

@@ -274,7 +274,7 @@ def test_checkpointing_a_frozen_model_changes_nothing():
             backbone.enable_checkpointing()
             calls = []
             block = backbone.components["unet"].up_blocks[1].resnets[0]
-            block.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+            block.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
         predicted = random_loras(backbone, batch=1, rank=1)
         found, _ = personalize(backbone, Subject(latents(1, 1), "a [V] face"), predicted, PersonalizeConfig(steps=2), quiet=True)
         results.append(found)

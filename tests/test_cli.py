@@ -54,6 +54,30 @@ def test_personalize_with_zero_steps_from_several_photos_and_from_scratch(tmp_pa
     assert formats.read_lora(tmp_path / "merged.safetensors").layout == "kohya"
 
 
+def test_an_interrupted_personalize_goes_on_and_leaves_nothing(tmp_path, face, monkeypatch):
+    from hyperdreambooth.stages import subject
+
+    out = tmp_path / "out"
+    common = ["personalize", face, "--steps", 4]
+    assert run(*common, "-o", out / "whole.safetensors") == 0
+    real, calls = subject.denoising, []
+
+    def stopped(*args: object, **more: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **more)
+
+    monkeypatch.setattr(subject, "denoising", stopped)
+    assert run(*common, "-o", out / "me.safetensors") == 130
+    assert not (out / "me.safetensors").exists()
+    assert run(*common, "-o", out / "me.safetensors") == 0
+    assert len(calls) == 3 + 2  # the third step again, and the fourth
+    assert not [file for file in out.iterdir() if file.name.startswith(".")]
+    whole, resumed = (formats.read_lora(out / f"{name}.safetensors").loras for name in ("whole", "me"))
+    assert all(torch.equal(whole[path].up, resumed[path].up) for path in whole)
+
+
 def test_a_config_file_gives_the_flags(tmp_path, face, capsys):
     (tmp_path / "c.yaml").write_text("config:\n  steps: 1\n  rank: 3\n  learning_rate: 1e-3\nformat: kohya\n")
     assert run("personalize", face, "-o", tmp_path / "a.safetensors", "--config", tmp_path / "c.yaml") == 0
@@ -146,6 +170,20 @@ def test_info_targets_export_and_mix(tmp_path, me, capsys):
     one, both = (formats.read_lora(tmp_path / f"{name}.safetensors").loras for name in ("e", "m"))
     path = next(iter(one))
     torch.testing.assert_close(one[path].delta(), both[path].delta(), atol=1e-2, rtol=1e-2)
+
+
+def test_the_papers_numbers_come_out_of_the_published_architecture(capsys):
+    assert run("targets", "sd15", "--preset", "paper", "--json") == 0
+    about = json.loads(capsys.readouterr().out)
+    layers = about["shapes"]
+    assert about["layers"] == 192
+    assert sum(path.endswith("ff.net.0.proj") for path in layers) == 16
+    assert sum(path.startswith("text_encoder.text_model.encoder") for path in layers) == 48
+    assert about["token_variables"] == 28_800
+    assert about["token_file_bytes"] == 115_200
+    assert about["lora_variables"] == 385_344
+    assert about["tokens_over_lora"] == pytest.approx(0.075, abs=5e-4)
+    assert run("targets", "sd15", "--preset", "paper", "--targets", "unet*") == 2
 
 
 def test_train_light_and_its_export(tmp_path, face):

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hyperdreambooth import formats
@@ -176,6 +177,85 @@ def test_metadata_is_what_uis_read(backbone, tmp_path):
     assert about["fingerprint"] == metadata["hyperdreambooth.fingerprint"]
 
 
+MID = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 4.0), (True, 8 / 2**0.5)])
+def test_alphas_in_the_header_are_folded_in_as_diffusers_does(backbone, tmp_path, rslora, scale):
+    pipe = tiny_pipe()
+    config = LoraConfig(
+        r=2, lora_alpha=8, alpha_pattern={"attn2.to_k": 6}, use_rslora=rslora, target_modules=["to_q", "to_k"], init_lora_weights=False
+    )
+    pipe.unet.add_adapter(config)
+    names = ("r", "lora_alpha", "alpha_pattern", "use_rslora", "target_modules")
+    header = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items() if name in names}
+    state = get_peft_model_state_dict(pipe.unet)
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=state, unet_lora_adapter_metadata=header)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    file = formats.read_lora(path, backbone.components)
+    reader = tiny_pipe()
+    reader.load_lora_weights(str(path))
+    theirs = dict(reader.unet.named_modules())
+    for layer, lora in file.loras.items():
+        torch.testing.assert_close(lora.delta(), theirs[layer.removeprefix("unet.")].get_delta_weight("default_0"), atol=1e-5, rtol=1e-4)
+    raw = state[f"{MID}.lora_B.weight"] @ state[f"{MID}.lora_A.weight"]
+    torch.testing.assert_close(file.loras[f"unet.{MID}"].delta(), raw * scale)
+    # a copy is the same update, whoever reads it
+    copy = formats.save_lora(tmp_path / "copy.safetensors", file.loras, file.metadata, dtype=torch.float32)
+    same(formats.read_lora(copy, backbone.components).loras, file.loras)
+
+
+def test_a_folder_that_peft_saved_is_scaled_and_its_adapter_may_have_a_name(tmp_path):
+    down, up = torch.randn(2, 64), torch.randn(64, 2)
+    tensors = {f"base_model.model.{MID}.lora_A.me.weight": down, f"base_model.model.{MID}.lora_B.me.weight": up}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 6, "r": 2, "alpha_pattern": {}}')
+    torch.testing.assert_close(formats.read_lora(tmp_path / "adapter_model.safetensors").loras[f"unet.{MID}"].delta(), 3 * up @ down)
+    (tmp_path / "adapter_config.json").write_text("[1]")
+    with pytest.raises(InputError, match="scale is unknown"):
+        formats.read_lora(tmp_path / "adapter_model.safetensors")
+
+
+def test_the_oldest_text_encoder_names(tmp_path):
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn"
+    pairs = {"to_q_lora": "q_proj", "to_out_lora": "out_proj"}
+    save_file(
+        {f"{layer}.{old}.{side}.weight": torch.ones(shape) for old in pairs for side, shape in (("down", (2, 32)), ("up", (32, 2)))},
+        tmp_path / "old.safetensors",
+    )
+    assert set(formats.read_lora(tmp_path / "old.safetensors").loras) == {f"{layer}.{new}" for new in pairs.values()}
+
+
+def test_live_paths_without_text_model_are_written_with_it(tmp_path):
+    loras = LoraSet({"text_encoder.encoder.layers.0.self_attn.q_proj": Lora(torch.ones(1, 4), torch.ones(4, 1))})
+    path = formats.save_lora(tmp_path / "a.safetensors", loras, {})
+    assert all(key.startswith("text_encoder.text_model.encoder.") for key in load_file(path))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"unet.x.lora_A.weight": torch.ones(3, 4), "unet.x.lora_B.weight": torch.ones(4, 2)}, "rank 3 .* 2"),
+        ({"unet.x.lora_A.weight": torch.full((2, 4), float("nan")), "unet.x.lora_B.weight": torch.ones(4, 2)}, "finite"),
+        (
+            {"unet.x.lora_A.weight": torch.ones(2, 4), "unet.x.lora_B.weight": torch.ones(4, 2), "unet.x.alpha": torch.ones(2)},
+            "expected one",
+        ),
+        (
+            {
+                f"text_encoder.{step}encoder.layers.0.q.lora_{side}.weight": torch.ones(2, 2)
+                for step in ("", "text_model.")
+                for side in "AB"
+            },
+            "twice",
+        ),
+    ],
+)
+def test_damaged_files_raise(tmp_path, tensors, says):
+    with pytest.raises(InputError, match=says):
+        formats.read_lora(bad(tmp_path, tensors))
+
+
 TARGETS = {"unet.a": Shape(16, 24), "unet.b": Shape(20, 12)}
 
 
@@ -194,6 +274,17 @@ def test_tokens_round_trip_by_path_and_refuse_another_fingerprint(tmp_path):
     assert about["kind"] == "tokens"
     assert about["variables"] == 36
     assert about["fingerprint"] == light.fingerprint()
+
+
+@pytest.mark.parametrize("row", [torch.zeros(17), torch.full((18,), float("nan"))])
+def test_damaged_tokens_raise(tmp_path, row):
+    light = LightweightLora(TARGETS, LightweightConfig(1, 10, 8))
+    path = formats.save_tokens(tmp_path / "me.tokens", torch.zeros(2, 18), light, {})
+    with safe_open(str(path), framework="pt") as file:
+        header = file.metadata()
+    save_file({**load_file(path), "unet.b": row}, path, metadata=header)
+    with pytest.raises(InputError, match="damaged"):
+        formats.read_tokens(path, light)
 
 
 def test_tokens_of_the_papers_size_weigh_what_it_says(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -99,8 +100,6 @@ def test_resume_after_kill_is_bit_for_bit(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert 0 < checkpoint.load(tmp_path / "state.safetensors")[3]["step"] < 60
-    import dataclasses
-
     config = dataclasses.replace(CONFIG, steps=60)
     resumed, whole = model(), model()
     fit(step, resumed, batches, config, directory=tmp_path, quiet=True, device="cpu")
@@ -128,6 +127,55 @@ def test_accumulation_equals_a_larger_batch():
     )
     for a, b in zip(weights(big), weights(small), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+WORKER = """
+import sys
+sys.path[:0] = [{root!r}]
+import torch
+from tests.test_training import PAIRED, batches, model, plain_step
+from hyperdreambooth.training import fit
+net = model()
+fit(plain_step, net, batches, PAIRED, quiet=True, device="cpu")
+if torch.distributed.get_rank() == 0:
+    torch.distributed.barrier()
+    from safetensors.torch import save_file
+    save_file(net.state_dict(), {file!r})
+else:
+    torch.distributed.barrier()
+"""
+PAIRED = TrainingConfig(steps=4, learning_rate=1e-2, max_grad_norm=0)
+
+
+@contextmanager
+def plain_step(net, batch, generator):
+    yield net(batch).square().flatten()
+
+
+def test_two_processes_equal_one_that_accumulates(tmp_path):
+    from safetensors.torch import load_file
+
+    root, file = str(Path(__file__).parents[1]), str(tmp_path / "weights.safetensors")
+    (tmp_path / "worker.py").write_text(WORKER.format(root=root, file=file))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
+    environment = {**os.environ, "PYTHONPATH": root + "/src", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, str(tmp_path / "worker.py")], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone = model()
+    fit(plain_step, alone, batches, dataclasses.replace(PAIRED, gradient_accumulation=2), quiet=True, device="cpu")
+    for name, value in load_file(file).items():
+        torch.testing.assert_close(value, alone.state_dict()[name], atol=1e-5, rtol=1e-4)
 
 
 def test_step_stays_open_through_backward():

@@ -69,7 +69,8 @@ class Person:
         """Writes a standard LoRA that diffusers, ComfyUI and A1111 open. Raises InputError where `path` exists."""
         trigger = self.prompt.replace(PLACEHOLDER, self.identifier)
         metadata = formats.standard_metadata(self.loras, title=Path(path).stem, base=self.base, trigger=trigger, identifier=self.identifier)
-        return formats.save_lora(path, self.loras, {**metadata, **self.metadata}, layout=layout, dtype=dtype, overwrite=overwrite)
+        kept = {key: value for key, value in self.metadata.items() if not key.startswith("sshs_")}  # hashes of the file it came from
+        return formats.save_lora(path, self.loras, {**kept, **metadata}, layout=layout, dtype=dtype, overwrite=overwrite)
 
     def save_tokens(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the prediction's tokens: the person in a few numbers a layer. The fine-tuned residual isn't in them."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -102,8 +103,12 @@ def generator_for(seed: int, step: int, device: torch.device | str = "cpu") -> t
 
 
 def make_accelerator(config: TrainingConfig, directory: Path | None, device: str | torch.device | None) -> Accelerator:
-    """accelerate keeps one global state; a second training with another precision or device needs a fresh one."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    """accelerate keeps one global state; a second training with another precision or device needs a fresh one.
+
+    Under a launcher the state holds the process group, so there it stays.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,

@@ -118,14 +118,8 @@ def table_config(steps: int) -> PreoptimizeConfig:
     return PreoptimizeConfig(lightweight=TOKENS, levels=NoiseLevels(mean=1.5), chunk=32, copies=2, training=training)
 
 
-def first_people(data: IdentityData, count: int) -> IdentityData:
-    """The photos (no other pictures) of the first `count` people."""
-    kept = [index for index in range(len(data.people)) if int(data.people[index]) < count and data.reference[index]]
-    return IdentityData(
-        data.latents[kept],
-        data.features[kept],
-        data.people[kept],
-        data.names[:count],
-        [data.prompts[i] for i in kept],
-        data.reference[kept],
-    )
+def photos_of(data: IdentityData) -> IdentityData:
+    """Only the pictures that may stand for their person."""
+    kept = data.reference.nonzero().flatten()
+    prompts = [data.prompts[index] for index in kept.tolist()]
+    return IdentityData(data.latents[kept], data.features[kept], data.people[kept], data.names, prompts, data.reference[kept])

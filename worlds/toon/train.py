@@ -59,7 +59,7 @@ def latents_of(runs: Path, data: pictures.Pictures) -> torch.Tensor:
     )
 
 
-def train_base(runs: Path, minutes: float | None, steps: int = 4200) -> bool:
+def train_base(runs: Path, minutes: float | None, steps: int = 1800) -> bool:
     """Batches of 64."""
     data = pictures.training_pictures(runs / "data")
     vae = autoencoder.build()
@@ -76,7 +76,7 @@ def train_base(runs: Path, minutes: float | None, steps: int = 4200) -> bool:
     return report.finished
 
 
-def train_decoder(runs: Path, minutes: float | None, steps: int = 4000) -> bool:
+def train_decoder(runs: Path, minutes: float | None, steps: int = 2200) -> bool:
     """Batches of 16."""
     data = pictures.training_pictures(runs / "data")
     matrix, offset = components(runs, data)
@@ -139,7 +139,7 @@ def train_embedder(runs: Path, name: str, model: torch.nn.Module, seed: int, ste
     ).finished
 
 
-def train_encoder(runs: Path, minutes: float | None, steps: int = 400) -> bool:
+def train_encoder(runs: Path, minutes: float | None, steps: int = 800) -> bool:
     torch.manual_seed(3)
     model = judges.Embedder(judges.build_encoder())
     done = train_embedder(runs, "encoder", model, 3, steps, minutes)
@@ -148,7 +148,7 @@ def train_encoder(runs: Path, minutes: float | None, steps: int = 400) -> bool:
     return done
 
 
-def train_recogniser(runs: Path, minutes: float | None, steps: int = 500) -> bool:
+def train_recogniser(runs: Path, minutes: float | None, steps: int = 1000) -> bool:
     torch.manual_seed(4)
     model = judges.build_recogniser()
     done = train_embedder(runs, "recogniser", model, 4, steps, minutes)
@@ -157,7 +157,7 @@ def train_recogniser(runs: Path, minutes: float | None, steps: int = 500) -> boo
     return done
 
 
-def train_classifier(runs: Path, minutes: float | None, steps: int = 300) -> bool:
+def train_classifier(runs: Path, minutes: float | None, steps: int = 650) -> bool:
     data = pictures.training_pictures(runs / "data")
     linear = judges.linear_round_trip(*components(runs, data))
     first, second, contexts = validation_pairs(runs)
@@ -205,21 +205,21 @@ def trained_backbone(runs: Path) -> StableDiffusion:
     return StableDiffusion(pipe)
 
 
-def hypernetwork_data(runs: Path, encoder: FaceEncoder) -> tuple[IdentityData, IdentityData]:
-    """Training and validation identities; latents and features are kept in memory."""
-    matrix, offset = read_components(runs)
-    sets = []
-    for name, first, people in (("hyper", 0, pictures.TRAIN_PEOPLE), ("hyper-validation", pictures.FIRST["validation"], 150)):
-        shown = hypernetworks.load_pictures(runs / "data" / name, first, people)
-        sets.append(hypernetworks.identity_data(shown, encoder, matrix, offset))
-    return sets[0], sets[1]
+def hypernetwork_data(runs: Path, encoder: FaceEncoder, split: str, people: int) -> IdentityData:
+    """The first people of a split ("hyper" or "hyper-validation"); latents and features are kept in memory."""
+    first = pictures.FIRST["validation"] if split == "hyper-validation" else 0
+    whole = 150 if split == "hyper-validation" else pictures.TRAIN_PEOPLE
+    shown = hypernetworks.load_pictures(runs / "data" / split, first, whole)
+    few = pictures.Pictures(shown.pixels[: 4 * people], shown.rows[: 4 * people])
+    return hypernetworks.identity_data(few, encoder, *read_components(runs))
 
 
-def train_pro(runs: Path, minutes: float | None, steps: int = 1800) -> bool:
+def train_pro(runs: Path, minutes: float | None, steps: int = 1200) -> bool:
     """Batches of 64."""
     backbone = trained_backbone(runs)
     encoder = FaceEncoder.from_pretrained(runs / "encoder" / "model")
-    data, validation = hypernetwork_data(runs, encoder)
+    data = hypernetwork_data(runs, encoder, "hyper", pictures.TRAIN_PEOPLE)
+    validation = hypernetwork_data(runs, encoder, "hyper-validation", 150)
     config = hypernetworks.pro_config(steps)
     source, report = train_hypernetwork(backbone, encoder, data, config, directory=runs / "pro", validation=validation, minutes=minutes)
     if report.finished:
@@ -227,21 +227,21 @@ def train_pro(runs: Path, minutes: float | None, steps: int = 1800) -> bool:
     return report.finished
 
 
-def train_table(runs: Path, minutes: float | None, steps: int = 150, people: int = 500) -> bool:
+def train_table(runs: Path, minutes: float | None, steps: int = 50, people: int = 64) -> bool:
     """Pre-optimized tokens of the first training people."""
     backbone = trained_backbone(runs)
     encoder = FaceEncoder.from_pretrained(runs / "encoder" / "model")
-    data = hypernetwork_data(runs, encoder)[0]
-    few = hypernetworks.first_people(data, people)
-    table = preoptimize(backbone, few, hypernetworks.table_config(steps), runs / "table", minutes=minutes)
+    photos = hypernetworks.photos_of(hypernetwork_data(runs, encoder, "hyper", people))
+    table = preoptimize(backbone, photos, hypernetworks.table_config(steps), runs / "table", minutes=minutes)
     return len(table) == people
 
 
-def train_faithful(runs: Path, minutes: float | None, steps: int = 400) -> bool:
+def train_faithful(runs: Path, minutes: float | None, steps: int = 150) -> bool:
     """Batches of 64, with the table's weight loss."""
     backbone = trained_backbone(runs)
     encoder = FaceEncoder.from_pretrained(runs / "encoder" / "model")
-    data, validation = hypernetwork_data(runs, encoder)
+    data = hypernetwork_data(runs, encoder, "hyper", 4000)
+    validation = hypernetwork_data(runs, encoder, "hyper-validation", 150)
     config = hypernetworks.faithful_config(steps)
     targets = find_targets(backbone.components, backbone.default_targets)
     table = read_table(runs / "table", LightweightLora(targets, config.lightweight).fingerprint())
@@ -262,7 +262,7 @@ def describe(source: PredictedLora, config: TrainHypernetworkConfig, report: Tra
         hypernetwork=asdict(config.hypernetwork),
         mode=config.mode,
         personalize={"steps": 25, "rank": 4, "learning_rate": 1e-3},
-        generate={"steps": 16, "guidance": 2.5, "identity_guidance": 2.5},
+        generate={"steps": 10, "guidance": 2.0, "identity_guidance": 2.0},
         trained={"steps": report.steps, "batch": config.batch, "people": pictures.TRAIN_PEOPLE, "validation": report.validations[-1:]},
     )
 

@@ -11,6 +11,8 @@ import tyro
 
 from .. import formats
 from ..backbones import load_backbone
+from ..backbones.architectures import FAMILIES, PRESETS, architecture
+from ..errors import InputError
 from ..lora import find_targets
 from .common import Flat, Machine, Output, refuse_existing
 
@@ -32,12 +34,18 @@ def run_info(args: Info) -> None:
 
 @dataclass
 class Targets:
-    """List a base's target layers: shapes, numbers of variables, bytes of a token file and of a LoRA."""
+    """List a base's target layers: shapes, numbers of variables, bytes of a token file and of a LoRA.
+
+    hyperdreambooth targets toon
+    hyperdreambooth targets sd15 --preset paper --json
+    """
 
     base: tyro.conf.Positional[str] = "toon"
-    """"toon", a directory in diffusers' layout, or a hub id."""
+    """"toon", a directory in diffusers' layout, or a hub id; sd15 and sd21 stand for their published architectures."""
     targets: tuple[str, ...] = ()
     """Glob patterns; default: the base's own."""
+    preset: Literal["paper", "attention", "attention+ff"] | None = None
+    """Named patterns instead."""
     rank: int = 1
     """Rank of the LoRA that is counted."""
     down_dim: int = 100
@@ -49,18 +57,24 @@ class Targets:
 
 
 def run_targets(args: Targets) -> None:
-    backbone = load_backbone(args.base)
-    shapes = find_targets(backbone.components, args.targets or backbone.default_targets)
+    if args.targets and args.preset:
+        raise InputError("give --targets or --preset, not both.")
+    if args.base in FAMILIES:
+        components, patterns = architecture(args.base), args.targets or PRESETS[args.preset or "attention+ff"]
+    else:
+        backbone = load_backbone(args.base)
+        components, patterns = backbone.components, args.targets or (PRESETS[args.preset] if args.preset else backbone.default_targets)
+    shapes = find_targets(components, patterns)
     variables = len(shapes) * (args.down_dim + args.up_dim) * args.rank
     lora = sum(args.rank * (shape.inputs + shape.outputs) for shape in shapes.values())
     summary = {
         "base": args.base,
-        "family": backbone.family,
-        "patterns": list(args.targets or backbone.default_targets),
+        "patterns": list(patterns),
         "layers": len(shapes),
         "token_variables": variables,
         "token_file_bytes": 4 * variables,
         "lora_variables": lora,
+        "tokens_over_lora": round(variables / lora, 4),
         "lora_file_bytes_fp16": 2 * lora,
         "rank": args.rank,
     }

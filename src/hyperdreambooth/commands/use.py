@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,9 +77,15 @@ def run_personalize(args: Personalize) -> None:
         say(note)
     config = hdb.personalize_config(args.config)
     loaded = time.perf_counter()
-    me = hdb.personalize(args.photos, crop=args.crop, face=args.face, targets=args.targets, config=config)
+    # an interrupted fine-tuning of the very same photos and settings goes on; anything else starts anew
+    stamp = hashlib.sha256(repr((args.base, args.hypernetwork, args.targets, args.crop, args.face, config)).encode())
+    for file in args.photos:
+        stamp.update(file.read_bytes())
+    state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
+    me = hdb.personalize(args.photos, crop=args.crop, face=args.face, targets=args.targets, config=config, directory=state)
     me.save(args.output, layout=args.format, overwrite=args.overwrite)
     say(f"{args.output}: rank {me.rank}, {len(me.loras)} layers, {args.output.stat().st_size / 1e6:.2f} MB, trigger {me.identifier}")
+    shutil.rmtree(state, ignore_errors=True)
     if args.tokens:
         me.save_tokens(args.tokens, overwrite=args.overwrite)
         say(f"{args.tokens}: {args.tokens.stat().st_size / 1e3:.0f} KB")

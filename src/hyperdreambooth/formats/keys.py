@@ -19,8 +19,6 @@ from ..lora import canonical
 SIDES = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
     ".lora.down.weight": "down",
@@ -36,11 +34,12 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 
 def split(key: str, file: str) -> tuple[str, str]:
     """A tensor's name -> (layer, "down" | "up" | "alpha"). Raises InputError for a name of no known layout."""
+    given, key = key, re.sub(r"(\.lora_[AB])\.\w+\.weight$", r"\1.weight", key)  # PEFT may name the adapter
     for suffix, side in SIDES.items():
         if key.endswith(suffix):
             return key[: -len(suffix)], side
     if "dora" in key or "magnitude" in key:
-        raise InputError(f"{file} is a DoRA ({key}): its magnitudes would be lost. Merge it into a plain LoRA first.")
+        raise InputError(f"{file} is a DoRA ({given}): its magnitudes would be lost. Merge it into a plain LoRA first.")
     if "lora" in key or "hada" in key or "lokr" in key:
         raise InputError(f"{file}: {key} is of no LoRA layout that is read here (diffusers, PEFT and kohya are).")
     raise InputError(f"{file} is no LoRA: {key} is a tensor of something else (a whole checkpoint?).")
@@ -52,6 +51,8 @@ def to_path(layer: str) -> str:
     layer = layer.replace(".processor.", ".").replace("to_out_lora", "to_out.0")
     layer = re.sub(r"\.to_([qkv])_lora$", r".to_\1", layer)
     layer = re.sub(r"\.to_out$", ".to_out.0", layer)
+    if "self_attn." in layer:  # a text encoder in the oldest files
+        layer = re.sub(r"\.to_([qkv])$", r".\1_proj", layer).replace("to_out.0", "out_proj")
     component = layer.split(".")[0]
     if component in COMPONENTS:
         return canonical(layer)

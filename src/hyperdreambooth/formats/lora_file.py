@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..checkpoint import read_tensors, save_tensors
 from ..errors import InputError
-from ..lora import Lora, LoraSet, Shape, canonical_modules
+from ..lora import Lora, LoraSet, Shape, canonical, canonical_modules
 from . import keys
 
 Layout = Literal["diffusers", "kohya"]
@@ -49,8 +51,10 @@ def standard_metadata(
 ) -> dict[str, str]:
     """The header that UIs read: `modelspec.*` (Stability's model metadata standard) and kohya's `ss_*`."""
     rank = max(lora.rank for lora in loras.values())
-    architecture = (
-        "stable-diffusion-xl-v1-base/lora" if any(path.startswith("text_encoder_2") for path in loras) else "stable-diffusion-v1/lora"
+    # what the cross-attention reads tells the families apart
+    text_width = next((lora.down.shape[-1] for path, lora in loras.items() if path.endswith("attn2.to_k")), 768)
+    architecture = {1024: "stable-diffusion-v2-768-v/lora", 2048: "stable-diffusion-xl-v1-base/lora"}.get(
+        text_width, "stable-diffusion-v1/lora"
     )
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -99,7 +103,7 @@ def save_lora(
         if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
             raise InputError(f"{layer}: the update doesn't fit {dtype}. Write float32, or train with a lower learning rate.")
         if layout == "diffusers":
-            tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+            tensors |= {f"{canonical(layer)}.lora_A.weight": down, f"{canonical(layer)}.lora_B.weight": up}
         else:
             name = keys.kohya_name(layer, two_text_encoders=two)
             # loaders scale by alpha / rank: alpha = rank leaves up @ down as it is
@@ -117,7 +121,8 @@ def read_lora(path: str | Path, root: nn.Module | None = None) -> LoraFile:
     Args:
         root: the base's components; kohya's names can only be told apart with them. Without it they stay as they are.
 
-    Raises InputError for a file that is no LoRA, a DoRA, unknown names, a missing half, or convolutions.
+    Raises InputError for a file that is no LoRA, a DoRA, unknown names, a missing half, a layer that comes twice, numbers that
+    aren't finite, or convolutions.
     """
     tensors, metadata = read_tensors(path)
     parts: dict[str, dict[str, Tensor]] = {}
@@ -127,6 +132,7 @@ def read_lora(path: str | Path, root: nn.Module | None = None) -> LoraFile:
     if not parts:
         raise InputError(f"{path} holds no tensors.")
     kohya = next(iter(parts)).startswith("lora_")
+    config = _peft_config(Path(path), metadata)
     known = keys.kohya_paths(canonical_modules(root)) if kohya and root is not None else {}
     loras = LoraSet()
     for layer, sides in parts.items():
@@ -136,10 +142,45 @@ def read_lora(path: str | Path, root: nn.Module | None = None) -> LoraFile:
             raise InputError(f"{path} is a LoRA for another base: {layer} isn't in this one.")
         name = layer if kohya and root is None else known[layer] if kohya else keys.to_path(layer)
         down, up = (_matrix(sides[side], f"{path}: {layer}") for side in ("down", "up"))
-        if "alpha" in sides:
-            up = up * (sides["alpha"].float().item() / down.shape[0])
-        loras[name] = Lora(down, up)
+        if down.shape[0] != up.shape[1]:
+            raise InputError(f"{path}: {layer} is broken: rank {down.shape[0]} on its way down, {up.shape[1]} on its way up.")
+        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+            raise InputError(f"{path}: {layer} holds numbers that aren't finite. Its training diverged, or the file is damaged.")
+        if name in loras:
+            raise InputError(f"{path}: {name} comes twice, the second time as {layer}.")
+        if "alpha" in sides and sides["alpha"].numel() != 1:
+            raise InputError(f"{path}: {layer}.alpha holds {sides['alpha'].numel()} numbers, expected one.")
+        scale = sides["alpha"].float().item() / down.shape[0] if "alpha" in sides else _scale(config, name, down.shape[0])
+        loras[name] = Lora(down, up * scale)
     return LoraFile(loras, metadata, "kohya" if kohya else "diffusers")
+
+
+def _peft_config(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """PEFT's configuration of a file without `.alpha`: its header's (where diffusers puts it) or adapter_config.json's (PEFT).
+
+    It is taken out of the header: the scale is folded into `up`, and a copy that kept it would be scaled twice.
+    """
+    text, where = metadata.pop("lora_adapter_metadata", None), f"{path}: lora_adapter_metadata"
+    beside = path.with_name("adapter_config.json")
+    if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
+        text, where = beside.read_text(encoding="utf-8"), str(beside)
+    try:
+        return dict(json.loads(text or "{}"))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where} isn't a JSON object ({error}), so the LoRA's scale is unknown.") from error
+
+
+def _scale(config: dict[str, Any], path: str, rank: int) -> float:
+    """A layer's alpha / rank by PEFT's configuration (diffusers: one for each component); 1 without one."""
+    component, _, rest = path.partition(".")
+    alpha, patterns, rslora = (
+        config.get(f"{component}.{name}", config.get(name)) for name in ("lora_alpha", "alpha_pattern", "use_rslora")
+    )
+    if alpha is None:
+        return 1.0
+    # PEFT's patterns are regular expressions of a path's end
+    alpha = next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", rest)), alpha)
+    return float(alpha) / (math.sqrt(rank) if rslora else rank)
 
 
 def _matrix(tensor: Tensor, where: str) -> Tensor:

@@ -75,7 +75,11 @@ def read_tokens(path: str | Path, lightweight: LightweightLora) -> Tensor:
     missing = [layer for layer in lightweight.targets if layer not in tensors]
     if missing:
         raise InputError(f"{path} lacks {missing[0]} and {len(missing) - 1} more layers. Is the file whole?")
-    return torch.stack([tensors[layer] for layer in lightweight.targets])
+    rows = [tensors[layer] for layer in lightweight.targets]
+    width = lightweight.config.width
+    if any(tuple(row.shape) != (width,) or not row.isfinite().all() for row in rows):
+        raise InputError(f"{path} is damaged: its tokens aren't {width} finite numbers a layer.")
+    return torch.stack(rows)
 
 
 def mix_tokens(parts: Sequence[tuple[Tensor, float]]) -> Tensor:

@@ -34,6 +34,8 @@ class HyperNetworkInfo:
     """Layer path -> [inputs, outputs]."""
     lightweight: dict[str, Any]
     hypernetwork: dict[str, Any]
+    encoder: str = "encoder"
+    """The encoder's folder, relative to config.json."""
     mode: str = "pro"
     prompt: str = "a [V] face"
     """The prompt that names the person."""
@@ -56,7 +58,8 @@ def save_hypernetwork(folder: str | Path, source: PredictedLora, info: HyperNetw
     """Writes `folder`; the config comes last, so that a folder with one is whole."""
     folder = Path(folder)
     tensors = {name: value.to(dtype) for name, value in source.state_dict().items() if not name.startswith("encoder.")}
-    source.encoder.save_pretrained(folder / "encoder")
+    if info.encoder == "encoder":
+        source.encoder.save_pretrained(folder / "encoder")
     save_tensors(folder / "model.safetensors", tensors)
     return write_json(folder / "config.json", asdict(info))
 
@@ -79,7 +82,7 @@ def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> t
         check_targets(targets, backbone, str(folder))
     source = build(
         targets,
-        FaceEncoder.from_pretrained(folder / "encoder"),
+        FaceEncoder.from_pretrained(folder / info.encoder),
         LightweightConfig(**info.lightweight),
         HyperNetworkConfig(**info.hypernetwork),
     )

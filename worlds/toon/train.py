@@ -261,7 +261,7 @@ def describe(source: PredictedLora, config: TrainHypernetworkConfig, report: Tra
         lightweight=asdict(config.lightweight),
         hypernetwork=asdict(config.hypernetwork),
         mode=config.mode,
-        personalize={"steps": 25, "rank": 4, "learning_rate": 1e-3},
+        personalize={"steps": 25, "rank": 4, "learning_rate": 5e-4, "mask": "ellipse"},
         generate={"steps": 10, "guidance": 2.0, "identity_guidance": 2.0},
         trained={"steps": report.steps, "batch": config.batch, "people": pictures.TRAIN_PEOPLE, "validation": report.validations[-1:]},
     )
@@ -276,6 +276,8 @@ def export(runs: Path, minutes: float | None = None) -> bool:
         if (runs / name / "model" / "config.json").is_file():
             source, info = load_hypernetwork(runs / name / "model")
             source.encoder.model.half()
+            if name == "faithful":  # both read faces with the same encoder
+                info.encoder = "../../src/hyperdreambooth/assets/toon/hypernetwork/encoder"
             save_hypernetwork(folder, source, info)
     return True
 

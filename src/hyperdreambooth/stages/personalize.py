@@ -13,7 +13,7 @@ from ..lora import LoraSet, Shape, compress
 from ..objectives import NoiseLevels
 from ..sources import RelaxedLora
 from ..training import TrainingConfig, TrainingReport, fit
-from .subject import Subject, make_step, prior_latents
+from .subject import Subject, ellipse_mask, make_step, prior_latents
 
 
 @dataclass
@@ -32,6 +32,9 @@ class PersonalizeConfig:
     """Noised copies of the photo in every step."""
     levels: NoiseLevels = field(default_factory=NoiseLevels)
     """Where noise levels are drawn from: high ones ask who it is."""
+    mask: Literal["ellipse", "none"] | None = None
+    """Where the loss counts: an ellipse in the middle of the photo, where a face crop has the face, or all of it. Default: the
+    hypernetwork's own, or all of it."""
     prior_pictures: int = 0
     """Prior preservation: pictures of the class that the base generates first. 0: none."""
     prior_weight: float = 1.0
@@ -45,7 +48,7 @@ class PersonalizeConfig:
 
     def resolved(self, *, predicted: bool, **own: Any) -> PersonalizeConfig:
         """The same with whatever is unset filled in: from a hypernetwork's own defaults, then from general ones."""
-        general = {"steps": 25 if predicted else 300, "rank": 4, "learning_rate": 1e-3}
+        general = {"steps": 25 if predicted else 300, "rank": 4, "learning_rate": 1e-3, "mask": "none"}
         return dataclasses.replace(self, **{key: value for key, value in {**general, **own}.items() if getattr(self, key) is None})
 
 
@@ -74,6 +77,9 @@ def personalize(
     if config.prior_pictures and subject.prior is None:
         subject.prior = prior_latents(backbone, subject.prior_prompt, config.prior_pictures, config.seed)
         subject.prior_weight = config.prior_weight
+    if config.mask == "ellipse" and subject.mask is None:
+        people, photos, _, height, width = subject.latents.shape
+        subject.mask = ellipse_mask(height, width).to(subject.latents).expand(people, photos, 1, height, width)
     source = RelaxedLora(predicted, rank, targets=targets, order=config.order, seed=config.seed).to(subject.latents.device)
     paths = predicted or targets or {}
     step, batches = make_step(backbone, subject, config.levels, config.copies, live_text=trains_text(paths, backbone), seed=config.seed)

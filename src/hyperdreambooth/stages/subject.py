@@ -69,6 +69,16 @@ def make_step(
     return step, batches
 
 
+def ellipse_mask(height: int, width: int) -> Tensor:
+    """Weights (1, height, width) in 0..1 of the middle of a face crop: 1 on the face, falling to 0 at the corners.
+
+    The prompt names the person and nothing else: a background that counts in the loss would be learnt as the person.
+    """
+    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height - 0.5, (torch.arange(width) + 0.5) / width - 0.5, indexing="ij")
+    distance = ((x / 0.42) ** 2 + (y / 0.52) ** 2).sqrt()
+    return ((1.1 - distance) / 0.3).clamp(0, 1)[None]
+
+
 class SharedNoise:
     """Draws noise (copies * people, ...) in which the people of one copy share theirs."""
 

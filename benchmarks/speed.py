@@ -78,7 +78,10 @@ import json, resource, sys, time
 start = time.perf_counter()
 from hyperdreambooth.cli import main
 code = main(sys.argv[1:])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024 * 1024)
+try:  # getrusage would count what the parent had at the fork
+    peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+except OSError:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 * 1024)
 print(json.dumps({"seconds": time.perf_counter() - start, "peak_mb": peak}))
 sys.exit(code)
 """

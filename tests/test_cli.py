@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from hyperdreambooth import formats, photos
 from hyperdreambooth.cli import main
@@ -292,8 +293,6 @@ def test_bad_requests_are_one_line(tmp_path, capsys, face, me, people):
 
 
 def test_a_lora_of_another_base_is_refused(tmp_path, capsys, me):
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(me)
     key = next(key for key in tensors if key.endswith("lora_A.weight"))
     save_file({**tensors, key: torch.zeros(3, 7)}, tmp_path / "other.safetensors")
@@ -329,10 +328,13 @@ def test_ctrl_c_says_so(monkeypatch, face, tmp_path, capsys):
 
 
 def test_evaluate_measures_resumes_and_tabulates(tmp_path, capsys, tiny_world):
-    atlas = Path(__file__).parents[1] / "benchmarks" / "atlas"
+    atlas = tmp_path / "atlas"
+    atlas.mkdir()
+    for name in ("validation.webp", "validation.json"):
+        shutil.copy(Path(__file__).parents[1] / "benchmarks" / "atlas" / name, atlas)
+    save_file({"embeddings": torch.nn.functional.normalize(torch.randn(50, 16), dim=1)}, atlas / "training.safetensors")
     out = tmp_path / "e.json"
     common = ["evaluate", "--split", "validation", "--people", 3, "--pictures", 1, "--atlas", atlas, "-o", out]
-    shutil.rmtree(tmp_path / "none", ignore_errors=True)
     assert run(*common, "--rows", "true", "base", "prediction") == 0
     first = json.loads(out.read_text())
     assert run(*common, "--rows", "finetuned+guidance", "reconstruction") == 0

@@ -157,18 +157,7 @@ def test_two_processes_equal_one_that_accumulates(tmp_path):
 
     root, file = str(Path(__file__).parents[1]), str(tmp_path / "weights.safetensors")
     (tmp_path / "worker.py").write_text(WORKER.format(root=root, file=file))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": root + "/src", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, str(tmp_path / "worker.py")], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

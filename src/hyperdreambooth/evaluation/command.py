@@ -42,7 +42,7 @@ def run(args: Evaluate) -> None:
     training = read_tensors(stored)[0]["embeddings"].float() if stored.is_file() else None
     judges = Judges(Judge.from_pretrained(toon.directory("recogniser")), Judge.from_pretrained(toon.directory("classifier")), training)
     folder = args.faithful or Path("benchmarks/faithful")
-    faithful = args.machine.open("toon", str(folder)) if folder.is_dir() else None
+    faithful = args.machine.open("toon", str(folder)) if "faithful" in (args.rows or ROWS) and folder.is_dir() else None
     settings = {
         "split": args.split,
         "people": len(atlas.people),

@@ -346,4 +346,4 @@ def test_evaluate_measures_resumes_and_tabulates(tmp_path, capsys, tiny_world):
         assert 0 <= low <= mean <= high <= 1
     assert "| prediction |" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").is_file()
-    refused(capsys, "other settings", *common[:-1], out, "--pictures", 2)
+    refused(capsys, "other settings", *common, "--rows", "base", "--pictures", 2)

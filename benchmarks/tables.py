@@ -36,9 +36,10 @@ def main() -> int:
     readme = ROOT / "README.md"
     text = old = readme.read_text(encoding="utf-8")
     for name, table in (("fidelity", fidelity()), ("speed", speed())):
-        text = re.sub(
-            rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda m, table=table: m.group(1) + table + m.group(2), text, flags=re.S
-        )
+        pattern = rf"<!-- {name} -->\n.*?<!-- /{name} -->"
+        assert re.search(pattern, text, re.S), f"README.md has no place for the table {name}"
+        block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
+        text = re.sub(pattern, lambda m, block=block: block, text, flags=re.S)
     if "--check" in sys.argv:
         return int(text != old)
     readme.write_text(text, encoding="utf-8")

@@ -14,7 +14,8 @@ EYE = torch.eye(3)
 
 def test_ranks_count_who_is_nearer_than_oneself():
     embedded = torch.stack([EYE, EYE.roll(1, 0)], 1)  # each person: once as oneself, once as a neighbor
-    assert metrics.ranks(embedded, EYE).tolist() == [[0, 1], [0, 1], [0, 1]]
+    # both strangers: one is nearer, and the other is no further away than oneself
+    assert metrics.ranks(embedded, EYE).tolist() == [[0, 2], [0, 2], [0, 2]]
     assert metrics.similarity(embedded, EYE).tolist() == [[1, 0], [1, 0], [1, 0]]
 
 
@@ -49,3 +50,9 @@ def test_intervals_are_over_people_not_pictures():
     same = torch.tensor([[0.0] * 100, [1.0] * 100])
     _, low, high = metrics.interval(same)
     assert (low, high) == (0, 1)
+
+
+def test_who_is_not_told_apart_is_not_recognized():
+    same = torch.ones(3, 3) / 3**0.5
+    assert metrics.ranks(same, same).tolist() == [2, 2, 2]
+    assert metrics.ranks(torch.full((3, 2, 3), float("nan")), EYE).tolist() == [[2, 2]] * 3

@@ -164,6 +164,7 @@ class HyperDreamBooth:
         steps: int | None = None,
         crop: photos.Crop = "center",
         face: int | None = None,
+        prompt: str | None = None,
         targets: Sequence[str] = (),
         directory: str | Path | None = None,
         quiet: bool = False,
@@ -175,19 +176,21 @@ class HyperDreamBooth:
         Args:
             steps: fine-tuning steps; 0 keeps the prediction. Default: 25, or 300 without a hypernetwork.
             changes: any field of PersonalizeConfig.
+            prompt: what the photo shows, such as "a [V] face wearing a cap on a blue background": what it names isn't learnt as the
+                person. Default: the person alone.
             targets: layers to train without a hypernetwork; default: the base's own.
             directory: where an interrupted fine-tuning resumes from.
         """
         config = self.personalize_config(config, steps=steps, **changes)
         pixels, _ = self.read_photos(files, crop=crop, face=face)
-        prompt = self.prompt.replace(PLACEHOLDER, self.identifier)
+        shown = (prompt or self.prompt).replace(PLACEHOLDER, self.identifier)
         started = time.perf_counter()
         tokens = self.predict(pixels) if self.source else None
         predicted = self.source.lightweight(tokens[None]).detach() if self.source and tokens is not None else None
         seconds = {"predict": time.perf_counter() - started}
         started = time.perf_counter()
         # fp32 for what is trained and for its latents, whatever the base's precision
-        subject = Subject(self.backbone.encode_images(pixels)[None].float(), prompt)
+        subject = Subject(self.backbone.encode_images(pixels)[None].float(), shown)
         chosen = find_targets(self.backbone.components, targets or self.backbone.default_targets) if predicted is None else None
         loras, report = personalize(self.backbone, subject, predicted, config, targets=chosen, directory=directory, quiet=quiet)
         seconds["finetune"] = time.perf_counter() - started

@@ -53,6 +53,8 @@ class Personalize:
     """center: the middle square. face: find the face (needs the extra `faces`)."""
     face: int | None = None
     """Which face, by size, where there are several."""
+    prompt: str | None = None
+    """What the photos show, such as "a [V] face on a blue background": what it names isn't learnt as the person."""
     targets: tuple[str, ...] = ()
     """Glob patterns of layers, without a hypernetwork; default: the base's own."""
     preview: str | None = None
@@ -78,11 +80,13 @@ def run_personalize(args: Personalize) -> None:
     config = hdb.personalize_config(args.config)
     loaded = time.perf_counter()
     # an interrupted fine-tuning of the very same photos and settings goes on; anything else starts anew
-    stamp = hashlib.sha256(repr((args.base, args.hypernetwork, args.targets, args.crop, args.face, config)).encode())
+    stamp = hashlib.sha256(repr((args.base, args.hypernetwork, args.prompt, args.targets, args.crop, args.face, config)).encode())
     for file in args.photos:
         stamp.update(file.read_bytes())
     state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
-    me = hdb.personalize(args.photos, crop=args.crop, face=args.face, targets=args.targets, config=config, directory=state)
+    me = hdb.personalize(
+        args.photos, crop=args.crop, face=args.face, prompt=args.prompt, targets=args.targets, config=config, directory=state
+    )
     me.save(args.output, layout=args.format, overwrite=args.overwrite)
     say(f"{args.output}: rank {me.rank}, {len(me.loras)} layers, {args.output.stat().st_size / 1e6:.2f} MB, trigger {me.identifier}")
     shutil.rmtree(state, ignore_errors=True)

@@ -15,7 +15,7 @@ from ..checkpoint import read_tensors, write_json
 from ..errors import InputError
 from ..progress import say
 from .atlas import Atlas, load_atlas
-from .evaluate import PLAIN_GUIDANCE, ROWS, Judges, environment, evaluate
+from .evaluate import PLAIN_GUIDANCE, ROWS, Judges, environment, evaluate, fingerprint
 from .judges import Judge
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ COLUMNS = {
     "feature_distance": "distance to the true render",
     "copied": "copies",
 }
+
+SHEET = ("base", "prediction", "prediction+guidance", "finetuned", "finetuned+guidance")
+"""Rows on the contact sheet."""
 
 
 def run(args: Evaluate) -> None:
@@ -50,12 +53,13 @@ def run(args: Evaluate) -> None:
         "personalize": _fields(hdb.personalize_config()),
         "generate": _fields(hdb.generate_config()),
         "plain_guidance": PLAIN_GUIDANCE,
+        "weights": fingerprint(hdb, atlas, judges),
     }
     done: dict[str, Any] = {}
     if args.output.is_file() and not args.overwrite:
         before = json.loads(args.output.read_text(encoding="utf-8"))
         if before["settings"] != settings:
-            raise InputError(f"{args.output} was measured with other settings. Give --overwrite, or another path.")
+            raise InputError(f"{args.output} was measured with other settings or weights. Give --overwrite, or another path.")
         done = before["rows"]
 
     def save(row: str, figures: dict[str, Any]) -> None:
@@ -74,7 +78,8 @@ def run(args: Evaluate) -> None:
     table = markdown_table(done)
     say(table)
     args.output.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
-    if drawn:
+    # pictures aren't kept: a run that only went on would overwrite the whole sheet with a part of it
+    if drawn and all(name in drawn for name in SHEET if name in done):
         sheet = args.output.with_suffix(".png")
         photos.save_png(contact_sheet(atlas, drawn), sheet, {"ai_generated": "true"}, overwrite=True)
         say(f"{sheet}: the first people")
@@ -107,7 +112,7 @@ def _cell(figure: list[float] | None, key: str) -> str:
 
 def contact_sheet(atlas: Atlas, drawn: dict[str, Tensor], people: int = 20) -> Any:
     """A row a person: the reference, then for two prompts the right answer and every row's first picture."""
-    shown = [name for name in ("base", "prediction", "prediction+guidance", "finetuned", "finetuned+guidance") if name in drawn]
+    shown = [name for name in SHEET if name in drawn]
     rows, columns = [], ["reference"]
     prompts = [0, len(atlas.prompts) - 3] if len(atlas.prompts) > 3 else [0]
     columns += ["true", *shown] * len(prompts)

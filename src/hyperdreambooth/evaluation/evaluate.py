@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..api import HyperDreamBooth
+from ..errors import InputError
 from ..lora import LoraSet
 from ..progress import Progress
 from . import metrics
@@ -20,7 +22,7 @@ from .judges import Judge
 
 ROWS = ("true", "reconstruction", "base", "prediction", "prediction+guidance", "finetuned", "finetuned+guidance", "faithful")
 PLAIN_GUIDANCE = 2.0
-"""Prompt guidance of the rows without identity guidance; chosen on validation people."""
+"""Prompt guidance of the rows without identity guidance: the lowest at which the base leaves out what wasn't asked for."""
 
 
 @dataclass
@@ -67,13 +69,17 @@ def evaluate(
             images = atlas.truths[:, :, None]
             if row == "reconstruction":
                 flat = images.flatten(0, 2)
-                images = torch.cat([hdb.backbone.decode_images(hdb.backbone.encode_images(part)) for part in flat.split(64)]).unflatten(
-                    0, images.shape[:3]
-                )
+                images = torch.cat(
+                    [hdb.backbone.decode_images(hdb.backbone.encode_images(part)).cpu() for part in flat.split(64)]
+                ).unflatten(0, images.shape[:3])
         else:
             kind = row.split("+")[0]
             guided = row.endswith("+guidance")
             images = draw(hdb, atlas, loras(kind) if kind != "base" else None, pictures, guided, row)
+        if not images.isfinite().all():
+            raise InputError(
+                f"row {row}: some pictures hold values that aren't finite, so there is nothing to measure. Try --dtype float32."
+            )
         results[row] = judge(images, atlas, judges)
         drawn[row] = images
         if on_row:
@@ -161,6 +167,18 @@ def judge(images: Tensor, atlas: Atlas, judges: Judges) -> dict[str, Any]:
     if judges.training is not None:
         values["copied"] = metrics.copied(embedded, references, judges.training)
     return {name: [round(float(figure), 4) for figure in metrics.interval(value)] for name, value in values.items()}
+
+
+def fingerprint(hdb: HyperDreamBooth, atlas: Atlas, judges: Judges, faithful: HyperDreamBooth | None = None) -> str:
+    """Changes with any weight or picture that a figure depends on: rows of different weights must never share a table."""
+    digest = hashlib.sha256()
+    modules = [hdb.backbone.components, hdb.backbone.pipe.vae, judges.recogniser, judges.classifier]
+    modules += [one.source for one in (hdb, faithful) if one is not None and one.source is not None]
+    tensors = [tensor for module in modules for tensor in module.state_dict().values()]
+    tensors += [atlas.references, atlas.gallery, atlas.truths, *([] if judges.training is None else [judges.training])]
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def environment(hdb: HyperDreamBooth) -> dict[str, Any]:

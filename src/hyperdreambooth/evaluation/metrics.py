@@ -7,11 +7,14 @@ from torch import Tensor
 
 
 def ranks(embedded: Tensor, gallery: Tensor) -> Tensor:
-    """How many of the gallery (N, D) are nearer to each picture (N, ..., D) than its own person: (N, ...), 0 is right."""
+    """How many of the gallery (N, D) are at least as near to each picture (N, ..., D) as its own person: (N, ...), 0 is right.
+
+    Ties, and figures that aren't numbers, count against: a recogniser that tells nobody apart recognizes nobody.
+    """
     alike = embedded @ gallery.mT
     shape = [len(gallery)] + [1] * (alike.ndim - 1)
     own = alike.gather(-1, torch.arange(len(gallery)).reshape(shape).expand(*alike.shape[:-1], 1))
-    return (alike > own).sum(-1)
+    return (~(alike < own)).sum(-1) - 1
 
 
 def similarity(embedded: Tensor, gallery: Tensor) -> Tensor:

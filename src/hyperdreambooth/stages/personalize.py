@@ -87,7 +87,12 @@ def personalize(
     training = TrainingConfig(
         steps=steps, learning_rate=rate, cooldown=0.2, max_grad_norm=0.0, seed=config.seed, log_every=max(1, steps // 10)
     )
-    report = fit(step, source, batches, training, directory=directory, device=subject.latents.device, name="fine-tuning", quiet=quiet)
+    # the loss is a mean over people, so everyone's gradient is divided by their number, and Adam's epsilon must be too:
+    # then a person of a batch gets the very update that the same person gets alone
+    groups = [{"params": list(source.parameters()), "eps": 1e-8 / len(subject.latents)}]
+    report = fit(
+        step, source, batches, training, directory=directory, device=subject.latents.device, groups=groups, name="fine-tuning", quiet=quiet
+    )
     return source().detach(), report
 
 

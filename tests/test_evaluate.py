@@ -1,0 +1,196 @@
+"""The protocol on a tiny random base, random judges and three people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from hyperdreambooth import photos
+from hyperdreambooth.api import HyperDreamBooth
+from hyperdreambooth.errors import InputError
+from hyperdreambooth.evaluation import evaluate as protocol
+from hyperdreambooth.evaluation.atlas import Atlas, load_atlas
+from hyperdreambooth.evaluation.command import contact_sheet, markdown_table
+from hyperdreambooth.evaluation.judges import Judge
+from hyperdreambooth.pretrained import HyperNetworkInfo
+
+from .conftest import picture, random_loras, tiny_source
+
+PEOPLE, PROMPTS = 3, ["a pencil sketch of a [V] face", "a [V] face wearing a cap"]
+SMALL = {"num_channels": 3, "patch_size": 4, "num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1]}
+DRAWN = ("base", "prediction", "prediction+guidance", "finetuned", "finetuned+guidance")
+
+
+def pixels(count: int, first: int) -> torch.Tensor:
+    return photos.to_tensor([picture(first + i, (64, 64)) for i in range(count)])
+
+
+@pytest.fixture
+def atlas() -> Atlas:
+    truths = pixels(PEOPLE * 2, 200).unflatten(0, (PEOPLE, 2))
+    asked = [{"style": "sketch"}, {"headwear": "cap"}]
+    return Atlas(pixels(PEOPLE, 0), pixels(PEOPLE, 100), truths, PROMPTS, asked, [True, False], [7, 8, 9])
+
+
+@pytest.fixture
+def judges() -> protocol.Judges:
+    torch.manual_seed(0)
+    recogniser = Judge(SMALL, {"identity": [""] * 16}).eval()
+    classifier = Judge(SMALL, {"style": ["plain", "sketch"], "headwear": ["none", "cap"]}).eval()
+    return protocol.Judges(recogniser, classifier, recogniser.embed(pixels(4, 300)))
+
+
+@pytest.fixture
+def hdb(backbone) -> HyperDreamBooth:
+    info = HyperNetworkInfo(
+        "toon", {}, {}, {}, personalize={"steps": 2, "rank": 2}, generate={"steps": 2, "guidance": 2.0, "identity_guidance": 2.0}
+    )
+    return HyperDreamBooth(backbone, "toon", tiny_source(backbone), info)
+
+
+def test_every_row_is_measured(hdb, atlas, judges):
+    results, drawn = protocol.evaluate(hdb, atlas, judges, pictures=1, faithful=hdb)
+    assert list(results) == list(protocol.ROWS)
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    for figures in results.values():
+        assert {"rank1", "top5", "similarity", "context", "context_seen", "context_held_out", "copied"} <= set(figures)
+        assert {"pixel_distance", "feature_distance", "psnr"} <= set(figures)
+        assert all(low <= mean + 1e-4 and mean <= high + 1e-4 for mean, low, high in figures.values())
+        assert figures["context"][0] == pytest.approx((figures["context_seen"][0] + figures["context_held_out"][0]) / 2, abs=1e-3)
+    assert results["true"]["pixel_distance"][0] == 0
+    assert results["true"]["feature_distance"][0] == pytest.approx(0, abs=1e-4)
+    assert results["reconstruction"]["pixel_distance"][0] > 0
+    assert drawn["base"].shape == (PEOPLE, 2, 1, 3, 64, 64)
+    # the same network as "faithful" is the same row, drawn again: the rows share their seeds
+    assert torch.equal(drawn["faithful"], drawn["prediction"])
+    assert not torch.equal(drawn["prediction"], drawn["base"])
+    assert markdown_table(results).count("\n") == len(protocol.ROWS) + 1
+    sheet = contact_sheet(atlas, drawn)
+    assert sheet.width >= (1 + 1 + len(DRAWN)) * 128
+    assert sheet.height >= PEOPLE * 128
+
+
+def test_a_picture_depends_on_its_person_prompt_and_number_alone(hdb, atlas):
+    loras = random_loras(hdb.backbone, PEOPLE)
+    whole = protocol.draw(hdb, atlas, loras, 2, True, "all")
+    torch.testing.assert_close(protocol.draw(hdb, atlas, loras, 2, True, "small batches", batch=5), whole, atol=1e-4, rtol=0)
+    two = protocol.draw(hdb, atlas.first(2), loras.map(lambda tensor: tensor[:2]), 2, True, "two people")
+    torch.testing.assert_close(two, whole[:2], atol=1e-4, rtol=0)
+    fewer = protocol.draw(hdb, atlas, loras, 1, True, "one picture")
+    torch.testing.assert_close(fewer, whole[:, :, :1], atol=1e-4, rtol=0)
+    flat = whole.flatten(0, 2).flatten(1)
+    assert len(torch.unique(flat, dim=0)) == len(flat)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_everyone_gets_their_own_lora(hdb, atlas, guided):
+    loras = random_loras(hdb.backbone, PEOPLE)
+    only = loras.map(lambda tensor: tensor * torch.tensor([0.0, 1.0, 0.0]).reshape(-1, 1, 1))
+    person = protocol.draw(hdb, atlas, only, 1, guided, "one person's")
+    nobody = protocol.draw(hdb, atlas, loras.scaled(0.0), 1, guided, "nobody's")
+    changed = (person - nobody).abs().amax((1, 2, 3, 4, 5)) > 1e-3
+    assert changed.tolist() == [False, True, False]
+
+
+def test_the_others_of_a_batch_do_not_matter(hdb, atlas):
+    company = dataclasses.replace(atlas, references=torch.cat([atlas.references[:1], pixels(PEOPLE - 1, 900)]))
+    tuned = [protocol.finetuned_loras(hdb, some, protocol.predicted_loras(hdb, some), batch=PEOPLE) for some in (atlas, company)]
+    predicted = protocol.predicted_loras(hdb, atlas)
+    for path, lora in tuned[0].items():
+        torch.testing.assert_close(lora.delta()[0], tuned[1][path].delta()[0], atol=1e-6, rtol=1e-5)
+    assert any(not torch.allclose(lora.delta(), predicted[path].delta(), atol=1e-6) for path, lora in tuned[0].items())
+
+
+def test_people_of_a_batch_are_fine_tuned_as_if_alone(hdb, atlas):
+    predicted = protocol.predicted_loras(hdb, atlas)
+    together = protocol.finetuned_loras(hdb, atlas, predicted, batch=PEOPLE)
+    apart = protocol.finetuned_loras(hdb, atlas, predicted, batch=1)
+    for path, lora in together.items():
+        torch.testing.assert_close(lora.delta(), apart[path].delta(), atol=1e-5, rtol=1e-3)
+    assert any(not torch.allclose(lora.delta(), predicted[path].delta(), atol=1e-6) for path, lora in together.items())
+
+
+def test_an_interrupted_evaluation_goes_on(hdb, atlas, judges):
+    rows = ("true", "base", "prediction")
+    whole, _ = protocol.evaluate(hdb, atlas, judges, rows, pictures=1)
+    done: dict[str, object] = {}
+
+    def stop(row, figures):
+        done[row] = figures
+        if row == "base":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        protocol.evaluate(hdb, atlas, judges, rows, pictures=1, on_row=stop)
+    measured = []
+    results, drawn = protocol.evaluate(
+        hdb, atlas, judges, rows, pictures=1, done=json.loads(json.dumps(done)), on_row=lambda row, _: measured.append(row)
+    )
+    assert measured == ["prediction"]
+    assert list(drawn) == ["prediction"]
+    assert results == whole
+
+
+def test_a_row_that_needs_what_is_not_there_is_left_out(hdb, atlas, judges):
+    few = protocol.Judges(judges.recogniser, judges.classifier)
+    results, _ = protocol.evaluate(hdb, atlas, few, ("true", "faithful"), pictures=1)
+    assert list(results) == ["true"]
+    assert "copied" not in results["true"]
+    assert "| - |" in markdown_table(results)
+
+
+def test_an_atlas_is_read_as_it_was_packed(tmp_path, atlas):
+    from worlds.toon.atlas import save_sheet
+
+    cells = torch.cat([atlas.references[:, None], atlas.gallery[:, None], atlas.truths], 1)
+    save_sheet(((cells + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).numpy(), tmp_path / "tiny.webp")
+    about = {"size": 64, "people": atlas.people, "prompts": atlas.prompts, "asked": atlas.asked, "seen": atlas.seen}
+    (tmp_path / "tiny.json").write_text(json.dumps(about), encoding="utf-8")
+    found = load_atlas(tmp_path, "tiny")
+    for name in ("references", "gallery", "truths"):
+        torch.testing.assert_close(getattr(found, name), getattr(atlas, name), atol=1e-6, rtol=0)
+    assert (found.prompts, found.asked, found.seen, found.people) == (atlas.prompts, atlas.asked, atlas.seen, atlas.people)
+    assert found.first(2).people == [7, 8]
+    assert len(found.first(2).truths) == 2
+    assert found.first(None) is found
+    with pytest.raises(InputError, match="missing"):
+        load_atlas(tmp_path, "other")
+
+
+def test_the_plan_gives_each_person_two_different_photos():
+    from worlds.toon import atlas as world
+    from worlds.toon import pictures
+
+    jobs = world.plan(pictures.FIRST["test"], 30)
+    each = len(world.PROMPTS) + 2
+    for start in range(0, len(jobs), each):
+        reference, gallery, *truths = jobs[start : start + each]
+        assert len({job["person"] for job in jobs[start : start + each]}) == 1
+        assert {reference["context"]["expression"], gallery["context"]["expression"]} == {"neutral", "smiling"}
+        assert pictures.is_seen(reference["context"])
+        assert gallery["context"]["background"] == "white"
+        for job, asked in zip(truths, world.PROMPTS, strict=True):
+            assert {kind: value for kind, value in job["context"].items() if value != world.PLAIN[kind]} == asked
+    about = world.about("test", 30)
+    assert about["seen"] == [True] * 4 + [False] * 4
+    assert jobs[:each] == world.plan(pictures.FIRST["test"], 1)
+
+
+def test_pictures_that_are_not_numbers_are_refused(hdb, atlas, judges):
+    broken = dataclasses.replace(atlas, truths=atlas.truths * float("nan"))
+    with pytest.raises(InputError, match="finite"):
+        protocol.evaluate(hdb, broken, judges, ("true",))
+
+
+def test_the_fingerprint_changes_with_any_weight_or_picture(hdb, atlas, judges):
+    first = protocol.fingerprint(hdb, atlas, judges)
+    assert protocol.fingerprint(hdb, atlas, judges) == first
+    seen = {first, protocol.fingerprint(hdb, atlas.first(2), judges), protocol.fingerprint(hdb, atlas, judges, hdb)}
+    seen.add(protocol.fingerprint(hdb, atlas, protocol.Judges(judges.recogniser, judges.classifier)))
+    with torch.no_grad():
+        hdb.source.hypernetwork.start += 1e-3
+    assert protocol.fingerprint(hdb, atlas, judges) not in seen
+    assert len(seen) == 4

@@ -79,6 +79,14 @@ def test_an_interrupted_personalize_goes_on_and_leaves_nothing(tmp_path, face, m
     assert all(torch.equal(whole[path].up, resumed[path].up) for path in whole)
 
 
+def test_what_the_prompt_names_changes_what_is_learnt(tmp_path, face):
+    for name, more in (("plain", []), ("named", ["--prompt", "a [V] face on a blue background"])):
+        assert run("personalize", face, "--steps", 2, *more, "-o", tmp_path / f"{name}.safetensors") == 0
+    plain, named = (formats.read_lora(tmp_path / f"{name}.safetensors") for name in ("plain", "named"))
+    assert any(not torch.equal(plain.loras[path].up, named.loras[path].up) for path in plain.loras)
+    assert plain.metadata["modelspec.trigger_phrase"] == named.metadata["modelspec.trigger_phrase"] == "a [V] face"
+
+
 def test_a_config_file_gives_the_flags(tmp_path, face, capsys):
     (tmp_path / "c.yaml").write_text("config:\n  steps: 1\n  rank: 3\n  learning_rate: 1e-3\nformat: kohya\n")
     assert run("personalize", face, "-o", tmp_path / "a.safetensors", "--config", tmp_path / "c.yaml") == 0
@@ -168,6 +176,8 @@ def test_info_targets_export_and_mix(tmp_path, me, capsys):
         )
         == 0
     )
+    again = formats.read_lora(tmp_path / "k.safetensors").metadata
+    assert again["modelspec.title"] == "k"  # a copy speaks of itself
     one, both = (formats.read_lora(tmp_path / f"{name}.safetensors").loras for name in ("e", "m"))
     path = next(iter(one))
     torch.testing.assert_close(one[path].delta(), both[path].delta(), atol=1e-2, rtol=1e-2)

@@ -73,6 +73,15 @@ def test_identity_guidance_of_zero_is_the_base_and_its_formula_holds(backbone):
     torch.testing.assert_close(run(personal=loras, guidance=2.0, identity_guidance=3.0), expected, atol=1e-3, rtol=1e-3)
 
 
+def test_the_base_branch_of_identity_guidance_has_the_bases_prompt_too(backbone):
+    person = random_loras(backbone, patterns=("text_encoder*_proj",))
+    config = GenerateConfig(steps=2, guidance=2.0, identity_guidance=0.0)
+    base = generate(backbone, [PROMPT], [1], config)
+    torch.testing.assert_close(generate(backbone, [PROMPT], [1], config, personal=person), base, atol=1e-4, rtol=1e-3)
+    config.identity_guidance = 1.0
+    assert (generate(backbone, [PROMPT], [1], config, personal=person) - base).abs().max() > 0.01
+
+
 def test_a_picture_depends_on_its_own_seed_and_person_alone(backbone):
     loras = random_loras(backbone, batch=3)
     config = GenerateConfig(steps=2, identity_guidance=2.0, batch=2)

@@ -13,7 +13,7 @@ from hyperdreambooth.objectives import NoiseLevels, denoising
 from hyperdreambooth.pretrained import build, check_targets, load_hypernetwork
 from hyperdreambooth.stages.personalize import PersonalizeConfig, finish, personalize
 from hyperdreambooth.stages.preoptimize import PreoptimizeConfig, preoptimize, read_table
-from hyperdreambooth.stages.subject import Subject
+from hyperdreambooth.stages.subject import Subject, ellipse_mask
 from hyperdreambooth.stages.train_hypernetwork import IdentityGain, TrainHypernetworkConfig, train_hypernetwork
 from hyperdreambooth.stages.train_light import TrainLightConfig, train_light
 from hyperdreambooth.training import TrainingConfig
@@ -88,6 +88,22 @@ def test_a_face_mask_leaves_the_background_out(backbone):
     other = 1 - half
     torch.testing.assert_close((run(half) + run(other)) / 2, run(None), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(run(half), run(other))
+
+
+def test_the_ellipse_counts_the_face_and_leaves_the_corners_out(backbone):
+    mask = ellipse_mask(8, 8)
+    assert mask.shape == (1, 8, 8)
+    assert mask[0, 3:5, 3:5].min() == 1
+    assert max(mask[0, y, x] for y in (0, -1) for x in (0, -1)) == 0
+    predicted, x = random_loras(backbone, batch=1, rank=1), latents(1, 1)
+
+    def tuned(setting: str, **more: object):
+        config = PersonalizeConfig(steps=2, mask=setting)
+        return personalize(backbone, Subject(x, "a [V] face", **more), predicted, config, quiet=True)[0]
+
+    given, plain, named = tuned("none", mask=mask[None, None]), tuned("none"), tuned("ellipse")
+    assert all(torch.equal(given[path].up, named[path].up) for path in given)
+    assert any(not torch.equal(plain[path].up, named[path].up) for path in given)
 
 
 @pytest.mark.parametrize("targets", [(), ("unet*attn?.to_q", "text_encoder*q_proj")])

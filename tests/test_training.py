@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hyperdreambooth import checkpoint
 from hyperdreambooth.errors import InputError, TrainingError
@@ -69,6 +70,33 @@ def test_training_learns_and_resuming_is_exact(tmp_path):
     done = model()
     fit(step, done, batches, CONFIG, directory=tmp_path, quiet=True, device="cpu")
     for a, b in zip(weights(whole), weights(done), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [5, 12])
+def test_a_signal_between_an_update_and_its_count_loses_nothing(tmp_path, number, at):
+    whole = model()
+    fit(step, whole, batches, CONFIG, quiet=True, device="cpu")
+    updates = []
+
+    def kill(*args):
+        updates.append(1)
+        if len(updates) == at:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    hook = register_optimizer_step_post_hook(kill)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(step, model(), batches, CONFIG, directory=tmp_path, quiet=True, device="cpu")
+    finally:
+        hook.remove()
+    assert signal.getsignal(number) is before
+    assert checkpoint.load(tmp_path / "state.safetensors")[3]["step"] == at
+    resumed = model()
+    assert fit(step, resumed, batches, CONFIG, directory=tmp_path, quiet=True, device="cpu").finished
+    for a, b in zip(weights(whole), weights(resumed), strict=True):
         assert torch.equal(a, b)
 
 

@@ -34,6 +34,8 @@ from .stages.generate import GenerateConfig, generate
 from .stages.personalize import PersonalizeConfig, finish, personalize
 from .stages.subject import Subject
 
+Photos = Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor
+"""One photo or several: files, pictures, or what `read_photos` made of them."""
 C = TypeVar("C", PersonalizeConfig, GenerateConfig)
 PLACEHOLDER = "[V]"
 """Stands for the person in prompts, whatever the base's own rare token is."""
@@ -132,10 +134,10 @@ class HyperDreamBooth:
         """A config with whatever is unset taken from the hypernetwork's own defaults."""
         return _changed(config or GenerateConfig(), changes).resolved(**(self.info.generate if self.info else {}))
 
-    def read_photos(
-        self, files: Sequence[str | Path | Image.Image] | str | Path | Image.Image, *, crop: photos.Crop = "center", face: int | None = None
-    ) -> tuple[Tensor, list[str]]:
+    def read_photos(self, files: Photos, *, crop: photos.Crop = "center", face: int | None = None) -> tuple[Tensor, list[str]]:
         """Photos as (n, 3, size, size) in -1..1 and what is worth saying about them (which face was taken)."""
+        if isinstance(files, Tensor):
+            return files, []
         group = [files] if isinstance(files, (str, Path, Image.Image)) else list(files)
         if not group:
             raise InputError("no photo was given.")
@@ -159,7 +161,7 @@ class HyperDreamBooth:
 
     def personalize(
         self,
-        files: Sequence[str | Path | Image.Image] | str | Path | Image.Image,
+        files: Photos,
         *,
         steps: int | None = None,
         crop: photos.Crop = "center",

@@ -56,6 +56,7 @@ def sample(
     negative: Conditioning,
     noise: Tensor,
     *,
+    plain: Conditioning | None = None,
     personal: LoraSet | None = None,
     styles: LoraSet | None = None,
     steps: int = 20,
@@ -69,6 +70,7 @@ def sample(
 
     Args:
         prompts, negative: conditioning of B samples each.
+        plain: the prompts' conditioning without the person, where a text encoder carries the person's LoRA.
         personal: one person's LoRA, or B of them; in every branch "with person".
         styles: LoRAs that stay in every branch; shared by the batch.
         identity_guidance: the scale i above; None is plain guidance.
@@ -78,7 +80,8 @@ def sample(
     schedule.set_timesteps(steps, device=noise.device)
     mix = branches(guidance, identity_guidance if personal else None)
     count = len(noise)
-    conditioning = {key: torch.cat([(prompts if prompted else negative)[key] for _, prompted, _ in mix]) for key in prompts}
+    parts = [negative if not prompted else prompts if who or plain is None else plain for _, prompted, who in mix]
+    conditioning = {key: torch.cat([part[key] for part in parts]) for key in prompts}
     person = torch.tensor([float(who) for _, _, who in mix], device=noise.device).repeat_interleave(count)
     weights = torch.tensor([weight for weight, _, _ in mix], device=noise.device, dtype=noise.dtype).reshape(-1, 1, 1, 1, 1)
     latents = noise * schedule.init_noise_sigma

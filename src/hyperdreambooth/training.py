@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -118,6 +120,28 @@ def make_accelerator(config: TrainingConfig, directory: Path | None, device: str
     )
 
 
+class Interrupts:
+    """Ctrl-C and SIGTERM wait for the end of a step: between an update and its count a checkpoint would not be exact.
+
+    A second one ends at once, without a checkpoint. Signals can be caught in the main thread alone; elsewhere they stay as they are.
+    """
+
+    def __enter__(self) -> Interrupts:
+        self.asked, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
 def fit(
     step: Step,
     model: nn.Module,
@@ -179,9 +203,12 @@ def fit(
     world, rank = accelerator.num_processes, accelerator.process_index
     started = last_save = time.monotonic()
     total, counted = torch.zeros((), device=accelerator.device), 0
-    with Progress(name, config.steps, done, quiet=quiet or not accelerator.is_main_process) as progress:
+    show = Progress(name, config.steps, done, quiet=quiet or not accelerator.is_main_process)
+    with show as progress, Interrupts() as interrupts:
         try:
             while done < config.steps:
+                if interrupts.asked:
+                    raise KeyboardInterrupt
                 rate = learning_rate(config, done)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -228,6 +255,8 @@ def fit(
         if validate and report.finished:
             _validate(validate, done, model, trained, average, report, accelerator, progress)
         save()
+        if interrupts.asked:  # during the last step
+            raise KeyboardInterrupt
     if average and report.finished:
         _swap(trained, average)
     if config.tracker:

@@ -1,4 +1,4 @@
-"""The toon base: a `StableDiffusionPipeline` of 13 M parameters, every part of it real.
+"""The toon base: a `StableDiffusionPipeline` of 15 M parameters, every part of it real.
 
 CLIPTextModel with a tokenizer of a few hundred words, UNet2DConditionModel on 8 x 8 x 32 latents, AutoencoderKL;
 v prediction with zero terminal SNR and trailing time steps.

@@ -223,7 +223,7 @@ def train_pro(runs: Path, minutes: float | None, steps: int = 1200) -> bool:
     config = hypernetworks.pro_config(steps)
     source, report = train_hypernetwork(backbone, encoder, data, config, directory=runs / "pro", validation=validation, minutes=minutes)
     if report.finished:
-        save_hypernetwork(runs / "pro" / "model", source, describe(source, config, report))
+        save_hypernetwork(runs / "pro" / "model", source, describe(source, config, report, len(data.names)))
     return report.finished
 
 
@@ -249,11 +249,11 @@ def train_faithful(runs: Path, minutes: float | None, steps: int = 150) -> bool:
         backbone, encoder, data, config, directory=runs / "faithful", validation=validation, table=table, minutes=minutes
     )
     if report.finished:
-        save_hypernetwork(runs / "faithful" / "model", source, describe(source, config, report))
+        save_hypernetwork(runs / "faithful" / "model", source, describe(source, config, report, len(data.names)))
     return report.finished
 
 
-def describe(source: PredictedLora, config: TrainHypernetworkConfig, report: TrainingReport) -> HyperNetworkInfo:
+def describe(source: PredictedLora, config: TrainHypernetworkConfig, report: TrainingReport, people: int) -> HyperNetworkInfo:
     """What travels with a hypernetwork; the defaults of personalize and generate were chosen on validation people."""
     return HyperNetworkInfo(
         base="toon",
@@ -263,7 +263,7 @@ def describe(source: PredictedLora, config: TrainHypernetworkConfig, report: Tra
         mode=config.mode,
         personalize={"steps": 25, "rank": 4, "learning_rate": 5e-4, "mask": "ellipse"},
         generate={"steps": 10, "guidance": 2.0, "identity_guidance": 2.0},
-        trained={"steps": report.steps, "batch": config.batch, "people": pictures.TRAIN_PEOPLE, "validation": report.validations[-1:]},
+        trained={"steps": report.steps, "batch": config.batch, "people": people, "validation": report.validations[-1:]},
     )
 
 
@@ -307,6 +307,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--steps", type=int)
     args = parser.parse_args(argv)
+    if args.steps and args.stage in ("all", "export"):
+        parser.error("--steps goes with one training")
     signal.signal(signal.SIGTERM, interrupt)
     extra = {"steps": args.steps} if args.steps else {}
     started = time.monotonic()

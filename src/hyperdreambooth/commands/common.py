@@ -62,17 +62,8 @@ def picture_metadata(
     hdb: HyperDreamBooth, prompt: str, seed: int, config: GenerateConfig, loras: list[tuple[str, float]]
 ) -> dict[str, str]:
     """What a PNG carries: how it was made, and that a machine made it (IPTC's digital source type, in XMP)."""
-    settings = {
-        "prompt": prompt,
-        "negative": config.negative,
-        "seed": seed,
-        "steps": config.steps,
-        "guidance": config.guidance,
-        "identity_guidance": config.identity_guidance,
-        "scheduler": config.scheduler,
-        "base": hdb.base,
-        "loras": [list(lora) for lora in loras],
-    }
+    made = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("seed", "count", "batch")}
+    settings = {"prompt": prompt, "seed": seed, **made, "base": hdb.base, "loras": [list(lora) for lora in loras]}
     source = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
     xmp = (
         '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '

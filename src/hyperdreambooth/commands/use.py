@@ -74,7 +74,7 @@ def run_personalize(args: Personalize) -> None:
     hdb = args.machine.open(args.base, args.hypernetwork)
     if hdb.source is None and args.hypernetwork == "auto":
         say(f"There is no hypernetwork for {args.base}: training from scratch.")
-    _, notes = hdb.read_photos(args.photos, crop=args.crop, face=args.face)
+    pixels, notes = hdb.read_photos(args.photos, crop=args.crop, face=args.face)
     for note in notes:
         say(note)
     config = hdb.personalize_config(args.config)
@@ -84,9 +84,7 @@ def run_personalize(args: Personalize) -> None:
     for file in args.photos:
         stamp.update(file.read_bytes())
     state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
-    me = hdb.personalize(
-        args.photos, crop=args.crop, face=args.face, prompt=args.prompt, targets=args.targets, config=config, directory=state
-    )
+    me = hdb.personalize(pixels, prompt=args.prompt, targets=args.targets, config=config, directory=state)
     me.save(args.output, layout=args.format, overwrite=args.overwrite)
     say(f"{args.output}: rank {me.rank}, {len(me.loras)} layers, {args.output.stat().st_size / 1e6:.2f} MB, trigger {me.identifier}")
     shutil.rmtree(state, ignore_errors=True)

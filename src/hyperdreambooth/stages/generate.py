@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backbones import Backbone
 from ..data import PromptCache
 from ..errors import InputError
-from ..lora import LoraSet
+from ..lora import LoraSet, applied
 from ..sampling import sample
 
 
@@ -82,12 +82,14 @@ def generate(
     Raises InputError where width or height don't fit the base.
     """
     config = config.resolved()
+    assert config.steps is not None
+    assert config.guidance is not None
     identity = None if config.identity_guidance == "off" else config.identity_guidance
-    unit = 8 * int(backbone.pipe.vae_scale_factor) // 8
+    unit = int(backbone.pipe.vae_scale_factor)
     for name, value in (("width", config.width), ("height", config.height)):
         if value is not None and (value < unit or value % unit):
             raise InputError(f"{name} must be a multiple of {unit} for this base, not {value}.")
-    cache = PromptCache(backbone, live=False)
+    cache = PromptCache(backbone)
     text = {path.split(".")[0] for path in [*(personal or {}), *(styles or {})]} & set(backbone.text_components)
     batched = personal is not None and next(iter(personal.values())).down.ndim == 3
     pictures = []
@@ -97,20 +99,24 @@ def generate(
         wanted = list(prompts[part])
         noise = noise_for(backbone, seeds[part], config.height, config.width)
         scaled = mine.scaled(config.strength) if mine else None
-        conditioning, negative = cache(wanted), cache([config.negative] * len(wanted))
-        if text:  # a LoRA on the text encoder belongs to the prompt's branch and, under plain guidance, to the negative one
-            conditioning = encode_under(backbone, wanted, (scaled or LoraSet()) + (styles or LoraSet()))
-            base = styles if identity is not None and personal else (scaled or LoraSet()) + (styles or LoraSet())
-            negative = encode_under(backbone, [config.negative] * len(wanted), base or LoraSet())
+        without = [config.negative] * len(wanted)
+        if text:  # a text encoder's LoRA belongs to the branches with the person, a style's to all
+            base, whole = styles or LoraSet(), (scaled or LoraSet()) + (styles or LoraSet())
+            conditioning, plain = encode_under(backbone, wanted, whole), encode_under(backbone, wanted, base)
+            negative = encode_under(backbone, without, whole if identity is None else base)
+        else:
+            conditioning = plain = cache(wanted)
+            negative = cache(without)
         latents = sample(
             backbone,
             conditioning,
             negative,
             noise,
+            plain=plain,
             personal=scaled,
             styles=styles,
-            steps=config.steps or 25,
-            guidance=config.guidance if config.guidance is not None else 5.0,
+            steps=config.steps,
+            guidance=config.guidance,
             identity_guidance=identity,
             scheduler=config.scheduler,
             generator=torch.Generator().manual_seed(seeds[start]),
@@ -124,8 +130,6 @@ def generate(
 @torch.no_grad()
 def encode_under(backbone: Backbone, prompts: list[str], loras: LoraSet) -> dict[str, Tensor]:
     """Conditioning of prompts while the text encoders carry `loras`."""
-    from ..lora import applied
-
     mine = LoraSet({path: lora for path, lora in loras.items() if path.split(".")[0] in backbone.text_components})
     with applied(backbone.components, mine):
         return backbone.encode_prompts(prompts)

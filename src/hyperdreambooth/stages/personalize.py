@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -69,7 +70,10 @@ def personalize(
         directory: where an interrupted fine-tuning resumes from; None keeps nothing.
     """
     config = config.resolved(predicted=predicted is not None)
-    steps, rank, rate = config.steps or 0, config.rank or 4, config.learning_rate or 1e-3
+    steps, rank, rate = config.steps, config.rank, config.learning_rate
+    assert steps is not None
+    assert rank is not None
+    assert rate is not None
     if steps == 0:
         if predicted is None:
             raise InputError("0 steps without a hypernetwork leave nothing: give --steps, or a hypernetwork.")
@@ -81,8 +85,8 @@ def personalize(
         people, photos, _, height, width = subject.latents.shape
         subject.mask = ellipse_mask(height, width).to(subject.latents).expand(people, photos, 1, height, width)
     source = RelaxedLora(predicted, rank, targets=targets, order=config.order, seed=config.seed).to(subject.latents.device)
-    paths = predicted or targets or {}
-    step, batches = make_step(backbone, subject, config.levels, config.copies, live_text=trains_text(paths, backbone), seed=config.seed)
+    live = trains_text(source.paths, backbone)
+    step, batches = make_step(backbone, subject, config.levels, config.copies, live_text=live, seed=config.seed)
     # no clipping: its norm would run over all people of a batch
     training = TrainingConfig(
         steps=steps, learning_rate=rate, cooldown=0.2, max_grad_norm=0.0, seed=config.seed, log_every=max(1, steps // 10)
@@ -96,9 +100,9 @@ def personalize(
     return source().detach(), report
 
 
-def trains_text(paths: object, backbone: Backbone) -> bool:
+def trains_text(paths: Iterable[str], backbone: Backbone) -> bool:
     """Whether any layer of a text encoder is a target: then prompts can't be cached."""
-    return any(str(path).split(".")[0] in backbone.text_components for path in paths)  # type: ignore[attr-defined]
+    return any(path.split(".")[0] in backbone.text_components for path in paths)
 
 
 def finish(loras: LoraSet) -> LoraSet:

@@ -1,0 +1,58 @@
+"""What the wheel ships: that it is small enough, and that it does what the README says of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hyperdreambooth.api import HyperDreamBooth
+from hyperdreambooth.assets import toon
+from hyperdreambooth.evaluation import metrics
+from hyperdreambooth.evaluation.judges import Judge
+from hyperdreambooth.photos import to_tensor
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_shipped_data_and_checkout_stay_small():
+    shipped = sum(file.stat().st_size for file in toon.directory().rglob("*") if file.is_file() and file.suffix != ".pyc")
+    assert shipped <= 48e6
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert sum((ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()) <= 56e6
+
+
+def test_the_prediction_is_the_person_in_the_asked_context():
+    hdb = HyperDreamBooth.from_pretrained("toon")
+    recogniser, classifier = (Judge.from_pretrained(toon.directory(name)) for name in ("recogniser", "classifier"))
+    about = json.loads((toon.directory("faces") / "faces.json").read_text(encoding="utf-8"))
+    files = [toon.directory("faces") / f"face-{number:02d}.png" for number in range(1, 9)]
+    gallery = recogniser.embed(to_tensor([Image.open(file).convert("RGB") for file in files]))
+    prompts, asked = about["prompts"][2:4], about["asked"][2:4]
+    found, right = [], []
+    for person in (*files, None):
+        me = hdb.personalize(person, steps=0) if person else None
+        images = to_tensor(hdb.generate(prompts, me, seed=3))
+        found.append(recogniser.embed(images))
+        right.append(metrics.context_right(classifier.classify(images), asked))
+    predicted, base = torch.stack(found[:-1]), found[-1].expand(len(files), -1, -1)
+    ours, chance = ((metrics.ranks(embedded, gallery) == 0).float().mean() for embedded in (predicted, base))
+    assert ours >= 0.7
+    assert chance <= 0.3
+    assert torch.stack(right).mean() >= 0.8
+
+
+def test_the_right_answers_are_the_references_people():
+    recogniser = Judge.from_pretrained(toon.directory("recogniser"))
+    with Image.open(toon.directory("faces") / "truth.webp") as image:
+        cells = np.asarray(image.convert("RGB")).reshape(24, 64, -1, 64, 3).transpose(0, 2, 1, 3, 4)
+    pictures = torch.from_numpy(cells.copy()).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+    embedded = recogniser.embed(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
+    assert (metrics.ranks(embedded[:, 2:], embedded[:, 1]) == 0).float().mean() > 0.9

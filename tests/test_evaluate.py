@@ -40,7 +40,7 @@ def judges() -> protocol.Judges:
     torch.manual_seed(0)
     recogniser = Judge(SMALL, {"identity": [""] * 16}).eval()
     classifier = Judge(SMALL, {"style": ["plain", "sketch"], "headwear": ["none", "cap"]}).eval()
-    return protocol.Judges(recogniser, classifier, recogniser.embed(pixels(4, 300)))
+    return protocol.Judges(recogniser, classifier, recogniser.embed(pixels(4, 300)), recogniser.embed(pixels(5, 400)))
 
 
 @pytest.fixture
@@ -57,10 +57,13 @@ def test_every_row_is_measured(hdb, atlas, judges):
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     for figures in results.values():
         assert {"rank1", "top5", "similarity", "context", "context_seen", "context_held_out", "copied"} <= set(figures)
-        assert {"pixel_distance", "feature_distance", "psnr"} <= set(figures)
+        assert {"pixel_distance", "feature_distance", "perceptual_distance", "psnr"} <= set(figures)
+        assert figures["rank1_crowd"][0] <= figures["rank1"][0]
+        assert figures["rank1_crowd"][0] <= figures["rank1_lookalikes"][0]
         assert all(low <= mean + 1e-4 and mean <= high + 1e-4 for mean, low, high in figures.values())
         assert figures["context"][0] == pytest.approx((figures["context_seen"][0] + figures["context_held_out"][0]) / 2, abs=1e-3)
-    assert results["true"]["pixel_distance"][0] == 0
+    assert results["true"]["pixel_distance"][0] == results["true"]["perceptual_distance"][0] == 0
+    assert results["reconstruction"]["perceptual_distance"][0] > 0
     assert results["true"]["feature_distance"][0] == pytest.approx(0, abs=1e-4)
     assert results["reconstruction"]["pixel_distance"][0] > 0
     assert drawn["base"].shape == (PEOPLE, 2, 1, 3, 64, 64)

@@ -56,3 +56,22 @@ def test_who_is_not_told_apart_is_not_recognized():
     same = torch.ones(3, 3) / 3**0.5
     assert metrics.ranks(same, same).tolist() == [2, 2, 2]
     assert metrics.ranks(torch.full((3, 2, 3), float("nan")), EYE).tolist() == [[2, 2]] * 3
+
+
+def test_strangers_fill_the_gallery_up():
+    mine, strangers = torch.eye(6)[:3], torch.eye(6)[3:]
+    pictures = torch.stack([mine[0], strangers[1], mine[2]])[:, None]
+    assert metrics.ranks(pictures, mine)[:, 0].tolist() == [0, 2, 0]  # a tie with everyone counts against
+    assert metrics.ranks(pictures, torch.cat([mine, strangers]))[:, 0].tolist() == [0, 5, 0]
+    nearly = torch.nn.functional.normalize(mine + 0.9 * strangers, dim=-1)[:, None]
+    assert metrics.ranks(nearly, torch.cat([mine, strangers]))[:, 0].tolist() == [0, 0, 0]
+
+
+def test_lookalikes_are_each_persons_nearest():
+    gallery = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0], [-1, 0, 0]]), dim=-1)
+    # person 0's look-alike is number 3; a picture of just that one is wrong, one of person 1 meets nobody else
+    pictures = torch.stack([gallery[3], gallery[1]])[:, None]
+    assert metrics.lookalike_ranks(pictures, gallery, 1)[:, 0].tolist() == [1, 0]
+    assert metrics.lookalike_ranks(torch.stack([gallery[2], gallery[1]])[:, None], gallery, 1)[0, 0] == 1
+    everyone = metrics.lookalike_ranks(pictures, gallery, 99)
+    assert everyone.tolist() == metrics.ranks(pictures, gallery).tolist()

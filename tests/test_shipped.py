@@ -49,6 +49,19 @@ def test_the_prediction_is_the_person_in_the_asked_context():
     assert torch.stack(right).mean() >= 0.8
 
 
+def test_the_base_names_what_a_photo_shows():
+    """The background is in the photo's corner, and what the base calls it must be the palette's nearest."""
+    hdb = HyperDreamBooth.from_pretrained("toon")
+    palette = json.loads((ROOT / "worlds/toon/contexts.json").read_text(encoding="utf-8"))["background"]
+    names, colors = list(palette), np.array([[int(one["color"][i : i + 2], 16) for i in (1, 3, 5)] for one in palette.values()])
+    pixels = to_tensor([Image.open(toon.directory("faces") / f"face-{number:02d}.png") for number in range(1, 7)])
+    corners = ((pixels[:, :, 0, 0] + 1) * 127.5).numpy()
+    true = [names[index] for index in ((corners[:, None] - colors) ** 2).sum(-1).argmin(1)]
+    with torch.no_grad():
+        found = hdb.describe(hdb.backbone.encode_images(pixels), hdb.source(pixels))
+    assert sum(f"on a {name} background" in text for name, text in zip(true, found, strict=True)) >= 5, list(zip(true, found, strict=True))
+
+
 def test_the_right_answers_are_the_references_people():
     recogniser = Judge.from_pretrained(toon.directory("recogniser"))
     with Image.open(toon.directory("faces") / "truth.webp") as image:

@@ -201,6 +201,60 @@ def test_a_hypernetwork_learns_who_is_who(mode, tmp_path):
     assert untrained(0, before)["identity_gain"] == pytest.approx(0, abs=1e-6)
 
 
+def photo_data(people: int = 4, each: int = 2) -> IdentityData:
+    """The same, with pictures in place of features, as a trained encoder wants them."""
+    data = identity_data(people, each)
+    data.features = torch.randint(0, 256, (len(data.people), 3, 64, 64), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    return data
+
+
+def test_a_trained_encoder_learns_and_keeps_its_batch_statistics(backbone, tmp_path):
+    config = TrainHypernetworkConfig(
+        lightweight=FROZEN, hypernetwork=DECODER, batch=4, train_encoder=True, training=TrainingConfig(steps=3, learning_rate=1e-2)
+    )
+    encoder = tiny_source(backbone).encoder
+    encoder.trained = True
+    encoder.model.requires_grad_(True)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    source, report = train_hypernetwork(backbone, encoder, photo_data(), config, directory=tmp_path, validation=photo_data())
+    moved = {name for name, value in source.encoder.state_dict().items() if not torch.equal(value, before[name])}
+    parameters = {name for name, _ in source.encoder.named_parameters()}
+    assert moved
+    assert moved <= parameters
+    assert "identity_gain" in report.validations[-1]
+
+
+def test_a_hypernetwork_goes_on_from_another_ones_weights(backbone):
+    start = tiny_source(backbone)
+    nothing = TrainHypernetworkConfig(
+        lightweight=FROZEN, hypernetwork=DECODER, batch=4, training=TrainingConfig(steps=1, learning_rate=0.0)
+    )
+    source, _ = train_hypernetwork(backbone, start.encoder, identity_data(), nothing, start=start)
+    for name, value in source.state_dict().items():
+        assert torch.equal(value, start.state_dict()[name]), name
+    nothing.lightweight = LightweightConfig(down_dim=11, up_dim=8, learnable=True)
+    with pytest.raises(InputError, match="other layers or sizes"):
+        train_hypernetwork(backbone, start.encoder, identity_data(), nothing, start=start)
+
+
+def test_every_photo_is_trained_under_its_own_words(backbone):
+    """Two people under different words get what each gets alone; so do two photos of one person."""
+    x = latents(2, 1)
+    predicted = random_loras(backbone, batch=2, rank=1).scaled(0.01)
+    config = PersonalizeConfig(steps=3, rank=2, learning_rate=2e-2)
+    words = [["a [V] face on a blue background"], ["a smiling [V] face"]]
+    together, _ = personalize(backbone, Subject(x, words), predicted, config, quiet=True)
+    for person in range(2):
+        alone, _ = personalize(
+            backbone, Subject(x[person : person + 1], words[person][0]), predicted.select(slice(person, person + 1)), config, quiet=True
+        )
+        for path in together:
+            torch.testing.assert_close(together[path].delta()[person], alone[path].delta()[0], atol=2e-5, rtol=1e-3)
+    swapped, _ = personalize(backbone, Subject(x, words[::-1]), predicted, config, quiet=True)
+    assert any(not torch.allclose(swapped[path].delta(), together[path].delta(), atol=1e-4) for path in together)
+    assert Subject(latents(1, 2), [["one", "two"]]).texts(1) == ["two"]
+
+
 def test_faithful_without_a_table_is_refused(backbone):
     config = TrainHypernetworkConfig(mode="faithful", lightweight=FROZEN, hypernetwork=DECODER)
     with pytest.raises(InputError, match="preoptimize"):
@@ -219,6 +273,18 @@ def test_pairs_are_two_pictures_of_one_person():
     assert kept.names == data.names[:3]
     assert held.names == data.names[3:]
     assert held.people.tolist() == [0, 0, 0]
+
+
+def test_a_trained_encoder_gets_the_pictures_of_a_folder(backbone, people, tmp_path):
+    encoder = tiny_source(backbone).encoder
+    frozen = load_identities(people, backbone, encoder, "a [V] face", cache=tmp_path)
+    encoder.trained = True
+    data = load_identities(people, backbone, encoder, "a [V] face", cache=tmp_path)
+    assert data.features.shape == (5, 3, 64, 64)
+    assert data.features.dtype == torch.uint8
+    with torch.no_grad():
+        seen = encoder(data.inputs(torch.arange(5)))
+    torch.testing.assert_close(seen, frozen.inputs(torch.arange(5)), atol=0.05, rtol=0.05)  # 8-bit pictures
 
 
 def test_folders_are_encoded_once_and_broken_pictures_skipped(backbone, people, tmp_path, capsys):

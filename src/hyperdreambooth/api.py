@@ -30,6 +30,7 @@ from .lightweight import LightweightLora
 from .lora import LoraSet, find_targets
 from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork
 from .sources import PredictedLora
+from .stages.describe import describe
 from .stages.generate import GenerateConfig, generate
 from .stages.personalize import PersonalizeConfig, finish, personalize
 from .stages.subject import Subject
@@ -58,7 +59,9 @@ class Person:
     lightweight: LightweightLora | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    """What took how long: predict, finetune, export."""
+    """What took how long: predict, describe, finetune, export."""
+    shown: list[str] = field(default_factory=list)
+    """What each photo was taken to show, in words."""
     metadata: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -159,6 +162,16 @@ class HyperDreamBooth:
             raise InputError(f"there is no hypernetwork for {self.base}: give one, or fine-tune from scratch (`--hypernetwork none`).")
         return self.source.tokens(pixels.to(self.device)).mean(0)
 
+    def describe(self, latents: Tensor, predicted: LoraSet | None = None) -> list[str]:
+        """What photos' latents (N, C, h, w) show, in the base's own words; the person alone where no alternatives are known.
+
+        Args:
+            predicted: the people's updates, one or N.
+        """
+        slots = self.info.describe if self.info else []
+        texts = describe(self.backbone, latents, slots, predicted) if slots else [self.prompt] * len(latents)
+        return [text.replace(PLACEHOLDER, self.identifier) for text in texts]
+
     def personalize(
         self,
         files: Photos,
@@ -178,21 +191,25 @@ class HyperDreamBooth:
         Args:
             steps: fine-tuning steps; 0 keeps the prediction. Default: 25, or 300 without a hypernetwork.
             changes: any field of PersonalizeConfig.
-            prompt: what the photo shows, such as "a [V] face wearing a cap on a blue background": what it names isn't learnt as the
-                person. Default: the person alone.
+            prompt: what the photos show, such as "a [V] face wearing a cap on a blue background": what it names isn't learnt as the
+                person. Default: what `describe` finds in each.
             targets: layers to train without a hypernetwork; default: the base's own.
             directory: where an interrupted fine-tuning resumes from.
         """
         config = self.personalize_config(config, steps=steps, **changes)
         pixels, _ = self.read_photos(files, crop=crop, face=face)
-        shown = (prompt or self.prompt).replace(PLACEHOLDER, self.identifier)
         started = time.perf_counter()
         tokens = self.predict(pixels) if self.source else None
         predicted = self.source.lightweight(tokens[None]).detach() if self.source and tokens is not None else None
         seconds = {"predict": time.perf_counter() - started}
         started = time.perf_counter()
         # fp32 for what is trained and for its latents, whatever the base's precision
-        subject = Subject(self.backbone.encode_images(pixels)[None].float(), shown)
+        latents = self.backbone.encode_images(pixels).float()
+        given = (prompt or self.prompt).replace(PLACEHOLDER, self.identifier)
+        texts = [given] * len(latents) if prompt or config.steps == 0 else self.describe(latents, predicted)
+        seconds["describe"] = time.perf_counter() - started
+        started = time.perf_counter()
+        subject = Subject(latents[None], [texts])
         chosen = find_targets(self.backbone.components, targets or self.backbone.default_targets) if predicted is None else None
         loras, report = personalize(self.backbone, subject, predicted, config, targets=chosen, directory=directory, quiet=quiet)
         seconds["finetune"] = time.perf_counter() - started
@@ -209,6 +226,7 @@ class HyperDreamBooth:
             lightweight=self.source.lightweight if self.source else None,
             losses=report.losses,
             seconds=seconds,
+            shown=texts,
             metadata={"hyperdreambooth.steps": str(report.steps)},
         )
 

@@ -41,8 +41,9 @@ class PromptCache:
 class IdentityData:
     """N pictures of some people.
 
-    latents (N, C, h, w); features (N, positions, dim) of an encoder; people (N,) index into `names`; one prompt each;
-    `reference` (N,) says which pictures may stand for their person as the photo.
+    latents (N, C, h, w); features (N, positions, dim) of a frozen encoder, or, where the encoder is trained, the pictures
+    themselves, (N, 3, H, W) uint8; people (N,) index into `names`; one prompt each; `reference` (N,) says which pictures
+    may stand for their person as the photo.
     """
 
     latents: Tensor
@@ -68,6 +69,11 @@ class IdentityData:
         prompts = [prompt for prompt, kept in zip(self.prompts, keep.tolist(), strict=True) if kept]
         return IdentityData(self.latents[keep], self.features[keep], self.people[keep] - first, names, prompts, self.reference[keep])
 
+    def inputs(self, chosen: Tensor) -> Tensor:
+        """What a hypernetwork predicts from: features, or pictures in -1..1, of the chosen pictures; float32."""
+        found = self.features[chosen]
+        return found.float() / 127.5 - 1 if found.dtype == torch.uint8 else found.float()
+
     def pair(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
         """For each picture another one of the same person, where there is one, to predict from: (B,)."""
         others = []
@@ -90,11 +96,13 @@ def load_identities(
     """Reads `identity/picture.png`, or one picture each, and encodes every picture once.
 
     Broken pictures are named, counted and skipped. With `cache`, latents and features are kept there under a key of
-    the files' names, sizes and dates. Raises InputError for an empty folder.
+    the files' names, sizes and dates. An encoder that is trained gets the pictures, not features. Raises InputError for
+    an empty folder.
     """
     found = photos.list_identities(folder)
     files = [(name, file) for name, group in found.items() for file in group]
-    config = f"{getattr(backbone.pipe, 'name_or_path', '')}|{encoder is not None}|{crop}|{backbone.size}"
+    seen_by = encoder and (getattr(encoder.model, "name_or_path", ""), encoder.trained, encoder.size)
+    config = f"{getattr(backbone.pipe, 'name_or_path', '')}|{seen_by}|{crop}|{backbone.size}"
     stamp = hashlib.sha256(config.encode())
     for _, file in files:
         stat = file.stat()
@@ -114,6 +122,13 @@ def load_identities(
     )
 
 
+def _seen_by(encoder: FaceEncoder, pixels: Tensor) -> Tensor:
+    """A picture (1, 3, H, W) in -1..1 as `IdentityData.features` keeps it: features, or itself in the encoder's size."""
+    if not encoder.trained:
+        return encoder(pixels.to(next(encoder.parameters()).device)).cpu()
+    return ((encoder.resized(pixels).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def _encode(files: list[tuple[str, Path]], backbone: Backbone, encoder: FaceEncoder | None, crop: photos.Crop) -> dict[str, Tensor]:
     latents, features, kept, skipped = [], [], [], []
     with Progress("encoding pictures", len(files)) as progress, torch.no_grad():
@@ -125,7 +140,7 @@ def _encode(files: list[tuple[str, Path]], backbone: Backbone, encoder: FaceEnco
                 continue
             pixels = photos.to_tensor([image])
             latents.append(backbone.encode_images(pixels).cpu())
-            features.append(encoder(pixels.to(next(encoder.parameters()).device)).cpu() if encoder else torch.zeros(1, 0, 0))
+            features.append(_seen_by(encoder, pixels) if encoder else torch.zeros(1, 0, 0))
             kept.append(index)
             progress.update(index + 1)
     for message in skipped:

@@ -74,9 +74,14 @@ class FaceEncoder(nn.Module):
         super().train(mode and self.trained)
         return self
 
+    def resized(self, pixels: Tensor) -> Tensor:
+        """Pictures in the size that the model takes."""
+        if pixels.shape[-2:] == (self.size, self.size):
+            return pixels
+        return nn.functional.interpolate(pixels, (self.size, self.size), mode="bicubic", antialias=True)
+
     def forward(self, pixels: Tensor) -> Tensor:
-        if pixels.shape[-1] != self.size or pixels.shape[-2] != self.size:
-            pixels = nn.functional.interpolate(pixels, (self.size, self.size), mode="bicubic", antialias=True)
+        pixels = self.resized(pixels)
         mean, std = (torch.tensor(v, device=pixels.device, dtype=pixels.dtype).reshape(1, 3, 1, 1) for v in (self.mean, self.std))
         with contextlib.nullcontext() if self.trained else torch.no_grad():
             hidden: Tensor = self.model(pixel_values=((pixels + 1) / 2 - mean) / std).last_hidden_state

@@ -39,6 +39,8 @@ class HyperNetworkInfo:
     mode: str = "pro"
     prompt: str = "a [V] face"
     """The prompt that names the person."""
+    describe: list[list[str]] = field(default_factory=list)
+    """Alternatives for each part of a photo's prompt, see `stages.describe`; none: photos are "the person"."""
     personalize: dict[str, Any] = field(default_factory=dict)
     """Defaults of the fine-tuning that suit this base (chosen on validation)."""
     generate: dict[str, Any] = field(default_factory=dict)

@@ -1,7 +1,8 @@
 """The evaluation's pictures: references, a gallery, and the right answer to every prompt.
 
     python -m worlds.toon.atlas                  renders benchmarks/atlas and the example faces
-    python -m worlds.toon.atlas --embed RUNS     embeds training people, to tell who was copied
+    python -m worlds.toon.atlas --embed          embeds training people, to tell who was copied, and 900 strangers for a
+                                                 gallery of 1,000
 
 One lossless sheet a split: a row a person; columns: reference, gallery, then one true render for each prompt.
 """
@@ -33,22 +34,42 @@ PROMPTS: list[dict[str, str]] = [
     {"eyewear": "dark", "background": "pink"},
 ]
 SPLITS = {"validation": 40, "test": 100}
+STRANGERS = 900
 FACES = 24
 ATLAS = Path("benchmarks/atlas")
 ASSETS = Path("src/hyperdreambooth/assets/toon/faces")
+RECOGNISER = Path("src/hyperdreambooth/assets/toon/recogniser")
+
+
+def plain_pair(person: int) -> tuple[dict[str, str], dict[str, str]]:
+    """The contexts of a person's reference and gallery picture: one of them smiles."""
+    draw = random.Random(person)
+    smiles = draw.random() < 0.5
+    background = draw.choice([name for name, choice in pictures.CONTEXTS["background"].items() if choice["seen"]])
+    reference = {**PLAIN, "background": background, "expression": "smiling" if smiles else "neutral"}
+    return reference, {**PLAIN, "expression": "neutral" if smiles else "smiling"}
 
 
 def plan(first: int, people: int) -> list[dict[str, Any]]:
     """Reference, gallery and the prompts' contexts of each person."""
-    jobs = []
-    backgrounds = [name for name, choice in pictures.CONTEXTS["background"].items() if choice["seen"]]
-    for person in range(first, first + people):
-        draw = random.Random(person)
-        smiles = draw.random() < 0.5
-        reference = {**PLAIN, "background": draw.choice(backgrounds), "expression": "smiling" if smiles else "neutral"}
-        gallery = {**PLAIN, "expression": "neutral" if smiles else "smiling"}
-        jobs += [{"person": person, "context": {**PLAIN, **context}} for context in (reference, gallery, *PROMPTS)]
-    return jobs
+    return [
+        {"person": person, "context": {**PLAIN, **context}}
+        for person in range(first, first + people)
+        for context in (*plain_pair(person), *PROMPTS)
+    ]
+
+
+def embed(runs: Path, judge: Judge) -> None:
+    """Embeddings of 3,000 training people, and of strangers as the gallery shows people."""
+    data = pictures.training_pictures(runs / "data")
+    plain = [i for i, row in enumerate(data.rows) if row["context"]["style"] == "plain" and row["context"]["headwear"] == "none"]
+    first = list({data.rows[i]["person"]: i for i in reversed(plain)}.values())[:3000]
+    numbers = range(pictures.FIRST["gallery"], pictures.FIRST["gallery"] + STRANGERS)
+    strangers = pictures.render_plan(
+        runs / "data" / "strangers", [{"person": person, "context": plain_pair(person)[1]} for person in numbers]
+    )
+    for name, pixels in (("training", data.pixels[first]), ("strangers", strangers.pixels)):
+        save_tensors(ATLAS / f"{name}.safetensors", {"embeddings": judge.embed(pictures.to_tensor(pixels)).half()})
 
 
 def sheet(split: str, people: int, runs: Path) -> np.ndarray:
@@ -82,11 +103,7 @@ def main() -> None:
     parser.add_argument("--embed", action="store_true")
     args = parser.parse_args()
     if args.embed:
-        data = pictures.training_pictures(args.runs / "data")
-        plain = [i for i, row in enumerate(data.rows) if row["context"]["style"] == "plain" and row["context"]["headwear"] == "none"]
-        first = list({data.rows[i]["person"]: i for i in reversed(plain)}.values())[:3000]
-        embedded = Judge.from_pretrained(args.runs / "recogniser" / "model").embed(pictures.to_tensor(data.pixels[first]))
-        save_tensors(ATLAS / "training.safetensors", {"embeddings": embedded.half()})
+        embed(args.runs, Judge.from_pretrained(RECOGNISER))
         return
     for split, people in SPLITS.items():
         save_sheet(sheet(split, people, args.runs), ATLAS / f"{split}.webp")

@@ -72,13 +72,16 @@ def load_pictures(out: Path, first: int, people: int) -> pictures.Pictures:
 
 @torch.no_grad()
 def identity_data(data: pictures.Pictures, encoder: FaceEncoder, matrix: Tensor, offset: Tensor) -> IdentityData:
-    """Latents, features and captions; the first two pictures of each person may be predicted from."""
+    """Latents, features (pictures, for an encoder that is trained) and captions; the first two pictures of each person may be
+    predicted from."""
     latents, features = [], []
     encoder.eval()
     for start in range(0, len(data.rows), 500):
         images = pictures.to_tensor(data.pixels[start : start + 500])
         latents.append(autoencoder.encode(matrix, offset, images).half())
-        features.append(encoder(images).half())
+        features.append(
+            torch.from_numpy(data.pixels[start : start + 500]).permute(0, 3, 1, 2) if encoder.trained else encoder(images).half()
+        )
     names = list(dict.fromkeys(str(row["person"]) for row in data.rows))
     people = torch.arange(len(names)).repeat_interleave(4)
     reference = torch.tensor([True, True, False, False]).repeat(len(names))
@@ -92,7 +95,14 @@ def pro_config(steps: int) -> TrainHypernetworkConfig:
         steps=steps, learning_rate=1e-3, warmup=50, cooldown=0.35, average=0.995, seed=11, log_every=25, validate_every=250
     )
     return TrainHypernetworkConfig(
-        mode="pro", lightweight=TOKENS, hypernetwork=DECODER, levels=NoiseLevels(mean=1.5), batch=64, penalty=1e-6, training=training
+        mode="pro",
+        lightweight=TOKENS,
+        hypernetwork=DECODER,
+        levels=NoiseLevels(mean=1.5),
+        batch=64,
+        penalty=1e-6,
+        train_encoder=True,
+        training=training,
     )
 
 

@@ -193,6 +193,12 @@ def caption(
     return text.replace("a angry", "an angry")
 
 
+def slots() -> list[list[str]]:
+    """The alternatives for each part of a photo's caption, as `stages.describe` takes them. Photos are plain drawings."""
+    words = {kind: list(dict.fromkeys(choice["words"] for choice in choices.values())) for kind, choices in CONTEXTS.items()}
+    return [["a"], words["expression"], ["[V] face"], words["headwear"], words["eyewear"], words["background"]]
+
+
 def training_caption(row: dict[str, Any], draw: random.Random) -> str:
     """A caption for the base: sometimes empty, sometimes with [V], sometimes with the person's looks in words."""
     roll = draw.random()

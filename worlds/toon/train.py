@@ -2,6 +2,9 @@
 
 python -m worlds.toon.train base            one stage
 python -m worlds.toon.train all --minutes 170   whatever is unfinished first, until the time is up
+python -m worlds.toon.train adopt           takes what is shipped as finished: a stage that is trained again goes on from it
+
+A stage without a checkpoint begins with the weights in its `model` folder, where there are any.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch.nn import functional as F
 
-from hyperdreambooth.backbones import StableDiffusion
+from hyperdreambooth.backbones import StableDiffusion, load_backbone
 from hyperdreambooth.checkpoint import read_tensors, save_tensors
 from hyperdreambooth.data import IdentityData
 from hyperdreambooth.encoder import FaceEncoder
@@ -66,6 +69,8 @@ def train_base(runs: Path, minutes: float | None, steps: int = 1800) -> bool:
     autoencoder.write_encoder(vae, *components(runs, data))
     torch.manual_seed(0)
     backbone = StableDiffusion(base.build(vae))
+    if (runs / "base" / "model" / "model_index.json").is_file():
+        backbone.components.load_state_dict(trained_backbone(runs).components.state_dict())
     training = base.BaseTraining(backbone, latents_of(runs, data), data.rows, batch=64, seed=1)
     config = TrainingConfig(
         steps=steps, learning_rate=8e-4, weight_decay=0.01, warmup=100, cooldown=0.25, average=0.998, seed=1, log_every=50
@@ -81,7 +86,10 @@ def train_decoder(runs: Path, minutes: float | None, steps: int = 2200) -> bool:
     data = pictures.training_pictures(runs / "data")
     matrix, offset = components(runs, data)
     torch.manual_seed(0)
-    decoder = autoencoder.build().decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    decoder = autoencoder.build().decoder
+    if (runs / "decoder" / "model.safetensors").is_file():
+        decoder.load_state_dict(read_tensors(runs / "decoder" / "model.safetensors")[0])
+    decoder = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     held = torch.arange(0, len(data.pixels), 500)
 
     def batches(index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,11 +225,14 @@ def hypernetwork_data(runs: Path, encoder: FaceEncoder, split: str, people: int)
 def train_pro(runs: Path, minutes: float | None, steps: int = 1200) -> bool:
     """Batches of 64."""
     backbone = trained_backbone(runs)
-    encoder = FaceEncoder.from_pretrained(runs / "encoder" / "model")
+    config = hypernetworks.pro_config(steps)
+    start = load_hypernetwork(runs / "pro" / "model", backbone)[0] if (runs / "pro" / "model" / "config.json").is_file() else None
+    encoder = FaceEncoder.from_pretrained(runs / "encoder" / "model", trained=config.train_encoder)
     data = hypernetwork_data(runs, encoder, "hyper", pictures.TRAIN_PEOPLE)
     validation = hypernetwork_data(runs, encoder, "hyper-validation", 150)
-    config = hypernetworks.pro_config(steps)
-    source, report = train_hypernetwork(backbone, encoder, data, config, directory=runs / "pro", validation=validation, minutes=minutes)
+    source, report = train_hypernetwork(
+        backbone, encoder, data, config, directory=runs / "pro", validation=validation, start=start, minutes=minutes
+    )
     if report.finished:
         save_hypernetwork(runs / "pro" / "model", source, describe(source, config, report, len(data.names)))
     return report.finished
@@ -261,7 +272,8 @@ def describe(source: PredictedLora, config: TrainHypernetworkConfig, report: Tra
         lightweight=asdict(config.lightweight),
         hypernetwork=asdict(config.hypernetwork),
         mode=config.mode,
-        personalize={"steps": 25, "rank": 4, "learning_rate": 5e-4, "mask": "ellipse"},
+        describe=pictures.slots(),
+        personalize={"steps": 25, "rank": 4, "learning_rate": 1e-3, "mask": "none"},
         generate={"steps": 10, "guidance": 2.0, "identity_guidance": 2.0},
         trained={"steps": report.steps, "batch": config.batch, "people": people, "validation": report.validations[-1:]},
     )
@@ -282,6 +294,20 @@ def export(runs: Path, minutes: float | None = None) -> bool:
     return True
 
 
+def adopt(runs: Path, minutes: float | None = None) -> bool:
+    """Takes the shipped weights as if they had been trained here."""
+    backbone = load_backbone("toon")
+    components(runs, pictures.training_pictures(runs / "data"))  # the shipped encoder's own: they follow from the pictures alone
+    backbone.pipe.save_pretrained(str(runs / "base" / "model"))
+    save_tensors(runs / "decoder" / "model.safetensors", backbone.pipe.vae.decoder.state_dict())
+    for name in ("recogniser", "classifier"):
+        Judge.from_pretrained(ASSETS / name).save_pretrained(runs / name / "model")
+    source, info = load_hypernetwork(ASSETS / "hypernetwork", backbone)
+    save_hypernetwork(runs / "pro" / "model", source, info, torch.float32)
+    source.encoder.save_pretrained(runs / "encoder" / "model")
+    return True
+
+
 STAGES: dict[str, Callable[..., bool]] = {
     "encoder": train_encoder,
     "recogniser": train_recogniser,
@@ -293,6 +319,7 @@ STAGES: dict[str, Callable[..., bool]] = {
     "faithful": train_faithful,
     "export": export,
 }
+OTHERS: dict[str, Callable[..., bool]] = {"adopt": adopt}
 
 
 def interrupt(number: int, frame: object) -> None:
@@ -302,19 +329,19 @@ def interrupt(number: int, frame: object) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["all", *STAGES])
+    parser.add_argument("stage", choices=["all", *STAGES, *OTHERS])
     parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--steps", type=int)
     args = parser.parse_args(argv)
-    if args.steps and args.stage in ("all", "export"):
+    if args.steps and args.stage in ("all", "export", "adopt"):
         parser.error("--steps goes with one training")
     signal.signal(signal.SIGTERM, interrupt)
     extra = {"steps": args.steps} if args.steps else {}
     started = time.monotonic()
     for name in STAGES if args.stage == "all" else [args.stage]:
         left = args.minutes - (time.monotonic() - started) / 60 if args.minutes else None
-        if not STAGES[name](args.runs, left, **extra):
+        if not {**STAGES, **OTHERS}[name](args.runs, left, **extra):
             print(f"{name} isn't finished; the same command goes on from here")
             return 1
     return 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from .. import photos
@@ -19,7 +20,7 @@ from ..encoder import FaceEncoder
 from ..errors import InputError
 from ..lightweight import LightweightLora
 from ..lora import find_targets
-from ..pretrained import HyperNetworkInfo, save_hypernetwork
+from ..pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 from ..progress import say
 from ..stages.personalize import finish
 from ..stages.preoptimize import PreoptimizeConfig, preoptimize, read_table, save_row
@@ -143,6 +144,8 @@ class TrainHypernetwork:
     """Identities for the identity gain; default: the last tenth of the folder's."""
     table: Path | None = None
     """faithful: the folder of `preoptimize`."""
+    start: str | None = None
+    """A hypernetwork (directory or hub id) whose weights it begins with: the same layers, sizes and encoder."""
     crop: photos.Crop = "center"
     """center: the middle square. face: find the face (needs the extra `faces`)."""
     config: Annotated[TrainHypernetworkConfig, Flat] = field(default_factory=TrainHypernetworkConfig)
@@ -156,10 +159,13 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
     config = args.config
     config.prompt = config.prompt.replace(PLACEHOLDER, hdb.identifier)
     encoder = (
-        FaceEncoder.from_pretrained(toon.directory("hypernetwork") / "encoder" if args.encoder == "auto" else args.encoder)
+        FaceEncoder.from_pretrained(
+            toon.directory("hypernetwork") / "encoder" if args.encoder == "auto" else args.encoder, trained=config.train_encoder
+        )
         .to(hdb.device)
         .eval()
     )
+    start = load_hypernetwork(args.start, hdb.backbone)[0] if args.start else None
     data = load_identities(args.folder, hdb.backbone, encoder, config.prompt, crop=args.crop, cache=args.output / "cache")
     if args.validation_folder:
         validation = load_identities(
@@ -173,7 +179,7 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
         table = read_table(args.table, LightweightLora(targets, config.lightweight).fingerprint())
     write_json(args.output / "training.json", as_json(args))
     source, report = train_hypernetwork(
-        hdb.backbone, encoder, data, config, directory=args.output / "run", validation=validation, table=table
+        hdb.backbone, encoder, data, config, directory=args.output / "run", validation=validation, table=table, start=start
     )
     info = HyperNetworkInfo(
         base=args.base,
@@ -189,8 +195,8 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
     shown = HyperDreamBooth(hdb.backbone, hdb.base, source.eval(), info)
     sheet = []
     for person in range(count):
-        features = validation.features[validation.of_person[person][:1]].to(hdb.device).float()
-        loras = source(features).detach().select(0)
+        shown_photo = torch.tensor(validation.of_person[person][:1])
+        loras = source(validation.inputs(shown_photo).to(hdb.device)).detach().select(0)
         sheet.append(
             [
                 *photos.to_images(hdb.backbone.decode_images(validation.latents[validation.of_person[person][:1]].to(hdb.device))),

@@ -54,7 +54,8 @@ class Personalize:
     face: int | None = None
     """Which face, by size, where there are several."""
     prompt: str | None = None
-    """What the photos show, such as "a [V] face on a blue background": what it names isn't learnt as the person."""
+    """What the photos show, such as "a [V] face on a blue background": what it names isn't learnt as the person. Default: what the
+    base itself sees in them, where the hypernetwork brings words to choose from (toon's does); else the person alone."""
     targets: tuple[str, ...] = ()
     """Glob patterns of layers, without a hypernetwork; default: the base's own."""
     preview: str | None = None
@@ -85,6 +86,8 @@ def run_personalize(args: Personalize) -> None:
         stamp.update(file.read_bytes())
     state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
     me = hdb.personalize(pixels, prompt=args.prompt, targets=args.targets, config=config, directory=state)
+    for text in dict.fromkeys(me.shown):
+        say(f'taken to show "{text}"; --prompt says otherwise')
     me.save(args.output, layout=args.format, overwrite=args.overwrite)
     say(f"{args.output}: rank {me.rank}, {len(me.loras)} layers, {args.output.stat().st_size / 1e6:.2f} MB, trigger {me.identifier}")
     shutil.rmtree(state, ignore_errors=True)

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 COLUMNS = {
     "rank1": "rank-1",
-    "top5": "top-5",
+    "rank1_crowd": "in the crowd",
+    "rank1_lookalikes": "among look-alikes",
     "context_seen": "context, seen",
     "context_held_out": "context, held out",
-    "feature_distance": "distance to the true render",
+    "perceptual_distance": "perceptual distance",
+    "pixel_distance": "pixel distance",
     "copied": "copies",
 }
 
@@ -41,9 +43,9 @@ def run(args: Evaluate) -> None:
         raise InputError(f"{min(unknown)} is no row; there are {', '.join(ROWS)}.")
     hdb = args.machine.open("toon")
     atlas = load_atlas(args.atlas, args.split).first(args.people)
-    stored = args.atlas / "training.safetensors"
-    training = read_tensors(stored)[0]["embeddings"].float() if stored.is_file() else None
-    judges = Judges(Judge.from_pretrained(toon.directory("recogniser")), Judge.from_pretrained(toon.directory("classifier")), training)
+    files = [args.atlas / f"{name}.safetensors" for name in ("training", "strangers")]
+    known = [read_tensors(file)[0]["embeddings"].float() if file.is_file() else None for file in files]
+    judges = Judges(Judge.from_pretrained(toon.directory("recogniser")), Judge.from_pretrained(toon.directory("classifier")), *known)
     folder = args.faithful or Path("benchmarks/faithful")
     faithful = args.machine.open("toon", str(folder)) if "faithful" in (args.rows or ROWS) and folder.is_dir() else None
     settings = {
@@ -107,7 +109,7 @@ def _cell(figure: list[float] | None, key: str) -> str:
     if figure is None:
         return "-"
     mean, low, high = figure
-    return f"{mean:.3f} ({low:.3f}-{high:.3f})" if key == "feature_distance" else f"{100 * mean:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
+    return f"{mean:.3f} ({low:.3f}-{high:.3f})" if key.endswith("_distance") else f"{100 * mean:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def contact_sheet(atlas: Atlas, drawn: dict[str, Tensor], people: int = 20) -> Any:

@@ -24,14 +24,18 @@ ROWS = ("true", "reconstruction", "base", "prediction", "prediction+guidance", "
 PLAIN_GUIDANCE = 2.0
 """Prompt guidance of the rows without identity guidance: the lowest at which the base leaves out what wasn't asked for."""
 
+LOOKALIKES = 20
+"""Each person's nearest of the gallery, among whom to be told apart is hardest."""
+
 
 @dataclass
 class Judges:
-    """Who measures; `training` (M, D) are embeddings of training people."""
+    """Who measures. `training` (M, D) are embeddings of training people, `strangers` (K, D) of people who fill the gallery up."""
 
     recogniser: Judge
     classifier: Judge
     training: Tensor | None = None
+    strangers: Tensor | None = None
 
 
 def evaluate(
@@ -107,7 +111,8 @@ def finetuned_loras(hdb: HyperDreamBooth, atlas: Atlas, predicted: LoraSet, batc
         for start in range(0, len(latents), batch):
             part = slice(start, start + batch)
             few = predicted.select(part)
-            tuned, _ = personalize(hdb.backbone, Subject(latents[part], hdb.prompt), few, hdb.personalize_config(), quiet=True)
+            subject = Subject(latents[part], [[text] for text in hdb.describe(latents[part, 0], few)])
+            tuned, _ = personalize(hdb.backbone, subject, few, hdb.personalize_config(), quiet=True)
             parts.append(tuned)
             progress.update(min(start + batch, len(latents)))
     return LoraSet(
@@ -148,21 +153,26 @@ def judge(images: Tensor, atlas: Atlas, judges: Judges) -> dict[str, Any]:
     truths = judges.recogniser.embed(atlas.truths.flatten(0, 1)).unflatten(0, atlas.truths.shape[:2])
     embedded = judges.recogniser.embed(images.flatten(0, 2)).unflatten(0, images.shape[:3])
     order = metrics.ranks(embedded, gallery)
+    crowd = gallery if judges.strangers is None else torch.cat([gallery, judges.strangers])
+    answers = atlas.truths[:, :, None].expand_as(images)
     asked = [atlas.asked[prompt] for _ in atlas.people for prompt in range(len(atlas.prompts)) for _ in range(images.shape[2])]
     right = metrics.context_right(judges.classifier.classify(images.flatten(0, 2)), asked).reshape(images.shape[:3])
     seen = torch.tensor(atlas.seen)
     values = {
         "rank1": (order == 0).float(),
         "top5": (order < 5).float(),
+        "rank1_crowd": (metrics.ranks(embedded, crowd) == 0).float(),
+        "rank1_lookalikes": (metrics.lookalike_ranks(embedded, crowd, LOOKALIKES) == 0).float(),
         "similarity": metrics.similarity(embedded, gallery),
         "rank1_seen": (order == 0).float()[:, seen],
         "rank1_held_out": (order == 0).float()[:, ~seen],
         "context": right,
         "context_seen": right[:, seen],
         "context_held_out": right[:, ~seen],
-        "pixel_distance": (images - atlas.truths[:, :, None]).abs().mean((-3, -2, -1)) / 2,
+        "pixel_distance": (images - answers).abs().mean((-3, -2, -1)) / 2,
+        "perceptual_distance": judges.classifier.distance(images.flatten(0, 2), answers.flatten(0, 2)).reshape(images.shape[:3]),
         "feature_distance": 1 - (embedded * truths[:, :, None]).sum(-1),
-        "psnr": metrics.psnr(images, atlas.truths[:, :, None]),
+        "psnr": metrics.psnr(images, answers),
     }
     if judges.training is not None:
         values["copied"] = metrics.copied(embedded, references, judges.training)
@@ -175,7 +185,7 @@ def fingerprint(hdb: HyperDreamBooth, atlas: Atlas, judges: Judges, faithful: Hy
     modules = [hdb.backbone.components, hdb.backbone.pipe.vae, judges.recogniser, judges.classifier]
     modules += [one.source for one in (hdb, faithful) if one is not None and one.source is not None]
     tensors = [tensor for module in modules for tensor in module.state_dict().values()]
-    tensors += [atlas.references, atlas.gallery, atlas.truths, *([] if judges.training is None else [judges.training])]
+    tensors += [atlas.references, atlas.gallery, atlas.truths, *(t for t in (judges.training, judges.strangers) if t is not None)]
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

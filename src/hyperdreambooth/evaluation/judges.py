@@ -50,6 +50,22 @@ class Judge(nn.Module):
             found += [{name: self.spec["heads"][name][best[name][i]] for name in best} for i in range(len(chunk))]
         return found
 
+    @torch.no_grad()
+    def distance(self, pictures: Tensor, others: Tensor, batch: int = 256) -> Tensor:
+        """How different two lots of pictures (N, 3, H, W) look: (N,), 0 for the same, 2 at most.
+
+        As LPIPS does (Zhang et al., 2018): squared differences of unit feature vectors, a mean over positions and stages.
+        """
+        parts = []
+        for pair in zip(pictures.split(batch), others.split(batch), strict=True):
+            one, other = (self.backbone(pixel_values=pixels, output_hidden_states=True).hidden_states for pixels in pair)
+            stages = [
+                (nn.functional.normalize(a) - nn.functional.normalize(b)).square().sum(1).mean((1, 2))
+                for a, b in zip(one, other, strict=True)
+            ]
+            parts.append(torch.stack(stages).mean(0))
+        return torch.cat(parts)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """config.json and model.safetensors (fp16)."""
         write_json(Path(folder) / "config.json", self.spec)

@@ -7,14 +7,24 @@ from torch import Tensor
 
 
 def ranks(embedded: Tensor, gallery: Tensor) -> Tensor:
-    """How many of the gallery (N, D) are at least as near to each picture (N, ..., D) as its own person: (N, ...), 0 is right.
+    """How many of a gallery are at least as near to each picture (N, ..., D) as its own person: (N, ...), 0 is right.
 
-    Ties, and figures that aren't numbers, count against: a recogniser that tells nobody apart recognizes nobody.
+    The gallery (M, D) begins with the N people themselves; strangers may follow. Ties, and figures that aren't numbers, count against: a recogniser that tells nobody apart recognizes nobody.
     """
     alike = embedded @ gallery.mT
-    shape = [len(gallery)] + [1] * (alike.ndim - 1)
-    own = alike.gather(-1, torch.arange(len(gallery)).reshape(shape).expand(*alike.shape[:-1], 1))
+    shape = [len(embedded)] + [1] * (alike.ndim - 1)
+    own = alike.gather(-1, torch.arange(len(embedded)).reshape(shape).expand(*alike.shape[:-1], 1))
     return (~(alike < own)).sum(-1) - 1
+
+
+def lookalike_ranks(embedded: Tensor, gallery: Tensor, count: int) -> Tensor:
+    """The same among each person and the `count` of the gallery who look most like that person: (N, ...)."""
+    own = gallery[: len(embedded)]
+    alike = (own @ gallery.mT).fill_diagonal_(-torch.inf)
+    nearest = gallery[alike.topk(min(count, len(gallery) - 1)).indices]
+    return torch.stack(
+        [ranks(pictures[None], torch.cat([me[None], others]))[0] for pictures, me, others in zip(embedded, own, nearest, strict=True)]
+    )
 
 
 def similarity(embedded: Tensor, gallery: Tensor) -> Tensor:

@@ -19,18 +19,22 @@ from ..training import Batches, Step
 
 @dataclass
 class Subject:
-    """The photos of P people, as latents (P, photos, C, h, w), and the prompt that names each of them.
+    """The photos of P people, as latents (P, photos, C, h, w), and what they show in words: one prompt, or (P, photos) of them.
 
     mask: (P, photos, 1, h, w) weights of the loss, where only the face should count.
     prior: latents (n, C, h, w) of the class, and its prompt: prior preservation keeps the base's own faces.
     """
 
     latents: Tensor
-    prompt: str
+    prompt: str | list[list[str]]
     mask: Tensor | None = None
     prior: Tensor | None = None
     prior_prompt: str = "a face"
     prior_weight: float = 1.0
+
+    def texts(self, photo: int) -> list[str]:
+        """What that photo of each person shows: P prompts."""
+        return [self.prompt] * len(self.latents) if isinstance(self.prompt, str) else [mine[photo] for mine in self.prompt]
 
 
 def make_step(
@@ -53,10 +57,11 @@ def make_step(
     def step(source: nn.Module, chosen: list[int], generator: torch.Generator) -> Iterator[Tensor]:
         latents = torch.cat([subject.latents[:, photo] for photo in chosen])  # copy-major: a batch of LoRAs tiles over it
         mask = torch.cat([subject.mask[:, photo] for photo in chosen]) if subject.mask is not None else None
+        texts = [text for photo in chosen for text in subject.texts(photo)]
         drawn = levels.draw(copies, generator).repeat_interleave(people)
         noise = SharedNoise(people)
         with applied(backbone.components, source(torch.arange(people, device=latents.device))):
-            losses = denoising(backbone, latents, prompts([subject.prompt] * len(latents)), drawn, generator, mask, noise)
+            losses = denoising(backbone, latents, prompts(texts), drawn, generator, mask, noise)
             if subject.prior is not None:
                 pick = torch.randint(len(subject.prior), (copies,), generator=generator)
                 prior = subject.prior[pick].repeat_interleave(people, 0)

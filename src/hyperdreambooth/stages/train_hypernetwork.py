@@ -57,6 +57,11 @@ class TrainHypernetworkConfig:
     """faithful: weight of the squared Frobenius distance between predicted and pre-optimized updates, a mean over layers."""
     aux_scale: float = 2.0
     """pro: the aux matrices' learning rate over the decoder's."""
+    train_encoder: bool = False
+    """Train the encoder too, from pictures instead of features that are computed once: slower, and it may see what a
+    ready encoder overlooks."""
+    encoder_scale: float = 0.3
+    """A trained encoder's learning rate over the decoder's."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(steps=20_000, learning_rate=1e-3, warmup=100, average=0.998, validate_every=500)
     )
@@ -71,10 +76,10 @@ class TrainHypernetworkConfig:
 
 @dataclass
 class Batch:
-    """B pictures to denoise, the features to predict from, and, where there is one, the row of the table."""
+    """B pictures to denoise, the photos (or their features) to predict from, and, where there is one, the row of the table."""
 
     latents: Tensor
-    features: Tensor
+    photos: Tensor
     prompts: list[str]
     rows: Tensor | None
     has_row: Tensor | None
@@ -89,14 +94,23 @@ def train_hypernetwork(
     directory: str | Path | None = None,
     validation: IdentityData | None = None,
     table: dict[str, Tensor] | None = None,
+    start: PredictedLora | None = None,
     minutes: float | None = None,
 ) -> tuple[PredictedLora, TrainingReport]:
-    """Trains and returns the source (averaged weights in place where the training finished)."""
+    """Trains and returns the source (averaged weights in place where the training finished).
+
+    Args:
+        encoder: trained too where `encoder.trained`; its batch statistics stay as they are.
+        start: begin with the weights of this hypernetwork, of the very same sizes.
+    """
     if config.mode == "faithful" and not table:
         raise InputError("the faithful mode needs a table of pre-optimized tokens: run `preoptimize` first, or take mode pro.")
     targets = find_targets(backbone.components, config.targets or backbone.default_targets)
     device = next(backbone.components.parameters()).device
     source = build(targets, encoder, config.lightweight, config.hypernetwork).to(device)
+    source.encoder.eval()  # a trained one's batch statistics would follow each small batch
+    if start is not None:
+        begin_with(source, start)
     prompts = PromptCache(backbone, live=trains_text(targets, backbone))
     rows = has_row = None
     if config.mode == "faithful" and table:
@@ -110,7 +124,7 @@ def train_hypernetwork(
         people = data.people[chosen]
         return Batch(
             data.latents[chosen].to(device).float(),
-            data.features[data.pair(chosen, generator)].to(device).float(),
+            data.inputs(data.pair(chosen, generator)).to(device),
             [data.prompts[i] for i in chosen.tolist()],
             rows[people].to(device) if rows is not None else None,
             has_row[people].to(device) if has_row is not None else None,
@@ -119,7 +133,7 @@ def train_hypernetwork(
     @contextmanager
     def step(model: nn.Module, batch: Batch, generator: torch.Generator) -> Iterator[Tensor]:
         levels = config.levels.draw(len(batch.latents), generator)
-        loras = model(batch.features)
+        loras = model(batch.photos)
         with applied(backbone.components, loras):
             losses = denoising(backbone, batch.latents, prompts(batch.prompts), levels, generator)
             if config.mode == "pro":
@@ -129,11 +143,10 @@ def train_hypernetwork(
             yield losses
 
     gain = IdentityGain(backbone, validation, config.levels, prompts) if validation else None
-    aux = [p for p in source.lightweight.parameters() if p.requires_grad]
-    known = {id(p) for p in aux}
-    groups: list[dict[str, Any]] = [{"params": [p for p in source.parameters() if p.requires_grad and id(p) not in known]}]
-    if aux:
-        groups.append({"params": aux, "lr_scale": config.aux_scale})
+    scales = {source.hypernetwork: 1.0, source.lightweight: config.aux_scale, source.encoder: config.encoder_scale}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in part.parameters() if p.requires_grad], "lr_scale": scale} for part, scale in scales.items()
+    ]
     report = fit(
         step,
         source,
@@ -141,12 +154,23 @@ def train_hypernetwork(
         config.training,
         directory=directory,
         device=device,
-        groups=groups,
+        groups=[group for group in groups if group["params"]],
         validate=gain,
         minutes=minutes,
         name=f"hypernetwork ({config.mode})",
     )
     return source, report
+
+
+def begin_with(source: PredictedLora, start: PredictedLora) -> None:
+    """Copies another hypernetwork's weights. Raises InputError where its layers or sizes differ."""
+    mine, theirs = ({name: tuple(t.shape) for name, t in one.state_dict().items()} for one in (source, start))
+    if mine != theirs or source.lightweight.targets != start.lightweight.targets:
+        names = sorted(set(mine.items()) ^ set(theirs.items()))
+        raise InputError(
+            f"the hypernetwork to start from has other layers or sizes{f' ({names[0][0]})' if names else ''}: give the same settings."
+        )
+    source.load_state_dict(start.state_dict())
 
 
 class IdentityGain:
@@ -177,7 +201,7 @@ class IdentityGain:
         prompts = [self.data.prompts[i] for i in self.chosen.tolist()]
         for start in range(0, len(photos), 32):
             part = slice(start, start + 32)
-            loras = source(self.data.features[photos[part]].to(self.device).float())
+            loras = source(self.data.inputs(photos[part]).to(self.device))
             with applied(self.backbone.components, loras):
                 losses = denoising(
                     self.backbone, self.latents[part], self.prompts(prompts[part]), self.levels[part], torch.Generator().manual_seed(start)

@@ -1,0 +1,88 @@
+"""What a photo shows, in words, told by the denoiser alone.
+
+Fine-tuning learns whatever the photo's prompt doesn't name: with "a [V] face" a blue background and a smile become the
+person. Of several phrases, the true one lets the base denoise the photo best (Li et al., "Your Diffusion Model is Secretly
+a Zero-Shot Classifier", 2023), so no other model has to see the face.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..backbones import Backbone
+from ..data import PromptCache
+from ..lora import LoraSet, applied
+from ..objectives import denoising
+
+LEVELS = (0.35, 0.5, 0.65, 0.8)
+"""Noise levels at which phrases compete: lower ones leave nothing to be told, higher ones nothing to tell it by."""
+
+
+def join(phrases: Sequence[str]) -> str:
+    """A prompt out of one phrase of each slot; an empty one leaves no gap."""
+    return re.sub(r"\b(a|A) (?=[aeiou])", r"\1n ", " ".join(phrase for phrase in phrases if phrase))
+
+
+def fixed(noise: Tensor) -> Callable[[torch.Size, torch.Generator], Tensor]:
+    """Draws the given noise."""
+    return lambda shape, generator: noise
+
+
+@torch.no_grad()
+def describe(
+    backbone: Backbone,
+    latents: Tensor,
+    slots: Sequence[Sequence[str]],
+    predicted: LoraSet | None = None,
+    *,
+    noises: int = 2,
+    seed: int = 0,
+    batch: int = 32,
+) -> list[str]:
+    """Prompts of N photos' latents (N, C, h, w).
+
+    Args:
+        slots: the alternatives for each part of the prompt, in order; the first of each is what is assumed at first.
+        predicted: the people's updates, a batch of N: their faces should not compete with the words.
+        noises: at each of LEVELS; all alternatives meet the same ones.
+        batch: pictures in one forward pass.
+    """
+    prompts = PromptCache(backbone)
+    people = len(latents)
+    levels = torch.tensor(LEVELS * noises).repeat_interleave(people)
+    noise = torch.randn(len(LEVELS) * noises, *latents.shape[1:], generator=torch.Generator().manual_seed(seed)).repeat_interleave(
+        people, 0
+    )
+    copies = max(1, batch // people) * people
+
+    def losses(texts: list[str]) -> Tensor:
+        """Mean loss of each photo under its text: (N,)."""
+        parts = []
+        for start in range(0, len(levels), copies):
+            part = slice(start, start + copies)
+            tiles = len(levels[part]) // people
+            parts.append(
+                denoising(
+                    backbone,
+                    latents.repeat(tiles, 1, 1, 1),
+                    prompts(texts * tiles),
+                    levels[part],
+                    torch.Generator(),
+                    draw=fixed(noise[part]),
+                )
+            )
+        return torch.cat(parts).unflatten(0, (-1, people)).mean(0)
+
+    chosen = [[slot[0] for slot in slots] for _ in range(people)]
+    with applied(backbone.components, predicted or {}):
+        for index, slot in enumerate(slots):
+            if len(slot) == 1:
+                continue
+            tried = [[[*words[:index], phrase, *words[index + 1 :]] for words in chosen] for phrase in slot]
+            best = torch.stack([losses([join(words) for words in option]) for option in tried]).argmin(0).tolist()
+            chosen = [tried[choice][person] for person, choice in enumerate(best)]
+    return [join(words) for words in chosen]

@@ -1,0 +1,68 @@
+"""Gates before hours are spent on a hypernetwork: the ceilings of whatever it builds on.
+
+    python -m worlds.toon.gates --people 20
+
+On validation people: rank-1 and contexts of true renders, of reconstructions, of the prediction, and of pictures made with
+tokens that were optimized for that very person (from the prediction on, on the one photo, same layers, width and aux). If
+the last is low, no hypernetwork can pass it: widen targets or tokens, or train the base longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from hyperdreambooth import HyperDreamBooth
+from hyperdreambooth.assets import toon
+from hyperdreambooth.checkpoint import read_tensors
+from hyperdreambooth.evaluation.atlas import Atlas, load_atlas
+from hyperdreambooth.evaluation.evaluate import Judges, draw, judge, predicted_loras
+from hyperdreambooth.evaluation.judges import Judge
+from hyperdreambooth.lora import LoraSet
+from hyperdreambooth.objectives import NoiseLevels
+from hyperdreambooth.sources import IdentityTable
+from hyperdreambooth.stages.subject import Subject, make_step
+from hyperdreambooth.training import TrainingConfig, fit
+
+
+def optimized(hdb: HyperDreamBooth, atlas: Atlas, steps: int) -> LoraSet:
+    """Each person's own tokens, all people side by side."""
+    assert hdb.source is not None
+    latents = hdb.backbone.encode_images(atlas.references).float()
+    words = hdb.describe(latents, predicted_loras(hdb, atlas))
+    table = IdentityTable(len(latents), hdb.source.lightweight.requires_grad_(False))
+    with torch.no_grad():
+        table.tokens.copy_(hdb.source.tokens(atlas.references))
+    subject = Subject(latents[:, None], [[text] for text in words])
+    step, batches = make_step(hdb.backbone, subject, NoiseLevels(), 2, live_text=False, seed=0)
+    config = TrainingConfig(steps=steps, learning_rate=2e-2, cooldown=0.5, max_grad_norm=0.0, log_every=25)
+    fit(step, table, batches, config, groups=[{"params": [table.tokens], "eps": 1e-8 / len(latents)}], name="tokens")
+    loras: LoraSet = table(torch.arange(len(latents)))
+    return loras.detach()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--people", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=150)
+    args = parser.parse_args()
+    hdb = HyperDreamBooth.from_pretrained("toon")
+    folder = Path("benchmarks/atlas")
+    atlas = load_atlas(folder, "validation").first(args.people)
+    strangers = read_tensors(folder / "strangers.safetensors")[0]["embeddings"].float()
+    judges = Judges(*(Judge.from_pretrained(toon.directory(name)) for name in ("recogniser", "classifier")), strangers=strangers)
+    rebuilt = torch.cat([hdb.backbone.decode_images(hdb.backbone.encode_images(part)) for part in atlas.truths.flatten(0, 1).split(64)])
+    rows = {"true": atlas.truths[:, :, None], "reconstruction": rebuilt.unflatten(0, atlas.truths.shape[:2])[:, :, None]}
+    for name, loras in (("prediction", predicted_loras(hdb, atlas)), ("optimized tokens", optimized(hdb, atlas, args.steps))):
+        for guided in (False, True):
+            rows[name + (" + guidance" if guided else "")] = draw(hdb, atlas, loras, 1, guided, name)
+    for name, images in rows.items():
+        figures = judge(images, atlas, judges)
+        shown = ("rank1", "rank1_crowd", "context_seen", "context_held_out", "perceptual_distance")
+        print(f"{name:30s}" + "  ".join(f"{key} {figures[key][0]:.3f}" for key in shown), flush=True)
+
+
+if __name__ == "__main__":
+    main()

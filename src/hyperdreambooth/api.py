@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,19 +60,48 @@ class Person:
     seconds: dict[str, float] = field(default_factory=dict)
     """What took how long: predict, finetune, export."""
     metadata: dict[str, str] = field(default_factory=dict)
+    """What the file's header says besides the LoRA itself: about its base, or whatever a loaded file said."""
+    convolutions: frozenset[str] = frozenset()
+    """Layers of a loaded file that are 1 x 1 convolutions."""
 
     @property
     def rank(self) -> int:
         return max(lora.rank for lora in self.loras.values())
 
     def save(
-        self, path: str | Path, *, layout: formats.Layout = "diffusers", dtype: torch.dtype = torch.float16, overwrite: bool = False
+        self,
+        path: str | Path,
+        *,
+        layout: formats.Layout = "diffusers",
+        dtype: torch.dtype = torch.float16,
+        author: str | None = None,
+        license: str | None = None,
+        thumbnail: Image.Image | None = None,
+        overwrite: bool = False,
     ) -> Path:
-        """Writes a standard LoRA that diffusers, ComfyUI and A1111 open. Raises InputError where `path` exists."""
-        trigger = self.prompt.replace(PLACEHOLDER, self.identifier)
-        metadata = formats.standard_metadata(self.loras, title=Path(path).stem, base=self.base, trigger=trigger, identifier=self.identifier)
-        kept = {key: value for key, value in self.metadata.items() if not key.startswith("sshs_")}  # hashes of the file it came from
-        return formats.save_lora(path, self.loras, {**kept, **metadata}, layout=layout, dtype=dtype, overwrite=overwrite)
+        """Writes a standard LoRA that diffusers, ComfyUI and A1111 open. Raises InputError where `path` exists.
+
+        Args:
+            author, license, thumbnail: what UIs show beside the LoRA.
+        """
+        metadata = formats.standard_metadata(
+            self.loras,
+            title=Path(path).stem,
+            trigger=self.prompt.replace(PLACEHOLDER, self.identifier),
+            identifier=self.identifier,
+            author=author,
+            license=license,
+            thumbnail=thumbnail,
+        )
+        return formats.save_lora(
+            path,
+            self.loras,
+            {**self.metadata, **metadata},
+            layout=layout,
+            dtype=dtype,
+            convolutions=self.convolutions,
+            overwrite=overwrite,
+        )
 
     def save_tokens(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the prediction's tokens: the person in a few numbers a layer. The fine-tuned residual isn't in them."""
@@ -124,6 +153,17 @@ class HyperDreamBooth:
     @property
     def device(self) -> torch.device:
         return next(self.backbone.components.parameters()).device
+
+    def person(self, loras: LoraSet, prompt: str | None = None, *, metadata: Mapping[str, str] | None = None, **more: Any) -> Person:
+        """A person's update of this base, unbatched. `more`: further fields of Person."""
+        about = formats.base_metadata(self.backbone.pipe, self.base, self.backbone.size)
+        return Person(
+            loras,
+            self.base,
+            prompt=prompt or self.prompt,
+            **{"identifier": self.identifier, **more},
+            metadata={**(metadata or {}), **about},
+        )
 
     def personalize_config(self, config: PersonalizeConfig | None = None, **changes: Any) -> PersonalizeConfig:
         """A config with whatever is unset taken from the hypernetwork's own defaults."""
@@ -199,11 +239,8 @@ class HyperDreamBooth:
         started = time.perf_counter()
         merged = finish(loras.select(0) if predicted is not None else loras)
         seconds["export"] = time.perf_counter() - started
-        return Person(
+        return self.person(
             merged,
-            self.base,
-            self.identifier,
-            self.prompt,
             predicted=predicted.select(0) if predicted is not None else None,
             tokens=tokens.cpu() if tokens is not None else None,
             lightweight=self.source.lightweight if self.source else None,
@@ -219,12 +256,12 @@ class HyperDreamBooth:
                 raise InputError(f"{path} is a token file, and there is no hypernetwork here to read it with.")
             tokens = formats.read_tokens(path, self.source.lightweight)
             predicted = self.source.lightweight(tokens[None].to(self.device)).detach().select(0)
-            return Person(finish(predicted), self.base, self.identifier, self.prompt, predicted, tokens, self.source.lightweight)
+            return self.person(finish(predicted), predicted=predicted, tokens=tokens, lightweight=self.source.lightweight)
         file = formats.read_lora(path, self.backbone.components)
         check_targets(file.shapes(), self.backbone, str(path))
         loras = file.loras.map(lambda tensor: tensor.to(self.device, torch.float32))
         identifier = file.metadata.get("hyperdreambooth.identifier", self.identifier)
-        return Person(loras, self.base, identifier, self.prompt, metadata=file.metadata)
+        return self.person(loras, identifier=identifier, metadata=file.metadata, convolutions=file.convolutions)
 
     def styles(self, files: Sequence[str | Path | tuple[str | Path, float]]) -> LoraSet:
         """The weighted sum of style LoRAs."""

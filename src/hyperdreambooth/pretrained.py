@@ -15,10 +15,10 @@ import torch
 from .backbones import Backbone
 from .checkpoint import read_tensors, save_tensors, write_json
 from .encoder import FaceEncoder
-from .errors import InputError
+from .errors import InputError, some
 from .hypernetwork import HyperNetwork, HyperNetworkConfig
 from .lightweight import LightweightConfig, LightweightLora
-from .lora import Shape, find_targets
+from .lora import Shape, canonical_modules, linear_shape
 from .sources import PredictedLora
 
 FORMAT = 1
@@ -96,19 +96,17 @@ def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> t
 
 def check_targets(targets: dict[str, Shape], backbone: Backbone, name: str) -> None:
     """Raises InputError unless `backbone` has every layer, in the same size."""
-    from .lora import canonical_modules
-
     modules = canonical_modules(backbone.components)
-    absent = [path for path in targets if path not in modules]
-    if absent:
-        raise InputError(
-            f"{name} was made for another base: {absent[0]} and {len(absent) - 1} more of its {len(targets)} layers aren't in this one."
-        )
-    for path, shape in find_targets(backbone.components, list(targets)).items():
-        if shape != targets[path]:
-            raise InputError(
-                f"{name} was made for another base: {path} is {targets[path].inputs} x {targets[path].outputs} there and {shape.inputs} x {shape.outputs} here."
-            )
+    here = {path: linear_shape(modules[path]) if path in modules else None for path in targets}
+    absent = [path for path, shape in here.items() if shape is None]
+    other = [
+        f"{path} ({targets[path].inputs} x {targets[path].outputs} there, {shape.inputs} x {shape.outputs} here)"
+        for path, shape in here.items()
+        if shape is not None and shape != targets[path]
+    ]
+    differences = [f"this one lacks {some(absent)}"] * bool(absent) + [f"other sizes have {some(other)}"] * bool(other)
+    if differences:
+        raise InputError(f"{name} was made for another base: of its {len(targets)} layers {'; '.join(differences)}. Open its own base.")
 
 
 def _local(folder: str | Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from .. import photos
-from ..api import PLACEHOLDER, HyperDreamBooth, Person
+from ..api import PLACEHOLDER, HyperDreamBooth
 from ..assets import toon
 from ..checkpoint import write_json
 from ..data import load_identities
@@ -62,7 +62,7 @@ def run_train_light(args: TrainLight) -> None:
     subject = Subject(hdb.backbone.encode_images(pixels)[None].float(), prompt)
     table, report = train_light(hdb.backbone, subject, args.config, directory=args.output)
     loras = finish(table.lightweight(table.tokens.detach()).detach().select(0))
-    me = Person(loras, hdb.base, hdb.identifier, args.config.prompt, tokens=table.tokens[0].detach().cpu(), lightweight=table.lightweight)
+    me = hdb.person(loras, args.config.prompt, tokens=table.tokens[0].detach().cpu(), lightweight=table.lightweight)
     me.save(lora, overwrite=True)
     save_row(args.output, "subject", table.tokens[0].detach().cpu(), table.lightweight.fingerprint())
     write_json(args.output / "config.json", as_json(args))

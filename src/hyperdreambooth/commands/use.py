@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -59,6 +60,10 @@ class Personalize:
     """Glob patterns of layers, without a hypernetwork; default: the base's own."""
     preview: str | None = None
     """Prompt of the preview picture; default: the person's own prompt."""
+    author: str | None = None
+    """Who made the LoRA, for its metadata."""
+    license: str | None = None
+    """The LoRA's license, for its metadata."""
     overwrite: bool = False
     """Replace the output if it exists."""
     config: Annotated[PersonalizeConfig, Flat] = field(default_factory=PersonalizeConfig)
@@ -85,13 +90,15 @@ def run_personalize(args: Personalize) -> None:
         stamp.update(file.read_bytes())
     state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
     me = hdb.personalize(pixels, prompt=args.prompt, targets=args.targets, config=config, directory=state)
-    me.save(args.output, layout=args.format, overwrite=args.overwrite)
+    save = functools.partial(me.save, args.output, layout=args.format, author=args.author, license=args.license, overwrite=True)
+    save()  # at once, since a preview takes its time on a large base
     say(f"{args.output}: rank {me.rank}, {len(me.loras)} layers, {args.output.stat().st_size / 1e6:.2f} MB, trigger {me.identifier}")
     shutil.rmtree(state, ignore_errors=True)
     if args.tokens:
         me.save_tokens(args.tokens, overwrite=args.overwrite)
         say(f"{args.tokens}: {args.tokens.stat().st_size / 1e3:.0f} KB")
     picture = hdb.generate(args.preview or me.prompt, me, seed=config.seed)[0]
+    save(thumbnail=picture)
     preview = args.output.with_suffix(".png")
     metadata = picture_metadata(hdb, args.preview or me.prompt, config.seed, hdb.generate_config(), [(str(args.output), 1.0)])
     photos.save_png(picture, preview, metadata, overwrite=True)
@@ -216,7 +223,7 @@ def _from_table(args: Export) -> Person:
             f"{args.source} has {len(table)} identities; name one of them with --identity: {', '.join(list(table)[:8])}{' ...' if len(table) > 8 else ''}"
         )
     loras = finish(lightweight(table[name][None]).detach().select(0))
-    return Person(loras, values["base"], hdb.identifier, config["prompt"], tokens=table[name], lightweight=lightweight)
+    return hdb.person(loras, config["prompt"], tokens=table[name], lightweight=lightweight)
 
 
 @dataclass
@@ -249,7 +256,7 @@ def run_mix(args: Mix) -> None:
     parts = [(formats.read_tokens(file, hdb.source.lightweight), weight) for file, weight in map(weighted, args.files)]
     tokens = formats.mix_tokens(parts)
     loras = finish(hdb.source.lightweight(tokens[None]).detach().select(0))
-    me = Person(loras, hdb.base, hdb.identifier, hdb.prompt, tokens=tokens, lightweight=hdb.source.lightweight)
+    me = hdb.person(loras, tokens=tokens, lightweight=hdb.source.lightweight)
     me.save(args.output, overwrite=args.overwrite)
     say(f"{args.output}: {' + '.join(args.files)}")
     if args.tokens:

@@ -16,7 +16,8 @@ MAY = {  # module (or package) -> the modules of ours that it may import
     "backbones": {"errors", "assets", "backbones"},
     "objectives": {"backbones", "lora"},
     "training": BASE,
-    "photos": BASE,
+    "faces": {"errors"},
+    "photos": {*BASE, "faces"},
     "sampling": {"backbones", "errors", "lora"},
 }
 

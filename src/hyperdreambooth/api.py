@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import formats, photos
 from .assets import toon
@@ -34,6 +34,7 @@ from .stages.generate import GenerateConfig, generate
 from .stages.personalize import PersonalizeConfig, finish, personalize
 from .stages.subject import Subject
 
+Files = Sequence[str | Path] | str | Path
 Photos = Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor
 """One photo or several: files, pictures, or what `read_photos` made of them."""
 C = TypeVar("C", PersonalizeConfig, GenerateConfig)
@@ -192,6 +193,18 @@ class HyperDreamBooth:
             notes += [note] if note else []
         return photos.to_tensor(images), notes
 
+    def read_masks(self, masks: Files, files: Files, *, crop: photos.Crop = "center", face: int | None = None) -> Tensor:
+        """Grey pictures that say where photos count, one for all of them or one each: (n, 1, size, size) in 0..1.
+
+        Raises InputError for another number of masks, or one that doesn't fit its photo.
+        """
+        group, drawn = ([item] if isinstance(item, (str, Path)) else list(item) for item in (files, masks))
+        if len(drawn) not in (1, len(group)):
+            raise InputError(f"{len(drawn)} masks for {len(group)} photos: give one for all of them, or one each.")
+        pairs = zip(drawn if len(drawn) > 1 else drawn * len(group), group, strict=True)
+        images = [photos.prepare_mask(mask, photo, self.backbone.size, crop, face) for mask, photo in pairs]
+        return (photos.to_tensor(images)[:, :1] + 1) / 2
+
     @torch.no_grad()
     def predict(self, pixels: Tensor) -> Tensor:
         """Photos (n, 3, H, W) of one person -> tokens (layers, width): several photos are averaged in token space."""
@@ -206,6 +219,7 @@ class HyperDreamBooth:
         steps: int | None = None,
         crop: photos.Crop = "center",
         face: int | None = None,
+        masks: Tensor | None = None,
         prompt: str | None = None,
         targets: Sequence[str] = (),
         directory: str | Path | None = None,
@@ -218,6 +232,7 @@ class HyperDreamBooth:
         Args:
             steps: fine-tuning steps; 0 keeps the prediction. Default: 25, or 300 without a hypernetwork.
             changes: any field of PersonalizeConfig.
+            masks: (n, 1, size, size) in 0..1 from `read_masks`: where the loss counts in each photo. Default: the config's `mask`.
             prompt: what the photo shows, such as "a [V] face wearing a cap on a blue background": what it names isn't learnt as the
                 person. Default: the person alone.
             targets: layers to train without a hypernetwork; default: the base's own.
@@ -232,7 +247,9 @@ class HyperDreamBooth:
         seconds = {"predict": time.perf_counter() - started}
         started = time.perf_counter()
         # fp32 for what is trained and for its latents, whatever the base's precision
-        subject = Subject(self.backbone.encode_images(pixels)[None].float(), shown)
+        latents = self.backbone.encode_images(pixels)[None].float()
+        mask = nn.functional.interpolate(masks, latents.shape[-2:], mode="area")[None].to(latents) if masks is not None else None
+        subject = Subject(latents, shown, mask)
         chosen = find_targets(self.backbone.components, targets or self.backbone.default_targets) if predicted is None else None
         loras, report = personalize(self.backbone, subject, predicted, config, targets=chosen, directory=directory, quiet=quiet)
         seconds["finetune"] = time.perf_counter() - started

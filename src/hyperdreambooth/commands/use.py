@@ -51,9 +51,11 @@ class Personalize:
     format: formats.Layout = "diffusers"
     """Layout of the LoRA file: diffusers, or kohya for A1111 and ComfyUI (both open either)."""
     crop: photos.Crop = "center"
-    """center: the middle square. face: find the face (needs the extra `faces`)."""
+    """center: the middle square. face: find the face and turn it upright (needs the extra `faces`)."""
     face: int | None = None
-    """Which face, by size, where there are several."""
+    """Which face, by size from 1, where there are several."""
+    mask_file: tuple[Path, ...] = ()
+    """Grey pictures as large as the photos, one for all or one each: white where the loss counts, black where not. Default: --mask."""
     prompt: str | None = None
     """What the photos show, such as "a [V] face on a blue background": what it names isn't learnt as the person."""
     targets: tuple[str, ...] = ()
@@ -82,14 +84,15 @@ def run_personalize(args: Personalize) -> None:
     pixels, notes = hdb.read_photos(args.photos, crop=args.crop, face=args.face)
     for note in notes:
         say(note)
+    masks = hdb.read_masks(args.mask_file, args.photos, crop=args.crop, face=args.face) if args.mask_file else None
     config = hdb.personalize_config(args.config)
     loaded = time.perf_counter()
     # an interrupted fine-tuning of the very same photos and settings goes on; anything else starts anew
     stamp = hashlib.sha256(repr((args.base, args.hypernetwork, args.prompt, args.targets, args.crop, args.face, config)).encode())
-    for file in args.photos:
+    for file in (*args.photos, *args.mask_file):
         stamp.update(file.read_bytes())
     state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
-    me = hdb.personalize(pixels, prompt=args.prompt, targets=args.targets, config=config, directory=state)
+    me = hdb.personalize(pixels, masks=masks, prompt=args.prompt, targets=args.targets, config=config, directory=state)
     save = functools.partial(me.save, args.output, layout=args.format, author=args.author, license=args.license, overwrite=True)
     save()  # at once, since a preview takes its time on a large base
     say(f"{args.output}: rank {me.rank}, {len(me.loras)} layers, {args.output.stat().st_size / 1e6:.2f} MB, trigger {me.identifier}")

@@ -87,39 +87,6 @@ def test_what_the_prompt_names_changes_what_is_learnt(tmp_path, face):
     assert plain.metadata["modelspec.trigger_phrase"] == named.metadata["modelspec.trigger_phrase"] == "a [V] face"
 
 
-def test_masks_say_where_the_photo_counts(tmp_path, face, capsys):
-    photos_size = Image.open(face).size
-    for name, color in (("all", 255), ("half", 0)):
-        mask = Image.new("L", photos_size, color)
-        mask.paste(255, (0, 0, photos_size[0] // 2, photos_size[1]))
-        mask.save(tmp_path / f"{name}.png")
-    common = ["personalize", face, "--steps", 2, "--mask", "none"]
-    for name, more in (("plain", []), ("all", ["--mask-file", tmp_path / "all.png"]), ("half", ["--mask-file", tmp_path / "half.png"])):
-        assert run(*common, *more, "-o", tmp_path / f"{name}.safetensors") == 0
-    plain, whole, half = (formats.read_lora(tmp_path / f"{name}.safetensors").loras for name in ("plain", "all", "half"))
-    for path in plain:  # white everywhere is no mask
-        torch.testing.assert_close(whole[path].delta(), plain[path].delta(), atol=1e-3, rtol=1e-2)
-    assert max((half[path].delta() - plain[path].delta()).abs().max() for path in plain) > 1e-4
-    Image.new("L", (9, 9)).resize((40, 40)).save(tmp_path / "small.png")
-    refused(capsys, "draw it on the photo", *common, "--mask-file", tmp_path / "small.png", "-o", tmp_path / "x.safetensors")
-    two = ["--mask-file", tmp_path / "all.png", tmp_path / "half.png"]
-    refused(capsys, "2 masks for 1 photos", *common, *two, "-o", tmp_path / "x.safetensors")
-    refused(capsys, "no such file", *common, "--mask-file", tmp_path / "none.png", "-o", tmp_path / "x.safetensors")
-
-
-def test_the_thumbnail_and_the_authors_words_are_in_the_file(tmp_path, face, me):
-    assert formats.read_lora(me).metadata["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
-    assert run("personalize", face, "--steps", 0, "--author", "ann", "--license", "CC0-1.0", "-o", tmp_path / "a.safetensors") == 0
-    assert run("export", tmp_path / "a.safetensors", "--format", "kohya", "-o", tmp_path / "b.safetensors") == 0
-    for name in "ab":
-        metadata = formats.read_lora(tmp_path / f"{name}.safetensors").metadata
-        assert metadata["modelspec.author"] == "ann"
-        assert metadata["modelspec.license"] == "CC0-1.0"
-        assert metadata["modelspec.title"] == name
-        assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
-        assert metadata["modelspec.resolution"] == "64x64"
-
-
 def test_a_config_file_gives_the_flags(tmp_path, face, capsys):
     (tmp_path / "c.yaml").write_text("config:\n  steps: 1\n  rank: 3\n  learning_rate: 1e-3\nformat: kohya\n")
     assert run("personalize", face, "-o", tmp_path / "a.safetensors", "--config", tmp_path / "c.yaml") == 0

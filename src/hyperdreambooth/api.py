@@ -271,14 +271,19 @@ class HyperDreamBooth:
         if formats.is_tokens(path):
             if self.source is None:
                 raise InputError(f"{path} is a token file, and there is no hypernetwork here to read it with.")
-            tokens = formats.read_tokens(path, self.source.lightweight)
-            predicted = self.source.lightweight(tokens[None].to(self.device)).detach().select(0)
-            return self.person(finish(predicted), predicted=predicted, tokens=tokens, lightweight=self.source.lightweight)
+            return self.from_tokens(formats.read_tokens(path, self.source.lightweight))
         file = formats.read_lora(path, self.backbone.components)
         check_targets(file.shapes(), self.backbone, str(path))
         loras = file.loras.map(lambda tensor: tensor.to(self.device, torch.float32))
         identifier = file.metadata.get("hyperdreambooth.identifier", self.identifier)
         return self.person(loras, identifier=identifier, metadata=file.metadata, convolutions=file.convolutions)
+
+    def from_tokens(self, tokens: Tensor) -> Person:
+        """Tokens (layers, width) of this hypernetwork, one person's or a blend of several, as a Person."""
+        if self.source is None:
+            raise InputError(f"there is no hypernetwork for {self.base}, so its tokens mean nothing here.")
+        predicted = self.source.lightweight(tokens[None].to(self.device)).detach().select(0)
+        return self.person(finish(predicted), predicted=predicted, tokens=tokens, lightweight=self.source.lightweight)
 
     def styles(self, files: Sequence[str | Path | tuple[str | Path, float]]) -> LoraSet:
         """The weighted sum of style LoRAs."""

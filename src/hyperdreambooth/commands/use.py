@@ -246,22 +246,38 @@ class Mix:
     """The hypernetwork whose token files they are."""
     tokens: Path | None = None
     """Also write the blend as a token file."""
+    strip: Path | None = None
+    """Also draw the way from the first of two people to the second, in five pictures of one seed (.png)."""
+    prompt: str | None = None
+    """Prompt of the strip; default: the person's own prompt."""
+    seed: int = 0
+    """Seed of the strip's pictures."""
     overwrite: bool = False
     """Replace the output if it exists."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 
 def run_mix(args: Mix) -> None:
-    refuse_existing(args.output, args.overwrite)
+    for path in (args.output, args.tokens, args.strip):
+        if path:
+            refuse_existing(path, args.overwrite)
+    if args.strip and len(args.files) != 2:
+        raise InputError(f"a strip leads from one person to another: it takes two token files, not {len(args.files)}.")
     hdb = args.machine.open(args.base, args.hypernetwork)
     if hdb.source is None:
         raise InputError(f"there is no hypernetwork for {args.base}, so there are no token files to mix.")
     parts = [(formats.read_tokens(file, hdb.source.lightweight), weight) for file, weight in map(weighted, args.files)]
-    tokens = formats.mix_tokens(parts)
-    loras = finish(hdb.source.lightweight(tokens[None]).detach().select(0))
-    me = hdb.person(loras, tokens=tokens, lightweight=hdb.source.lightweight)
+    me = hdb.from_tokens(formats.mix_tokens(parts))
     me.save(args.output, overwrite=args.overwrite)
     say(f"{args.output}: {' + '.join(args.files)}")
     if args.tokens:
         me.save_tokens(args.tokens, overwrite=args.overwrite)
         say(str(args.tokens))
+    if args.strip:
+        steps, (first, second) = (0.0, 0.25, 0.5, 0.75, 1.0), (tokens for tokens, _ in parts)
+        prompt = args.prompt or me.prompt
+        blends = [hdb.from_tokens(formats.mix_tokens([(first, 1 - step), (second, step)])) for step in steps]
+        row = [hdb.generate(prompt, blend, seed=args.seed)[0] for blend in blends]
+        metadata = picture_metadata(hdb, prompt, args.seed, hdb.generate_config(), [weighted(file) for file in args.files])
+        photos.save_png(photos.grid([row], [""], [f"{step:g}" for step in steps]), args.strip, metadata, overwrite=True)
+        say(f"{args.strip}: from {args.files[0]} (0) to {args.files[1]} (1)")

@@ -17,6 +17,7 @@ MAY = {  # module (or package) -> the modules of ours that it may import
     "objectives": {"backbones", "lora"},
     "training": BASE,
     "faces": {"errors"},
+    "hub": {"checkpoint", "errors", "formats", "pretrained"},
     "photos": {*BASE, "faces"},
     "sampling": {"backbones", "errors", "lora"},
 }

@@ -131,6 +131,10 @@ def test_transformers_have_no_names_in_kohyas_layout(tmp_path):
     with pytest.raises(InputError, match=r"transformer_blocks\.0\.attn\.to_q.*diffusers"):
         formats.save_lora(tmp_path / "a.safetensors", loras, {}, layout="kohya")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="diffusers"):
+        formats.check_layout("kohya", ["transformer", "text_encoder"])
+    formats.check_layout("kohya", ["unet", "text_encoder"])
+    formats.check_layout("diffusers", ["transformer"])
 
 
 def test_peft_files_of_one_model_find_their_component():

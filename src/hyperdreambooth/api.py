@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,9 +27,10 @@ from . import formats, photos
 from .assets import toon
 from .backbones import Backbone, load_backbone
 from .errors import InputError
+from .hub import push
 from .lightweight import LightweightLora
 from .lora import LoraSet, find_targets
-from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork
+from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork, save_hypernetwork
 from .sources import PredictedLora
 from .stages.generate import GenerateConfig, generate
 from .stages.personalize import PersonalizeConfig, finish, personalize
@@ -80,7 +82,7 @@ class Person:
         thumbnail: Image.Image | None = None,
         overwrite: bool = False,
     ) -> Path:
-        """Writes a standard LoRA that diffusers, ComfyUI and A1111 open. Raises InputError where `path` exists.
+        """Writes a standard LoRA: diffusers' layout, or kohya's for ComfyUI and A1111. Raises InputError where `path` exists.
 
         Args:
             author, license, thumbnail: what UIs show beside the LoRA.
@@ -150,6 +152,14 @@ class HyperDreamBooth:
             return cls(backbone, str(base))
         source, info = load_hypernetwork(hypernetwork, backbone)
         return cls(backbone, str(base), source.to(device), info)
+
+    def push_to_hub(self, name: str, *, public: bool = False) -> str:
+        """Uploads the hypernetwork and its card to the hub as `user/name`; returns the address. Raises InputError."""
+        if self.source is None or self.info is None:
+            raise InputError(f"there is no hypernetwork for {self.base} here to upload.")
+        with tempfile.TemporaryDirectory() as folder:
+            save_hypernetwork(folder, self.source, self.info)
+            return push(folder, name, public=public)
 
     @property
     def device(self) -> torch.device:
@@ -247,9 +257,9 @@ class HyperDreamBooth:
         seconds = {"predict": time.perf_counter() - started}
         started = time.perf_counter()
         # fp32 for what is trained and for its latents, whatever the base's precision
-        latents = self.backbone.encode_images(pixels)[None].float()
-        mask = nn.functional.interpolate(masks, latents.shape[-2:], mode="area")[None].to(latents) if masks is not None else None
-        subject = Subject(latents, shown, mask)
+        latents = self.backbone.encode_images(pixels).float()
+        mask = nn.functional.interpolate(masks, latents.shape[-2:], mode="area").to(latents)[None] if masks is not None else None
+        subject = Subject(latents[None], shown, mask)
         chosen = find_targets(self.backbone.components, targets or self.backbone.default_targets) if predicted is None else None
         loras, report = personalize(self.backbone, subject, predicted, config, targets=chosen, directory=directory, quiet=quiet)
         seconds["finetune"] = time.perf_counter() - started

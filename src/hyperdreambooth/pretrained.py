@@ -16,6 +16,7 @@ from .backbones import Backbone
 from .checkpoint import read_tensors, save_tensors, write_json
 from .encoder import FaceEncoder
 from .errors import InputError, some
+from .hub import download, write_card
 from .hypernetwork import HyperNetwork, HyperNetworkConfig
 from .lightweight import LightweightConfig, LightweightLora
 from .lora import Shape, canonical_modules, linear_shape
@@ -45,6 +46,10 @@ class HyperNetworkInfo:
     """Defaults of generation that suit this base."""
     trained: dict[str, Any] = field(default_factory=dict)
     """How it was trained, and what it reached on validation."""
+    data: str = ""
+    """What it was trained on, in words."""
+    license: str = ""
+    """The license of its weights."""
     format: int = FORMAT
 
 
@@ -55,12 +60,13 @@ def build(targets: dict[str, Shape], encoder: FaceEncoder, lightweight: Lightwei
 
 
 def save_hypernetwork(folder: str | Path, source: PredictedLora, info: HyperNetworkInfo, dtype: torch.dtype = torch.float16) -> Path:
-    """Writes `folder`; the config comes last, so that a folder with one is whole."""
+    """Writes `folder`, a model card (README.md) included; the config comes last, so that a folder with one is whole."""
     folder = Path(folder)
     tensors = {name: value.to(dtype) for name, value in source.state_dict().items() if not name.startswith("encoder.")}
     if info.encoder == "encoder":
         source.encoder.save_pretrained(folder / "encoder")
     save_tensors(folder / "model.safetensors", tensors)
+    write_card(folder, info)
     return write_json(folder / "config.json", asdict(info))
 
 
@@ -69,7 +75,9 @@ def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> t
 
     Raises InputError where it is no hypernetwork, of a newer format, or for another base.
     """
-    folder = _local(folder)
+    if not Path(folder).exists() and str(folder).count("/") == 1:
+        folder = download(str(folder))
+    folder = Path(folder)
     file = folder / "config.json"
     if not file.is_file():
         raise InputError(f"{folder} has no config.json, so it isn't a hypernetwork. `train-hypernetwork` makes one.")
@@ -107,17 +115,3 @@ def check_targets(targets: dict[str, Shape], backbone: Backbone, name: str) -> N
     differences = [f"this one lacks {some(absent)}"] * bool(absent) + [f"other sizes have {some(other)}"] * bool(other)
     if differences:
         raise InputError(f"{name} was made for another base: of its {len(targets)} layers {'; '.join(differences)}. Open its own base.")
-
-
-def _local(folder: str | Path) -> Path:
-    if Path(folder).exists() or str(folder).count("/") != 1:
-        return Path(folder)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{folder} is neither a folder nor a model on the hub that can be reached: {str(error).splitlines()[0]}"
-        ) from error

@@ -143,6 +143,10 @@ class TrainHypernetwork:
     """Identities for the identity gain; default: the last tenth of the folder's."""
     table: Path | None = None
     """faithful: the folder of `preoptimize`."""
+    data: str = ""
+    """What the pictures are, in words, for the model card."""
+    license: str = ""
+    """The license of the weights, for the model card."""
     crop: photos.Crop = "center"
     """center: the middle square. face: find the face (needs the extra `faces`)."""
     config: Annotated[TrainHypernetworkConfig, Flat] = field(default_factory=TrainHypernetworkConfig)
@@ -182,6 +186,8 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
         hypernetwork=dataclasses.asdict(config.hypernetwork),
         mode=config.mode,
         prompt=args.config.prompt.replace(hdb.identifier, PLACEHOLDER),
+        data=args.data,
+        license=args.license,
         trained={"steps": report.steps, "identities": len(data.names), "validation": report.validations[-1:]},
     )
     save_hypernetwork(args.output, source, info)

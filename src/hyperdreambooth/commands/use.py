@@ -49,7 +49,8 @@ class Personalize:
     tokens: Path | None = None
     """Also write the prediction as a token file (about 120 KB for Stable Diffusion 1.5)."""
     format: formats.Layout = "diffusers"
-    """Layout of the LoRA file: diffusers, or kohya for A1111 and ComfyUI (both open either)."""
+    """Layout of the LoRA file: diffusers (also for PEFT, and for ComfyUI on SD 3 and Flux), or kohya, which ComfyUI and A1111 need on
+    Stable Diffusion 1, 2 and XL and diffusers opens too."""
     crop: photos.Crop = "center"
     """center: the middle square. face: find the face and turn it upright (needs the extra `faces`)."""
     face: int | None = None
@@ -84,6 +85,7 @@ def run_personalize(args: Personalize) -> None:
     pixels, notes = hdb.read_photos(args.photos, crop=args.crop, face=args.face)
     for note in notes:
         say(note)
+    formats.check_layout(args.format, hdb.backbone.components)
     masks = hdb.read_masks(args.mask_file, args.photos, crop=args.crop, face=args.face) if args.mask_file else None
     config = hdb.personalize_config(args.config)
     loaded = time.perf_counter()
@@ -194,7 +196,7 @@ class Export:
     hypernetwork: str = "auto"
     """The hypernetwork whose token file it is."""
     format: formats.Layout = "diffusers"
-    """Layout of the file: diffusers or kohya."""
+    """Layout of the file: diffusers, or kohya for ComfyUI and A1111."""
     overwrite: bool = False
     """Replace the output if it exists."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)

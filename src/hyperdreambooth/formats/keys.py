@@ -82,8 +82,14 @@ def kohya_name(path: str, *, two_text_encoders: bool) -> str:
     component, _, rest = canonical(path).partition(".")
     prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if two_text_encoders else "lora_te", "text_encoder_2": "lora_te2"}
     if component not in prefix:
-        raise InputError(f"kohya's layout has no name for {path}. Write diffusers' layout, which ComfyUI and Forge open too.")
+        raise InputError(f"kohya's layout has no name for {path}. Write diffusers' layout, which ComfyUI opens for these bases.")
     return f"{prefix[component]}_{rest.replace('.', '_')}"
+
+
+def check_layout(layout: str, components: Iterable[str]) -> None:
+    """Raises InputError where a base of these components has no names in `layout`: before anything is trained."""
+    if layout == "kohya" and "transformer" in components:
+        kohya_name("transformer.transformer_blocks", two_text_encoders=True)
 
 
 def kohya_paths(paths: Iterable[str]) -> dict[str, str]:

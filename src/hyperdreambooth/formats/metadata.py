@@ -12,6 +12,7 @@ import io
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -34,14 +35,15 @@ def base_metadata(pipe: Any, base: str, resolution: int) -> dict[str, str]:
         resolution: its pictures' side in pixels.
     """
     architecture, version = _architecture(pipe)
+    name = Path(base).name if Path(base).exists() else base  # where it lies on this machine is nobody's business
     metadata = {
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.resolution": f"{resolution}x{resolution}",
         "ss_base_model_version": version,
         "ss_v2": str(version.startswith("sd_v2")),
-        "ss_sd_model_name": base,
+        "ss_sd_model_name": name,
         "ss_resolution": f"({resolution}, {resolution})",
-        "hyperdreambooth.base": base,
+        "hyperdreambooth.base": name,
     }
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(pipe.scheduler.config.get("prediction_type", ""))
     if prediction:

@@ -17,7 +17,7 @@ MAY = {  # module (or package) -> the modules of ours that it may import
     "objectives": {"backbones", "lora"},
     "training": BASE,
     "faces": {"errors"},
-    "hub": {"checkpoint", "errors", "formats", "pretrained"},
+    "hub": {"checkpoint", "errors", "formats", "photos", "pretrained"},
     "photos": {*BASE, "faces"},
     "sampling": {"backbones", "errors", "lora"},
 }

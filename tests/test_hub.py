@@ -23,6 +23,7 @@ from hyperdreambooth.errors import InputError
 from hyperdreambooth.pretrained import HyperNetworkInfo, load_hypernetwork
 
 from . import test_cli
+from .conftest import picture
 from .test_cli import refused, run
 
 pytestmark = pytest.mark.usefixtures("tiny_world")
@@ -143,6 +144,13 @@ def test_a_lora_goes_up_with_consent_alone_and_with_a_card(server, me, capsys):
     assert "lora" in front["tags"]
     assert 'load_lora_weights("me.safetensors")' in card
     assert "biometric" in card
+
+
+def test_a_photo_is_never_uploaded(server, me, tmp_path):
+    picture(4).save(tmp_path / "me.png")  # in place of the preview
+    assert run("push", me, "ann/face", "--yes") == 0
+    assert set(server.files) == {"README.md", "me.safetensors"}
+    assert "![" not in server.files["README.md"].decode()
 
 
 def test_what_cant_be_uploaded_is_one_line(server, tmp_path, capsys, me):

@@ -51,6 +51,16 @@ def test_masks_say_where_the_photo_counts(tmp_path, face, capsys):
     refused(capsys, "no such file", *common, "--mask-file", tmp_path / "none.png", "-o", tmp_path / "x.safetensors")
 
 
+def test_a_photo_of_the_loras_name_is_never_replaced(tmp_path):
+    photo = tmp_path / "ann.png"
+    picture(4).save(photo)
+    before = photo.read_bytes()
+    for _ in range(2):
+        assert run("personalize", photo, "--steps", 0, "-o", tmp_path / "ann.safetensors", "--overwrite") == 0
+        assert photo.read_bytes() == before
+        assert photos.is_generated(tmp_path / "ann.preview.png")
+
+
 def test_the_thumbnail_and_the_authors_words_are_in_the_file(tmp_path, face, me):
     assert formats.read_lora(me).metadata["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
     assert run("personalize", face, "--steps", 0, "--author", "ann", "--license", "CC0-1.0", "-o", tmp_path / "a.safetensors") == 0

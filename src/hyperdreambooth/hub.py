@@ -16,6 +16,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of
 
 from .checkpoint import write_atomically
 from .errors import InputError
+from .photos import is_generated, preview_path
 
 if TYPE_CHECKING:
     from .pretrained import HyperNetworkInfo
@@ -52,7 +53,7 @@ def push(path: str | Path, name: str, *, public: bool = False) -> str:
                 repo_id=name,
                 folder_path=folder,
                 allow_patterns=HYPERNETWORK_FILES if path.is_dir() else None,
-                commit_message=f"Upload {path.name} by hyperdreambooth",
+                commit_message="Upload by hyperdreambooth",
             )
         except REFUSALS as error:
             raise InputError(
@@ -66,11 +67,12 @@ def _lora_folder(path: Path, folder: Path) -> Path:
     from .formats import read_lora
 
     lora = read_lora(path)
-    for file in (path, path.with_suffix(".png")):
-        if file.is_file():
-            (folder / file.name).write_bytes(file.read_bytes())
-    picture = f"{path.stem}.png" if path.with_suffix(".png").is_file() else None
-    (folder / "README.md").write_text(lora_card(lora.metadata, path.name, picture, kohya=lora.layout == "kohya"), encoding="utf-8")
+    preview = preview_path(path)
+    shown = is_generated(preview)  # a photo of the person is never uploaded
+    for file in (path, *([preview] if shown else [])):
+        (folder / file.name).write_bytes(file.read_bytes())
+    text = lora_card(lora.metadata, path.name, preview.name if shown else None, kohya=lora.layout == "kohya")
+    (folder / "README.md").write_text(text, encoding="utf-8")
     return folder
 
 

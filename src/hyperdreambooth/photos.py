@@ -186,6 +186,20 @@ def read_png_metadata(path: str | Path) -> dict[str, str]:
         ) from error
 
 
+def is_generated(path: str | Path) -> bool:
+    """Whether a file is a PNG that says that a machine made it."""
+    try:
+        return read_png_metadata(path).get("ai_generated") == "true"
+    except InputError:
+        return False
+
+
+def preview_path(lora: Path) -> Path:
+    """Where UIs look for a LoRA's picture: NAME.png, or NAME.preview.png where NAME.png is somebody's own (the very photo, say)."""
+    first = lora.with_suffix(".png")
+    return lora.with_suffix(".preview.png") if first.exists() and not is_generated(first) else first
+
+
 def grid(
     rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int | None = None
 ) -> Image.Image:

@@ -104,7 +104,7 @@ def run_personalize(args: Personalize) -> None:
         say(f"{args.tokens}: {args.tokens.stat().st_size / 1e3:.0f} KB")
     picture = hdb.generate(args.preview or me.prompt, me, seed=config.seed)[0]
     save(thumbnail=picture)
-    preview = args.output.with_suffix(".png")
+    preview = photos.preview_path(args.output)
     metadata = picture_metadata(hdb, args.preview or me.prompt, config.seed, hdb.generate_config(), [(str(args.output), 1.0)])
     photos.save_png(picture, preview, metadata, overwrite=True)
     write_json(args.output.with_suffix(".json"), as_json(args))

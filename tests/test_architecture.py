@@ -16,7 +16,9 @@ MAY = {  # module (or package) -> the modules of ours that it may import
     "backbones": {"errors", "assets", "backbones"},
     "objectives": {"backbones", "lora"},
     "training": BASE,
-    "photos": BASE,
+    "faces": {"errors"},
+    "hub": {"checkpoint", "errors", "formats", "photos", "pretrained"},
+    "photos": {*BASE, "faces"},
     "sampling": {"backbones", "errors", "lora"},
 }
 

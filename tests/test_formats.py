@@ -135,13 +135,19 @@ def bad(tmp_path, tensors):
     [
         ({"unet.x.to_q.lora_A.weight": torch.ones(1, 2)}, "no up matrix"),
         ({"unet.x.to_q.lora_magnitude_vector": torch.ones(2)}, "DoRA"),
+        ({"lora_unet_x.dora_scale": torch.ones(2), "lora_unet_x.lora_up.weight": torch.ones(2, 1)}, "DoRA"),
         ({"lora_unet_x.hada_w1_a": torch.ones(2)}, "no LoRA layout"),
-        ({"model.diffusion_model.input_blocks.0.weight": torch.ones(2)}, "is no LoRA"),
+        (
+            {"unet.x.lora_A.weight": torch.ones(1, 2), "unet.x.lora_B.weight": torch.ones(2, 1)}
+            | {f"extra{i}": torch.ones(1) for i in range(5)},
+            "extra0, extra1, extra2 and 2 more: of no LoRA layout",
+        ),
+        ({"model.diffusion_model.input_blocks.0.weight": torch.ones(2)}, "is no LoRA: it holds model.diffusion_model"),
         ({"unet.c.lora_A.weight": torch.ones(1, 2, 3, 3), "unet.c.lora_B.weight": torch.ones(2, 1, 1, 1)}, "convolution"),
         ({"lora_unet_nowhere.lora_down.weight": torch.ones(1, 2), "lora_unet_nowhere.lora_up.weight": torch.ones(2, 1)}, "another base"),
     ],
 )
-def test_what_is_no_lora_raises(backbone, tmp_path, tensors, says):
+def test_what_is_no_lora_is_one_error_that_names_it(backbone, tmp_path, tensors, says):
     with pytest.raises(InputError, match=says):
         formats.read_lora(bad(tmp_path, tensors), backbone.components)
 
@@ -165,7 +171,8 @@ def test_an_update_that_overflows_fp16_raises(tmp_path):
 
 def test_metadata_is_what_uis_read(backbone, tmp_path):
     loras = random_loras(backbone)
-    metadata = formats.standard_metadata(loras, title="me", base="toon", trigger="a [V] face", identifier="[V]")
+    about = formats.base_metadata(backbone.pipe, "toon", 64)
+    metadata = about | formats.standard_metadata(loras, title="me", trigger="a [V] face", identifier="[V]")
     path = formats.save_lora(tmp_path / "me.safetensors", loras, metadata)
     about = formats.describe(path)
     assert about["trigger"] == "a [V] face"
@@ -174,7 +181,7 @@ def test_metadata_is_what_uis_read(backbone, tmp_path):
     assert about["layers"] == len(loras)
     assert json.loads(about["metadata"]["ss_tag_frequency"])
     assert about["metadata"]["ss_network_module"] == "networks.lora"
-    assert about["fingerprint"] == metadata["hyperdreambooth.fingerprint"]
+    assert about["fingerprint"] == about["metadata"]["hyperdreambooth.fingerprint"]
 
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

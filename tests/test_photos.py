@@ -187,38 +187,27 @@ def test_tensor_round_trip(seed):
     assert np.array_equal(np.asarray(photos.to_images(tensor)[0]), np.asarray(image))
 
 
-def test_a_real_face_is_found(tmp_path):
-    skimage = pytest.importorskip("skimage")
-    Image.fromarray(skimage.data.astronaut()).save(tmp_path / "astronaut.png")
-    image = photos.load_photo(tmp_path / "astronaut.png")
-    faces = photos.find_faces(image)
-    assert len(faces) == 1
-    face = faces[0]
-    assert face.left < 225 < face.left + face.side  # Eileen Collins' nose is near (225, 115)
-    assert face.top < 115 < face.top + face.side
-    crop, note = photos.prepare(tmp_path / "astronaut.png", 64, "face")
-    assert crop.size == (64, 64)
-    assert note == ""
-    with pytest.raises(InputError, match="no face 2"):
-        photos.prepare(tmp_path / "astronaut.png", 64, "face", 2)
+def drawn(path, box, size=(80, 64)):
+    """A mask: black but for a white box."""
+    mask = Image.new("L", size, 0)
+    mask.paste(255, box)
+    mask.save(path)
+    return path
 
 
-def test_several_faces_and_none(tmp_path):
-    skimage = pytest.importorskip("skimage")
-    one = Image.fromarray(skimage.data.astronaut()).crop((120, 0, 330, 260))
-    both = Image.new("RGB", (520, 400), "white")
-    both.paste(one.resize((315, 390)), (0, 0))
-    both.paste(one.resize((157, 195)), (340, 60))
-    both.save(tmp_path / "two.png")
-    assert len(photos.find_faces(both)) == 2
-    _, note = photos.prepare(tmp_path / "two.png", 64, "face")
-    assert "took the largest" in note
-    small, _ = photos.prepare(tmp_path / "two.png", 64, "face", 2)
-    large, _ = photos.prepare(tmp_path / "two.png", 64, "face", 1)
-    assert np.asarray(small).tolist() != np.asarray(large).tolist()
-    Image.new("RGB", (200, 200), "gray").save(tmp_path / "none.png")
-    with pytest.raises(InputError, match="--crop center"):
-        photos.prepare(tmp_path / "none.png", 64, "face")
+def test_masks_are_cropped_as_the_photo_is(tmp_path, face):
+    left = photos.prepare_mask(drawn(tmp_path / "left.png", (0, 0, 40, 64)), face, 32)
+    assert left.size == (32, 32)
+    values = np.asarray(left)
+    assert values[:, :14].min() > 240  # the middle square of 80 x 64 begins at 8: white ends at column 16
+    assert values[:, 18:].max() < 15
+
+
+def test_masks_that_cant_be_used_are_one_error(tmp_path, face):
+    with pytest.raises(InputError, match=r"small\.png has 40 x 32 pixels and the photo .* 80 x 64"):
+        photos.prepare_mask(drawn(tmp_path / "small.png", (0, 0, 9, 9), (40, 32)), face, 32)
+    with pytest.raises(InputError, match="black"):
+        photos.prepare_mask(drawn(tmp_path / "edge.png", (0, 0, 4, 64)), face, 32)  # only what the crop leaves out
 
 
 def test_identities_of_a_folder(tmp_path, people):

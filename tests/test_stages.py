@@ -363,3 +363,31 @@ def test_checkpointing_a_frozen_model_changes_nothing():
     assert len(calls) == 4  # two steps, each forward ran twice
     for path in results[0]:
         torch.testing.assert_close(results[0][path].up, results[1][path].up, atol=1e-6, rtol=1e-5)
+
+
+def test_several_photos_are_averaged_as_tokens_and_all_fine_tuned_on(backbone, tmp_path, monkeypatch):
+    from hyperdreambooth.api import HyperDreamBooth
+    from hyperdreambooth.stages import subject
+
+    from .conftest import picture, tiny_source
+
+    hdb = HyperDreamBooth(backbone, "toon", tiny_source(backbone))
+    files = [tmp_path / f"{index}.png" for index in range(3)]
+    for index, file in enumerate(files):
+        picture(index).save(file)
+    pixels, _ = hdb.read_photos(files)
+    alone = torch.stack([hdb.predict(photo[None]) for photo in pixels])
+    assert (alone[0] - alone[1]).abs().max() > 1e-3
+    torch.testing.assert_close(hdb.predict(pixels), alone.mean(0))
+    seen, real = [], subject.denoising
+
+    def watched(backbone, latents, *args):
+        seen.append(latents)
+        return real(backbone, latents, *args)
+
+    monkeypatch.setattr(subject, "denoising", watched)
+    hdb.personalize(files, steps=3, copies=1, quiet=True)
+    photos = backbone.encode_images(pixels)
+    distances = torch.cdist(torch.cat(seen).flatten(1), photos.flatten(1))
+    assert sorted(distances.argmin(1).tolist()) == [0, 1, 2]  # in as many steps as there are photos, each once
+    assert distances.min(1).values.max() < 1e-4

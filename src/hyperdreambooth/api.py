@@ -12,29 +12,32 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import formats, photos
 from .assets import toon
 from .backbones import Backbone, load_backbone
 from .errors import InputError
+from .hub import push
 from .lightweight import LightweightLora
 from .lora import LoraSet, find_targets
-from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork
+from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork, save_hypernetwork
 from .sources import PredictedLora
 from .stages.describe import describe
 from .stages.generate import GenerateConfig, generate
 from .stages.personalize import PersonalizeConfig, finish, personalize
 from .stages.subject import Subject
 
+Files = Sequence[str | Path] | str | Path
 Photos = Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor
 """One photo or several: files, pictures, or what `read_photos` made of them."""
 C = TypeVar("C", PersonalizeConfig, GenerateConfig)
@@ -63,19 +66,48 @@ class Person:
     shown: list[str] = field(default_factory=list)
     """What each photo was taken to show, in words."""
     metadata: dict[str, str] = field(default_factory=dict)
+    """What the file's header says besides the LoRA itself: about its base, or whatever a loaded file said."""
+    convolutions: frozenset[str] = frozenset()
+    """Layers of a loaded file that are 1 x 1 convolutions."""
 
     @property
     def rank(self) -> int:
         return max(lora.rank for lora in self.loras.values())
 
     def save(
-        self, path: str | Path, *, layout: formats.Layout = "diffusers", dtype: torch.dtype = torch.float16, overwrite: bool = False
+        self,
+        path: str | Path,
+        *,
+        layout: formats.Layout = "diffusers",
+        dtype: torch.dtype = torch.float16,
+        author: str | None = None,
+        license: str | None = None,
+        thumbnail: Image.Image | None = None,
+        overwrite: bool = False,
     ) -> Path:
-        """Writes a standard LoRA that diffusers, ComfyUI and A1111 open. Raises InputError where `path` exists."""
-        trigger = self.prompt.replace(PLACEHOLDER, self.identifier)
-        metadata = formats.standard_metadata(self.loras, title=Path(path).stem, base=self.base, trigger=trigger, identifier=self.identifier)
-        kept = {key: value for key, value in self.metadata.items() if not key.startswith("sshs_")}  # hashes of the file it came from
-        return formats.save_lora(path, self.loras, {**kept, **metadata}, layout=layout, dtype=dtype, overwrite=overwrite)
+        """Writes a standard LoRA: diffusers' layout, or kohya's for ComfyUI and A1111. Raises InputError where `path` exists.
+
+        Args:
+            author, license, thumbnail: what UIs show beside the LoRA.
+        """
+        metadata = formats.standard_metadata(
+            self.loras,
+            title=Path(path).stem,
+            trigger=self.prompt.replace(PLACEHOLDER, self.identifier),
+            identifier=self.identifier,
+            author=author,
+            license=license,
+            thumbnail=thumbnail,
+        )
+        return formats.save_lora(
+            path,
+            self.loras,
+            {**self.metadata, **metadata},
+            layout=layout,
+            dtype=dtype,
+            convolutions=self.convolutions,
+            overwrite=overwrite,
+        )
 
     def save_tokens(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the prediction's tokens: the person in a few numbers a layer. The fine-tuned residual isn't in them."""
@@ -124,9 +156,28 @@ class HyperDreamBooth:
         source, info = load_hypernetwork(hypernetwork, backbone)
         return cls(backbone, str(base), source.to(device), info)
 
+    def push_to_hub(self, name: str, *, public: bool = False) -> str:
+        """Uploads the hypernetwork and its card to the hub as `user/name`; returns the address. Raises InputError."""
+        if self.source is None or self.info is None:
+            raise InputError(f"there is no hypernetwork for {self.base} here to upload.")
+        with tempfile.TemporaryDirectory() as folder:
+            save_hypernetwork(folder, self.source, self.info)
+            return push(folder, name, public=public)
+
     @property
     def device(self) -> torch.device:
         return next(self.backbone.components.parameters()).device
+
+    def person(self, loras: LoraSet, prompt: str | None = None, *, metadata: Mapping[str, str] | None = None, **more: Any) -> Person:
+        """A person's update of this base, unbatched. `more`: further fields of Person."""
+        about = formats.base_metadata(self.backbone.pipe, self.base, self.backbone.size)
+        return Person(
+            loras,
+            self.base,
+            prompt=prompt or self.prompt,
+            **{"identifier": self.identifier, **more},
+            metadata={**(metadata or {}), **about},
+        )
 
     def personalize_config(self, config: PersonalizeConfig | None = None, **changes: Any) -> PersonalizeConfig:
         """A config with whatever is unset taken from the hypernetwork's own defaults."""
@@ -155,6 +206,18 @@ class HyperDreamBooth:
             notes += [note] if note else []
         return photos.to_tensor(images), notes
 
+    def read_masks(self, masks: Files, files: Files, *, crop: photos.Crop = "center", face: int | None = None) -> Tensor:
+        """Grey pictures that say where photos count, one for all of them or one each: (n, 1, size, size) in 0..1.
+
+        Raises InputError for another number of masks, or one that doesn't fit its photo.
+        """
+        group, drawn = ([item] if isinstance(item, (str, Path)) else list(item) for item in (files, masks))
+        if len(drawn) not in (1, len(group)):
+            raise InputError(f"{len(drawn)} masks for {len(group)} photos: give one for all of them, or one each.")
+        pairs = zip(drawn if len(drawn) > 1 else drawn * len(group), group, strict=True)
+        images = [photos.prepare_mask(mask, photo, self.backbone.size, crop, face) for mask, photo in pairs]
+        return (photos.to_tensor(images)[:, :1] + 1) / 2
+
     @torch.no_grad()
     def predict(self, pixels: Tensor) -> Tensor:
         """Photos (n, 3, H, W) of one person -> tokens (layers, width): several photos are averaged in token space."""
@@ -179,6 +242,7 @@ class HyperDreamBooth:
         steps: int | None = None,
         crop: photos.Crop = "center",
         face: int | None = None,
+        masks: Tensor | None = None,
         prompt: str | None = None,
         targets: Sequence[str] = (),
         directory: str | Path | None = None,
@@ -191,6 +255,7 @@ class HyperDreamBooth:
         Args:
             steps: fine-tuning steps; 0 keeps the prediction. Default: 25, or 300 without a hypernetwork.
             changes: any field of PersonalizeConfig.
+            masks: (n, 1, size, size) in 0..1 from `read_masks`: where the loss counts in each photo. Default: the config's `mask`.
             prompt: what the photos show, such as "a [V] face wearing a cap on a blue background": what it names isn't learnt as the
                 person. Default: what `describe` finds in each.
             targets: layers to train without a hypernetwork; default: the base's own.
@@ -209,18 +274,16 @@ class HyperDreamBooth:
         texts = [given] * len(latents) if prompt or config.steps == 0 else self.describe(latents, predicted)
         seconds["describe"] = time.perf_counter() - started
         started = time.perf_counter()
-        subject = Subject(latents[None], [texts])
+        mask = nn.functional.interpolate(masks, latents.shape[-2:], mode="area").to(latents)[None] if masks is not None else None
+        subject = Subject(latents[None], [texts], mask)
         chosen = find_targets(self.backbone.components, targets or self.backbone.default_targets) if predicted is None else None
         loras, report = personalize(self.backbone, subject, predicted, config, targets=chosen, directory=directory, quiet=quiet)
         seconds["finetune"] = time.perf_counter() - started
         started = time.perf_counter()
         merged = finish(loras.select(0) if predicted is not None else loras)
         seconds["export"] = time.perf_counter() - started
-        return Person(
+        return self.person(
             merged,
-            self.base,
-            self.identifier,
-            self.prompt,
             predicted=predicted.select(0) if predicted is not None else None,
             tokens=tokens.cpu() if tokens is not None else None,
             lightweight=self.source.lightweight if self.source else None,
@@ -235,14 +298,19 @@ class HyperDreamBooth:
         if formats.is_tokens(path):
             if self.source is None:
                 raise InputError(f"{path} is a token file, and there is no hypernetwork here to read it with.")
-            tokens = formats.read_tokens(path, self.source.lightweight)
-            predicted = self.source.lightweight(tokens[None].to(self.device)).detach().select(0)
-            return Person(finish(predicted), self.base, self.identifier, self.prompt, predicted, tokens, self.source.lightweight)
+            return self.from_tokens(formats.read_tokens(path, self.source.lightweight))
         file = formats.read_lora(path, self.backbone.components)
         check_targets(file.shapes(), self.backbone, str(path))
         loras = file.loras.map(lambda tensor: tensor.to(self.device, torch.float32))
         identifier = file.metadata.get("hyperdreambooth.identifier", self.identifier)
-        return Person(loras, self.base, identifier, self.prompt, metadata=file.metadata)
+        return self.person(loras, identifier=identifier, metadata=file.metadata, convolutions=file.convolutions)
+
+    def from_tokens(self, tokens: Tensor) -> Person:
+        """Tokens (layers, width) of this hypernetwork, one person's or a blend of several, as a Person."""
+        if self.source is None:
+            raise InputError(f"there is no hypernetwork for {self.base}, so its tokens mean nothing here.")
+        predicted = self.source.lightweight(tokens[None].to(self.device)).detach().select(0)
+        return self.person(finish(predicted), predicted=predicted, tokens=tokens, lightweight=self.source.lightweight)
 
     def styles(self, files: Sequence[str | Path | tuple[str | Path, float]]) -> LoraSet:
         """The weighted sum of style LoRAs."""

@@ -27,6 +27,7 @@ make and use a personal LoRA
   info                what is in a LoRA or token file
   export              a LoRA from a token file, a table's row, or a train-light run; also converts layouts
   mix                 blend the token files of several people
+  push                upload a LoRA or a hypernetwork to the model hub, with a card
 
 train
   train-light         lightweight DreamBooth on one subject's photos

@@ -1,5 +1,13 @@
 """The errors that a user can cause. The command line prints their one message and exits with code 2; the API raises them."""
 
+from collections.abc import Sequence
+
+
+def some(names: Sequence[str], count: int = 3) -> str:
+    """The first few of many names, for a message: "a, b, c and 5 more"."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
 
 class InputError(ValueError):
     """Something that was given is wrong: the message says what, where, and what to do."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
+from .errors import InputError, some
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,17 @@ class Shape(NamedTuple):
     outputs: int
 
 
+def linear_shape(module: nn.Module) -> Shape | None:
+    """The dimensions of a layer that a LoRA can be added to, or None: linear layers, and 1 x 1 convolutions, which are
+    linear at every position. Layers that PEFT has wrapped count as what they wrap."""
+    layer = getattr(module, "base_layer", module)
+    if isinstance(layer, nn.Linear):
+        return Shape(layer.in_features, layer.out_features)
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.groups == 1:
+        return Shape(layer.in_channels, layer.out_channels)
+    return None
+
+
 def canonical(path: str) -> str:
     """A layer's path as files carry it: `text_model.` exactly once inside a text encoder.
 
@@ -103,20 +114,23 @@ def canonical(path: str) -> str:
 
 
 def canonical_modules(root: nn.Module) -> dict[str, nn.Module]:
-    """The modules of `root` by canonical path."""
-    return {canonical(path): module for path, module in root.named_modules()}
+    """The modules of `root` by canonical path.
+
+    Raises InputError for a model whose attention projections were fused: a fused layer bypasses `to_q`, `to_k`, `to_v`.
+    """
+    modules = {canonical(path): module for path, module in root.named_modules()}
+    for path, module in modules.items():
+        if getattr(module, "fused_projections", False):
+            raise InputError(f"{path} has fused projections, which bypass its LoRA targets: call unfuse_qkv_projections() first.")
+    return modules
 
 
 def find_targets(root: nn.Module, patterns: Sequence[str]) -> dict[str, Shape]:
     """The linear layers whose canonical path matches any glob pattern, in the model's order.
 
-    Raises InputError for a pattern that matches nothing, or something that isn't linear, and for a model whose
-    attention projections were fused (a fused layer bypasses `to_q`, `to_k`, `to_v`).
+    Raises InputError for a pattern that matches nothing, or something that isn't linear, and for a fused model.
     """
     modules = canonical_modules(root)
-    fused = [path for path, module in modules.items() if getattr(module, "fused_projections", False)]
-    if fused:
-        raise InputError(f"{fused[0]} has fused projections, which bypass its LoRA targets: call unfuse_qkv_projections() first.")
     found: set[str] = set()
     for pattern in patterns:
         hits = fnmatch.filter(modules, pattern)
@@ -146,13 +160,12 @@ def applied(root: nn.Module, loras: Mapping[str, Lora], weights: Tensor | None =
     modules = canonical_modules(root)
     missing = [path for path in loras if path not in modules]
     if missing:
-        raise InputError(
-            f"this LoRA is for another base: {missing[0]} and {len(missing) - 1} more of its {len(loras)} layers aren't in this one."
-        )
+        raise InputError(f"this LoRA is for another base: of its {len(loras)} layers this one lacks {some(missing)}.")
 
     def hook(lora: Lora) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            update = lora(args[0])
+            convolution = isinstance(getattr(module, "base_layer", module), nn.Conv2d)  # channels come first there
+            update = lora(args[0].movedim(1, -1)).movedim(-1, 1) if convolution else lora(args[0])
             if weights is not None:
                 update = update * weights.to(update).reshape(-1, *[1] * (update.ndim - 1))
             return output + update.to(output.dtype)

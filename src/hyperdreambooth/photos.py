@@ -1,4 +1,4 @@
-"""A picture from outside: safe decoding, orientation, face crop; and pictures that go out, with their metadata.
+"""A picture from outside: safe decoding, orientation, crop, mask; and pictures that go out, with their metadata.
 
 Nothing that comes from a user is decoded before its header was checked, and whatever is wrong with a file is one
 InputError that names it.
@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .checkpoint import write_atomically
 from .errors import InputError
+from .faces import choose_face, crop_face
 
 Crop = Literal["center", "face"]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -26,14 +27,6 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 MAX_BYTES = 100_000_000
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 16
-
-
-class Box(NamedTuple):
-    """A face in pixels: its top left corner and its side."""
-
-    left: int
-    top: int
-    side: int
 
 
 def load_photo(path: str | Path) -> Image.Image:
@@ -100,70 +93,35 @@ def square(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side), reducing_gap=3.0)
 
 
-def find_faces(image: Image.Image) -> list[Box]:
-    """Frontal faces, the largest first, by scikit-image's LBP cascade (BSD, its model ships with it).
-
-    Raises InputError where scikit-image isn't installed.
-    """
-    try:
-        from skimage.data import lbp_frontal_face_cascade_filename
-        from skimage.feature import Cascade
-    except ImportError as error:
-        raise InputError('finding faces needs scikit-image: pip install "hyperdreambooth[faces]", or use --crop center.') from error
-    # the cascade's time grows with the picture, and a face of a few dozen pixels is enough for it
-    scale = max(1.0, max(image.size) / 512)
-    small = image.resize((max(1, round(image.width / scale)), max(1, round(image.height / scale))), Image.Resampling.BILINEAR)
-    side = min(small.size)
-    found = Cascade(lbp_frontal_face_cascade_filename()).detect_multi_scale(
-        img=np.asarray(small),
-        scale_factor=1.15,
-        step_ratio=1,
-        min_size=(max(24, side // 10),) * 2,
-        max_size=(side, side),
-        min_neighbor_number=5,
-    )
-    boxes = sorted((Box(round(f["c"] * scale), round(f["r"] * scale), round(f["width"] * scale)) for f in found), key=lambda box: -box.side)
-    kept: list[Box] = []
-    for box in boxes:
-        if all(_overlap(box, other) < 0.3 for other in kept):
-            kept.append(box)
-    return kept
-
-
-def _overlap(a: Box, b: Box) -> float:
-    """Intersection over the smaller one's area."""
-    width = min(a.left + a.side, b.left + b.side) - max(a.left, b.left)
-    height = min(a.top + a.side, b.top + b.side) - max(a.top, b.top)
-    return max(0, width) * max(0, height) / min(a.side, b.side) ** 2
-
-
-def crop_face(image: Image.Image, name: str, which: int | None = None, margin: float = 2.0) -> tuple[Image.Image, str]:
-    """A square around a face, with margin as in FFHQ and CelebA-HQ, and a note where a choice was made.
-
-    `which` counts faces from 1, the largest first. A crop that leaves the picture is moved inside; one that is larger than
-    the picture is cut to it. Raises InputError where there is no (such) face.
-    """
-    faces = find_faces(image)
-    if not faces:
-        raise InputError(f"{name}: no face was found. Take a frontal photo, or --crop center for the middle of the picture.")
-    if which is not None and not 1 <= which <= len(faces):
-        raise InputError(f"{name}: there is no face {which}; {len(faces)} were found.")
-    box = faces[(which or 1) - 1]
-    side = min(round(margin * box.side), *image.size)
-    # a detector's box runs from the brows to the chin: hair needs room above
-    left = round(box.left + box.side / 2 - side / 2)
-    top = round(box.top + box.side * 0.45 - side / 2)
-    left, top = max(0, min(left, image.width - side)), max(0, min(top, image.height - side))
-    note = f"{name}: {len(faces)} faces, took the largest; --face N takes another." if len(faces) > 1 and which is None else ""
-    return image.crop((left, top, left + side, top + side)), note
-
-
 def prepare(path: str | Path, size: int, crop: Crop = "center", face: int | None = None) -> tuple[Image.Image, str]:
-    """A photo from a file, cropped and resized to `size` x `size`, and a note on what was chosen (or "")."""
+    """A photo from a file, cropped and resized to `size` x `size`, and a note on what was chosen (or "").
+
+    Raises InputError for what is no photo, or where the face that is asked for isn't there.
+    """
     image, note = load_photo(path), ""
     if crop == "face" or face is not None:
-        image, note = crop_face(image, str(path), face)
+        chosen, note = choose_face(image, str(path), face)
+        image = crop_face(image, chosen)
     return square(image, size), note
+
+
+def prepare_mask(path: str | Path, photo: str | Path, size: int, crop: Crop = "center", face: int | None = None) -> Image.Image:
+    """A grey picture that says where `photo` counts (white) and where not (black), cropped as `prepare` crops the photo.
+
+    Raises InputError where the two differ in size, or the crop holds nothing that counts.
+    """
+    image, mask = load_photo(photo), load_photo(path)
+    if mask.size != image.size:
+        raise InputError(
+            f"the mask {path} has {mask.width} x {mask.height} pixels and the photo {photo} {image.width} x {image.height}: "
+            "draw it on the photo itself."
+        )
+    if crop == "face" or face is not None:
+        mask = crop_face(mask, choose_face(image, str(photo), face)[0])
+    grey = square(mask, size).convert("L")
+    if np.asarray(grey).mean() < 1:  # of 255; a resize leaves traces of what lies just outside
+        raise InputError(f"the mask {path} is black wherever the cropped photo is: nothing would count. Paint the face white.")
+    return grey
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
@@ -226,6 +184,20 @@ def read_png_metadata(path: str | Path) -> dict[str, str]:
         raise InputError(
             f"{path} is not a whole PNG ({getattr(error, 'strerror', None) or error}). Name a picture that was saved here."
         ) from error
+
+
+def is_generated(path: str | Path) -> bool:
+    """Whether a file is a PNG that says that a machine made it."""
+    try:
+        return read_png_metadata(path).get("ai_generated") == "true"
+    except InputError:
+        return False
+
+
+def preview_path(lora: Path) -> Path:
+    """Where UIs look for a LoRA's picture: NAME.png, or NAME.preview.png where NAME.png is somebody's own (the very photo, say)."""
+    first = lora.with_suffix(".png")
+    return lora.with_suffix(".preview.png") if first.exists() and not is_generated(first) else first
 
 
 def grid(

@@ -15,10 +15,11 @@ import torch
 from .backbones import Backbone
 from .checkpoint import read_tensors, save_tensors, write_json
 from .encoder import FaceEncoder
-from .errors import InputError
+from .errors import InputError, some
+from .hub import download, write_card
 from .hypernetwork import HyperNetwork, HyperNetworkConfig
 from .lightweight import LightweightConfig, LightweightLora
-from .lora import Shape, find_targets
+from .lora import Shape, canonical_modules, linear_shape
 from .sources import PredictedLora
 
 FORMAT = 1
@@ -47,6 +48,10 @@ class HyperNetworkInfo:
     """Defaults of generation that suit this base."""
     trained: dict[str, Any] = field(default_factory=dict)
     """How it was trained, and what it reached on validation."""
+    data: str = ""
+    """What it was trained on, in words."""
+    license: str = ""
+    """The license of its weights."""
     format: int = FORMAT
 
 
@@ -57,12 +62,13 @@ def build(targets: dict[str, Shape], encoder: FaceEncoder, lightweight: Lightwei
 
 
 def save_hypernetwork(folder: str | Path, source: PredictedLora, info: HyperNetworkInfo, dtype: torch.dtype = torch.float16) -> Path:
-    """Writes `folder`; the config comes last, so that a folder with one is whole."""
+    """Writes `folder`, a model card (README.md) included; the config comes last, so that a folder with one is whole."""
     folder = Path(folder)
     tensors = {name: value.to(dtype) for name, value in source.state_dict().items() if not name.startswith("encoder.")}
     if info.encoder == "encoder":
         source.encoder.save_pretrained(folder / "encoder")
     save_tensors(folder / "model.safetensors", tensors)
+    write_card(folder, info)
     return write_json(folder / "config.json", asdict(info))
 
 
@@ -71,7 +77,9 @@ def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> t
 
     Raises InputError where it is no hypernetwork, of a newer format, or for another base.
     """
-    folder = _local(folder)
+    if not Path(folder).exists() and str(folder).count("/") == 1:
+        folder = download(str(folder))
+    folder = Path(folder)
     file = folder / "config.json"
     if not file.is_file():
         raise InputError(f"{folder} has no config.json, so it isn't a hypernetwork. `train-hypernetwork` makes one.")
@@ -98,30 +106,14 @@ def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> t
 
 def check_targets(targets: dict[str, Shape], backbone: Backbone, name: str) -> None:
     """Raises InputError unless `backbone` has every layer, in the same size."""
-    from .lora import canonical_modules
-
     modules = canonical_modules(backbone.components)
-    absent = [path for path in targets if path not in modules]
-    if absent:
-        raise InputError(
-            f"{name} was made for another base: {absent[0]} and {len(absent) - 1} more of its {len(targets)} layers aren't in this one."
-        )
-    for path, shape in find_targets(backbone.components, list(targets)).items():
-        if shape != targets[path]:
-            raise InputError(
-                f"{name} was made for another base: {path} is {targets[path].inputs} x {targets[path].outputs} there and {shape.inputs} x {shape.outputs} here."
-            )
-
-
-def _local(folder: str | Path) -> Path:
-    if Path(folder).exists() or str(folder).count("/") != 1:
-        return Path(folder)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{folder} is neither a folder nor a model on the hub that can be reached: {str(error).splitlines()[0]}"
-        ) from error
+    here = {path: linear_shape(modules[path]) if path in modules else None for path in targets}
+    absent = [path for path, shape in here.items() if shape is None]
+    other = [
+        f"{path} ({targets[path].inputs} x {targets[path].outputs} there, {shape.inputs} x {shape.outputs} here)"
+        for path, shape in here.items()
+        if shape is not None and shape != targets[path]
+    ]
+    differences = [f"this one lacks {some(absent)}"] * bool(absent) + [f"other sizes have {some(other)}"] * bool(other)
+    if differences:
+        raise InputError(f"{name} was made for another base: of its {len(targets)} layers {'; '.join(differences)}. Open its own base.")

@@ -275,6 +275,8 @@ def describe(source: PredictedLora, config: TrainHypernetworkConfig, report: Tra
         describe=pictures.slots(),
         personalize={"steps": 25, "rank": 4, "learning_rate": 1e-3, "mask": "none"},
         generate={"steps": 10, "guidance": 2.0, "identity_guidance": 2.0},
+        data="cartoon people drawn with facesjs (Apache-2.0): see worlds/toon/README.md",
+        license="apache-2.0",
         trained={"steps": report.steps, "batch": config.batch, "people": people, "validation": report.validations[-1:]},
     )
 

@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from .. import photos
-from ..api import PLACEHOLDER, HyperDreamBooth, Person
+from ..api import PLACEHOLDER, HyperDreamBooth
 from ..assets import toon
 from ..checkpoint import write_json
 from ..data import load_identities
@@ -63,7 +63,7 @@ def run_train_light(args: TrainLight) -> None:
     subject = Subject(hdb.backbone.encode_images(pixels)[None].float(), prompt)
     table, report = train_light(hdb.backbone, subject, args.config, directory=args.output)
     loras = finish(table.lightweight(table.tokens.detach()).detach().select(0))
-    me = Person(loras, hdb.base, hdb.identifier, args.config.prompt, tokens=table.tokens[0].detach().cpu(), lightweight=table.lightweight)
+    me = hdb.person(loras, args.config.prompt, tokens=table.tokens[0].detach().cpu(), lightweight=table.lightweight)
     me.save(lora, overwrite=True)
     save_row(args.output, "subject", table.tokens[0].detach().cpu(), table.lightweight.fingerprint())
     write_json(args.output / "config.json", as_json(args))
@@ -146,6 +146,10 @@ class TrainHypernetwork:
     """faithful: the folder of `preoptimize`."""
     start: str | None = None
     """A hypernetwork (directory or hub id) whose weights it begins with: the same layers, sizes and encoder."""
+    data: str = ""
+    """What the pictures are, in words, for the model card."""
+    license: str = ""
+    """The license of the weights, for the model card."""
     crop: photos.Crop = "center"
     """center: the middle square. face: find the face (needs the extra `faces`)."""
     config: Annotated[TrainHypernetworkConfig, Flat] = field(default_factory=TrainHypernetworkConfig)
@@ -188,6 +192,8 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
         hypernetwork=dataclasses.asdict(config.hypernetwork),
         mode=config.mode,
         prompt=args.config.prompt.replace(hdb.identifier, PLACEHOLDER),
+        data=args.data,
+        license=args.license,
         trained={"steps": report.steps, "identities": len(data.names), "validation": report.validations[-1:]},
     )
     save_hypernetwork(args.output, source, info)

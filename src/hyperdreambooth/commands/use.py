@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -48,11 +49,14 @@ class Personalize:
     tokens: Path | None = None
     """Also write the prediction as a token file (about 120 KB for Stable Diffusion 1.5)."""
     format: formats.Layout = "diffusers"
-    """Layout of the LoRA file: diffusers, or kohya for A1111 and ComfyUI (both open either)."""
+    """Layout of the LoRA file: diffusers (also for PEFT, and for ComfyUI on SD 3 and Flux), or kohya, which ComfyUI and A1111 need on
+    Stable Diffusion 1, 2 and XL and diffusers opens too."""
     crop: photos.Crop = "center"
-    """center: the middle square. face: find the face (needs the extra `faces`)."""
+    """center: the middle square. face: find the face and turn it upright (needs the extra `faces`)."""
     face: int | None = None
-    """Which face, by size, where there are several."""
+    """Which face, by size from 1, where there are several."""
+    mask_file: tuple[Path, ...] = ()
+    """Grey pictures as large as the photos, one for all or one each: white where the loss counts, black where not. Default: --mask."""
     prompt: str | None = None
     """What the photos show, such as "a [V] face on a blue background": what it names isn't learnt as the person. Default: what the
     base itself sees in them, where the hypernetwork brings words to choose from (toon's does); else the person alone."""
@@ -60,6 +64,10 @@ class Personalize:
     """Glob patterns of layers, without a hypernetwork; default: the base's own."""
     preview: str | None = None
     """Prompt of the preview picture; default: the person's own prompt."""
+    author: str | None = None
+    """Who made the LoRA, for its metadata."""
+    license: str | None = None
+    """The LoRA's license, for its metadata."""
     overwrite: bool = False
     """Replace the output if it exists."""
     config: Annotated[PersonalizeConfig, Flat] = field(default_factory=PersonalizeConfig)
@@ -78,24 +86,28 @@ def run_personalize(args: Personalize) -> None:
     pixels, notes = hdb.read_photos(args.photos, crop=args.crop, face=args.face)
     for note in notes:
         say(note)
+    formats.check_layout(args.format, hdb.backbone.components)
+    masks = hdb.read_masks(args.mask_file, args.photos, crop=args.crop, face=args.face) if args.mask_file else None
     config = hdb.personalize_config(args.config)
     loaded = time.perf_counter()
     # an interrupted fine-tuning of the very same photos and settings goes on; anything else starts anew
     stamp = hashlib.sha256(repr((args.base, args.hypernetwork, args.prompt, args.targets, args.crop, args.face, config)).encode())
-    for file in args.photos:
+    for file in (*args.photos, *args.mask_file):
         stamp.update(file.read_bytes())
     state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
-    me = hdb.personalize(pixels, prompt=args.prompt, targets=args.targets, config=config, directory=state)
+    me = hdb.personalize(pixels, masks=masks, prompt=args.prompt, targets=args.targets, config=config, directory=state)
     for text in dict.fromkeys(me.shown):
         say(f'taken to show "{text}"; --prompt says otherwise')
-    me.save(args.output, layout=args.format, overwrite=args.overwrite)
+    save = functools.partial(me.save, args.output, layout=args.format, author=args.author, license=args.license, overwrite=True)
+    save()  # at once, since a preview takes its time on a large base
     say(f"{args.output}: rank {me.rank}, {len(me.loras)} layers, {args.output.stat().st_size / 1e6:.2f} MB, trigger {me.identifier}")
     shutil.rmtree(state, ignore_errors=True)
     if args.tokens:
         me.save_tokens(args.tokens, overwrite=args.overwrite)
         say(f"{args.tokens}: {args.tokens.stat().st_size / 1e3:.0f} KB")
     picture = hdb.generate(args.preview or me.prompt, me, seed=config.seed)[0]
-    preview = args.output.with_suffix(".png")
+    save(thumbnail=picture)
+    preview = photos.preview_path(args.output)
     metadata = picture_metadata(hdb, args.preview or me.prompt, config.seed, hdb.generate_config(), [(str(args.output), 1.0)])
     photos.save_png(picture, preview, metadata, overwrite=True)
     write_json(args.output.with_suffix(".json"), as_json(args))
@@ -187,7 +199,7 @@ class Export:
     hypernetwork: str = "auto"
     """The hypernetwork whose token file it is."""
     format: formats.Layout = "diffusers"
-    """Layout of the file: diffusers or kohya."""
+    """Layout of the file: diffusers, or kohya for ComfyUI and A1111."""
     overwrite: bool = False
     """Replace the output if it exists."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
@@ -219,7 +231,7 @@ def _from_table(args: Export) -> Person:
             f"{args.source} has {len(table)} identities; name one of them with --identity: {', '.join(list(table)[:8])}{' ...' if len(table) > 8 else ''}"
         )
     loras = finish(lightweight(table[name][None]).detach().select(0))
-    return Person(loras, values["base"], hdb.identifier, config["prompt"], tokens=table[name], lightweight=lightweight)
+    return hdb.person(loras, config["prompt"], tokens=table[name], lightweight=lightweight)
 
 
 @dataclass
@@ -239,22 +251,38 @@ class Mix:
     """The hypernetwork whose token files they are."""
     tokens: Path | None = None
     """Also write the blend as a token file."""
+    strip: Path | None = None
+    """Also draw the way from the first of two people to the second, in five pictures of one seed (.png)."""
+    prompt: str | None = None
+    """Prompt of the strip; default: the person's own prompt."""
+    seed: int = 0
+    """Seed of the strip's pictures."""
     overwrite: bool = False
     """Replace the output if it exists."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 
 def run_mix(args: Mix) -> None:
-    refuse_existing(args.output, args.overwrite)
+    for path in (args.output, args.tokens, args.strip):
+        if path:
+            refuse_existing(path, args.overwrite)
+    if args.strip and len(args.files) != 2:
+        raise InputError(f"a strip leads from one person to another: it takes two token files, not {len(args.files)}.")
     hdb = args.machine.open(args.base, args.hypernetwork)
     if hdb.source is None:
         raise InputError(f"there is no hypernetwork for {args.base}, so there are no token files to mix.")
     parts = [(formats.read_tokens(file, hdb.source.lightweight), weight) for file, weight in map(weighted, args.files)]
-    tokens = formats.mix_tokens(parts)
-    loras = finish(hdb.source.lightweight(tokens[None]).detach().select(0))
-    me = Person(loras, hdb.base, hdb.identifier, hdb.prompt, tokens=tokens, lightweight=hdb.source.lightweight)
+    me = hdb.from_tokens(formats.mix_tokens(parts))
     me.save(args.output, overwrite=args.overwrite)
     say(f"{args.output}: {' + '.join(args.files)}")
     if args.tokens:
         me.save_tokens(args.tokens, overwrite=args.overwrite)
         say(str(args.tokens))
+    if args.strip:
+        steps, (first, second) = (0.0, 0.25, 0.5, 0.75, 1.0), (tokens for tokens, _ in parts)
+        prompt = args.prompt or me.prompt
+        blends = [hdb.from_tokens(formats.mix_tokens([(first, 1 - step), (second, step)])) for step in steps]
+        row = [hdb.generate(prompt, blend, seed=args.seed)[0] for blend in blends]
+        metadata = picture_metadata(hdb, prompt, args.seed, hdb.generate_config(), [weighted(file) for file in args.files])
+        photos.save_png(photos.grid([row], [""], [f"{step:g}" for step in steps]), args.strip, metadata, overwrite=True)
+        say(f"{args.strip}: from {args.files[0]} (0) to {args.files[1]} (1)")

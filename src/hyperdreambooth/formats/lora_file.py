@@ -6,19 +6,19 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
 from ..checkpoint import read_tensors, save_tensors
-from ..errors import InputError
+from ..errors import InputError, some
 from ..lora import Lora, LoraSet, Shape, canonical, canonical_modules
 from . import keys
+from .metadata import hashes
 
 Layout = Literal["diffusers", "kohya"]
 
@@ -30,6 +30,8 @@ class LoraFile:
     loras: LoraSet
     metadata: dict[str, str]
     layout: str
+    convolutions: frozenset[str] = frozenset()
+    """Layers that are 1 x 1 convolutions in their base."""
 
     def shapes(self) -> dict[str, Shape]:
         """Layer -> (inputs, outputs)."""
@@ -46,41 +48,6 @@ def fingerprint(loras: LoraSet) -> str:
     return digest.hexdigest()[:16]
 
 
-def standard_metadata(
-    loras: LoraSet, *, title: str, base: str, trigger: str, identifier: str, resolution: int | None = None
-) -> dict[str, str]:
-    """The header that UIs read: `modelspec.*` (Stability's model metadata standard) and kohya's `ss_*`."""
-    rank = max(lora.rank for lora in loras.values())
-    # what the cross-attention reads tells the families apart
-    text_width = next((lora.down.shape[-1] for path, lora in loras.items() if path.endswith("attn2.to_k")), 768)
-    architecture = {1024: "stable-diffusion-v2-768-v/lora", 2048: "stable-diffusion-xl-v1-base/lora"}.get(
-        text_width, "stable-diffusion-v1/lora"
-    )
-    metadata = {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": architecture,
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": title,
-        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "modelspec.trigger_phrase": trigger,
-        "modelspec.usage_hint": f"weight 1.0, prompt: {trigger}",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(float(rank)),
-        "ss_base_model_version": architecture.split("/")[0],
-        "ss_sd_model_name": base,
-        "ss_output_name": title,
-        "ss_tag_frequency": json.dumps({"hyperdreambooth": {trigger: 1}}),
-        "hyperdreambooth.version": __version__,
-        "hyperdreambooth.base": base,
-        "hyperdreambooth.identifier": identifier,
-        "hyperdreambooth.fingerprint": fingerprint(loras),
-    }
-    if resolution:
-        metadata["modelspec.resolution"] = f"{resolution}x{resolution}"
-    return metadata
-
-
 def save_lora(
     path: str | Path,
     loras: LoraSet,
@@ -88,20 +55,34 @@ def save_lora(
     *,
     layout: Layout = "diffusers",
     dtype: torch.dtype = torch.float16,
+    convolutions: Collection[str] = (),
     overwrite: bool = False,
 ) -> Path:
-    """Writes one person's updates. Raises InputError where `path` exists, or a value would overflow `dtype`."""
+    """Writes one person's updates, with hashes beside `metadata`.
+
+    Args:
+        convolutions: layers that are 1 x 1 convolutions in their base; their matrices are written as such.
+
+    Raises InputError where `path` exists, or a value would overflow `dtype`.
+    """
     path = Path(path)
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")
     tensors: dict[str, Tensor] = {}
-    two = any(layer.startswith("text_encoder_2") for layer in loras)
+    sdxl = metadata.get("ss_base_model_version", "").startswith("sdxl")
+    two = sdxl or any(layer.startswith("text_encoder_2") for layer in loras)
+    largest = max(lora.rank for lora in loras.values())
     for layer, lora in loras.items():
         if lora.down.ndim != 2:
             raise ValueError(f"{layer}: a file holds one person's update, not a batch; select() one")
-        down, up = lora.down.to(dtype), lora.up.to(dtype)
+        # kohya's layers are filled up with zeros to one rank, as `ss_network_dim` is one number: diffusers' converter loses the
+        # attention layers' own alphas and scales mixed ranks wrongly
+        fill = largest - lora.rank if layout == "kohya" else 0
+        down, up = nn.functional.pad(lora.down, (0, 0, 0, fill)).to(dtype), nn.functional.pad(lora.up, (0, fill)).to(dtype)
         if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
             raise InputError(f"{layer}: the update doesn't fit {dtype}. Write float32, or train with a lower learning rate.")
+        if layer in convolutions:
+            down, up = down[..., None, None], up[..., None, None]
         if layout == "diffusers":
             tensors |= {f"{canonical(layer)}.lora_A.weight": down, f"{canonical(layer)}.lora_B.weight": up}
         else:
@@ -110,36 +91,40 @@ def save_lora(
             tensors |= {
                 f"{name}.lora_down.weight": down,
                 f"{name}.lora_up.weight": up,
-                f"{name}.alpha": torch.tensor(float(lora.rank), dtype=dtype),
+                f"{name}.alpha": torch.tensor(float(largest), dtype=dtype),
             }
-    return save_tensors(path, tensors, {"format": "pt", **metadata})
+    header = {"format": "pt", **metadata, "hyperdreambooth.fingerprint": fingerprint(loras)}
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return save_tensors(path, ready, header | hashes(ready, header))
 
 
 def read_lora(path: str | Path, root: nn.Module | None = None) -> LoraFile:
-    """Reads a LoRA in diffusers', PEFT's or kohya's layout, of mixed ranks and alphas.
+    """Reads a LoRA in diffusers', PEFT's or kohya's layout, of mixed ranks and alphas; 1 x 1 convolutions are matrices too.
 
     Args:
         root: the base's components; kohya's names can only be told apart with them. Without it they stay as they are.
 
     Raises InputError for a file that is no LoRA, a DoRA, unknown names, a missing half, a layer that comes twice, numbers that
-    aren't finite, or convolutions.
+    aren't finite, or larger convolutions.
     """
     tensors, metadata = read_tensors(path)
+    if keys.is_kohya_flux(tensors):
+        tensors = _from_kohya_flux(tensors, str(path))
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        layer, side = keys.split(key, str(path))
-        parts.setdefault(layer, {})[side] = value
+    for key, (layer, side) in keys.split(tensors, str(path)).items():
+        parts.setdefault(layer, {})[side] = tensors[key]
     if not parts:
         raise InputError(f"{path} holds no tensors.")
     kohya = next(iter(parts)).startswith("lora_")
     config = _peft_config(Path(path), metadata)
     known = keys.kohya_paths(canonical_modules(root)) if kohya and root is not None else {}
-    loras = LoraSet()
+    absent = [layer for layer in parts if layer not in known] if kohya and root is not None else []
+    if absent:
+        raise InputError(f"{path} is a LoRA for another base: of its {len(parts)} layers this one lacks {some(absent)}. Open its own base.")
+    loras, convolutions = LoraSet(), set()
     for layer, sides in parts.items():
         if "down" not in sides or "up" not in sides:
             raise InputError(f"{path}: {layer} has no {'down' if 'up' in sides else 'up'} matrix. Is the file whole?")
-        if kohya and root is not None and layer not in known:
-            raise InputError(f"{path} is a LoRA for another base: {layer} isn't in this one.")
         name = layer if kohya and root is None else known[layer] if kohya else keys.to_path(layer)
         down, up = (_matrix(sides[side], f"{path}: {layer}") for side in ("down", "up"))
         if down.shape[0] != up.shape[1]:
@@ -152,7 +137,19 @@ def read_lora(path: str | Path, root: nn.Module | None = None) -> LoraFile:
             raise InputError(f"{path}: {layer}.alpha holds {sides['alpha'].numel()} numbers, expected one.")
         scale = sides["alpha"].float().item() / down.shape[0] if "alpha" in sides else _scale(config, name, down.shape[0])
         loras[name] = Lora(down, up * scale)
-    return LoraFile(loras, metadata, "kohya" if kohya else "diffusers")
+        if sides["down"].ndim == 4:
+            convolutions.add(name)
+    return LoraFile(loras, metadata, "kohya" if kohya else "diffusers", frozenset(convolutions))
+
+
+def _from_kohya_flux(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Kohya's Flux LoRA in diffusers' layout, by diffusers' own converter: query, key and value apart, alphas folded in."""
+    from diffusers import FluxPipeline
+
+    try:
+        return dict(FluxPipeline.lora_state_dict(tensors))
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{path} is no Flux LoRA that diffusers can convert: {str(error).splitlines()[0]}") from error
 
 
 def _peft_config(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -199,6 +196,11 @@ def describe(path: str | Path) -> dict[str, Any]:
     if is_tokens(path):
         return describe_tokens(path)
     file = read_lora(path)
+    metadata = dict(file.metadata)
+    if "modelspec.thumbnail" in metadata:  # thousands of letters of a picture
+        metadata["modelspec.thumbnail"] = (
+            f"{metadata['modelspec.thumbnail'].split(',')[0]}, {len(metadata['modelspec.thumbnail'])} characters"
+        )
     components: dict[str, int] = {}
     for layer in file.loras:
         component = layer.split(".")[0] if file.layout == "diffusers" else "_".join(layer.split("_")[:2])
@@ -214,5 +216,5 @@ def describe(path: str | Path) -> dict[str, Any]:
         "bytes": Path(path).stat().st_size,
         "trigger": file.metadata.get("modelspec.trigger_phrase", "unknown"),
         "fingerprint": fingerprint(file.loras),
-        "metadata": file.metadata,
+        "metadata": metadata,
     }

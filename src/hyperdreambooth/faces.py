@@ -1,0 +1,127 @@
+"""Faces in a photo: where they are, how far they are tilted, and an upright crop with margin as in FFHQ and CelebA-HQ.
+
+OpenCV's cascades find them (Apache-2.0; the models ship inside its package, nothing is downloaded): one for faces, which
+tolerates some 15 degrees of tilt and so is run on turned copies too, and two for eyes, one of them trained with glasses. The
+line between the eyes gives the tilt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from .errors import InputError
+
+TURNS = (0, 20, -20, 40, -40)
+"""Degrees by which copies are turned before faces are looked for."""
+LARGEST = 512
+"""The longer side of the copy that is searched."""
+MARGIN = 2.0
+"""Side of a crop over the side of the detector's box, which runs from the brows to the chin."""
+
+
+class Face(NamedTuple):
+    """A face in pixels: the middle of its crop, the side of the detector's box, and its tilt.
+
+    `roll` is in degrees, positive where the head is turned clockwise as one looks at the picture; 0 where no eyes were found.
+    """
+
+    x: float
+    y: float
+    side: float
+    roll: float
+    eyes: bool
+
+
+def find_faces(image: Image.Image) -> list[Face]:
+    """Frontal faces tilted by up to some 50 degrees, the largest first. Raises InputError where OpenCV isn't installed."""
+    scale = max(image.size) / LARGEST
+    small = image.convert("L").resize((max(1, round(image.width / scale)), max(1, round(image.height / scale))), Image.Resampling.BILINEAR)
+    found = [face for turn in TURNS for face in _search(small, turn)]
+    # a face is found at several turns: the one where it stands most upright saw it best; without eyes only an upright one counts
+    found.sort(key=lambda item: (not item[0].eyes, abs(item[1])))
+    kept: list[Face] = []
+    for face, _ in found:
+        if all(math.dist(face[:2], other[:2]) > 0.6 * max(face.side, other.side) for other in kept):
+            kept.append(face)
+    return [
+        Face(face.x * scale, face.y * scale, face.side * scale, face.roll, face.eyes) for face in sorted(kept, key=lambda face: -face.side)
+    ]
+
+
+def _search(image: Image.Image, turn: int) -> Iterator[tuple[Face, float]]:
+    """Faces of a grey picture that stand upright once it is turned by `turn` degrees counterclockwise, and how upright."""
+    turned = image.rotate(turn, Image.Resampling.BILINEAR, expand=True, fillcolor=128) if turn else image
+    pixels = np.asarray(turned)
+    smallest = max(24, min(image.size) // 10)
+    for left, top, side, _ in _cascade("haarcascade_frontalface_alt2").detectMultiScale(pixels, 1.1, 4, minSize=(smallest, smallest)):
+        eyes = _eyes(pixels[top : top + side, left : left + side])
+        if eyes is None and turn:
+            continue
+        (ax, ay), (bx, by) = eyes or ((0.3 * side, 0.4 * side), (0.7 * side, 0.4 * side))
+        lean = math.degrees(math.atan2(by - ay, bx - ax))
+        # FFHQ's crops are centered a tenth of the way from the eyes to the mouth
+        x = left + (ax + bx) / 2 - 0.04 * side * math.sin(math.radians(lean)) - turned.width / 2
+        y = top + (ay + by) / 2 + 0.04 * side * math.cos(math.radians(lean)) - turned.height / 2
+        cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+        center = cos * x - sin * y + image.width / 2, sin * x + cos * y + image.height / 2
+        yield Face(*center, float(side), lean + turn if eyes else 0.0, eyes is not None), lean
+
+
+def _eyes(face: Any) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """The middles of the left and the right eye in a detector's box (side, side), or None where no plausible pair is found."""
+    side = len(face)
+    for name in ("haarcascade_eye_tree_eyeglasses", "haarcascade_eye"):
+        boxes = _cascade(name).detectMultiScale(face[: round(0.65 * side)], 1.05, 4, minSize=(side // 8, side // 8))
+        middles = sorted((float(x + width / 2), float(y + height / 2)) for x, y, width, height in boxes)
+        pairs = [
+            (a, b)
+            for index, a in enumerate(middles)
+            for b in middles[index + 1 :]
+            if 0.3 * side < b[0] - a[0] < 0.6 * side and abs(b[1] - a[1]) < 0.5 * (b[0] - a[0])
+        ]
+        if pairs:  # of several the one that lies best around the box's middle
+            return min(pairs, key=lambda pair: abs(pair[0][0] + pair[1][0] - side))
+    return None
+
+
+@cache
+def _cascade(name: str) -> Any:
+    try:
+        import cv2.data
+    except ImportError as error:
+        raise InputError('finding faces needs OpenCV: pip install "hyperdreambooth[faces]", or use --crop center.') from error
+    return cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / f"{name}.xml"))
+
+
+def choose_face(image: Image.Image, name: str, which: int | None = None) -> tuple[Face, str]:
+    """A face of the photo `name`, and a note where a choice was made: face number `which` by size from 1, or the largest.
+
+    Raises InputError where there is no (such) face.
+    """
+    faces = find_faces(image)
+    if not faces:
+        raise InputError(f"{name}: no face was found. Take a frontal photo, or --crop center for the middle of the picture.")
+    if which is not None and not 1 <= which <= len(faces):
+        raise InputError(f"{name}: there is no face {which}; {len(faces)} were found.")
+    note = f"{name}: {len(faces)} faces, took the largest; --face N takes another." if len(faces) > 1 and which is None else ""
+    return faces[(which or 1) - 1], note
+
+
+def crop_face(image: Image.Image, face: Face) -> Image.Image:
+    """The square around a face, turned upright. A crop that leaves the picture is moved inside; a larger one is cut to it."""
+    angle = math.radians(face.roll)
+    reach = abs(math.cos(angle)) + abs(math.sin(angle))  # a turned square's width over its side
+    side = min(MARGIN * face.side, min(image.size) / reach)
+    half = side * reach / 2
+    x, y = (min(max(middle, half), length - half) for middle, length in zip((face.x, face.y), image.size, strict=True))
+    around = image.crop((round(x - half), round(y - half), round(x + half), round(y + half)))
+    upright = around.rotate(face.roll, Image.Resampling.BICUBIC) if abs(face.roll) > 1 else around
+    left = (upright.width - side) / 2
+    return upright.crop((round(left), round(left), round(left + side), round(left + side)))

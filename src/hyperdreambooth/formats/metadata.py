@@ -1,0 +1,125 @@
+"""What the header of a LoRA file tells UIs: Stability's model metadata standard (`modelspec.*`) and kohya's keys (`ss_*`, `sshs_*`).
+
+A1111 and Forge group LoRAs by `ss_base_model_version` and `ss_v2`, list them as `ss_output_name`, and show
+`ss_tag_frequency`; ComfyUI and SwarmUI read `modelspec.*`, with the picture in `modelspec.thumbnail`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from PIL import Image
+from torch import Tensor
+
+from .. import __version__
+from ..lora import LoraSet
+
+THUMBNAIL = 256
+"""Side of the thumbnail in pixels, as the standard recommends."""
+
+
+def base_metadata(pipe: Any, base: str, resolution: int) -> dict[str, str]:
+    """What a LoRA's header says about its base, from what the pipeline is.
+
+    Args:
+        pipe: a pipeline of diffusers.
+        base: its name, as the user gave it.
+        resolution: its pictures' side in pixels.
+    """
+    architecture, version = _architecture(pipe)
+    name = Path(base).name if Path(base).exists() else base  # where it lies on this machine is nobody's business
+    metadata = {
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "ss_base_model_version": version,
+        "ss_v2": str(version.startswith("sd_v2")),
+        "ss_sd_model_name": name,
+        "ss_resolution": f"({resolution}, {resolution})",
+        "hyperdreambooth.base": name,
+    }
+    prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(pipe.scheduler.config.get("prediction_type", ""))
+    if prediction:
+        metadata["modelspec.prediction_type"] = prediction
+    return metadata
+
+
+def _architecture(pipe: Any) -> tuple[str, str]:
+    """A pipeline's architecture by the standard, and kohya's name for its version."""
+    kind = type(pipe).__name__
+    if kind.startswith("Flux"):
+        return ("flux-1-dev" if pipe.transformer.config.guidance_embeds else "flux-1-schnell"), "flux1"
+    if kind.startswith("StableDiffusion3"):
+        # 3 medium has 24 blocks, 3.5 medium too but with a second attention in some, 3.5 large has 38
+        config = pipe.transformer.config
+        size = "3.5-large" if config.num_layers > 24 else "3.5-medium" if config.dual_attention_layers else "3-medium"
+        return f"stable-diffusion-{size}", "sd3"
+    if kind.startswith("StableDiffusionXL"):
+        return "stable-diffusion-xl-v1-base", "sdxl_base_v1-0"
+    velocity = pipe.scheduler.config.get("prediction_type") == "v_prediction"
+    if pipe.unet.config.cross_attention_dim == 1024:  # OpenCLIP's width, which only the second version has
+        return ("stable-diffusion-v2-768-v", "sd_v2_v") if velocity else ("stable-diffusion-v2-512", "sd_v2")
+    return "stable-diffusion-v1", "sd_v1_v" if velocity else "sd_v1"
+
+
+def standard_metadata(
+    loras: LoraSet,
+    *,
+    title: str,
+    trigger: str,
+    identifier: str,
+    author: str | None = None,
+    license: str | None = None,
+    thumbnail: Image.Image | None = None,
+) -> dict[str, str]:
+    """What a LoRA's header says about the LoRA itself; `base_metadata` belongs beside it."""
+    rank = max(lora.rank for lora in loras.values())
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+        "modelspec.description": f"A personal LoRA of one person. Write {trigger!r} into the prompt.",
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.trigger_phrase": trigger,
+        "modelspec.usage_hint": f"weight 1.0, prompt: {trigger}",
+        "modelspec.tags": "person",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(rank)),
+        "ss_output_name": title,
+        "ss_tag_frequency": json.dumps({"hyperdreambooth": {trigger: 1}}),
+        "hyperdreambooth.version": __version__,
+        "hyperdreambooth.identifier": identifier,
+    }
+    given = {"author": author, "license": license, "thumbnail": _data_url(thumbnail) if thumbnail else None}
+    return metadata | {f"modelspec.{name}": value for name, value in given.items() if value}
+
+
+def _data_url(picture: Image.Image) -> str:
+    """A picture as a small JPEG in a data URL."""
+    small = picture.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The hashes that UIs look a LoRA up by: of the tensors' bytes, and kohya's older one.
+
+    The older one covers 64 KB at 1 MB into a file that has no header but `ss_*` (so that editing the rest changes nothing);
+    of a smaller file it is the hash of nothing.
+    """
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    content = safetensors.torch.save(dict(tensors), training)
+    start = 8 + int.from_bytes(content[:8], "little")
+    whole = hashlib.sha256(content[start:]).hexdigest()
+    legacy = hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
+    return {"modelspec.hash_sha256": f"0x{whole}", "sshs_model_hash": whole, "sshs_legacy_hash": legacy}

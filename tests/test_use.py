@@ -1,0 +1,74 @@
+"""Commands that make and use a personal LoRA: masks, headers, strips (the rest is in test_cli.py)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from hyperdreambooth import formats, photos
+
+from . import test_cli
+from .conftest import picture
+from .test_cli import refused, run
+
+pytestmark = pytest.mark.usefixtures("tiny_world")
+me = test_cli.me
+
+
+def test_a_strip_leads_from_one_person_to_the_other(tmp_path, me, capsys):
+    picture(7).save(tmp_path / "b.png")
+    assert run("personalize", tmp_path / "b.png", "--steps", 0, "--tokens", tmp_path / "b.tokens", "-o", tmp_path / "b.safetensors") == 0
+    both = [f"{me.with_suffix('.tokens')}:0.5", f"{tmp_path}/b.tokens:0.5"]
+    assert run("mix", *both, "-o", tmp_path / "mix.safetensors", "--strip", tmp_path / "strip.png") == 0
+    with Image.open(tmp_path / "strip.png") as strip:
+        assert strip.width > 5 * strip.height / 2
+    metadata = photos.read_png_metadata(tmp_path / "strip.png")
+    assert [weight for _, weight in json.loads(metadata["hyperdreambooth"])["loras"]] == [0.5, 0.5]
+    refused(capsys, "two token files, not 1", "mix", both[0], "-o", tmp_path / "one.safetensors", "--strip", tmp_path / "one.png")
+    refused(capsys, "strip.png exists", "mix", *both, "-o", tmp_path / "one.safetensors", "--strip", tmp_path / "strip.png")
+
+
+def test_masks_say_where_the_photo_counts(tmp_path, face, capsys):
+    photos_size = Image.open(face).size
+    for name, color in (("all", 255), ("half", 0)):
+        mask = Image.new("L", photos_size, color)
+        mask.paste(255, (0, 0, photos_size[0] // 2, photos_size[1]))
+        mask.save(tmp_path / f"{name}.png")
+    common = ["personalize", face, "--steps", 2, "--mask", "none"]
+    for name, more in (("plain", []), ("all", ["--mask-file", tmp_path / "all.png"]), ("half", ["--mask-file", tmp_path / "half.png"])):
+        assert run(*common, *more, "-o", tmp_path / f"{name}.safetensors") == 0
+    plain, whole, half = (formats.read_lora(tmp_path / f"{name}.safetensors").loras for name in ("plain", "all", "half"))
+    for path in plain:  # white everywhere is no mask
+        torch.testing.assert_close(whole[path].delta(), plain[path].delta(), atol=1e-3, rtol=1e-2)
+    assert max((half[path].delta() - plain[path].delta()).abs().max() for path in plain) > 1e-4
+    Image.new("L", (9, 9)).resize((40, 40)).save(tmp_path / "small.png")
+    refused(capsys, "draw it on the photo", *common, "--mask-file", tmp_path / "small.png", "-o", tmp_path / "x.safetensors")
+    two = ["--mask-file", tmp_path / "all.png", tmp_path / "half.png"]
+    refused(capsys, "2 masks for 1 photos", *common, *two, "-o", tmp_path / "x.safetensors")
+    refused(capsys, "no such file", *common, "--mask-file", tmp_path / "none.png", "-o", tmp_path / "x.safetensors")
+
+
+def test_a_photo_of_the_loras_name_is_never_replaced(tmp_path):
+    photo = tmp_path / "ann.png"
+    picture(4).save(photo)
+    before = photo.read_bytes()
+    for _ in range(2):
+        assert run("personalize", photo, "--steps", 0, "-o", tmp_path / "ann.safetensors", "--overwrite") == 0
+        assert photo.read_bytes() == before
+        assert photos.is_generated(tmp_path / "ann.preview.png")
+
+
+def test_the_thumbnail_and_the_authors_words_are_in_the_file(tmp_path, face, me):
+    assert formats.read_lora(me).metadata["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
+    assert run("personalize", face, "--steps", 0, "--author", "ann", "--license", "CC0-1.0", "-o", tmp_path / "a.safetensors") == 0
+    assert run("export", tmp_path / "a.safetensors", "--format", "kohya", "-o", tmp_path / "b.safetensors") == 0
+    for name in "ab":
+        metadata = formats.read_lora(tmp_path / f"{name}.safetensors").metadata
+        assert metadata["modelspec.author"] == "ann"
+        assert metadata["modelspec.license"] == "CC0-1.0"
+        assert metadata["modelspec.title"] == name
+        assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+        assert metadata["modelspec.resolution"] == "64x64"

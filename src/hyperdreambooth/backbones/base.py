@@ -85,19 +85,25 @@ class Backbone(Protocol):
 
 
 def load_backbone(base: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
-    """Opens a base: "toon" (shipped), a diffusers directory, or a hub id. What the pipeline is chooses the family.
+    """Opens a base: "toon" (shipped), a diffusers directory, a single .safetensors checkpoint of SD 1.x, SD 2.x or SDXL, or a hub id.
+
+    What the pipeline is chooses the family.
 
     Raises InputError where it isn't a pipeline of a supported family.
     """
     import diffusers
 
     source = resolve_base(base)
+    if Path(source).is_file():
+        from .single_file import load_single_file
+
+        return wrap(load_single_file(Path(source), dtype).to(device), source)
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, **absent(source))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
             f"{base} can't be opened as a base: {str(error).splitlines()[0]} "
-            'Give "toon", a directory in diffusers\' layout (with model_index.json), or a hub id.'
+            'Give "toon", a directory in diffusers\' layout (with model_index.json), a .safetensors checkpoint, or a hub id.'
         ) from error
     return wrap(pipe.to(device), str(base))
 
@@ -138,6 +144,8 @@ def resolve_base(base: str | Path) -> str:
     if str(base) == "toon":
         return str(toon.directory("base"))
     path = Path(base)
+    if path.suffix in (".safetensors", ".ckpt") and not path.exists():
+        raise InputError(f"{base}: no such file.")
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise InputError(f"{base} has no model_index.json, so it isn't a base in diffusers' layout.")
     return str(base)

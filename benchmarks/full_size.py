@@ -77,6 +77,7 @@ def measure(base: str, output: Path) -> dict[str, float]:
         "seconds_a_step": round(me.seconds["finetune"] / STEPS, 1),
         "export_seconds": round(me.seconds["export"], 1),
         "all_seconds": round(time.perf_counter() - started, 1),
+        "all_cpu_seconds": round(time.process_time(), 1),
         "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "layers": len(me.loras),
         "lora_bytes": output.stat().st_size,

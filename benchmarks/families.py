@@ -96,13 +96,18 @@ def memory_table() -> str:
 
 def full_size_table() -> str:
     found = json.loads((RESULTS / "full-size.json").read_text(encoding="utf-8"))
-    lines = ["| base as | load | one step | in all | CPU time | peak memory | layers | LoRA |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| base as | copies | load | one step | in all | CPU time | peak memory | layers | LoRA |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for name, row in found["rows"].items():
         seconds = (
             f"{row['load_seconds']:.0f} s | {row['seconds_a_step']:.0f} s | {row['all_seconds']:.0f} s | {row['all_cpu_seconds']:.0f} s"
         )
         what = "a single .safetensors file" if name.endswith(".safetensors") else "a diffusers directory"
-        lines.append(f"| {what} | {seconds} | {row['peak_rss_gb']:.1f} GB | {row['layers']} | {row['lora_bytes'] / 1e6:.1f} MB |")
+        lines.append(
+            f"| {what} | {row['copies']} | {seconds} | {row['peak_rss_gb']:.1f} GB | {row['layers']} | {row['lora_bytes'] / 1e6:.1f} MB |"
+        )
     return "\n".join(lines)
 
 

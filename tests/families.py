@@ -12,6 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -77,7 +78,7 @@ def unet(text_width: int, **more: Any) -> UNet2DConditionModel:
 
 def sd1() -> StableDiffusionPipeline:
     tokenizer, text = clip()
-    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
+    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False)
     return StableDiffusionPipeline(
         autoencoder(), text, tokenizer, unet(32, attention_head_dim=4), scheduler, None, None, requires_safety_checker=False
     )

@@ -16,7 +16,7 @@ from hyperdreambooth.backbones.flux import pack, unpack
 from hyperdreambooth.data import IdentityData
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lightweight import LightweightConfig
-from hyperdreambooth.lora import applied, canonical_modules, find_targets
+from hyperdreambooth.lora import applied, canonical, canonical_modules, find_targets
 from hyperdreambooth.objectives import NoiseLevels, denoising
 from hyperdreambooth.pretrained import HyperNetworkInfo
 from hyperdreambooth.sampling import sample
@@ -255,6 +255,11 @@ def test_a_base_that_lost_a_text_encoder_it_needs_is_refused(tmp_path):
     shutil.rmtree(tmp_path / "base" / "text_encoder_2")
     with pytest.raises(InputError, match="no text_encoder_2"):
         load_backbone(tmp_path / "base")
+
+
+def test_only_clips_paths_get_the_step_that_files_carry():
+    assert canonical("text_encoder.encoder.layers.0.mlp.fc1") == "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    assert canonical("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q") == "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
 
 
 def test_packing_is_what_flux_does_and_back():

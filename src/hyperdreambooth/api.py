@@ -108,7 +108,7 @@ class HyperDreamBooth:
         """Opens a base and its hypernetwork.
 
         Args:
-            base: "toon" (shipped), a directory in diffusers' layout, or a hub id.
+            base: "toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id.
             hypernetwork: a directory or hub id; None for none; "auto" takes the shipped one for toon, none elsewhere.
             device: cuda, mps or cpu; by default the best there is.
         """

@@ -87,14 +87,33 @@ def measure(base: str, output: Path) -> dict[str, float]:
     }
 
 
+def same_weights(folder: Path) -> bool:
+    """Whether both forms of the base open as the very same numbers."""
+    import torch
+
+    from hyperdreambooth.backbones import load_backbone
+
+    one, other = (load_backbone(folder / name, dtype=torch.float16) for name in COPIES)
+    models = [({**base.components, "vae": base.pipe.vae}) for base in (one, other)]
+    return all(
+        torch.equal(tensor, models[1][component].state_dict()[name])
+        for component, model in models[0].items()
+        for name, tensor in model.state_dict().items()
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, help="the JSON file to write")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--compare", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.make:
         write_base(args.make)
+        return
+    if args.compare:
+        print(json.dumps(same_weights(args.compare)))
         return
     if args.measure:
         with tempfile.TemporaryDirectory() as folder:
@@ -108,9 +127,11 @@ def main() -> None:
             found = subprocess.run([*again, "--measure", str(Path(folder) / name)], check=True, stdout=subprocess.PIPE, text=True)
             rows[name] = json.loads(found.stdout.splitlines()[-1])
             print(name, rows[name])
+        compared = subprocess.run([*again, "--compare", folder], check=True, stdout=subprocess.PIPE, text=True)
+        same = json.loads(compared.stdout.splitlines()[-1])
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     about = {"base": "SD 1.5, random weights", "steps": STEPS, "side": 512, "dtype": "float32", "threads": threads}
-    result = {**about, "machine": platform.machine(), "rows": rows}
+    result = {**about, "machine": platform.machine(), "same_weights": same, "rows": rows}
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(args.output)

@@ -108,7 +108,7 @@ def generator_for(seed: int, step: int, device: torch.device | str = "cpu") -> t
 
 def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
     """The optimizer of `config` over parameter groups. Raises InputError where its package is missing."""
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adafactor":
         from transformers.optimization import Adafactor
 

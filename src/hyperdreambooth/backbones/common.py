@@ -55,9 +55,9 @@ def decode_images(self: Backbone, latents: Tensor) -> Tensor:
 
 
 def denoise(self: Backbone, noisy: Tensor, *arguments: Any, **conditioning: Any) -> Tensor:
-    """Runs the denoiser in its own precision; its output has the precision of `noisy`."""
+    """Runs the denoiser in its own precision (but for the time step, which bf16 would round); its output has that of `noisy`."""
     dtype = self.denoiser.dtype
-    given = {key: value.to(dtype) if isinstance(value, Tensor) else value for key, value in conditioning.items()}
+    given = {key: value.to(dtype) if isinstance(value, Tensor) and key != "timestep" else value for key, value in conditioning.items()}
     output: Tensor = self.denoiser(noisy.to(dtype), *arguments, **given, return_dict=False)[0]
     return output.to(noisy.dtype)
 

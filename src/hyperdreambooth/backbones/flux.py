@@ -27,7 +27,8 @@ class Flux:
 
     def __init__(self, pipe: FluxPipeline):
         self.pipe: Any = pipe
-        self.components = common.freeze(pipe, ("transformer", *self.text_components), needed=("text_encoder", "text_encoder_2"))
+        needed = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        self.components = common.freeze(pipe, ("transformer", *self.text_components), needed)
         self.denoiser: Any = self.components["transformer"]
         self.unit = 2 * int(pipe.vae_scale_factor)
         self.size = int(pipe.default_sample_size * pipe.vae_scale_factor)

@@ -23,7 +23,7 @@ class StableDiffusionXL:
     def __init__(self, pipe: StableDiffusionXLPipeline):
         self.pipe: Any = pipe
         self.generation: dict[str, Any] = {}
-        self.components = common.freeze(pipe, ("unet", *self.text_components), needed=self.text_components)
+        self.components = common.freeze(pipe, ("unet", *self.text_components), needed=(*self.text_components, "tokenizer", "tokenizer_2"))
         self.denoiser: Any = self.components["unet"]
         self.schedule, self.levels = schedules.discrete(pipe)
         self.unit = int(pipe.vae_scale_factor)

@@ -279,17 +279,22 @@ def test_flux_dev_trains_at_an_embedded_guidance_of_one_and_draws_at_its_own():
     assert "guidance" not in wrap(families.make("flux-schnell"), "flux").encode_prompts(["a face"])
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux-dev"])
-def test_another_scheduler_solves_the_same_flow(name):
+@pytest.mark.parametrize("name", ["sd3", "sd3.5", "flux-dev"])
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_another_scheduler_solves_the_same_flow(name, scheduler):
     base = wrap(families.make(name), name)
     noise, prompts = noise_for(base, [1]), base.encode_prompts([PROMPT])
-    if name == "sd3":  # by name, schedulers that know flows
-        fine = sample(base, prompts, prompts, noise, steps=60, guidance=1.0)
-        other = sample(base, prompts, prompts, noise, steps=30, guidance=1.0, scheduler="DPMSolverMultistepScheduler")
-        coarse = sample(base, prompts, prompts, noise, steps=2, guidance=1.0)
-        assert (other - fine).abs().mean() < 0.3 * (coarse - fine).abs().mean()
+    fine = sample(base, prompts, prompts, noise, steps=60, guidance=1.0)
+    other = sample(base, prompts, prompts, noise, steps=30, guidance=1.0, scheduler=scheduler)
+    coarse = sample(base, prompts, prompts, noise, steps=2, guidance=1.0)
+    assert (other - fine).abs().mean() < 0.3 * (coarse - fine).abs().mean()
+
+
+def test_a_scheduler_that_knows_no_flow_is_refused():
+    base = wrap(families.make("sd3"), "sd3")
+    prompts = base.encode_prompts([PROMPT])
     with pytest.raises(InputError, match="flow matching"):
-        sample(base, prompts, prompts, noise, steps=2, scheduler="DDIMScheduler")
+        sample(base, prompts, prompts, noise_for(base, [1]), steps=2, scheduler="DDIMScheduler")
 
 
 def test_a_flow_scheduler_is_refused_where_nothing_flows(backbone):

@@ -37,12 +37,12 @@ def make_scheduler(pipe: Any, name: str | None = None) -> Any:
             f"{name} is no scheduler of diffusers. Usual ones: DPMSolverMultistepScheduler, DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler."
         )
     config = pipe.scheduler.config
-    matching = "flow" if "FlowMatch" in own.__name__ else "noise"
-    if kind is not own and matching == "flow" and "FlowMatch" not in kind.__name__:
+    flows = "FlowMatch" in own.__name__
+    if flows and "FlowMatch" not in kind.__name__:
         if "use_flow_sigmas" not in inspect.signature(kind.__init__).parameters:
             raise InputError(f"{name} can't run this base, which is trained by flow matching. DPMSolverMultistepScheduler can.")
         config = {**config, "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.shift}
-    if matching == "noise" and "FlowMatch" in kind.__name__:
+    if not flows and "FlowMatch" in kind.__name__:
         raise InputError(f"{name} can't run this base, which isn't trained by flow matching.")
     try:
         return kind.from_config(config)

@@ -6,7 +6,7 @@ import gzip
 from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+FILE = Path(__file__).parent / "merges.txt.gz"
 SIZE = 49_408
 """Tokens: 256 bytes, the same at a word's end, the merges in the file's order, start and end."""
 
@@ -22,8 +22,7 @@ def tokenizer(pad: str = "<|endoftext|>") -> Any:
     from transformers import CLIPTokenizer
 
     alphabet = byte_alphabet()
-    lines = gzip.decompress(FILE.read_bytes()).decode("utf-8").split("\n")
-    # the first line is a title; the file goes on with merges that CLIP doesn't use
-    merges = [(left, right) for left, right in (line.split() for line in lines[1 : 1 + SIZE - 2 - 2 * len(alphabet)])]
+    lines = gzip.decompress(FILE.read_bytes()).decode("utf-8").splitlines()
+    merges = [(left, right) for left, right in (line.split() for line in lines)]
     names = [*alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=merges, model_max_length=77, pad_token=pad)

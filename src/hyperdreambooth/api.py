@@ -143,7 +143,7 @@ class HyperDreamBooth:
         """Opens a base and its hypernetwork.
 
         Args:
-            base: "toon" (shipped), a directory in diffusers' layout, or a hub id.
+            base: "toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id.
             hypernetwork: a directory or hub id; None for none; "auto" takes the shipped one for toon, none elsewhere.
             device: cuda, mps or cpu; by default the best there is.
         """
@@ -185,8 +185,9 @@ class HyperDreamBooth:
         return _changed(config or PersonalizeConfig(), changes).resolved(predicted=self.source is not None, **own)
 
     def generate_config(self, config: GenerateConfig | None = None, **changes: Any) -> GenerateConfig:
-        """A config with whatever is unset taken from the hypernetwork's own defaults."""
-        return _changed(config or GenerateConfig(), changes).resolved(**(self.info.generate if self.info else {}))
+        """A config with whatever is unset taken from the hypernetwork's own defaults, then from the family's."""
+        own = {**self.backbone.generation, **(self.info.generate if self.info else {})}
+        return _changed(config or GenerateConfig(), changes).resolved(**own)
 
     def read_photos(self, files: Photos, *, crop: photos.Crop = "center", face: int | None = None) -> tuple[Tensor, list[str]]:
         """Photos as (n, 3, size, size) in -1..1 and what is worth saying about them (which face was taken)."""

@@ -43,6 +43,8 @@ class FaceEncoder(nn.Module):
         except (OSError, ValueError) as error:
             raise InputError(f"{source} can't be opened as a vision model of transformers: {str(error).splitlines()[0]}") from error
         model = getattr(model, "vision_model", model)
+        if model.main_input_name != "pixel_values":
+            raise InputError(f"{source} is a {type(model).__name__}, which doesn't read pictures. Give a vision model: DINOv2, CLIP, ViT.")
         size, mean, std = int(getattr(model.config, "image_size", 64)), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
         with contextlib.suppress(OSError, ValueError):  # a model without a preprocessor takes -1..1
             processor = AutoImageProcessor.from_pretrained(source)

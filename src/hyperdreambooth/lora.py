@@ -108,7 +108,7 @@ def canonical(path: str) -> str:
     transformers 5.23 dropped that step from `CLIPTextModel`'s module paths (not from `CLIPTextModelWithProjection`'s).
     """
     component, _, rest = path.partition(".")
-    if component.startswith("text_encoder") and rest.startswith(("encoder.", "embeddings.", "final_layer_norm")):
+    if component.startswith("text_encoder") and rest.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")):
         return f"{component}.text_model.{rest}"
     return path
 

@@ -12,6 +12,7 @@ both branches; it strengthens the prompt alone.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -29,13 +30,22 @@ def make_scheduler(pipe: Any, name: str | None = None) -> Any:
 
     Raises InputError for a name that diffusers doesn't know or that can't run this base.
     """
-    kind: Any = type(pipe.scheduler) if name is None else getattr(diffusers, name, None)
+    own = type(pipe.scheduler)
+    kind: Any = own if name is None else getattr(diffusers, name, None)
     if kind is None or not hasattr(kind, "from_config"):
         raise InputError(
             f"{name} is no scheduler of diffusers. Usual ones: DPMSolverMultistepScheduler, DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler."
         )
+    config = pipe.scheduler.config
+    flows = "FlowMatch" in own.__name__
+    if flows and "FlowMatch" not in kind.__name__:
+        if "use_flow_sigmas" not in inspect.signature(kind.__init__).parameters:
+            raise InputError(f"{name} can't run this base, which is trained by flow matching. DPMSolverMultistepScheduler can.")
+        config = {**config, "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.shift}
+    if not flows and "FlowMatch" in kind.__name__:
+        raise InputError(f"{name} can't run this base, which isn't trained by flow matching.")
     try:
-        return kind.from_config(pipe.scheduler.config)
+        return kind.from_config(config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise InputError(f"{name} can't run this base: {error}") from error
 
@@ -62,6 +72,7 @@ def sample(
     steps: int = 20,
     guidance: float = 3.0,
     identity_guidance: float | None = None,
+    embedded_guidance: float = 3.5,
     scheduler: str | None = None,
     generator: torch.Generator | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -74,21 +85,26 @@ def sample(
         personal: one person's LoRA, or B of them; in every branch "with person".
         styles: LoRAs that stay in every branch; shared by the batch.
         identity_guidance: the scale i above; None is plain guidance.
+        embedded_guidance: the scale that a guidance-distilled base (Flux dev) takes as a condition; others have none.
         on_step: called after each step with its number.
     """
     schedule = make_scheduler(backbone.pipe, scheduler)
-    schedule.set_timesteps(steps, device=noise.device)
+    backbone.set_timesteps(schedule, steps, noise)
     mix = branches(guidance, identity_guidance if personal else None)
     count = len(noise)
     parts = [negative if not prompted else prompts if who or plain is None else plain for _, prompted, who in mix]
     conditioning = {key: torch.cat([part[key] for part in parts]) for key in prompts}
     person = torch.tensor([float(who) for _, _, who in mix], device=noise.device).repeat_interleave(count)
     weights = torch.tensor([weight for weight, _, _ in mix], device=noise.device, dtype=noise.dtype).reshape(-1, 1, 1, 1, 1)
-    latents = noise * schedule.init_noise_sigma
+    if "guidance" in conditioning:
+        conditioning["guidance"] = torch.full_like(conditioning["guidance"], embedded_guidance)
+    # flow schedulers start from unit noise and scale nothing
+    latents = noise * getattr(schedule, "init_noise_sigma", 1.0)
+    scale_input = getattr(schedule, "scale_model_input", lambda value, timestep: value)
     extra = {"generator": generator} if "generator" in schedule.step.__code__.co_varnames else {}
     with applied(backbone.components, styles or {}), applied(backbone.components, personal or {}, person if personal else None):
         for number, timestep in enumerate(schedule.timesteps):
-            tiled = schedule.scale_model_input(latents.repeat(len(mix), 1, 1, 1), timestep)
+            tiled = scale_input(latents.repeat(len(mix), 1, 1, 1), timestep)
             predicted = backbone.predict(tiled, timestep.expand(len(tiled)), conditioning)
             mixed = (predicted.unflatten(0, (len(mix), count)) * weights).sum(0)
             latents = schedule.step(mixed, timestep, latents, **extra, return_dict=False)[0]

@@ -43,10 +43,12 @@ class TrainingConfig:
 
     steps: int = 1000
     """Optimizer steps in all."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    """adamw; adamw8bit (its state in 8 bits, on CUDA, with the extra `8bit`); adafactor (its second moment as rows and columns)."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     warmup: int = 0
     """Steps over which the learning rate rises from zero."""
     cooldown: float = 0.2
@@ -102,6 +104,26 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 def generator_for(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends on (seed, step) alone; the CPU's, so that every device draws the same noise."""
     return torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % (1 << 63))
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer of `config` over parameter groups. Raises InputError where its package is missing."""
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        # the learning rate as it is given: scaled by a weight's size, a LoRA that starts at zero would hardly move
+        own = [{key: value for key, value in group.items() if key != "eps"} for group in groups]
+        found: torch.optim.Optimizer = Adafactor(own, **settings, scale_parameter=False, relative_step=False)
+        return found
+    if config.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise InputError("adamw8bit needs bitsandbytes: pip install 'hyperdreambooth[8bit]', or take adamw.") from error
+        eight: torch.optim.Optimizer = AdamW8bit(groups, **settings)
+        return eight
+    return torch.optim.AdamW(groups, **settings)
 
 
 def make_accelerator(config: TrainingConfig, directory: Path | None, device: str | torch.device | None) -> Accelerator:
@@ -162,7 +184,7 @@ def fit(
         step: yields per-sample losses, shape (B,), in a context that stays open through backward.
         batches: `batches(i)` is the i-th batch. With n processes the i-th step takes n of them.
         directory: where `state.safetensors` is kept; found there, the training resumes from it.
-        groups: parameter groups for AdamW where learning rates differ (`lr_scale` multiplies the schedule).
+        groups: parameter groups of the optimizer where learning rates differ (`lr_scale` multiplies the schedule).
         validate: `validate(step, model)` returns named figures that are logged.
         minutes: stop (and checkpoint) after this time; a later call goes on.
 
@@ -174,7 +196,7 @@ def fit(
     if not parameters:
         raise InputError(f"{name}: nothing to train, no parameter requires gradients.")
     groups = groups or [{"params": parameters}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(groups, config)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     state_file = Path(directory) / "state.safetensors" if directory else None
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -183,7 +205,7 @@ def fit(
     done = 0
     report = TrainingReport()
     if state_file and state_file.is_file():
-        done = _restore(state_file, trained, buffers, optimizer, average, report, name)
+        done = _restore(state_file, trained, buffers, optimizer, average, report, name, config)
     if config.tracker and accelerator.is_main_process:
         accelerator.init_trackers(name, {k: v for k, v in dataclasses.asdict(config).items() if v is not None})
 
@@ -273,6 +295,7 @@ def _restore(
     average: dict[str, Tensor],
     report: TrainingReport,
     name: str,
+    config: TrainingConfig,
 ) -> int:
     model, optimizer_state, saved_average, meta = checkpoint.load(file)
     expected = {n: tuple(t.shape) for n, t in {**trained, **buffers}.items()}
@@ -281,6 +304,11 @@ def _restore(
         names = sorted(set(expected.items()) ^ set(found.items()))
         raise InputError(
             f"{file} belongs to another {name}: {names[0][0]} differs. Give another folder, or delete that file to start anew."
+        )
+    before = meta["config"].get("optimizer", "adamw")
+    if before != config.optimizer:
+        raise InputError(
+            f"{file} was trained with {before}, and its state means nothing to {config.optimizer}. Go on with {before}, or start anew."
         )
     with torch.no_grad():
         for n, tensor in {**trained, **buffers}.items():

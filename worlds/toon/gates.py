@@ -1,6 +1,7 @@
 """Gates before hours are spent on a hypernetwork: the ceilings of whatever it builds on.
 
     python -m worlds.toon.gates --people 20
+    python -m worlds.toon.gates --people 20 --faithful    how well faithful tokens are predicted, and how well they could be
 
 On validation people: rank-1 and contexts of true renders, of reconstructions, of the prediction, and of pictures made with
 tokens that were optimized for that very person (from the prediction on, on the one photo, same layers, width and aux). If
@@ -10,21 +11,28 @@ the last is low, no hypernetwork can pass it: widen targets or tokens, or train 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hyperdreambooth import HyperDreamBooth
 from hyperdreambooth.assets import toon
 from hyperdreambooth.checkpoint import read_tensors
+from hyperdreambooth.data import IdentityData
 from hyperdreambooth.evaluation.atlas import Atlas, load_atlas
 from hyperdreambooth.evaluation.evaluate import Judges, draw, judge, predicted_loras
 from hyperdreambooth.evaluation.judges import Judge
+from hyperdreambooth.lightweight import LightweightLora
 from hyperdreambooth.lora import LoraSet
 from hyperdreambooth.objectives import NoiseLevels
 from hyperdreambooth.sources import IdentityTable
+from hyperdreambooth.stages.preoptimize import preoptimize
 from hyperdreambooth.stages.subject import Subject, make_step
 from hyperdreambooth.training import TrainingConfig, fit
+
+from . import hypernetworks
 
 
 def optimized(hdb: HyperDreamBooth, atlas: Atlas, steps: int) -> LoraSet:
@@ -43,14 +51,49 @@ def optimized(hdb: HyperDreamBooth, atlas: Atlas, steps: int) -> LoraSet:
     return loras.detach()
 
 
+def updates(lightweight: LightweightLora, tokens: Tensor) -> Tensor:
+    """Tokens (N, layers, width) -> what they mean, (N, numbers): with orthonormal aux, up @ down in their space is the update."""
+    down, up = lightweight.split(tokens)
+    return (up @ down).flatten(1)
+
+
+def explained(found: Tensor, wanted: Tensor) -> float:
+    """R2 of updates (N, numbers): 1 is exact, 0 no better than everyone's mean."""
+    return (1 - (found - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()).item()
+
+
+def faithful(atlas: Atlas, steps: int = 50) -> None:
+    """R2 of predicted tokens on validation people, beside two pre-optimizations of the same people with different seeds."""
+    hdb = HyperDreamBooth.from_pretrained("toon", hypernetwork="benchmarks/faithful")
+    assert hdb.source is not None
+    latents = hdb.backbone.encode_images(atlas.references).float()
+    everyone = torch.arange(len(latents))
+    data = IdentityData(latents, latents, everyone, [str(p) for p in atlas.people], [hdb.prompt] * len(latents), everyone >= 0)
+    light = LightweightLora(hdb.source.lightweight.targets, hdb.source.lightweight.config)
+    found = []
+    for seed in (13, 14):
+        config = hypernetworks.table_config(steps)
+        config.training.seed = seed
+        with tempfile.TemporaryDirectory() as folder:
+            table = preoptimize(hdb.backbone, data, config, folder)
+        found.append(updates(light, torch.stack([table[name] for name in data.names])))
+    with torch.no_grad():
+        predicted = updates(light, hdb.source.tokens(atlas.references))
+    print(f"R2 of predicted tokens {explained(predicted, found[0]):.3f}, of another seed's {explained(found[1], found[0]):.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--people", type=int, default=20)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--faithful", action="store_true")
     args = parser.parse_args()
-    hdb = HyperDreamBooth.from_pretrained("toon")
     folder = Path("benchmarks/atlas")
     atlas = load_atlas(folder, "validation").first(args.people)
+    if args.faithful:
+        faithful(atlas)
+        return
+    hdb = HyperDreamBooth.from_pretrained("toon")
     strangers = read_tensors(folder / "strangers.safetensors")[0]["embeddings"].float()
     judges = Judges(*(Judge.from_pretrained(toon.directory(name)) for name in ("recogniser", "classifier")), strangers=strangers)
     rebuilt = torch.cat([hdb.backbone.decode_images(hdb.backbone.encode_images(part)) for part in atlas.truths.flatten(0, 1).split(64)])

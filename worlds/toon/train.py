@@ -238,7 +238,7 @@ def train_pro(runs: Path, minutes: float | None, steps: int = 1200) -> bool:
     return report.finished
 
 
-def train_table(runs: Path, minutes: float | None, steps: int = 50, people: int = 64) -> bool:
+def train_table(runs: Path, minutes: float | None, steps: int = 50, people: int = 512) -> bool:
     """Pre-optimized tokens of the first training people."""
     backbone = trained_backbone(runs)
     encoder = FaceEncoder.from_pretrained(runs / "encoder" / "model")
@@ -250,7 +250,7 @@ def train_table(runs: Path, minutes: float | None, steps: int = 50, people: int 
 def train_faithful(runs: Path, minutes: float | None, steps: int = 150) -> bool:
     """Batches of 64, with the table's weight loss."""
     backbone = trained_backbone(runs)
-    encoder = FaceEncoder.from_pretrained(runs / "encoder" / "model")
+    encoder = FaceEncoder.from_pretrained(runs / "pro" / "model" / "encoder")  # one encoder is shipped for both
     data = hypernetwork_data(runs, encoder, "hyper", 4000)
     validation = hypernetwork_data(runs, encoder, "hyper-validation", 150)
     config = hypernetworks.faithful_config(steps)

@@ -1,6 +1,9 @@
 """Foreign models behind one small interface: one file a family, chosen from what the loaded pipeline is."""
 
-from .base import Backbone, Conditioning, load_backbone
+from .base import Backbone, Conditioning, load_backbone, wrap
+from .flux import Flux
 from .sd import StableDiffusion
+from .sd3 import StableDiffusion3
+from .sdxl import StableDiffusionXL
 
-__all__ = ["Backbone", "Conditioning", "StableDiffusion", "load_backbone"]
+__all__ = ["Backbone", "Conditioning", "Flux", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL", "load_backbone", "wrap"]

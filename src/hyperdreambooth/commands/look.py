@@ -11,7 +11,8 @@ import tyro
 
 from .. import formats
 from ..backbones import load_backbone
-from ..backbones.architectures import FAMILIES, PRESETS, architecture
+from ..backbones.architectures import FAMILIES, architecture
+from ..backbones.targets import PRESETS
 from ..errors import InputError
 from ..lora import find_targets
 from .common import Flat, Machine, Output, refuse_existing
@@ -41,11 +42,13 @@ class Targets:
     """
 
     base: tyro.conf.Positional[str] = "toon"
-    """"toon", a directory in diffusers' layout, or a hub id; sd15 and sd21 stand for their published architectures."""
+    """"toon", a directory in diffusers' layout, a .safetensors checkpoint, or a hub id. sd15, sd21, sdxl, sd3, sd35-medium, sd35-large and
+    flux stand for their published architectures: no weights are needed."""
     targets: tuple[str, ...] = ()
     """Glob patterns; default: the base's own."""
     preset: Literal["paper", "attention", "attention+ff"] | None = None
-    """Named patterns instead."""
+    """Named patterns instead: attention of the denoiser; with its feed-forward (the default); or the paper's, attention of the denoiser and
+    of the CLIP text encoders and the feed-forward's first layer."""
     rank: int = 1
     """Rank of the LoRA that is counted."""
     down_dim: int = 100
@@ -60,15 +63,17 @@ def run_targets(args: Targets) -> None:
     if args.targets and args.preset:
         raise InputError("give --targets or --preset, not both.")
     if args.base in FAMILIES:
-        components, patterns = architecture(args.base), args.targets or PRESETS[args.preset or "attention+ff"]
+        components, family = architecture(args.base), FAMILIES[args.base][0]
     else:
         backbone = load_backbone(args.base)
-        components, patterns = backbone.components, args.targets or (PRESETS[args.preset] if args.preset else backbone.default_targets)
+        components, family = backbone.components, backbone.family
+    patterns = args.targets or PRESETS[family][args.preset or "attention+ff"]
     shapes = find_targets(components, patterns)
     variables = len(shapes) * (args.down_dim + args.up_dim) * args.rank
     lora = sum(args.rank * (shape.inputs + shape.outputs) for shape in shapes.values())
     summary = {
         "base": args.base,
+        "family": family,
         "patterns": list(patterns),
         "layers": len(shapes),
         "token_variables": variables,

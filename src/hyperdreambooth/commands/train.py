@@ -43,7 +43,7 @@ class TrainLight:
     output: Output
     """The folder of the run: tokens, LoRA, preview, config, checkpoint."""
     base: str = "toon"
-    """"toon" (shipped), a directory in diffusers' layout, or a hub id."""
+    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint (SD 1.x, SD 2.x, SDXL), or a hub id."""
     crop: photos.Crop = "center"
     """center: the middle square. face: find the face (needs the extra `faces`)."""
     overwrite: bool = False
@@ -90,7 +90,7 @@ class Preoptimize:
     output: Output
     """The table's folder."""
     base: str = "toon"
-    """"toon" (shipped), a directory in diffusers' layout, or a hub id."""
+    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint (SD 1.x, SD 2.x, SDXL), or a hub id."""
     crop: photos.Crop = "center"
     """center: the middle square. face: find the face (needs the extra `faces`)."""
     config: Annotated[PreoptimizeConfig, Flat] = field(default_factory=PreoptimizeConfig)
@@ -137,7 +137,7 @@ class TrainHypernetwork:
     output: Output
     """The hypernetwork's folder; `personalize --hypernetwork` takes it."""
     base: str = "toon"
-    """"toon" (shipped), a directory in diffusers' layout, or a hub id."""
+    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint (SD 1.x, SD 2.x, SDXL), or a hub id."""
     encoder: str = "auto"
     """A vision model of transformers, by directory or hub id (DINOv2, CLIP, ViT). auto: the shipped one for toon."""
     validation_folder: Path | None = None

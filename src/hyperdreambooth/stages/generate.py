@@ -24,9 +24,11 @@ class GenerateConfig:
     negative: str = ""
     """Negative prompt."""
     steps: int | None = None
-    """Denoising steps. Default: the hypernetwork's own, or 25."""
+    """Denoising steps. Default: the hypernetwork's own, or the family's (25; SD 3 and Flux dev 28, Flux schnell 4)."""
     guidance: float | None = None
-    """Prompt guidance scale; 1 is none. Default: the hypernetwork's own, or 5."""
+    """Prompt guidance scale; 1 is none. Default: the hypernetwork's own, or the family's (5; SD 3 7, Flux 1)."""
+    embedded_guidance: float = 3.5
+    """Flux dev: the guidance scale that it takes as a condition, without a second branch."""
     identity_guidance: float | Literal["off"] | None = None
     """Identity guidance scale: the base without the personal LoRA as the unconditional branch. "off": plain guidance, with the
     LoRA in both branches. Default: the hypernetwork's own, or off."""
@@ -81,11 +83,11 @@ def generate(
 
     Raises InputError where width or height don't fit the base.
     """
-    config = config.resolved()
+    config = config.resolved(**backbone.generation)
     assert config.steps is not None
     assert config.guidance is not None
     identity = None if config.identity_guidance == "off" else config.identity_guidance
-    unit = int(backbone.pipe.vae_scale_factor)
+    unit = backbone.unit
     for name, value in (("width", config.width), ("height", config.height)):
         if value is not None and (value < unit or value % unit):
             raise InputError(f"{name} must be a multiple of {unit} for this base, not {value}.")
@@ -118,6 +120,7 @@ def generate(
             steps=config.steps,
             guidance=config.guidance,
             identity_guidance=identity,
+            embedded_guidance=config.embedded_guidance,
             scheduler=config.scheduler,
             generator=torch.Generator().manual_seed(seeds[start]),
         )

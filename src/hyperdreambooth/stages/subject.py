@@ -100,8 +100,9 @@ def prior_latents(backbone: Backbone, prompt: str, count: int, seed: int, on_ste
     noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
     prompts = PromptCache(backbone)
     device = next(backbone.components.parameters())
+    own = {key: value for key, value in backbone.generation.items() if key in ("steps", "guidance")}
     parts = [
-        sample(backbone, prompts([prompt] * len(part)), prompts([""] * len(part)), part.to(device), on_step=on_step)
+        sample(backbone, prompts([prompt] * len(part)), prompts([""] * len(part)), part.to(device), on_step=on_step, **own)
         for part in noise.split(8)
     ]
     return torch.cat(parts)

@@ -1,0 +1,28 @@
+"""CLIP's tokenizer, from its own vocabulary (OpenAI, MIT): the one of every Stable Diffusion."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).parent / "merges.txt.gz"
+SIZE = 49_408
+"""Tokens: 256 bytes, the same at a word's end, the merges in the file's order, start and end."""
+
+
+def byte_alphabet() -> list[str]:
+    """Printable stand-ins for the 256 bytes: printable Latin-1 as it is, in front, and the rest from U+0100 on."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [*map(chr, kept), *map(chr, range(256, 512 - len(kept)))]
+
+
+def tokenizer(pad: str = "<|endoftext|>") -> Any:
+    """A `CLIPTokenizer` of 77 tokens. SD 1.x and SDXL's first encoder pad with the end token, OpenCLIP's encoders with "!"."""
+    from transformers import CLIPTokenizer
+
+    alphabet = byte_alphabet()
+    lines = gzip.decompress(FILE.read_bytes()).decode("utf-8").splitlines()
+    merges = [(left, right) for left, right in (line.split() for line in lines)]
+    names = [*alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=merges, model_max_length=77, pad_token=pad)

@@ -1,0 +1,86 @@
+"""Flux: flow matching on latents packed into 2 x 2 patches; `dev` takes its guidance scale as a condition, `schnell` takes none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from . import common, schedules
+from .base import Conditioning
+from .targets import PRESETS
+
+
+class Flux:
+    """A `FluxPipeline`. Its models are frozen and in eval mode.
+
+    Training runs `dev` at an embedded guidance of 1, where it predicts what the data say; `sample` sets its own. The T5
+    encoder isn't among the components: no tool loads a LoRA into it.
+    """
+
+    family = "flux"
+    text_components: tuple[str, ...] = ("text_encoder",)
+    default_targets = PRESETS["flux"]["attention+ff"]
+
+    def __init__(self, pipe: FluxPipeline):
+        self.pipe: Any = pipe
+        needed = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        self.components = common.freeze(pipe, ("transformer", *self.text_components), needed)
+        self.denoiser: Any = self.components["transformer"]
+        self.unit = 2 * int(pipe.vae_scale_factor)
+        self.size = int(pipe.default_sample_size * pipe.vae_scale_factor)
+        self.distilled = bool(pipe.transformer.config.guidance_embeds)
+        self.t5_length = 512 if self.distilled else 256  # as the two were published
+        # no second branch: guidance is distilled into the weights
+        self.generation: dict[str, Any] = {"steps": 28 if self.distilled else 4, "guidance": 1.0}
+
+    enable_checkpointing = common.enable_checkpointing
+    latent_shape = common.latent_shape
+    encode_images = common.encode_images
+    decode_images = common.decode_images
+    steps_for = schedules.flow_steps_for
+    add_noise = schedules.flow_add_noise
+    target = schedules.flow_target
+
+    def set_timesteps(self, schedule: Any, steps: int, noise: Tensor) -> None:
+        # Flux's own grid ends at 1 / steps; a foreign scheduler has its own
+        sigmas = {} if schedule.config.get("use_flow_sigmas") else {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+        schedules.flow_set_timesteps(schedule, steps, noise, **sigmas)
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = self.denoiser.device
+        return found
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """T5's hidden states, and CLIP's pooled text."""
+        ids = common.token_ids(self.pipe.tokenizer, prompts)
+        pooled = self.components["text_encoder"](ids.to(self.device)).pooler_output
+        t5 = self.pipe.text_encoder_2(common.token_ids(self.pipe.tokenizer_2, prompts, self.t5_length).to(self.device))[0]
+        conditioning = {"encoder_hidden_states": t5, "pooled_projections": pooled}
+        return {**conditioning, "guidance": torch.ones(len(prompts), device=self.device)} if self.distilled else conditioning
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        height, width = noisy.shape[-2:]
+        rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+        places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(noisy)
+        words = torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3).to(noisy)
+        packed = common.denoise(self, pack(noisy), timestep=timesteps / schedules.FLOW_STEPS, img_ids=places, txt_ids=words, **conditioning)
+        return unpack(packed, height, width)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h/2 * w/2, 4 C): every 2 x 2 patch is a token."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, height * width // 4, 4 * channels)
+
+
+def unpack(packed: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`."""
+    batch, _, channels = packed.shape
+    patches = packed.reshape(batch, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(batch, channels // 4, height, width)

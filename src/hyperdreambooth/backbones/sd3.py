@@ -1,0 +1,83 @@
+"""Stable Diffusion 3 and 3.5: flow matching, and up to three text encoders (two CLIP, one T5), any of which may be absent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import InputError
+from . import common, schedules
+from .base import Conditioning
+from .targets import PRESETS
+
+T5_LENGTH = 256
+CLIP_LENGTH = 77
+
+
+class StableDiffusion3:
+    """A `StableDiffusion3Pipeline` (Esser et al., arXiv 2403.03206). Its models are frozen and in eval mode.
+
+    The T5 encoder isn't among the components: no tool loads a LoRA into it.
+    """
+
+    family = "sd3"
+    text_components: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+    default_targets = PRESETS["sd3"]["attention+ff"]
+
+    def __init__(self, pipe: StableDiffusion3Pipeline):
+        self.pipe: Any = pipe
+        self.generation: dict[str, Any] = {"steps": 28, "guidance": 7.0}
+        self.components = common.freeze(pipe, ("transformer", *self.text_components), needed=())
+        if len(self.components) == 1 and pipe.text_encoder_3 is None:
+            raise InputError("this base has no text encoder at all: at least one of the three is needed.")
+        self.denoiser: Any = self.components["transformer"]
+        self.unit = int(pipe.vae_scale_factor * pipe.patch_size)
+        self.size = int(pipe.default_sample_size * pipe.vae_scale_factor)
+
+    enable_checkpointing = common.enable_checkpointing
+    latent_shape = common.latent_shape
+    encode_images = common.encode_images
+    decode_images = common.decode_images
+    steps_for = schedules.flow_steps_for
+    add_noise = schedules.flow_add_noise
+    target = schedules.flow_target
+
+    def set_timesteps(self, schedule: Any, steps: int, noise: Tensor) -> None:
+        schedules.flow_set_timesteps(schedule, steps, noise)
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = self.denoiser.device
+        return found
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """The CLIP encoders side by side, padded to T5's width, then T5 (Esser et al., figure 2); zeros for absent ones."""
+        hidden, pooled = self._clip(prompts)
+        width = self.denoiser.config.joint_attention_dim
+        if self.pipe.text_encoder_3 is None:
+            t5 = torch.zeros(len(prompts), T5_LENGTH, width).to(hidden)
+        else:
+            ids = common.token_ids(self.pipe.tokenizer_3, prompts, T5_LENGTH)
+            t5 = self.pipe.text_encoder_3(ids.to(self.device))[0]
+        hidden = torch.cat([F.pad(hidden, (0, width - hidden.shape[-1])), t5.to(hidden)], 1)
+        return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+    def _clip(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, 77, width) and pooled text (B, width) of both CLIP encoders, whose two widths are alike."""
+        pairs = ((self.pipe.tokenizer, self.pipe.text_encoder), (self.pipe.tokenizer_2, self.pipe.text_encoder_2))
+        parts = [common.clip_embeddings(*pair, prompts) if pair[1] is not None else None for pair in pairs]
+        width = self.denoiser.config.pooled_projection_dim - sum(part[1].shape[-1] for part in parts if part)
+        length = next((part[0].shape[1] for part in parts if part), CLIP_LENGTH)
+        if parts.count(None):
+            share = width // parts.count(None)
+            zeros = torch.zeros(len(prompts), length, share, device=self.device, dtype=self.denoiser.dtype)
+            parts = [part or (zeros, zeros[:, 0]) for part in parts]
+        hidden, pooled = zip(*(part for part in parts if part), strict=True)
+        return torch.cat(hidden, -1), torch.cat(pooled, -1)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        return common.denoise(self, noisy, timestep=timesteps, **conditioning)

@@ -1,0 +1,62 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size as a condition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from . import common, schedules
+from .base import Conditioning
+from .targets import PRESETS
+
+
+class StableDiffusionXL:
+    """A `StableDiffusionXLPipeline` (Podell et al., arXiv 2307.01952). Its models are frozen and in eval mode."""
+
+    family = "sdxl"
+    text_components: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+    default_targets = PRESETS["sdxl"]["attention+ff"]
+
+    def __init__(self, pipe: StableDiffusionXLPipeline):
+        self.pipe: Any = pipe
+        self.generation: dict[str, Any] = {}
+        self.components = common.freeze(pipe, ("unet", *self.text_components), needed=(*self.text_components, "tokenizer", "tokenizer_2"))
+        self.denoiser: Any = self.components["unet"]
+        self.schedule, self.levels = schedules.discrete(pipe)
+        self.unit = int(pipe.vae_scale_factor)
+        self.size = int(pipe.unet.config.sample_size * self.unit)
+
+    enable_checkpointing = common.enable_checkpointing
+    latent_shape = common.latent_shape
+    encode_images = common.encode_images
+    decode_images = common.decode_images
+    steps_for = schedules.discrete_steps_for
+    add_noise = schedules.discrete_add_noise
+    target = schedules.discrete_target
+    set_timesteps = schedules.discrete_set_timesteps
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = self.denoiser.device
+        return found
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Penultimate hidden states of both encoders side by side, and the second one's pooled text."""
+        first, _ = common.clip_embeddings(self.pipe.tokenizer, self.pipe.text_encoder, prompts)
+        second, pooled = common.clip_embeddings(self.pipe.tokenizer_2, self.pipe.text_encoder_2, prompts)
+        hidden = torch.cat([first, second], -1)
+        if self.pipe.config.force_zeros_for_empty_prompt:  # what the base was trained with in place of no prompt
+            kept = torch.tensor([float(prompt != "") for prompt in prompts]).to(hidden)
+            hidden, pooled = hidden * kept[:, None, None], pooled * kept[:, None]
+        return {"encoder_hidden_states": hidden, "text_embeds": pooled}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        # (original size, crop, target size), all of this very picture: the condition of one that was neither enlarged nor cropped
+        height, width = (side * self.unit for side in noisy.shape[-2:])
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=noisy.device, dtype=self.denoiser.dtype).expand(len(noisy), -1)
+        added = {"text_embeds": conditioning["text_embeds"].to(self.denoiser.dtype), "time_ids": sizes}
+        hidden = conditioning["encoder_hidden_states"]
+        return common.denoise(self, noisy, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added)

@@ -1,0 +1,40 @@
+"""Published sizes, counted without weights."""
+
+from __future__ import annotations
+
+import pytest
+
+from hyperdreambooth.backbones.architectures import FAMILIES, architecture
+from hyperdreambooth.backbones.targets import PRESETS
+from hyperdreambooth.lora import find_targets
+
+# numbers in the denoiser as the models' cards give them, in billions
+PUBLISHED = {"sd15": 0.86, "sd21": 0.87, "sdxl": 2.57, "sd3": 2.0, "sd35-medium": 2.5, "sd35-large": 8.1, "flux": 11.9}
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_published_sizes_and_targets(name):
+    components = architecture(name)
+    denoiser = components["unet" if "unet" in components else "transformer"]
+    assert all(parameter.device.type == "meta" for parameter in components.parameters())
+    # with the table of positions, which SD 3 keeps in its files
+    assert sum(tensor.numel() for tensor in denoiser.state_dict().values()) / 1e9 == pytest.approx(PUBLISHED[name], rel=0.05)
+    presets = {key: find_targets(components, patterns) for key, patterns in PRESETS[FAMILIES[name][0]].items()}
+    assert set(presets["attention"]) < set(presets["attention+ff"])
+    assert set(presets["attention"]) < set(presets["paper"])
+    text = {path.split(".")[0] for path in presets["paper"]} - {"unet", "transformer"}
+    assert text == set(components) - {"unet", "transformer"}
+    # every linear layer of a block's attention is in, and nothing that mixes in the time step
+    assert not any("norm" in path or "embed" in path or "proj_in" in path for path in presets["attention+ff"])
+
+
+def test_attention_and_feed_forward_of_every_block_of_flux_and_sd3():
+    flux = find_targets(architecture("flux"), PRESETS["flux"]["attention+ff"])
+    # a joint block: q, k, v and output for picture and text, two feed-forwards of two; a single one: q, k, v, and two more
+    assert len(flux) == 19 * (8 + 4) + 38 * (3 + 2)
+    sd3 = find_targets(architecture("sd3"), PRESETS["sd3"]["attention+ff"])
+    assert len(sd3) == 24 * (8 + 4) - 1 - 2  # nothing comes out for the text in the last block
+    medium = find_targets(architecture("sd35-medium"), PRESETS["sd3"]["attention+ff"])
+    assert len(medium) == len(sd3) + 13 * 4
+    sdxl = find_targets(architecture("sdxl"), PRESETS["sdxl"]["attention"])
+    assert len(sdxl) == 70 * 8

@@ -1,0 +1,319 @@
+"""Every family on a tiny random model of its real architecture: against diffusers' own pipeline, and through all five stages."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+from hyperdreambooth import formats
+from hyperdreambooth.api import HyperDreamBooth
+from hyperdreambooth.backbones import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL, load_backbone, wrap
+from hyperdreambooth.backbones.flux import pack, unpack
+from hyperdreambooth.data import IdentityData
+from hyperdreambooth.errors import InputError
+from hyperdreambooth.lightweight import LightweightConfig
+from hyperdreambooth.lora import applied, canonical, canonical_modules, find_targets
+from hyperdreambooth.objectives import NoiseLevels, denoising
+from hyperdreambooth.pretrained import HyperNetworkInfo
+from hyperdreambooth.sampling import sample
+from hyperdreambooth.stages.generate import GenerateConfig, noise_for
+from hyperdreambooth.stages.preoptimize import PreoptimizeConfig, preoptimize, read_table
+from hyperdreambooth.stages.subject import Subject
+from hyperdreambooth.stages.train_hypernetwork import TrainHypernetworkConfig, train_hypernetwork
+from hyperdreambooth.stages.train_light import TrainLightConfig, train_light
+from hyperdreambooth.training import TrainingConfig
+
+from . import families
+from .conftest import DECODER, picture, random_loras, tiny_source
+
+PROMPT, NEGATIVE = "a pencil sketch of a [V] face", "a hat"
+TOKENS = LightweightConfig(down_dim=12, up_dim=8)
+GUIDANCE = {"flux-dev": 1.0, "flux-schnell": 1.0}  # the others get plain guidance
+
+
+@pytest.fixture(scope="module", params=list(families.FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def base(family: str) -> Any:
+    return wrap(families.make(family), family)
+
+
+def through_pipe(base: Any, noise: torch.Tensor, guidance: float, negative: str | None = None) -> torch.Tensor:
+    """Latents out of diffusers' own pipeline, from the same noise."""
+    given = {"prompt": [PROMPT] * len(noise), "num_inference_steps": 4, "output_type": "latent"}
+    if base.family != "flux":
+        more = {"negative_prompt": [negative] * len(noise)} if negative is not None else {}
+        side = {"height": base.size, "width": base.size}
+        return base.pipe(**given, **more, **side, latents=noise, guidance_scale=guidance).images
+    more = {"negative_prompt": [negative] * len(noise), "true_cfg_scale": guidance} if negative is not None else {}
+    packed = base.pipe(**given, **more, latents=pack(noise), guidance_scale=3.5, max_sequence_length=base.t5_length).images
+    return unpack(packed, *noise.shape[-2:])
+
+
+def ours(base: Any, noise: torch.Tensor, guidance: float, negative: str = "", **more: Any) -> torch.Tensor:
+    prompts, without = (base.encode_prompts([text] * len(noise)) for text in (PROMPT, negative))
+    return sample(base, prompts, without, noise, steps=4, guidance=guidance, **more)
+
+
+def test_what_the_pipeline_is_chooses_the_family(family, base, tmp_path):
+    expected = {"sd1": StableDiffusion, "sd2": StableDiffusion, "sdxl": StableDiffusionXL, "flux": Flux, "sd3": StableDiffusion3}
+    assert type(base) is expected[family.split("-")[0].split(".")[0]]
+    base.pipe.save_pretrained(tmp_path / "base")
+    again = load_backbone(tmp_path / "base")
+    assert type(again) is type(base)
+    with torch.no_grad():
+        for key, value in base.encode_prompts([PROMPT, ""]).items():
+            torch.testing.assert_close(again.encode_prompts([PROMPT, ""])[key], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("negative", [None, NEGATIVE])
+def test_sampler_equals_the_pipeline(family, base, negative):
+    noise = noise_for(base, [1, 2])
+    guidance = 3.0 if negative else GUIDANCE.get(family, 3.0)
+    expected = through_pipe(base, noise, guidance, negative)
+    torch.testing.assert_close(ours(base, noise, guidance, negative or ""), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_hooks_equal_the_exported_file_in_the_pipeline(family, base, tmp_path):
+    patterns = (*base.default_targets, "text_encoder*.[qkv]_proj") if set(base.components) & set(base.text_components) else ()
+    loras = random_loras(base, patterns=patterns)
+    formats.save_lora(tmp_path / "me.safetensors", loras, {}, dtype=torch.float32)
+    noise, guidance = noise_for(base, [1]), GUIDANCE.get(family, 3.0)
+    with applied(base.components, loras):
+        found = ours(base, noise, guidance)
+    other = wrap(families.make(family), family)
+    other.pipe.load_lora_weights(str(tmp_path / "me.safetensors"))
+    negative = None if family == "sdxl" or "flux" in family else ""
+    torch.testing.assert_close(found, through_pipe(other, noise, guidance, negative), atol=1e-4, rtol=1e-3)
+    assert (found - ours(base, noise, guidance)).abs().max() > 1e-3
+
+
+def losses_of(base: Any, latents: torch.Tensor) -> torch.Tensor:
+    """One loss a sample, under whatever LoRA is applied."""
+    levels = torch.tensor([0.3, 0.8, 0.6])[: len(latents)]
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    conditioning = base.encode_prompts(["a [V] face", "a smiling [V] face", "a face"][: len(latents)])
+    return denoising(base, latents, conditioning, levels, torch.Generator(), draw=lambda shape, generator: noise)
+
+
+def test_a_batch_of_people_equals_one_by_one(base):
+    loras = random_loras(base, batch=3)
+    latents = noise_for(base, [3, 4, 5])
+    with torch.no_grad():
+        with applied(base.components, loras):
+            together = losses_of(base, latents)
+        with applied(base.components, loras.select(0)):
+            alone = losses_of(base, latents[:1])
+    torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_are_the_same_with_and_without_checkpointing(family):
+    latents, found = None, []
+    for checkpointing in (False, True):
+        base = wrap(families.make(family), family)
+        if checkpointing:
+            base.enable_checkpointing()
+        latents = noise_for(base, [3, 4])
+        loras = random_loras(base, batch=2).map(lambda tensor: tensor.clone().requires_grad_())
+        with applied(base.components, loras):
+            losses_of(base, latents).sum().backward()
+        found.append(loras)
+    plain, checkpointed = found
+    trained = [path for path in plain if plain[path].up.grad is not None]
+    assert len(trained) > 0.8 * len(plain)
+    for path in trained:
+        torch.testing.assert_close(checkpointed[path].up.grad, plain[path].up.grad, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(checkpointed[path].down.grad, plain[path].down.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_the_hooks_output_equals_merged_weights(base):
+    loras = random_loras(base)
+    latents = noise_for(base, [3, 4])
+    clone = copy.deepcopy(base)
+    modules = canonical_modules(clone.components)
+    with torch.no_grad():
+        for path, lora in loras.items():
+            modules[path].weight += lora.delta()
+        with applied(base.components, loras):
+            found = losses_of(base, latents)
+        torch.testing.assert_close(found, losses_of(clone, latents), atol=1e-3, rtol=1e-3)
+
+
+def test_the_forward_process_and_its_target_agree(base):
+    """What the denoiser is asked for, taken back from the noisy latents, gives the latents again."""
+    latents, noise = noise_for(base, [1, 2]), noise_for(base, [3, 4])
+    timesteps = base.steps_for(torch.tensor([0.4, 0.9]))
+    noisy, target = base.add_noise(latents, noise, timesteps), base.target(latents, noise, timesteps)
+    if base.family in ("sd3", "flux"):
+        level = (timesteps / 1000).reshape(-1, 1, 1, 1)
+        torch.testing.assert_close(level.flatten(), torch.tensor([0.4, 0.9]))
+        torch.testing.assert_close(noisy - level * target, latents, atol=1e-5, rtol=1e-5)
+        return
+    alpha = base.schedule.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+    back = alpha.sqrt() * noisy - (1 - alpha).sqrt() * target if base.schedule.config.prediction_type == "v_prediction" else None
+    if back is None:
+        back = (noisy - (1 - alpha).sqrt() * target) / alpha.sqrt()
+    torch.testing.assert_close(back, latents, atol=1e-4, rtol=1e-4)
+
+
+def people(base: Any) -> IdentityData:
+    """Six people of two pictures each, made up."""
+    who = torch.arange(6).repeat_interleave(2)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(12, *base.latent_shape(), generator=generator)
+    features = torch.randn(6, 4, 16, generator=generator)[who]
+    return IdentityData(latents, features, who, [f"p{i}" for i in range(6)], ["a face"] * 12, torch.ones(12, dtype=torch.bool))
+
+
+def test_all_five_stages(base, tmp_path):
+    short = TrainingConfig(steps=2, learning_rate=1e-2, max_grad_norm=0.0)
+    levels = NoiseLevels(mean=0.5)
+    latents = noise_for(base, [1, 2])
+    # 1. lightweight DreamBooth, with a text encoder where there is one
+    targets = (*base.default_targets, "text_encoder*.q_proj")
+    config = TrainLightConfig(targets=targets, lightweight=TOKENS, levels=levels, copies=2, training=short)
+    table, report = train_light(base, Subject(latents[None], "a face"), config, quiet=True)
+    assert report.finished
+    assert any(lora.up.abs().max() > 0 for path, lora in table(torch.tensor([0])).items() if path.startswith("text_encoder"))
+    # 2. pre-optimization
+    data = people(base)
+    settings = PreoptimizeConfig(lightweight=TOKENS, chunk=4, copies=1, training=short)
+    rows = preoptimize(base, data, settings, tmp_path)
+    assert len(rows) == 6
+    # 3. a hypernetwork of it, faithful, and one without a table
+    source = tiny_source(base)
+    for mode in ("faithful", "pro"):
+        training = TrainHypernetworkConfig(
+            mode=mode, lightweight=TOKENS, hypernetwork=DECODER, batch=2, training=TrainingConfig(steps=2, average=0.5)
+        )
+        known = read_table(tmp_path, table_fingerprint(base)) if mode == "faithful" else None
+        source, report = train_hypernetwork(base, source.encoder, data, training, validation=data, table=known)
+        assert report.finished
+        assert torch.isfinite(torch.tensor(report.validations[-1]["identity_gain"]))
+    # 4. a person of it, 5. and pictures
+    info = HyperNetworkInfo("tiny", {}, {}, {})
+    hdb = HyperDreamBooth(base, "tiny", source.eval(), info)
+    me = hdb.personalize(picture(), steps=2, rank=2, copies=1, quiet=True)
+    assert me.rank == 3
+    me.save(tmp_path / "me.safetensors")
+    images = hdb.generate("a [V] face", str(tmp_path / "me.safetensors"), steps=2, identity_guidance=2.0)
+    assert images[0].size == (base.size, base.size)
+    assert images[0].tobytes() != hdb.generate("a [V] face", steps=2, identity_guidance=2.0)[0].tobytes()
+
+
+def table_fingerprint(base: Any) -> str:
+    from hyperdreambooth.lightweight import LightweightLora
+
+    return LightweightLora(find_targets(base.components, base.default_targets), TOKENS).fingerprint()
+
+
+def test_a_base_in_bfloat16_trains_and_draws(family):
+    pipe = families.make(family)
+    base = wrap(pipe.to(torch.bfloat16), family)
+    loras = random_loras(base, batch=2).scaled(0.1).map(lambda tensor: tensor.clone().requires_grad_())
+    latents = noise_for(base, [3, 4])
+    with applied(base.components, loras):
+        losses = losses_of(base, latents)
+        losses.sum().backward()
+    assert losses.dtype == torch.float32
+    assert all(torch.isfinite(lora.up.grad).all() for lora in loras.values() if lora.up.grad is not None)
+    images = HyperDreamBooth(base, family).generate("a [V] face", loras.detach().select(0), steps=2)
+    assert images[0].size == (base.size, base.size)
+
+
+@pytest.mark.parametrize("absent", [(0,), (1,), (0, 1), (2,), (0, 2)])
+def test_sd3_without_some_of_its_text_encoders(absent):
+    torch.manual_seed(0)
+    base = wrap(families.sd3(absent=absent), "sd3")
+    torch.manual_seed(0)
+    whole = wrap(families.sd3(), "sd3")
+    found, full = base.encode_prompts([PROMPT]), whole.encode_prompts([PROMPT])
+    assert {key: value.shape for key, value in found.items()} == {
+        key: value.shape if key != "encoder_hidden_states" or set(absent) != {0, 1} else (1, 77 + 256, 32) for key, value in full.items()
+    }
+    pooled = found["pooled_projections"]
+    for index in (0, 1):
+        assert bool(pooled[:, 16 * index : 16 * (index + 1)].abs().max() > 0) == (index not in absent)
+    hdb = HyperDreamBooth(base, "sd3")
+    assert hdb.generate("a [V] face", steps=1)[0].size == (64, 64)
+
+
+def test_sd3_without_any_text_encoder_is_refused():
+    with pytest.raises(InputError, match="no text encoder at all"):
+        wrap(families.sd3(absent=(0, 1, 2)), "sd3")
+
+
+def test_a_base_that_lost_a_text_encoder_it_needs_is_refused(tmp_path):
+    families.make("sdxl").save_pretrained(tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "text_encoder_2")
+    with pytest.raises(InputError, match="no text_encoder_2"):
+        load_backbone(tmp_path / "base")
+
+
+def test_only_clips_paths_get_the_step_that_files_carry():
+    assert canonical("text_encoder.encoder.layers.0.mlp.fc1") == "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    assert canonical("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q") == "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
+
+
+def test_packing_is_what_flux_does_and_back():
+    from diffusers import FluxPipeline
+
+    latents = torch.randn(2, 4, 6, 8)
+    assert torch.equal(pack(latents), FluxPipeline._pack_latents(latents, 2, 4, 6, 8))
+    assert torch.equal(unpack(pack(latents), 6, 8), latents)
+
+
+def test_flux_dev_trains_at_an_embedded_guidance_of_one_and_draws_at_its_own():
+    base = wrap(families.make("flux-dev"), "flux")
+    noise = noise_for(base, [1])
+    assert base.encode_prompts(["a face"])["guidance"].tolist() == [1.0]
+    default, weaker = ours(base, noise, 1.0), ours(base, noise, 1.0, embedded_guidance=1.0)
+    assert (default - weaker).abs().max() > 1e-4
+    assert "guidance" not in wrap(families.make("flux-schnell"), "flux").encode_prompts(["a face"])
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3.5", "flux-dev"])
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_another_scheduler_solves_the_same_flow(name, scheduler):
+    base = wrap(families.make(name), name)
+    noise, prompts = noise_for(base, [1]), base.encode_prompts([PROMPT])
+    fine = sample(base, prompts, prompts, noise, steps=60, guidance=1.0)
+    other = sample(base, prompts, prompts, noise, steps=30, guidance=1.0, scheduler=scheduler)
+    coarse = sample(base, prompts, prompts, noise, steps=2, guidance=1.0)
+    assert (other - fine).abs().mean() < 0.3 * (coarse - fine).abs().mean()
+
+
+def test_a_scheduler_that_knows_no_flow_is_refused():
+    base = wrap(families.make("sd3"), "sd3")
+    prompts = base.encode_prompts([PROMPT])
+    with pytest.raises(InputError, match="flow matching"):
+        sample(base, prompts, prompts, noise_for(base, [1]), steps=2, scheduler="DDIMScheduler")
+
+
+def test_a_flow_scheduler_is_refused_where_nothing_flows(backbone):
+    prompts = backbone.encode_prompts([PROMPT])
+    with pytest.raises(InputError, match="isn't trained by flow matching"):
+        sample(backbone, prompts, prompts, noise_for(backbone, [1]), scheduler="FlowMatchEulerDiscreteScheduler")
+
+
+def test_sides_must_fit_the_family():
+    hdb = HyperDreamBooth(wrap(families.make("flux-schnell"), "flux"), "flux")
+    with pytest.raises(InputError, match="multiple of 16"):
+        hdb.generate("a face", config=GenerateConfig(width=72, steps=1))
+    assert hdb.generate("a face", config=GenerateConfig(width=96, steps=1))[0].size == (96, 64)
+
+
+def test_other_pipelines_and_predictions_are_refused():
+    pipe = families.make("sd1")
+    pipe.scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(InputError, match="epsilon or v prediction"):
+        wrap(pipe, "x")
+    with pytest.raises(InputError, match=r"x is a int; supported: StableDiffusionPipeline"):
+        wrap(3, "x")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from hyperdreambooth.backbones.architectures import FAMILIES, architecture
@@ -38,3 +40,16 @@ def test_attention_and_feed_forward_of_every_block_of_flux_and_sd3():
     assert len(medium) == len(sd3) + 13 * 4
     sdxl = find_targets(architecture("sdxl"), PRESETS["sdxl"]["attention"])
     assert len(sdxl) == 70 * 8
+
+
+def test_the_docs_tables_are_the_results_and_the_results_are_todays():
+    from benchmarks import families as tables
+
+    text = tables.DOCS.read_text(encoding="utf-8")
+    for table in (tables.families_table(), tables.memory_table(), tables.full_size_table()):
+        assert table in text
+    for row in json.loads((tables.RESULTS / "families.json").read_text(encoding="utf-8")):
+        shapes = find_targets(architecture(row["base"]), PRESETS[FAMILIES[row["base"]][0]][row["preset"]])
+        assert row["layers"] == len(shapes)
+        assert row["lora_variables"] == sum(shape.inputs + shape.outputs for shape in shapes.values())
+        assert row["five_stages"] == "passed"

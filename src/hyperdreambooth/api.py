@@ -11,6 +11,7 @@ images = hdb.generate("a pencil sketch of a [V] face", me, seed=0)
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from .assets import toon
 from .backbones import Backbone, load_backbone
 from .errors import InputError
 from .lightweight import LightweightLora
-from .lora import LoraSet, find_targets
+from .lora import LoraSet, find_targets, update_norms
 from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork
 from .sources import PredictedLora
 from .stages.generate import GenerateConfig, generate
@@ -64,6 +65,10 @@ class Person:
     @property
     def rank(self) -> int:
         return max(lora.rank for lora in self.loras.values())
+
+    def strengths(self) -> dict[str, float]:
+        """How strongly each layer is changed: its update's Frobenius norm."""
+        return {path: update_norms(LoraSet({path: lora})).sqrt().item() for path, lora in self.loras.items()}
 
     def save(
         self, path: str | Path, *, layout: formats.Layout = "diffusers", dtype: torch.dtype = torch.float16, overwrite: bool = False
@@ -169,6 +174,7 @@ class HyperDreamBooth:
         prompt: str | None = None,
         targets: Sequence[str] = (),
         directory: str | Path | None = None,
+        on_step: Callable[[int, LoraSet], bool] | None = None,
         quiet: bool = False,
         config: PersonalizeConfig | None = None,
         **changes: Any,
@@ -182,6 +188,8 @@ class HyperDreamBooth:
                 person. Default: the person alone.
             targets: layers to train without a hypernetwork; default: the base's own.
             directory: where an interrupted fine-tuning resumes from.
+            on_step: called after every fine-tuning step with the number of steps done and the person's update so far, which
+                `generate` takes; where it returns True, that update is the result. Called in this thread, between two steps.
         """
         config = self.personalize_config(config, steps=steps, **changes)
         pixels, _ = self.read_photos(files, crop=crop, face=face)
@@ -194,17 +202,24 @@ class HyperDreamBooth:
         # fp32 for what is trained and for its latents, whatever the base's precision
         subject = Subject(self.backbone.encode_images(pixels)[None].float(), shown)
         chosen = find_targets(self.backbone.components, targets or self.backbone.default_targets) if predicted is None else None
-        loras, report = personalize(self.backbone, subject, predicted, config, targets=chosen, directory=directory, quiet=quiet)
+
+        def single(loras: LoraSet) -> LoraSet:
+            return loras.select(0) if predicted is not None else loras
+
+        step = (lambda done, loras: on_step(done, single(loras))) if on_step else None
+        loras, report = personalize(
+            self.backbone, subject, predicted, config, targets=chosen, directory=directory, on_step=step, quiet=quiet
+        )
         seconds["finetune"] = time.perf_counter() - started
         started = time.perf_counter()
-        merged = finish(loras.select(0) if predicted is not None else loras)
+        merged = finish(single(loras))
         seconds["export"] = time.perf_counter() - started
         return Person(
             merged,
             self.base,
             self.identifier,
             self.prompt,
-            predicted=predicted.select(0) if predicted is not None else None,
+            predicted=single(predicted) if predicted is not None else None,
             tokens=tokens.cpu() if tokens is not None else None,
             lightweight=self.source.lightweight if self.source else None,
             losses=report.losses,
@@ -217,14 +232,32 @@ class HyperDreamBooth:
         if formats.is_tokens(path):
             if self.source is None:
                 raise InputError(f"{path} is a token file, and there is no hypernetwork here to read it with.")
-            tokens = formats.read_tokens(path, self.source.lightweight)
-            predicted = self.source.lightweight(tokens[None].to(self.device)).detach().select(0)
-            return Person(finish(predicted), self.base, self.identifier, self.prompt, predicted, tokens, self.source.lightweight)
+            return self._from_tokens(formats.read_tokens(path, self.source.lightweight), self.source.lightweight)
         file = formats.read_lora(path, self.backbone.components)
         check_targets(file.shapes(), self.backbone, str(path))
         loras = file.loras.map(lambda tensor: tensor.to(self.device, torch.float32))
         identifier = file.metadata.get("hyperdreambooth.identifier", self.identifier)
         return Person(loras, self.base, identifier, self.prompt, metadata=file.metadata)
+
+    def mix(self, people: Sequence[tuple[Person, float]]) -> Person:
+        """One person out of several, each with a weight.
+
+        Their tokens are mixed where all of them have some (fine-tuning isn't in those), else the updates are added up. Raises
+        InputError for nobody.
+        """
+        if not people:
+            raise InputError("there is nobody to mix.")
+        tokens = [(person.tokens, weight) for person, weight in people if person.tokens is not None]
+        if self.source and len(tokens) == len(people):
+            return self._from_tokens(formats.mix_tokens(tokens), self.source.lightweight)
+        total = LoraSet()
+        for person, weight in people:
+            total = total + person.loras.scaled(weight)
+        return Person(finish(total), self.base, people[0][0].identifier, self.prompt)
+
+    def _from_tokens(self, tokens: Tensor, lightweight: LightweightLora) -> Person:
+        predicted = lightweight(tokens[None].to(self.device)).detach().select(0)
+        return Person(finish(predicted), self.base, self.identifier, self.prompt, predicted, tokens, lightweight)
 
     def styles(self, files: Sequence[str | Path | tuple[str | Path, float]]) -> LoraSet:
         """The weighted sum of style LoRAs."""
@@ -265,6 +298,17 @@ class HyperDreamBooth:
             self.backbone, texts, seeds, config, personal=loras, styles=self.styles(styles) if styles else None, on_picture=on_picture
         )
         return photos.to_images(pixels)
+
+    def picture_metadata(self, prompt: str, seed: int, config: GenerateConfig, loras: Sequence[tuple[str, float]]) -> dict[str, str]:
+        """What a PNG carries: how it was made, and that a machine made it (IPTC's digital source type, in XMP)."""
+        made = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("seed", "count", "batch")}
+        settings = {"prompt": prompt, "seed": seed, **made, "base": self.base, "loras": [list(lora) for lora in loras]}
+        source = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+        xmp = (
+            '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+            f'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType="{source}"/></rdf:RDF></x:xmpmeta>'
+        )
+        return {"Software": "hyperdreambooth", "ai_generated": "true", "hyperdreambooth": json.dumps(settings), "XML:com.adobe.xmp": xmp}
 
 
 def _changed(config: C, changes: dict[str, Any]) -> C:

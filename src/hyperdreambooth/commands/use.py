@@ -23,7 +23,7 @@ from ..progress import Progress, say
 from ..stages.generate import GenerateConfig
 from ..stages.personalize import PersonalizeConfig, finish
 from ..stages.preoptimize import read_table
-from .common import Flat, Machine, Output, as_json, picture_metadata, refuse_existing
+from .common import Flat, Machine, Output, as_json, refuse_existing
 
 
 @dataclass
@@ -93,7 +93,7 @@ def run_personalize(args: Personalize) -> None:
         say(f"{args.tokens}: {args.tokens.stat().st_size / 1e3:.0f} KB")
     picture = hdb.generate(args.preview or me.prompt, me, seed=config.seed)[0]
     preview = args.output.with_suffix(".png")
-    metadata = picture_metadata(hdb, args.preview or me.prompt, config.seed, hdb.generate_config(), [(str(args.output), 1.0)])
+    metadata = hdb.picture_metadata(args.preview or me.prompt, config.seed, hdb.generate_config(), [(str(args.output), 1.0)])
     photos.save_png(picture, preview, metadata, overwrite=True)
     write_json(args.output.with_suffix(".json"), as_json(args))
     took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in me.seconds.items())
@@ -151,7 +151,7 @@ def run_generate(args: Generate) -> None:
         images = hdb.generate(args.prompts, me, styles=styles, config=config, on_picture=progress.update)
     for index, (file, image) in enumerate(zip(files, images, strict=True)):
         prompt, seed = args.prompts[index // config.count], config.seed + index % config.count
-        photos.save_png(image, file, picture_metadata(hdb, prompt, seed, config, [*loras[:1], *styles]), overwrite=args.overwrite)
+        photos.save_png(image, file, hdb.picture_metadata(prompt, seed, config, [*loras[:1], *styles]), overwrite=args.overwrite)
         say(f"{file}: {prompt} (seed {seed})")
     if len(images) > 1:
         rows = [images[i : i + config.count] for i in range(0, len(images), config.count)]
@@ -221,7 +221,7 @@ def _from_table(args: Export) -> Person:
 
 @dataclass
 class Mix:
-    """Blend the token files of several people: FILE:WEIGHT each.
+    """Blend several people's token files, or LoRAs: FILE:WEIGHT each.
 
     hyperdreambooth mix alice.tokens:0.5 bob.tokens:0.5 -o both.safetensors
     """
@@ -244,12 +244,7 @@ class Mix:
 def run_mix(args: Mix) -> None:
     refuse_existing(args.output, args.overwrite)
     hdb = args.machine.open(args.base, args.hypernetwork)
-    if hdb.source is None:
-        raise InputError(f"there is no hypernetwork for {args.base}, so there are no token files to mix.")
-    parts = [(formats.read_tokens(file, hdb.source.lightweight), weight) for file, weight in map(weighted, args.files)]
-    tokens = formats.mix_tokens(parts)
-    loras = finish(hdb.source.lightweight(tokens[None]).detach().select(0))
-    me = Person(loras, hdb.base, hdb.identifier, hdb.prompt, tokens=tokens, lightweight=hdb.source.lightweight)
+    me = hdb.mix([(hdb.load(file), weight) for file, weight in map(weighted, args.files)])
     me.save(args.output, overwrite=args.overwrite)
     say(f"{args.output}: {' + '.join(args.files)}")
     if args.tokens:

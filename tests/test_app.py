@@ -205,12 +205,12 @@ def test_bad_photos_are_one_sentence(connect, tmp_path, name, content, words):
 
 def test_what_is_missing_is_one_sentence(connect, face, tmp_path):
     client = connect()
-    refused(client, "no photo yet", 1, True, api_name="/personalize")
-    refused(client, "nobody to draw", "a [V] face", **DRAW, api_name="/draw")
+    refused(client, "There is no photo yet", 1, True, api_name="/personalize")
+    refused(client, "nobody to draw yet", "a [V] face", **DRAW, api_name="/draw")
     refused(client, "nobody to mix", None, 1, 0.5, False, api_name="/mix")
     refused(client, "no example face 99", 99, api_name="/example")
     client.predict(photo(face), 1, api_name="/look")
-    refused(client, "the person agrees", 1, False, api_name="/personalize")
+    refused(client, "Tick that you are", 1, False, api_name="/personalize")
     refused(client, "9 photos", photo(face) * 9, 1, api_name="/look")
     refused(client, "no prompt", " \n ", **DRAW, api_name="/compare")
     refused(client, "pictures are more than", "\n".join("abcdefg"), **{**DRAW, "count": 8}, api_name="/compare")

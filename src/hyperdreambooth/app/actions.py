@@ -49,7 +49,9 @@ def plainly(action: Callable[..., Any]) -> Callable[..., Any]:
 
     def sentence(self: Actions, error: Exception) -> gr.Error:
         if isinstance(error, (InputError, TrainingError)):
-            return gr.Error(html.escape(self.without_folders(str(error))), duration=None, print_exception=False)
+            text = self.without_folders(str(error))
+            text = text if "." in text.split()[0] else text[0].upper() + text[1:]  # a file's name keeps its case
+            return gr.Error(html.escape(text), duration=None, print_exception=False)
         log.exception("%s failed", action.__name__, exc_info=error)
         text = "Something went wrong on the server, whose log says what. Nothing that you made is lost: try again."
         return gr.Error(text, duration=None, print_exception=False)

@@ -23,6 +23,8 @@ CSS = """
   grid-template-columns: repeat(auto-fill, minmax(var(--cell), 1fr)) !important; grid-template-rows: none !important; grid-auto-rows: auto !important;
   padding: .3rem; gap: .5rem; max-width: none
 }
+.hdb-three .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important }
+.hdb-two .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important }
 .hdb-pictures .gallery-item, .hdb-faces .gallery-item { max-width: 14rem }
 .hdb-faces .thumbnail-lg { aspect-ratio: 1; height: auto }
 .hdb-pictures .thumbnail-lg { aspect-ratio: auto; height: auto; display: flex; flex-direction: column }
@@ -134,6 +136,8 @@ def build(actions: Actions) -> gr.Blocks:
                 stop_drawing = gr.Button("Stop", elem_id="stop-drawing")
             drawing = gr.HTML(elem_id="drawing")
             pictures = _pictures("pictures")
+            # a prompt a row: without the LoRA, the prediction where there is one, with the LoRA
+            compared = _pictures("compared", "hdb-three" if hdb.source else "hdb-two")
 
             gr.Markdown(
                 "## 4. Mix two people\nGive a second person; the mix is who is drawn from then on. Fine-tuning isn't in a mix of two predictions."
@@ -186,7 +190,7 @@ def build(actions: Actions) -> gr.Blocks:
                 actions.draw, [*order, gr.State(False)], [drawing, pictures], api_name="draw", **job
             ),
             compare.click(actions.begin, None, drawing, queue=False, **private).success(
-                actions.draw, [*order, gr.State(True)], [drawing, pictures], api_name="compare", **job
+                actions.draw, [*order, gr.State(True)], [drawing, compared], api_name="compare", **job
             ),
             mix.click(actions.mix, [second, second_example, share, consent], [mixing, mixed], api_name="mix", **job),
         ]
@@ -199,14 +203,14 @@ def build(actions: Actions) -> gr.Blocks:
     return page
 
 
-def _pictures(name: str) -> gr.Gallery:
+def _pictures(name: str, columns: str = "") -> gr.Gallery:
     return gr.Gallery(
         show_label=False,
         interactive=False,
         object_fit="contain",
         buttons=["download", "fullscreen"],
         elem_id=name,
-        elem_classes="hdb-pictures",
+        elem_classes=["hdb-pictures", columns],
     )
 
 

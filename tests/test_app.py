@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 import zipfile
@@ -29,6 +30,7 @@ from worlds.toon import pictures
 from .conftest import picture
 from .test_photos import png_header
 
+ROOT = Path(__file__).parents[1]
 DRAW = {"seed": 3, "count": 1, "strength": 1, "guidance": 2, "identity": 2, "steps": 1, "scheduler": "", "styles": [], "style_weight": 0.7}
 
 
@@ -124,6 +126,22 @@ def test_the_whole_way(connect, face, tmp_path, world):
     assert "Tokens" in other.predict(api_name="/explain")[0]
     other.predict(handle_file(files["person.safetensors"]), 0, 0.5, False, api_name="/mix")
     assert "Tokens" not in other.predict(api_name="/explain")[0], "a LoRA has none, so the updates are added up"
+
+
+def test_the_docs_example_runs(server, face):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "app.md").read_text(encoding="utf-8"), re.S).group(1)
+    for theirs, here in (
+        ("http://127.0.0.1:7860/", server.url),
+        ("face.png", str(face)),
+        ("predict(25", "predict(1"),
+        ("steps=10", "steps=1"),
+    ):
+        assert theirs in code
+        code = code.replace(theirs, here)
+    found: dict[str, object] = {}
+    exec(compile(code, "docs/app.md", "exec"), found)
+    assert len(found["pictures"]) == 2
+    server.visits.end(found["client"].session_hash)
 
 
 def test_style_loras_and_schedulers(connect, face):

@@ -150,7 +150,8 @@ def test_the_whole_way(visitor, tmp_path):
     assert not page.locator(".toast-body").count()
     docs = shoot(page, "desktop")
     if DOCS:
-        crop(docs, page.locator("#personalize").bounding_box()["y"] - 620, page.locator("#files").bounding_box()["y"] - 420)
+        place = page.locator("#previews").bounding_box()
+        crop(docs, place["y"] + page.evaluate("scrollY") + place["height"] + 12)
         record(first, whole)
 
     with page.expect_download() as caught:
@@ -312,11 +313,10 @@ def test_the_keyboard_alone(visitor):
     tab_to("#files a")
 
 
-def crop(shot: Path, top: float, bottom: float) -> None:
+def crop(shot: Path, bottom: float) -> None:
+    """The page's upper part for the docs."""
     with Image.open(shot) as image:
-        image.crop((80, max(0, round(top)), image.width - 80, min(image.height, round(bottom)))).save(
-            ROOT / "docs" / "app.png", optimize=True
-        )
+        image.convert("RGB").crop((80, 0, image.width - 80, round(bottom))).save(ROOT / "docs" / "app.png", optimize=True)
 
 
 def record(first: float, whole: float) -> None:

@@ -47,6 +47,12 @@ def write_zip(file: Path, sheet: Path, pictures: list[Picture]) -> None:
             archive.write(picture.file, f"{index + 1:03d}-{picture.file.name}")
 
 
+def block(path: str) -> str:
+    """A layer's block: down_blocks.0, mid_block, ..."""
+    parts = path.split(".")
+    return ".".join(parts[: 3 if parts[1].endswith("blocks") else 2]).removeprefix("unet.")
+
+
 def explain(me: Person) -> tuple[str, pd.DataFrame, pd.DataFrame | None]:
     """Sizes and times in words (Markdown), each layer's change, and the loss over steps where any were made."""
     numbers = sum(lora.down.numel() + lora.up.numel() for lora in me.loras.values())
@@ -63,7 +69,7 @@ def explain(me: Person) -> tuple[str, pd.DataFrame, pd.DataFrame | None]:
         {
             "layer": range(1, len(strengths) + 1),
             "strength": list(strengths.values()),
-            "block": [".".join(path.split(".")[: 3 if "blocks" in path else 2]) for path in strengths],
+            "block": [block(path) for path in strengths],
             "name": list(strengths),
         }
     )

@@ -128,6 +128,29 @@ def test_the_whole_way(connect, face, tmp_path, world):
     assert "Tokens" not in other.predict(api_name="/explain")[0], "a LoRA has none, so the updates are added up"
 
 
+def test_where_there_are_several_faces_one_is_chosen(connect, tmp_path):
+    skimage = pytest.importorskip("skimage")
+    Image.fromarray(skimage.data.astronaut()).save(tmp_path / "eileen.jpg")  # the cascade also takes a badge for a face
+    client = connect()
+    assert "2 faces, took the largest; change the face" in client.predict(photo(tmp_path / "eileen.jpg"), 1, api_name="/look")[1]
+    assert "face 2 is taken" in client.predict(photo(tmp_path / "eileen.jpg"), 2, api_name="/look")[1]
+    refused(client, "there is no face 3; 2 were found", photo(tmp_path / "eileen.jpg"), 3, api_name="/look")
+
+
+def test_a_base_without_a_hypernetwork(world, face):
+    running = app.start(HyperDreamBooth.from_pretrained(world / "base", hypernetwork=None, device="cpu"), port=free_port())
+    try:
+        client = Client(running.url, verbose=False)
+        client.predict(1, api_name="/example")
+        refused(client, "Choose more steps", 0, False, api_name="/personalize")
+        assert names(client.predict(2, False, api_name="/personalize")[1]) == ["step 1", "fine-tuned"]
+        compared = client.predict("a [V] face", **DRAW, api_name="/compare")[1]
+        assert [str(name).split(":")[0] for name in names(compared)] == ["without the LoRA", "with the LoRA"]
+        assert not any(file.endswith(".tokens") for file in client.predict(api_name="/take"))
+    finally:
+        running.close()
+
+
 def test_the_docs_example_runs(server, face):
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "app.md").read_text(encoding="utf-8"), re.S).group(1)
     for theirs, here in (

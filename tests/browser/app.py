@@ -237,8 +237,15 @@ def test_stop_and_reload_in_the_middle(visitor):
     example(page, 6)
     page.click("#personalize")
     says(page, "#progress", "step [3-9] of 400")
+    source = page.locator("#previews img").first.get_attribute("src")
+    assert page.request.get(source).status == 200
     page.reload()
     page.wait_for_selector("#examples img")
+    for _ in range(60):  # the earlier visit is over, and its files with it
+        if page.request.get(source).status != 200:
+            break
+        page.wait_for_timeout(500)
+    assert page.request.get(source).status != 200
     example(page, 7)
     set_steps(page, 0)
     page.click("#personalize")

@@ -37,10 +37,7 @@ MAX_PICTURES = 48
 """Pictures of one order."""
 KEPT = 200
 """Pictures of one visit; the oldest go first."""
-WORDS = {
-    "--crop center for the middle of the picture": "one in which the face is larger",
-    "--face N takes another": "change the face's number",
-}
+WORDS = {"--face N takes another": "change the face's number"}
 """Errors that name flags of the command line, in the page's words."""
 
 

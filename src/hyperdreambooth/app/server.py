@@ -33,12 +33,20 @@ SWEEP = 60
 class Server:
     """A running page. `url` is where; `close` ends it and deletes all that was uploaded and made."""
 
-    def __init__(self, page: gr.Blocks, url: str, visits: Visits):
-        self.page, self.url, self.visits = page, url, visits
+    def __init__(self, page: gr.Blocks, url: str, visits: Visits, cache: str | None):
+        self.page, self.url, self.visits, self.cache = page, url, visits, cache
 
     def close(self) -> None:
         self.page.close(verbose=False)
         shutil.rmtree(self.visits.root, ignore_errors=True)
+        restore(self.cache)
+
+
+def restore(cache: str | None) -> None:
+    """Gradio knows the folder of its files by the environment: gives it back to whoever had it."""
+    os.environ.pop("GRADIO_TEMP_DIR", None)
+    if cache is not None:
+        os.environ["GRADIO_TEMP_DIR"] = cache
 
 
 def start(
@@ -61,6 +69,7 @@ def start(
     """
     check_host(host, auth)
     visits = Visits(Path(tempfile.mkdtemp(prefix="hyperdreambooth-")).resolve(), toon.directory("faces").resolve())
+    cache = os.environ.get("GRADIO_TEMP_DIR")
     os.environ["GRADIO_TEMP_DIR"] = str(visits.root)
 
     @contextlib.asynccontextmanager
@@ -100,8 +109,9 @@ def start(
         )
     except OSError as error:
         shutil.rmtree(visits.root, ignore_errors=True)
+        restore(cache)
         raise InputError(f"port {port or '7860 and the hundred after it'} can't be used on {host}. Give another with --port.") from error
-    return Server(page, url, visits)
+    return Server(page, url, visits, cache)
 
 
 def check_host(host: str, auth: object) -> None:

@@ -1,7 +1,7 @@
 """What the page's buttons do, and what Gradio's clients may call: the Python API, one visitor at a time.
 
-Long jobs are generators: what they yield is shown at once. A model carries one LoRA at a time, so every use of it holds
-`Actions.model`. What a visitor got wrong is one sentence; anything else is logged here and said to be so there.
+Long jobs are generators: what they yield is shown at once. A model carries one LoRA at a time, so all use of it is in the one
+thread of `Actions.model` (which also spares torch a set of threads, and memory, for every thread that Gradio calls from). What a visitor got wrong is one sentence; anything else is logged here and said to be so there.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import html
 import inspect
 import logging
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ class Actions:
 
     def __init__(self, hdb: HyperDreamBooth, visits: Visits):
         self.hdb, self.visits = hdb, visits
-        self.model = threading.Lock()
+        self.model = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.palette = toon.palette()
 
     def visit(self, request: gr.Request) -> Visit:
@@ -107,6 +106,9 @@ class Actions:
         for flag, words in WORDS.items():
             text = text.replace(flag, words)
         return text
+
+    def _on_model(self, work: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        return self.model.submit(work, *args, **more).result()
 
     @plainly
     def enter(self, request: gr.Request) -> None:
@@ -187,24 +189,24 @@ class Actions:
             shown: Shown = []
             if self.hdb.source is not None:
                 yield bar("Predicting ..."), []
-                with self.model:
-                    visit.mine = visit.me = self.hdb.personalize(visit.pixels, steps=0, quiet=True)
-                    shown += self._preview(visit, visit.me, "prediction")
+                visit.mine = visit.me = me = self._on_model(self.hdb.personalize, visit.pixels, steps=0, quiet=True)
+                shown += self._on_model(self._preview, visit, me, "prediction")
                 yield bar("This is the prediction."), shown
             if not visit.stop.is_set():
                 yield from self._fine_tune(visit, total, shown)
             me = visit.me
-            assert me is not None
+            if me is None:
+                raise InputError("it was stopped before there was anything to keep.")
             done, seconds = me.metadata["hyperdreambooth.steps"], sum(me.seconds.values())
             yield bar(f"Done: {done} steps in {seconds:.0f} s, a LoRA of rank {me.rank} for {len(me.loras)} layers."), shown
 
     def _preview(self, visit: Visit, person: Person | LoraSet, label: str) -> Shown:
-        """The person as such, drawn with the model that the caller holds."""
+        """The person as such, drawn in the model's thread."""
         image = self.hdb.generate(self.hdb.prompt, person, seed=0)[0]
         return [(str(self._keep(visit, image, self.hdb.prompt, 0, label).file), label)]
 
     def _fine_tune(self, visit: Visit, total: int, shown: Shown) -> Iterator[tuple[str, Shown]]:
-        """Runs in a thread of its own, so that its steps can be shown; where nobody listens any more, it ends."""
+        """Shows the steps as they are made; where nobody listens any more, they end."""
         if not total:
             return
         news: queue.Queue[tuple[int, Shown]] = queue.Queue()
@@ -217,27 +219,26 @@ class Actions:
 
         def work() -> tuple[Person, Shown]:
             assert visit.pixels is not None
-            with self.model:
-                me = self.hdb.personalize(visit.pixels, steps=total, on_step=on_step, quiet=True)
-                return me, self._preview(visit, me, "fine-tuned")
+            me = self.hdb.personalize(visit.pixels, steps=total, on_step=on_step, quiet=True)
+            return me, self._preview(visit, me, "fine-tuned")
 
-        with ThreadPoolExecutor(1) as pool:
-            job = pool.submit(work)
-            try:
-                yield bar("Fine-tuning ...", 0, total), shown
-                while not (job.done() and news.empty()):
-                    try:
-                        done, preview = news.get(timeout=0.1)
-                    except queue.Empty:
-                        continue
-                    shown += preview
-                    left = (time.monotonic() - started) / done * (total - done)
-                    yield bar(f"Fine-tuning: step {done} of {total}, about {left:.0f} s left", done, total), shown
-                me, preview = job.result()
-                visit.mine = visit.me = me
+        job = self.model.submit(work)
+        try:
+            yield bar("Fine-tuning ...", 0, total), shown
+            while not (job.done() and news.empty()):
+                try:
+                    done, preview = news.get(timeout=0.1)
+                except queue.Empty:
+                    continue
                 shown += preview
-            finally:  # also where the tab was closed
-                visit.stop.set()
+                left = (time.monotonic() - started) / done * (total - done)
+                yield bar(f"Fine-tuning: step {done} of {total}, about {left:.0f} s left", done, total), shown
+            me, preview = job.result()
+            visit.mine = visit.me = me
+            shown += preview
+        finally:  # also where the tab was closed
+            visit.stop.set()
+            wait([job])
 
     @plainly
     def load(self, file: str | None, request: gr.Request) -> tuple[str, Shown]:
@@ -245,9 +246,8 @@ class Actions:
         visit = self.visit(request)
         if not file:
             return "", []
-        with self.model:
-            visit.mine = visit.me = me = self.hdb.load(file)
-            shown = self._preview(visit, me, "loaded")
+        visit.mine = visit.me = me = self._on_model(self.hdb.load, file)
+        shown = self._on_model(self._preview, visit, me, "loaded")
         return bar(f"Loaded {Path(file).name}: rank {me.rank}, {len(me.loras)} layers."), shown
 
     @plainly
@@ -261,14 +261,13 @@ class Actions:
         photo = file and Path(file).suffix.lower() in photos.SUFFIXES
         if photo and not consent:
             raise InputError("tick that you are the person in the photo or that the person agrees. Faces are personal.")
-        with self.model:
-            if file and not photo:
-                second = self.hdb.load(file)
-            else:
-                face = self._understand(file, None)[0] if file else example_face(example or 1)
-                second = self.hdb.personalize(face, steps=0, quiet=True)
-            visit.me = self.hdb.mix([(visit.mine, 1 - share), (second, share)])
-            shown = self._preview(visit, visit.me, f"{100 * share:.0f} % the second person")
+        if file and not photo:
+            second = self._on_model(self.hdb.load, file)
+        else:
+            face = self._understand(file, None)[0] if file else example_face(example or 1)
+            second = self._on_model(self.hdb.personalize, face, steps=0, quiet=True)
+        visit.me = self._on_model(self.hdb.mix, [(visit.mine, 1 - share), (second, share)])
+        shown = self._on_model(self._preview, visit, visit.me, f"{100 * share:.0f} % the second person")
         return bar("The mix is who is drawn now. Slide to 0 for the first person alone."), shown
 
     @plainly
@@ -319,8 +318,7 @@ class Actions:
             for prompt, number, label, person in orders:
                 if visit.stop.is_set():
                     break
-                with self.model:
-                    image = self.hdb.generate(prompt, person, seed=number, styles=files, config=config)[0]
+                image = self._on_model(self.hdb.generate, prompt, person, seed=number, styles=files, config=config)[0]
                 loras = [("person", strength), *((Path(file).name, weight) for file, weight in files)]
                 picture = self._keep(visit, image, prompt, number, label, config, loras if person else loras[1:])
                 shown.append((str(picture.file), f"{label}: " * bool(label) + f"{prompt} (seed {number})"))

@@ -37,6 +37,8 @@ class Server:
         self.page, self.url, self.visits, self.cache = page, url, visits, cache
 
     def close(self) -> None:
+        for session in list(self.visits.visits):
+            self.visits.end(session)
         self.page.close(verbose=False)
         shutil.rmtree(self.visits.root, ignore_errors=True)
         restore(self.cache)

@@ -252,6 +252,9 @@ def test_what_is_missing_is_one_sentence(connect, face, tmp_path):
     refused(client, "no example face 99", 99, api_name="/example")
     client.predict(photo(face), 1, api_name="/look")
     refused(client, "Tick that you are", 1, False, api_name="/personalize")
+    client.predict(1, api_name="/example")
+    client.predict([], 2, api_name="/look")  # the face's number was changed, which is nothing to an example
+    assert client.predict(0, False, api_name="/personalize")
     refused(client, "9 photos", photo(face) * 9, 1, api_name="/look")
     refused(client, "no prompt", " \n ", **DRAW, api_name="/compare")
     refused(client, "pictures are more than", "\n".join("abcdefg"), **{**DRAW, "count": 8}, api_name="/compare")

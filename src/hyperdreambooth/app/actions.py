@@ -132,9 +132,11 @@ class Actions:
         return bar("Waiting for a turn ...")
 
     @plainly
-    def look(self, uploaded: list[tuple[str, str | None]] | None, face: float | None, request: gr.Request) -> tuple[Shown, str]:
+    def look(self, uploaded: list[tuple[str, str | None]] | None, face: float | None, request: gr.Request) -> tuple[Any, Any]:
         """Photos as the method will see them, and what was understood."""
         visit = self.visit(request)
+        if not uploaded and not visit.needs_consent:  # an example face stays who it is
+            return gr.skip(), gr.skip()
         visit.pixels, visit.needs_consent = None, True
         if not uploaded:
             return [], bar("What is understood of the photo appears here.")
@@ -197,7 +199,7 @@ class Actions:
             me = visit.me
             if me is None:
                 raise InputError("it was stopped before there was anything to keep.")
-            done, seconds = me.metadata["hyperdreambooth.steps"], sum(me.seconds.values())
+            done, seconds = me.metadata.get("hyperdreambooth.steps", 0), sum(me.seconds.values())
             yield bar(f"Done: {done} steps in {seconds:.0f} s, a LoRA of rank {me.rank} for {len(me.loras)} layers."), shown
 
     def _preview(self, visit: Visit, person: Person | LoraSet, label: str) -> Shown:

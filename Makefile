@@ -4,14 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 MINUTES ?= 170
 
-.PHONY: demo test check weights evaluate clean
+.PHONY: demo app test test-app check weights evaluate clean
 
 # personalize a face nobody trained on, and draw it in new pictures: demo/index.html
 demo: $(VENV)/installed
 	$(BIN)/hyperdreambooth demo -o demo --overwrite
 
+# the page in the browser, on this machine alone
+app: $(VENV)/installed-app
+	$(BIN)/hyperdreambooth app
+
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# the page in a real browser, some minutes; needs Chromium (Debian: apt-get install chromium; elsewhere CHROMIUM=path/to/it)
+test-app: $(VENV)/installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[app-tests]"
+	$(BIN)/python -m pytest tests/browser/app.py -s
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -28,6 +37,10 @@ evaluate: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-app: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[app]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

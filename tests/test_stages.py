@@ -64,6 +64,23 @@ def test_finished_update_has_the_relaxed_rank(backbone):
         torch.testing.assert_close(merged[path].delta(), found.select(0)[path].delta(), atol=1e-4, rtol=1e-3)
 
 
+def test_fine_tuning_shows_itself_and_keeps_what_there_is_where_it_is_stopped(backbone):
+    predicted = random_loras(backbone, batch=1, rank=1)
+    shown = []
+
+    def on_step(done, loras):
+        shown.append(loras)
+        return done == 2
+
+    config = PersonalizeConfig(steps=5, rank=2)
+    found, report = personalize(backbone, Subject(latents(1, 1), "a [V] face"), predicted, config, on_step=on_step, quiet=True)
+    assert (report.steps, len(shown)) == (2, 2)
+    path = next(iter(found))
+    torch.testing.assert_close(found[path].delta(), shown[1][path].delta())
+    assert not torch.equal(shown[0][path].delta(), shown[1][path].delta())
+    assert not found[path].up.requires_grad
+
+
 def test_prior_preservation_generates_its_own_pictures_and_changes_the_result(backbone):
     x, predicted = latents(1, 1), random_loras(backbone, batch=1, rank=1)
     plain, _ = personalize(backbone, Subject(x, "a [V] face"), predicted, PersonalizeConfig(steps=2), quiet=True)

@@ -73,6 +73,24 @@ def test_training_learns_and_resuming_is_exact(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_a_callback_sees_every_step_and_stops_where_it_says_so(tmp_path):
+    whole = model()
+    fit(step, whole, batches, CONFIG, quiet=True, device="cpu")
+    seen = []
+
+    def on_step(done: int) -> bool:
+        seen.append(done)
+        return done == 5
+
+    report = fit(step, model(), batches, CONFIG, directory=tmp_path, on_step=on_step, quiet=True, device="cpu")
+    assert seen == [1, 2, 3, 4, 5]
+    assert (report.steps, report.finished) == (5, False)
+    resumed = model()
+    assert fit(step, resumed, batches, CONFIG, directory=tmp_path, quiet=True, device="cpu").finished
+    for a, b in zip(weights(whole), weights(resumed), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at", [5, 12])
 def test_a_signal_between_an_update_and_its_count_loses_nothing(tmp_path, number, at):

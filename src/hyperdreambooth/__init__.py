@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .api import HyperDreamBooth, Person
+    from .api import HyperDreamBooth
+    from .person import Person
 
 __version__ = "0.1.0"
 __all__ = ["HyperDreamBooth", "Person", "__version__"]

@@ -11,11 +11,11 @@ images = hdb.generate("a pencil sketch of a [V] face", me, seed=0)
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,8 +28,8 @@ from .assets import toon
 from .backbones import Backbone, load_backbone
 from .errors import InputError
 from .hub import push
-from .lightweight import LightweightLora
 from .lora import LoraSet, find_targets
+from .person import PLACEHOLDER, Person
 from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork, save_hypernetwork
 from .sources import PredictedLora
 from .stages.describe import describe
@@ -41,85 +41,8 @@ Files = Sequence[str | Path] | str | Path
 Photos = Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor
 """One photo or several: files, pictures, or what `read_photos` made of them."""
 C = TypeVar("C", PersonalizeConfig, GenerateConfig)
-PLACEHOLDER = "[V]"
-"""Stands for the person in prompts, whatever the base's own rare token is."""
 RARE_TOKEN = "ohwx"
 """Names the person on bases whose tokenizer has no token of its own for the placeholder."""
-
-
-@dataclass
-class Person:
-    """A personal LoRA: one person's update of one base."""
-
-    loras: LoraSet
-    base: str
-    identifier: str = PLACEHOLDER
-    prompt: str = "a [V] face"
-    predicted: LoraSet | None = None
-    """The hypernetwork's prediction before any step."""
-    tokens: Tensor | None = None
-    """The prediction as tokens (layers, width)."""
-    lightweight: LightweightLora | None = None
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    """What took how long: predict, describe, finetune, export."""
-    shown: list[str] = field(default_factory=list)
-    """What each photo was taken to show, in words."""
-    metadata: dict[str, str] = field(default_factory=dict)
-    """What the file's header says besides the LoRA itself: about its base, or whatever a loaded file said."""
-    convolutions: frozenset[str] = frozenset()
-    """Layers of a loaded file that are 1 x 1 convolutions."""
-
-    @property
-    def rank(self) -> int:
-        return max(lora.rank for lora in self.loras.values())
-
-    def save(
-        self,
-        path: str | Path,
-        *,
-        layout: formats.Layout = "diffusers",
-        dtype: torch.dtype = torch.float16,
-        author: str | None = None,
-        license: str | None = None,
-        thumbnail: Image.Image | None = None,
-        overwrite: bool = False,
-    ) -> Path:
-        """Writes a standard LoRA: diffusers' layout, or kohya's for ComfyUI and A1111. Raises InputError where `path` exists.
-
-        Args:
-            author, license, thumbnail: what UIs show beside the LoRA.
-        """
-        metadata = formats.standard_metadata(
-            self.loras,
-            title=Path(path).stem,
-            trigger=self.prompt.replace(PLACEHOLDER, self.identifier),
-            identifier=self.identifier,
-            author=author,
-            license=license,
-            thumbnail=thumbnail,
-        )
-        return formats.save_lora(
-            path,
-            self.loras,
-            {**self.metadata, **metadata},
-            layout=layout,
-            dtype=dtype,
-            convolutions=self.convolutions,
-            overwrite=overwrite,
-        )
-
-    def save_tokens(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes the prediction's tokens: the person in a few numbers a layer. The fine-tuned residual isn't in them."""
-        if self.tokens is None or self.lightweight is None:
-            raise InputError("only a hypernetwork's prediction has tokens: this LoRA was trained from scratch or loaded from a file.")
-        return formats.save_tokens(
-            path,
-            self.tokens,
-            self.lightweight,
-            {"base": self.base, "identifier": self.identifier, "prompt": self.prompt},
-            overwrite=overwrite,
-        )
 
 
 class HyperDreamBooth:
@@ -247,6 +170,7 @@ class HyperDreamBooth:
         prompt: str | None = None,
         targets: Sequence[str] = (),
         directory: str | Path | None = None,
+        on_step: Callable[[int, LoraSet], bool] | None = None,
         quiet: bool = False,
         config: PersonalizeConfig | None = None,
         **changes: Any,
@@ -261,6 +185,8 @@ class HyperDreamBooth:
                 person. Default: what `describe` finds in each.
             targets: layers to train without a hypernetwork; default: the base's own.
             directory: where an interrupted fine-tuning resumes from.
+            on_step: called after every fine-tuning step with the number of steps done and the person's update so far, which
+                `generate` takes; where it returns True, that update is the result. Called in this thread, between two steps.
         """
         config = self.personalize_config(config, steps=steps, **changes)
         pixels, _ = self.read_photos(files, crop=crop, face=face)
@@ -278,14 +204,21 @@ class HyperDreamBooth:
         mask = nn.functional.interpolate(masks, latents.shape[-2:], mode="area").to(latents)[None] if masks is not None else None
         subject = Subject(latents[None], [texts], mask)
         chosen = find_targets(self.backbone.components, targets or self.backbone.default_targets) if predicted is None else None
-        loras, report = personalize(self.backbone, subject, predicted, config, targets=chosen, directory=directory, quiet=quiet)
+
+        def single(loras: LoraSet) -> LoraSet:
+            return loras.select(0) if predicted is not None else loras
+
+        step = (lambda done, loras: on_step(done, single(loras))) if on_step else None
+        loras, report = personalize(
+            self.backbone, subject, predicted, config, targets=chosen, directory=directory, on_step=step, quiet=quiet
+        )
         seconds["finetune"] = time.perf_counter() - started
         started = time.perf_counter()
-        merged = finish(loras.select(0) if predicted is not None else loras)
+        merged = finish(single(loras))
         seconds["export"] = time.perf_counter() - started
         return self.person(
             merged,
-            predicted=predicted.select(0) if predicted is not None else None,
+            predicted=single(predicted) if predicted is not None else None,
             tokens=tokens.cpu() if tokens is not None else None,
             lightweight=self.source.lightweight if self.source else None,
             losses=report.losses,
@@ -312,6 +245,22 @@ class HyperDreamBooth:
             raise InputError(f"there is no hypernetwork for {self.base}, so its tokens mean nothing here.")
         predicted = self.source.lightweight(tokens[None].to(self.device)).detach().select(0)
         return self.person(finish(predicted), predicted=predicted, tokens=tokens, lightweight=self.source.lightweight)
+
+    def mix(self, people: Sequence[tuple[Person, float]]) -> Person:
+        """One person out of several, each with a weight.
+
+        Their tokens are mixed where all of them have some (fine-tuning isn't in those), else the updates are added up. Raises
+        InputError for nobody.
+        """
+        if not people:
+            raise InputError("there is nobody to mix.")
+        tokens = [(person.tokens, weight) for person, weight in people if person.tokens is not None]
+        if self.source and len(tokens) == len(people):
+            return self.from_tokens(formats.mix_tokens(tokens))
+        total = LoraSet()
+        for person, weight in people:
+            total = total + person.loras.scaled(weight)
+        return self.person(finish(total), identifier=people[0][0].identifier)
 
     def styles(self, files: Sequence[str | Path | tuple[str | Path, float]]) -> LoraSet:
         """The weighted sum of style LoRAs."""
@@ -352,6 +301,17 @@ class HyperDreamBooth:
             self.backbone, texts, seeds, config, personal=loras, styles=self.styles(styles) if styles else None, on_picture=on_picture
         )
         return photos.to_images(pixels)
+
+    def picture_metadata(self, prompt: str, seed: int, config: GenerateConfig, loras: Sequence[tuple[str, float]]) -> dict[str, str]:
+        """What a PNG carries: how it was made, and that a machine made it (IPTC's digital source type, in XMP)."""
+        made = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("seed", "count", "batch")}
+        settings = {"prompt": prompt, "seed": seed, **made, "base": self.base, "loras": [list(lora) for lora in loras]}
+        source = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+        xmp = (
+            '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+            f'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType="{source}"/></rdf:RDF></x:xmpmeta>'
+        )
+        return {"Software": "hyperdreambooth", "ai_generated": "true", "hyperdreambooth": json.dumps(settings), "XML:com.adobe.xmp": xmp}
 
 
 def _changed(config: C, changes: dict[str, Any]) -> C:

@@ -23,6 +23,7 @@ One face photo in, a personal LoRA out, for any Stable Diffusion.
 make and use a personal LoRA
   personalize         photo -> hypernetwork -> fine-tuning -> a standard LoRA
   generate            prompts + LoRAs -> pictures
+  app                 a page in the browser: drop a photo in, take the LoRA home
   demo                the whole way on an example face, offline, with a report
   info                what is in a LoRA or token file
   export              a LoRA from a token file, a table's row, or a train-light run; also converts layouts

@@ -13,5 +13,9 @@ class InputError(ValueError):
     """Something that was given is wrong: the message says what, where, and what to do."""
 
 
+class NoFaceError(InputError):
+    """No face was found where one was asked for."""
+
+
 class TrainingError(RuntimeError):
     """A training went wrong in a way that going on would hide (a loss that is not finite)."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, NoFaceError
 
 TURNS = (0, 20, -20, 40, -40)
 """Degrees by which copies are turned before faces are looked for."""
@@ -103,11 +103,11 @@ def _cascade(name: str) -> Any:
 def choose_face(image: Image.Image, name: str, which: int | None = None) -> tuple[Face, str]:
     """A face of the photo `name`, and a note where a choice was made: face number `which` by size from 1, or the largest.
 
-    Raises InputError where there is no (such) face.
+    Raises NoFaceError where there is none, InputError where there is no such one.
     """
     faces = find_faces(image)
     if not faces:
-        raise InputError(f"{name}: no face was found. Take a frontal photo, or --crop center for the middle of the picture.")
+        raise NoFaceError(f"{name}: no face was found. Take a frontal photo, or --crop center for the middle of the picture.")
     if which is not None and not 1 <= which <= len(faces):
         raise InputError(f"{name}: there is no face {which}; {len(faces)} were found.")
     note = f"{name}: {len(faces)} faces, took the largest; --face N takes another." if len(faces) > 1 and which is None else ""

@@ -174,6 +174,7 @@ def fit(
     device: str | torch.device | None = None,
     groups: list[dict[str, Any]] | None = None,
     validate: Validate | None = None,
+    on_step: Callable[[int], bool] | None = None,
     minutes: float | None = None,
     name: str = "training",
     quiet: bool = False,
@@ -186,6 +187,7 @@ def fit(
         directory: where `state.safetensors` is kept; found there, the training resumes from it.
         groups: parameter groups of the optimizer where learning rates differ (`lr_scale` multiplies the schedule).
         validate: `validate(step, model)` returns named figures that are logged.
+        on_step: called after every step with the number of steps done; where it returns True, the training stops (and checkpoints).
         minutes: stop (and checkpoint) after this time; a later call goes on.
 
     Ctrl-C checkpoints and raises KeyboardInterrupt. Raises TrainingError at the first loss that isn't finite. With
@@ -267,6 +269,8 @@ def fit(
                 if time.monotonic() - last_save > 60 * config.checkpoint_minutes:
                     save()
                     last_save = time.monotonic()
+                if on_step and on_step(done):
+                    break
                 if minutes is not None and time.monotonic() - started > 60 * minutes:
                     break
         except KeyboardInterrupt:

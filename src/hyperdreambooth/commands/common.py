@@ -1,4 +1,4 @@
-"""What several commands share: where they run, what they refuse, what a picture carries."""
+"""What several commands share: where they run, what they refuse."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import tyro
 
 from ..api import HyperDreamBooth
 from ..errors import InputError
-from ..stages.generate import GenerateConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -56,17 +55,3 @@ def as_json(args: Any) -> dict[str, Any]:
     """A command's settings as they are saved beside what it made."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     return values
-
-
-def picture_metadata(
-    hdb: HyperDreamBooth, prompt: str, seed: int, config: GenerateConfig, loras: list[tuple[str, float]]
-) -> dict[str, str]:
-    """What a PNG carries: how it was made, and that a machine made it (IPTC's digital source type, in XMP)."""
-    made = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("seed", "count", "batch")}
-    settings = {"prompt": prompt, "seed": seed, **made, "base": hdb.base, "loras": [list(lora) for lora in loras]}
-    source = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-    xmp = (
-        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
-        f'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType="{source}"/></rdf:RDF></x:xmpmeta>'
-    )
-    return {"Software": "hyperdreambooth", "ai_generated": "true", "hyperdreambooth": json.dumps(settings), "XML:com.adobe.xmp": xmp}

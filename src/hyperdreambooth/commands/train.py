@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from .. import photos
-from ..api import PLACEHOLDER, HyperDreamBooth
+from ..api import HyperDreamBooth
 from ..assets import toon
 from ..checkpoint import write_json
 from ..data import load_identities
@@ -20,6 +20,7 @@ from ..encoder import FaceEncoder
 from ..errors import InputError
 from ..lightweight import LightweightLora
 from ..lora import find_targets
+from ..person import PLACEHOLDER
 from ..pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 from ..progress import say
 from ..stages.personalize import finish

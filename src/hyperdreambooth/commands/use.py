@@ -15,16 +15,16 @@ from typing import Annotated
 import tyro
 
 from .. import formats, photos
-from ..api import Person
 from ..checkpoint import write_json
 from ..errors import InputError
 from ..lightweight import LightweightConfig, LightweightLora
 from ..lora import find_targets
+from ..person import Person
 from ..progress import Progress, say
 from ..stages.generate import GenerateConfig
 from ..stages.personalize import PersonalizeConfig, finish
 from ..stages.preoptimize import read_table
-from .common import Flat, Machine, Output, as_json, picture_metadata, refuse_existing
+from .common import Flat, Machine, Output, as_json, refuse_existing
 
 
 @dataclass
@@ -108,7 +108,7 @@ def run_personalize(args: Personalize) -> None:
     picture = hdb.generate(args.preview or me.prompt, me, seed=config.seed)[0]
     save(thumbnail=picture)
     preview = photos.preview_path(args.output)
-    metadata = picture_metadata(hdb, args.preview or me.prompt, config.seed, hdb.generate_config(), [(str(args.output), 1.0)])
+    metadata = hdb.picture_metadata(args.preview or me.prompt, config.seed, hdb.generate_config(), [(str(args.output), 1.0)])
     photos.save_png(picture, preview, metadata, overwrite=True)
     write_json(args.output.with_suffix(".json"), as_json(args))
     took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in me.seconds.items())
@@ -142,13 +142,13 @@ class Generate:
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 
-def weighted(text: str) -> tuple[str, float]:
+def weighted(text: str, default: float = 1.0) -> tuple[str, float]:
     """FILE[:WEIGHT]; a colon of a Windows drive isn't a weight."""
     file, _, weight = text.rpartition(":")
     try:
-        return (file, float(weight)) if file else (text, 1.0)
+        return (file, float(weight)) if file else (text, default)
     except ValueError:
-        return text, 1.0
+        return text, default
 
 
 def run_generate(args: Generate) -> None:
@@ -166,7 +166,7 @@ def run_generate(args: Generate) -> None:
         images = hdb.generate(args.prompts, me, styles=styles, config=config, on_picture=progress.update)
     for index, (file, image) in enumerate(zip(files, images, strict=True)):
         prompt, seed = args.prompts[index // config.count], config.seed + index % config.count
-        photos.save_png(image, file, picture_metadata(hdb, prompt, seed, config, [*loras[:1], *styles]), overwrite=args.overwrite)
+        photos.save_png(image, file, hdb.picture_metadata(prompt, seed, config, [*loras[:1], *styles]), overwrite=args.overwrite)
         say(f"{file}: {prompt} (seed {seed})")
     if len(images) > 1:
         rows = [images[i : i + config.count] for i in range(0, len(images), config.count)]
@@ -236,13 +236,13 @@ def _from_table(args: Export) -> Person:
 
 @dataclass
 class Mix:
-    """Blend the token files of several people: FILE:WEIGHT each.
+    """Blend several people's token files, or LoRAs: FILE:WEIGHT each, or equal shares.
 
     hyperdreambooth mix alice.tokens:0.5 bob.tokens:0.5 -o both.safetensors
     """
 
     files: tyro.conf.Positional[tuple[str, ...]]
-    """FILE:WEIGHT of each person."""
+    """FILE[:WEIGHT] of each person; without a weight, an equal share."""
     output: Output
     """The LoRA file to write."""
     base: str = "toon"
@@ -269,20 +269,19 @@ def run_mix(args: Mix) -> None:
     if args.strip and len(args.files) != 2:
         raise InputError(f"a strip leads from one person to another: it takes two token files, not {len(args.files)}.")
     hdb = args.machine.open(args.base, args.hypernetwork)
-    if hdb.source is None:
-        raise InputError(f"there is no hypernetwork for {args.base}, so there are no token files to mix.")
-    parts = [(formats.read_tokens(file, hdb.source.lightweight), weight) for file, weight in map(weighted, args.files)]
-    me = hdb.from_tokens(formats.mix_tokens(parts))
+    shares = [weighted(file, 1 / len(args.files)) for file in args.files]
+    people = [hdb.load(file) for file, _ in shares]
+    me = hdb.mix([(person, weight) for person, (_, weight) in zip(people, shares, strict=True)])
     me.save(args.output, overwrite=args.overwrite)
     say(f"{args.output}: {' + '.join(args.files)}")
     if args.tokens:
         me.save_tokens(args.tokens, overwrite=args.overwrite)
         say(str(args.tokens))
     if args.strip:
-        steps, (first, second) = (0.0, 0.25, 0.5, 0.75, 1.0), (tokens for tokens, _ in parts)
+        steps, (first, second) = (0.0, 0.25, 0.5, 0.75, 1.0), people
         prompt = args.prompt or me.prompt
-        blends = [hdb.from_tokens(formats.mix_tokens([(first, 1 - step), (second, step)])) for step in steps]
+        blends = [hdb.mix([(first, 1 - step), (second, step)]) for step in steps]
         row = [hdb.generate(prompt, blend, seed=args.seed)[0] for blend in blends]
-        metadata = picture_metadata(hdb, prompt, args.seed, hdb.generate_config(), [weighted(file) for file in args.files])
+        metadata = hdb.picture_metadata(prompt, args.seed, hdb.generate_config(), shares)
         photos.save_png(photos.grid([row], [""], [f"{step:g}" for step in steps]), args.strip, metadata, overwrite=True)
         say(f"{args.strip}: from {args.files[0]} (0) to {args.files[1]} (1)")

@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image
 
 from .. import photos
-from ..api import HyperDreamBooth, Person
+from ..api import HyperDreamBooth
 from ..assets import toon
 from ..checkpoint import write_atomically
 from ..errors import InputError
+from ..person import Person
 from ..progress import say
 
 STYLE = """

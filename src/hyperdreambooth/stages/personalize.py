@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +61,7 @@ def personalize(
     *,
     targets: dict[str, Shape] | None = None,
     directory: str | Path | None = None,
+    on_step: Callable[[int, LoraSet], bool] | None = None,
     quiet: bool = False,
 ) -> tuple[LoraSet, TrainingReport]:
     """Fine-tunes P people at once: (P updates, report). Without `predicted`, from scratch on `targets`.
@@ -68,6 +69,7 @@ def personalize(
     Args:
         predicted: the hypernetwork's updates of the P people, batched.
         directory: where an interrupted fine-tuning resumes from; None keeps nothing.
+        on_step: called after every step with the number of steps done and the updates so far; where it returns True, it ends there.
     """
     config = config.resolved(predicted=predicted is not None)
     steps, rank, rate = config.steps, config.rank, config.learning_rate
@@ -95,7 +97,16 @@ def personalize(
     # then a person of a batch gets the very update that the same person gets alone
     groups = [{"params": list(source.parameters()), "eps": 1e-8 / len(subject.latents)}]
     report = fit(
-        step, source, batches, training, directory=directory, device=subject.latents.device, groups=groups, name="fine-tuning", quiet=quiet
+        step,
+        source,
+        batches,
+        training,
+        directory=directory,
+        device=subject.latents.device,
+        groups=groups,
+        on_step=(lambda done: on_step(done, source().detach())) if on_step else None,
+        name="fine-tuning",
+        quiet=quiet,
     )
     return source().detach(), report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -15,3 +16,8 @@ def directory(part: str = "") -> Path:
     if not path.exists():
         raise InputError(f"{path} is missing: the embedded world isn't installed there. `make weights` trains it.")
     return path
+
+
+def palette() -> dict[str, dict[str, str]]:
+    """Prompts that the base knows: "contexts" and "styles", each by the few words that name it."""
+    return json.loads((Path(__file__).parent / "palette.json").read_text(encoding="utf-8"))

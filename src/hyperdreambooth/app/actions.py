@@ -1,0 +1,364 @@
+"""What the page's buttons do, and what Gradio's clients may call: the Python API, one visitor at a time.
+
+Long jobs are generators: what they yield is shown at once. A model carries one LoRA at a time, so all use of it is in the one
+thread of `Actions.model` (which also spares torch a set of threads, and memory, for every thread that Gradio calls from). What a visitor got wrong is one sentence; anything else is logged here and said to be so there.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import inspect
+import logging
+import queue
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from .. import faces, photos
+from ..api import HyperDreamBooth
+from ..assets import toon
+from ..errors import InputError, NoFaceError, TrainingError
+from ..lora import LoraSet
+from ..person import Person
+from . import takeaway
+from .visits import COOKIE, Picture, Visit, Visits
+
+log = logging.getLogger(__name__)
+Shown = list[tuple[str, str]]
+"""Pictures as a gallery takes them: (file, caption)."""
+MAX_PHOTOS = 8
+MAX_PICTURES = 48
+"""Pictures of one order."""
+KEPT = 200
+"""Pictures of one visit; the oldest go first."""
+WORDS = {"--face N takes another": "change the face's number"}
+"""Errors that name flags of the command line, in the page's words."""
+
+
+def plainly(action: Callable[..., Any]) -> Callable[..., Any]:
+    """Turns an action's errors into one sentence on the page."""
+
+    def sentence(self: Actions, error: Exception) -> gr.Error:
+        if isinstance(error, (InputError, TrainingError)):
+            text = self.without_folders(str(error))
+            text = text if "." in text.split()[0] else text[0].upper() + text[1:]  # a file's name keeps its case
+            return gr.Error(html.escape(text), duration=None, print_exception=False)
+        log.exception("%s failed", action.__name__, exc_info=error)
+        text = "Something went wrong on the server, whose log says what. Nothing that you made is lost: try again."
+        return gr.Error(text, duration=None, print_exception=False)
+
+    if inspect.isgeneratorfunction(action):
+
+        @functools.wraps(action)
+        def steps(self: Actions, *args: Any) -> Iterator[Any]:
+            try:
+                yield from action(self, *args)
+            except Exception as error:
+                raise sentence(self, error) from None
+
+        return steps
+
+    @functools.wraps(action)
+    def call(self: Actions, *args: Any) -> Any:
+        try:
+            return action(self, *args)
+        except Exception as error:
+            raise sentence(self, error) from None
+
+    return call
+
+
+def bar(text: str, done: float = 0, total: float = 0) -> str:
+    """A line for people, read out by screen readers, with a bar where there is something to wait for."""
+    progress = f'<progress value="{done}" max="{total}" aria-label="{html.escape(text)}"></progress>' if total else ""
+    return f'<div role="status" class="hdb-status">{progress}<span>{html.escape(text)}</span></div>'
+
+
+def example_face(number: float) -> Image.Image:
+    """A shipped example face, from 1. Raises InputError where there is none of that number."""
+    file = toon.directory("faces") / f"face-{int(number):02d}.png"
+    if not file.is_file():
+        raise InputError(f"there is no example face {int(number)}. Take one of those that are shown.")
+    return photos.load_photo(file)
+
+
+class Actions:
+    """The actions over one base; who calls is told by the request."""
+
+    def __init__(self, hdb: HyperDreamBooth, visits: Visits):
+        self.hdb, self.visits = hdb, visits
+        self.model = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.palette = toon.palette()
+
+    def visit(self, request: gr.Request) -> Visit:
+        return self.visits.of(request.session_hash, request.request.cookies.get(COOKIE) if request.request else None)
+
+    def without_folders(self, text: str) -> str:
+        """A message without the server's folders: files by their names alone."""
+        for word in text.split():
+            if str(self.visits.root) in word:
+                text = text.replace(word, Path(word).name)
+        for flag, words in WORDS.items():
+            text = text.replace(flag, words)
+        return text
+
+    def _on_model(self, work: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        return self.model.submit(work, *args, **more).result()
+
+    @plainly
+    def enter(self, request: gr.Request) -> None:
+        """Opens a visit, so that closing another tab of the same visitor doesn't take its uploads."""
+        self.visit(request)
+
+    def leave(self, request: gr.Request) -> None:
+        self.visits.end(request.session_hash)
+
+    @plainly
+    def stop(self, request: gr.Request) -> str:
+        """Stops what runs or waits, after its current step; what there is is kept."""
+        visit = self.visit(request)
+        visit.stop.set()
+        return bar("Stopping after this step ..." if visit.busy else "Nothing is running; what waits won't begin.")
+
+    @plainly
+    def begin(self, request: gr.Request) -> str:
+        """Before a job waits for its turn: forgets a stop that was for an earlier one."""
+        self.visit(request).stop.clear()
+        return bar("Waiting for a turn ...")
+
+    @plainly
+    def look(self, uploaded: list[tuple[str, str | None]] | None, face: float | None, request: gr.Request) -> tuple[Any, Any]:
+        """Photos as the method will see them, and what was understood."""
+        visit = self.visit(request)
+        if not uploaded and not visit.needs_consent:  # an example face stays who it is
+            return gr.skip(), gr.skip()
+        visit.pixels, visit.needs_consent = None, True
+        if not uploaded:
+            return [], bar("What is understood of the photo appears here.")
+        if len(uploaded) > MAX_PHOTOS:
+            raise InputError(f"{len(uploaded)} photos are more than {MAX_PHOTOS}. Take the best ones.")
+        which = int(face) if face and face > 1 else None
+        seen = [self._understand(file, which) for file, _ in uploaded]
+        visit.pixels, _ = self.hdb.read_photos([image for image, _ in seen])
+        return [(str(visit.save(image)), "") for image, _ in seen], bar(" ".join(note for _, note in seen))
+
+    def _understand(self, file: str, face: int | None) -> tuple[Image.Image, str]:
+        """A photo's face as the method will see it, and a sentence on what was taken."""
+        image, name = photos.load_photo(file), Path(file).name
+        try:
+            chosen, note = faces.choose_face(image, name, face)
+            image = faces.crop_face(image, chosen)
+            note = self.without_folders(note) or f"{name}: {'one face was found' if face is None else f'face {face} is taken'}."
+        except NoFaceError:
+            note = f"{name}: no face was found, so the middle of the picture is taken. A frontal photo works best."
+        return photos.square(image, self.hdb.backbone.size), note
+
+    @plainly
+    def example(self, number: float, request: gr.Request) -> tuple[Shown, str]:
+        """One of the shipped example faces, from 1: drawn people, so nobody has to agree."""
+        visit = self.visit(request)
+        image = example_face(number)
+        visit.pixels, _ = self.hdb.read_photos(image)
+        visit.needs_consent = False
+        return [(str(visit.save(image)), "")], bar(f"Example face {int(number)}, whom nobody trained on.")
+
+    def pick(self, contexts: list[str], styles: list[str], prompts: str) -> str:
+        """The prompts, a line each, with what is ticked in the palette and without what isn't; one's own lines stay."""
+        palette = {**self.palette["contexts"], **self.palette["styles"]}
+        own = [line for line in prompts.splitlines() if line.strip() and line.strip() not in palette.values()]
+        return "\n".join([*own, *(palette[name] for name in [*contexts, *styles])])
+
+    @plainly
+    def personalize(self, steps: float, consent: bool, request: gr.Request) -> Iterator[tuple[str, Shown]]:
+        """Predicts a LoRA, shows it, fine-tunes it and shows how it gets better. Stopped, it keeps what there is."""
+        visit = self.visit(request)
+        if visit.stop.is_set():
+            visit.stop.clear()
+            yield bar("Stopped before it began."), []
+            return
+        if visit.pixels is None:
+            raise InputError("there is no photo yet. Drop one in, or take an example face.")
+        if visit.needs_consent and not consent:
+            raise InputError("tick that you are the person in the photo or that the person agrees. Faces are personal.")
+        total = self.hdb.personalize_config(steps=int(steps)).steps or 0
+        if self.hdb.source is None and not total:
+            raise InputError("0 steps leave nothing where there is no hypernetwork. Choose more steps.")
+        with visit.job():
+            shown: Shown = []
+            if self.hdb.source is not None:
+                yield bar("Predicting ..."), []
+                visit.mine = visit.me = me = self._on_model(self.hdb.personalize, visit.pixels, steps=0, quiet=True)
+                shown += self._on_model(self._preview, visit, me, "prediction")
+                yield bar("This is the prediction."), shown
+            if not visit.stop.is_set():
+                yield from self._fine_tune(visit, total, shown)
+            me = visit.me
+            if me is None:
+                raise InputError("it was stopped before there was anything to keep.")
+            done, seconds = me.metadata.get("hyperdreambooth.steps", 0), sum(me.seconds.values())
+            yield bar(f"Done: {done} steps in {seconds:.0f} s, a LoRA of rank {me.rank} for {len(me.loras)} layers."), shown
+
+    def _preview(self, visit: Visit, person: Person | LoraSet, label: str) -> Shown:
+        """The person as such, drawn in the model's thread."""
+        image = self.hdb.generate(self.hdb.prompt, person, seed=0)[0]
+        return [(str(self._keep(visit, image, self.hdb.prompt, 0, label).file), label)]
+
+    def _fine_tune(self, visit: Visit, total: int, shown: Shown) -> Iterator[tuple[str, Shown]]:
+        """Shows the steps as they are made; where nobody listens any more, they end."""
+        if not total:
+            return
+        news: queue.Queue[tuple[int, Shown]] = queue.Queue()
+        started = time.monotonic()
+
+        def on_step(done: int, loras: LoraSet) -> bool:
+            quarter = done % max(1, total // 4) == 0 and done < total
+            news.put((done, self._preview(visit, loras, f"step {done}") if quarter else []))
+            return visit.stop.is_set()
+
+        def work() -> tuple[Person, Shown]:
+            assert visit.pixels is not None
+            me = self.hdb.personalize(visit.pixels, steps=total, on_step=on_step, quiet=True)
+            return me, self._preview(visit, me, "fine-tuned")
+
+        job = self.model.submit(work)
+        try:
+            yield bar("Fine-tuning ...", 0, total), shown
+            while not (job.done() and news.empty()):
+                try:
+                    done, preview = news.get(timeout=0.1)
+                except queue.Empty:
+                    continue
+                shown += preview
+                left = (time.monotonic() - started) / done * (total - done)
+                yield bar(f"Fine-tuning: step {done} of {total}, about {left:.0f} s left", done, total), shown
+            me, preview = job.result()
+            visit.mine = visit.me = me
+            shown += preview
+        finally:  # also where the tab was closed
+            visit.stop.set()
+            wait([job])
+
+    @plainly
+    def load(self, file: str | None, request: gr.Request) -> tuple[str, Shown]:
+        """Goes on with a LoRA or a token file that was made earlier."""
+        visit = self.visit(request)
+        if not file:
+            return "", []
+        visit.mine = visit.me = me = self._on_model(self.hdb.load, file)
+        shown = self._on_model(self._preview, visit, me, "loaded")
+        return bar(f"Loaded {Path(file).name}: rank {me.rank}, {len(me.loras)} layers."), shown
+
+    @plainly
+    def mix(self, file: str | None, example: int | None, share: float, consent: bool, request: gr.Request) -> tuple[str, Shown]:
+        """Mixes in a second person: a photo, a LoRA or a token file, or an example face. 0 is the first, 1 the second."""
+        visit = self.visit(request)
+        if visit.mine is None:
+            raise InputError("there is nobody to mix yet. Personalize somebody first.")
+        if not file and not example:
+            raise InputError("there is no second person yet. Give a photo, a LoRA or a token file, or the number of an example face.")
+        photo = file and Path(file).suffix.lower() in photos.SUFFIXES
+        if photo and not consent:
+            raise InputError("tick that you are the person in the photo or that the person agrees. Faces are personal.")
+        if file and not photo:
+            second = self._on_model(self.hdb.load, file)
+        else:
+            face = self._understand(file, None)[0] if file else example_face(example or 1)
+            second = self._on_model(self.hdb.personalize, face, steps=0, quiet=True)
+        visit.me = self._on_model(self.hdb.mix, [(visit.mine, 1 - share), (second, share)])
+        shown = self._on_model(self._preview, visit, visit.me, f"{100 * share:.0f} % the second person")
+        return bar("The mix is who is drawn now. Slide to 0 for the first person alone."), shown
+
+    @plainly
+    def draw(
+        self,
+        prompts: str,
+        seed: float,
+        count: float,
+        strength: float,
+        guidance: float,
+        identity: float,
+        steps: float,
+        scheduler: str,
+        styles: list[str] | None,
+        style_weight: float,
+        compare: bool,
+        request: gr.Request,
+    ) -> Iterator[tuple[str, Shown]]:
+        """Draws every prompt (a line each) `count` times; each picture is shown as soon as it is there.
+
+        compare: also without the LoRA and, where there is one, with the prediction alone, from the same seed.
+        """
+        visit = self.visit(request)
+        wanted = [line.strip() for line in prompts.splitlines() if line.strip()]
+        if not wanted:
+            raise InputError("there is no prompt. Write one, or pick some from the palette.")
+        if visit.me is None and not compare:
+            raise InputError("there is nobody to draw yet. Personalize somebody, or load a LoRA.")
+        who: list[tuple[str, Person | LoraSet | None]] = [("", visit.me)]
+        if compare:
+            who = [("without the LoRA", None)]
+            who += [("prediction", visit.me.predicted)] if visit.me and visit.me.predicted else []
+            who += [("with the LoRA", visit.me)] if visit.me else []
+        orders = [(prompt, int(seed) + i, label, person) for prompt in wanted for i in range(int(count)) for label, person in who]
+        if len(orders) > MAX_PICTURES:
+            raise InputError(f"{len(orders)} pictures are more than {MAX_PICTURES}. Ask for fewer prompts or fewer pictures of each.")
+        config = self.hdb.generate_config(
+            strength=strength,
+            guidance=guidance,
+            identity_guidance=identity or "off",
+            steps=int(steps),
+            scheduler=scheduler or None,
+        )
+        files = [(file, style_weight) for file in styles or []]
+        with visit.job():
+            shown: Shown = []
+            yield bar("Drawing ...", 0, len(orders)), shown
+            for prompt, number, label, person in orders:
+                if visit.stop.is_set():
+                    break
+                image = self._on_model(self.hdb.generate, prompt, person, seed=number, styles=files, config=config)[0]
+                loras = [("person", strength), *((Path(file).name, weight) for file, weight in files)]
+                picture = self._keep(visit, image, prompt, number, label, config, loras if person else loras[1:])
+                shown.append((str(picture.file), f"{label}: " * bool(label) + f"{prompt} (seed {number})"))
+                yield bar(f"{len(shown)} of {len(orders)} pictures", len(shown), len(orders)), shown
+            yield (
+                bar(f"{len(shown)} of {len(orders)} pictures. Each says in its metadata how it was made, and that it is generated."),
+                shown,
+            )
+
+    def _keep(
+        self,
+        visit: Visit,
+        image: Any,
+        prompt: str,
+        seed: int,
+        label: str = "",
+        config: Any = None,
+        loras: Sequence[tuple[str, float]] = (("person", 1.0),),
+    ) -> Picture:
+        name = "-".join(part for part in (prompt.replace("[V]", "person"), label, f"seed {seed}") if part)
+        file = visit.fresh() / ("".join(c if c.isalnum() else "-" for c in name)[:80] + ".png")
+        metadata = self.hdb.picture_metadata(prompt, seed, config or self.hdb.generate_config(), loras)
+        picture = Picture(photos.save_png(image, file, metadata), prompt, seed, label)
+        visit.pictures.append(picture)
+        for old in visit.pictures[:-KEPT]:
+            old.file.unlink(missing_ok=True)
+        del visit.pictures[:-KEPT]
+        return picture
+
+    @plainly
+    def take(self, request: gr.Request) -> list[str]:
+        """What there is to take home: the LoRA in both layouts, the tokens, and all pictures with a contact sheet."""
+        return [str(file) for file in takeaway.write_files(self.visit(request))]
+
+    @plainly
+    def explain(self, request: gr.Request) -> tuple[str, Any, Any]:
+        """What the method did: sizes in words, each layer's change, the loss over steps."""
+        me = self.visit(request).me
+        return takeaway.explain(me) if me else ("Personalize somebody first.", None, None)

@@ -1,0 +1,278 @@
+"""Visitors are kept apart: everyone's files, results and running job are their own, and go when they leave.
+
+A *visitor* is a browser (or an API client), known by a random cookie; a *visit* is one open tab, known by Gradio's session
+hash. Gradio itself serves any file of its cache to whoever knows the path. Here every path belongs to the visitor who
+uploaded it, or in whose folder it was made (the folder's name is a hash of the cookie), and `Guard` refuses it to all
+others, as a download and as an input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from dataclasses import dataclass, field
+from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from ..errors import InputError
+from ..person import Person
+
+COOKIE = "hyperdreambooth-visitor"
+IDLE = 3600.0
+"""Seconds after which an idle visit, and whatever it left, goes."""
+MAX_BODY = 2_000_000
+"""Bytes of a call's JSON: files aren't in it, they are uploaded before."""
+CONTENT_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; connect-src 'self' data: blob:; "
+    "frame-ancestors 'self'; form-action 'self'; base-uri 'self'"
+)
+"""The browser itself sees to it that the page loads from and sends to this server alone."""
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Scope]]
+Send = Callable[[Scope], Awaitable[None]]
+
+
+@dataclass
+class Picture:
+    """A picture that was made: its file and what it is of."""
+
+    file: Path
+    prompt: str
+    seed: int
+    label: str = ""
+
+
+@dataclass
+class Visit:
+    """One open tab: what was uploaded, made and is running in it."""
+
+    folder: Path
+    owner: str
+    pixels: Tensor | None = None
+    """The photos as the method sees them, (n, 3, size, size)."""
+    needs_consent: bool = True
+    mine: Person | None = None
+    """Who was personalized or loaded."""
+    me: Person | None = None
+    """Who is drawn: the same, or a mix."""
+    pictures: list[Picture] = field(default_factory=list)
+    take: Path | None = None
+    """The folder of the files to download, until they are made anew."""
+    stop: threading.Event = field(default_factory=threading.Event)
+    busy: bool = False
+    closed: bool = False
+    seen: float = field(default_factory=time.monotonic)
+
+    def fresh(self) -> Path:
+        """A new folder inside the visit's own: no address ever shows two different files. Raises InputError after the visit."""
+        if self.closed:
+            raise InputError("this visit is over.")
+        folder = self.folder / secrets.token_hex(8)
+        folder.mkdir(parents=True)
+        return folder
+
+    def save(self, image: Image.Image, name: str = "photo.png") -> Path:
+        """Writes a picture that isn't generated, for the browser to show."""
+        file = self.fresh() / name
+        image.save(file)
+        return file
+
+    @contextlib.contextmanager
+    def job(self) -> Iterator[None]:
+        """Marks a job as running. A stop that was asked for goes with it."""
+        self.busy = True
+        try:
+            yield
+        finally:
+            self.busy = False
+            self.seen = time.monotonic()
+            self.stop.clear()
+
+
+class Visits:
+    """Who is here, and which files are whose. Everything lies under `root`, which goes with the server."""
+
+    def __init__(self, root: Path, public: Path, idle: float = IDLE):
+        self.root, self.public, self.idle = root, public, idle
+        self.visits: dict[str, Visit] = {}
+        self.uploads: dict[str, dict[str, float]] = {}
+        """Path -> visitor -> when: the same file lies in the same place, whoever uploads it."""
+        self.lock = threading.Lock()
+
+    def folder(self, owner: str) -> Path:
+        return self.root / f"visitor-{hashlib.sha256(owner.encode()).hexdigest()[:32]}"
+
+    def of(self, session: str | None, owner: str | None) -> Visit:
+        """The visit of a tab. Raises InputError where another visitor asks for it, or the browser sent no cookie."""
+        if not session or not owner:
+            raise InputError("this page needs its cookie to keep visitors apart. Allow cookies for it, then load it again.")
+        with self.lock:
+            if session not in self.visits:
+                self.visits[session] = Visit(self.folder(owner) / secrets.token_hex(8), owner)
+            visit = self.visits[session]
+            if visit.owner != owner:
+                raise InputError("this visit belongs to another browser. Load the page again.")
+            visit.seen = time.monotonic()
+            return visit
+
+    def end(self, session: str | None) -> None:
+        """A tab was closed: its job stops, its files go, and with a visitor's last tab the uploads."""
+        with self.lock:
+            visit = self.visits.pop(session or "", None)
+            if visit is None:
+                return
+            visit.closed = True
+            visit.stop.set()
+            shutil.rmtree(visit.folder, ignore_errors=True)
+            if all(other.owner != visit.owner for other in self.visits.values()):
+                shutil.rmtree(self.folder(visit.owner), ignore_errors=True)
+                self._forget(lambda owner, when: owner == visit.owner)
+
+    def sweep(self) -> None:
+        """Ends the visits that were idle for too long, and drops uploads that nobody used."""
+        now = time.monotonic()
+        for session, visit in list(self.visits.items()):
+            if now - visit.seen > self.idle and not visit.busy:
+                self.end(session)
+        with self.lock:
+            self._forget(lambda owner, when: now - when > self.idle)
+            kept = {visit.folder for visit in self.visits.values()}
+            for folder in self.root.glob("visitor-*/*"):  # of a visit that ended while its job was writing
+                if folder not in kept:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _forget(self, gone: Callable[[str, float], bool]) -> None:
+        for path, owners in list(self.uploads.items()):
+            for owner, when in list(owners.items()):
+                if gone(owner, when):
+                    del owners[owner]
+            if not owners:
+                del self.uploads[path]
+                Path(path).unlink(missing_ok=True)
+
+    def uploaded(self, owner: str, paths: list[str]) -> None:
+        with self.lock:
+            for path in paths:
+                self.uploads.setdefault(os.path.abspath(path), {})[owner] = time.monotonic()
+
+    def may_read(self, owner: str, path: str) -> bool:
+        """Whether a file is this visitor's own, or everyone's."""
+        whole = Path(os.path.abspath(path))  # without "..", and never looked up on the disk
+        return whole.is_relative_to(self.folder(owner)) or whole.is_relative_to(self.public) or owner in self.uploads.get(str(whole), {})
+
+
+class Guard:
+    """Middleware in front of Gradio: gives visitors their cookie, and refuses them what isn't theirs."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], visits: Visits):
+        self.app, self.visits = app, visits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        known = visitor(headers.get(b"cookie", b"").decode("latin-1"))
+        owner = known or secrets.token_urlsafe(24)
+        path = str(scope["path"])
+        body = b""
+
+        async def answer(message: Scope) -> None:
+            nonlocal body
+            if message["type"] == "http.response.start":
+                extra = [(b"content-security-policy", CONTENT_POLICY.encode()), (b"referrer-policy", b"no-referrer")]
+                if known is None:
+                    extra.append((b"set-cookie", f"{COOKIE}={owner}; Path=/; HttpOnly; SameSite=Strict".encode()))
+                message["headers"] = [*message["headers"], *extra]
+            elif path.endswith("/upload"):
+                body += message.get("body", b"")
+                if not message.get("more_body"):
+                    with contextlib.suppress(ValueError):  # an upload that was refused is answered in words
+                        self.visits.uploaded(owner, json.loads(body))
+            await send(message)
+
+        if any(part in path for part in ("/proxy=", "/component_server", "/deep_link", "/stream/")):
+            await refuse(answer, 404, "not found")
+        elif "/file=" in path or "/file/" in path:
+            if self.visits.may_read(owner, path.split("/file", 1)[1][1:]):
+                await self.app(scope, receive, answer)
+            else:
+                await refuse(answer, 403, "this file isn't yours")
+        elif scope["method"] == "POST" and headers.get(b"content-type", b"").startswith(b"application/json"):
+            content, whole = await read_body(receive)
+            if not whole:
+                await refuse(answer, 413, "too long")
+            elif not all(self.visits.may_read(owner, name) for name in paths_in(content)):
+                await refuse(answer, 403, "this file isn't yours")
+            else:
+                await self.app(scope, again(content, receive), answer)
+        else:
+            await self.app(scope, receive, answer)
+
+
+def visitor(cookies: str) -> str | None:
+    """The visitor of a cookie header."""
+    try:
+        found = SimpleCookie(cookies).get(COOKIE)
+    except CookieError:
+        return None
+    return found.value if found and len(found.value) >= 32 else None
+
+
+async def read_body(receive: Receive) -> tuple[bytes, bool]:
+    """A request's body, and whether it is whole: reading ends at MAX_BODY."""
+    content = b""
+    while len(content) <= MAX_BODY:
+        message = await receive()
+        content += message.get("body", b"")
+        if not message.get("more_body"):
+            return content, True
+    return content, False
+
+
+def again(content: bytes, receive: Receive) -> Receive:
+    """`receive` with the body that was read already put before it."""
+    sent = False
+
+    async def first() -> Scope:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    return first
+
+
+def paths_in(content: bytes) -> Iterator[str]:
+    """Every file that a call's JSON names; none where it isn't JSON, which Gradio refuses itself."""
+    try:
+        stack = [json.loads(content)]
+    except (ValueError, RecursionError):
+        return
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            if isinstance(value.get("path"), str):
+                yield value["path"]
+            stack.extend(value.values())
+        elif isinstance(value, list):
+            stack.extend(value)
+
+
+async def refuse(send: Send, status: int, why: str) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain; charset=utf-8")]})
+    await send({"type": "http.response.body", "body": why.encode()})

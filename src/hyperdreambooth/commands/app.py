@@ -1,0 +1,63 @@
+"""The page in the browser as a command."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from ..errors import InputError
+from ..progress import say
+from .common import Flat, Machine
+
+
+@dataclass
+class App:
+    """Open a page in the browser: drop a photo in, see the person in new pictures, take the LoRA home.
+
+    Only this machine can reach it, unless --host names another address, which then needs --auth.
+
+        hyperdreambooth app
+        hyperdreambooth app --base path/to/stable-diffusion-v1-5
+        hyperdreambooth app --host 0.0.0.0 --auth anna:secret
+    """
+
+    base: str = "toon"
+    """"toon" (shipped), a directory in diffusers' layout, or a hub id."""
+    hypernetwork: str = "auto"
+    """A directory or hub id; "none" trains from scratch; "auto" takes the shipped one for toon."""
+    host: str = "127.0.0.1"
+    """The address to listen on."""
+    port: int | None = None
+    """The port to listen on. Default: the first free one from 7860."""
+    auth: str | None = None
+    """USER:PASSWORD, asked of everyone. Needed where others can reach the address."""
+    max_upload_mb: int = 50
+    """The largest file that is taken, in megabytes."""
+    browser: bool = False
+    """Also open the page in the default browser."""
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+
+
+def run_app(args: App) -> None:
+    try:
+        from .. import app
+    except ImportError as error:
+        raise InputError(f'the page needs {error.name}: pip install "hyperdreambooth[app]".') from error
+    user, colon, password = (args.auth or "").partition(":")
+    if args.auth is not None and not (user and colon and password):
+        raise InputError("--auth must be USER:PASSWORD.")
+    app.check_host(args.host, args.auth)
+    server = app.start(
+        args.machine.open(args.base, args.hypernetwork),
+        host=args.host,
+        port=args.port,
+        auth=(user, password) if args.auth else None,
+        max_upload_mb=args.max_upload_mb,
+        browser=args.browser,
+    )
+    say(f"{server.url}: open it in a browser; Ctrl-C ends it and deletes what was uploaded and made")
+    try:
+        threading.Event().wait()
+    finally:
+        server.close()

@@ -1,0 +1,97 @@
+"""A personal LoRA in memory, and how it is written: what `personalize` gives and `generate` takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import formats
+from .errors import InputError
+from .lightweight import LightweightLora
+from .lora import LoraSet, update_norms
+
+PLACEHOLDER = "[V]"
+"""Stands for the person in prompts, whatever the base's own rare token is."""
+
+
+@dataclass
+class Person:
+    """A personal LoRA: one person's update of one base."""
+
+    loras: LoraSet
+    base: str
+    identifier: str = PLACEHOLDER
+    prompt: str = "a [V] face"
+    predicted: LoraSet | None = None
+    """The hypernetwork's prediction before any step."""
+    tokens: Tensor | None = None
+    """The prediction as tokens (layers, width)."""
+    lightweight: LightweightLora | None = None
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What took how long: predict, describe, finetune, export."""
+    shown: list[str] = field(default_factory=list)
+    """What each photo was taken to show, in words."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """What the file's header says besides the LoRA itself: about its base, or whatever a loaded file said."""
+    convolutions: frozenset[str] = frozenset()
+    """Layers of a loaded file that are 1 x 1 convolutions."""
+
+    @property
+    def rank(self) -> int:
+        return max(lora.rank for lora in self.loras.values())
+
+    def strengths(self) -> dict[str, float]:
+        """How strongly each layer is changed: its update's Frobenius norm."""
+        return {path: update_norms(LoraSet({path: lora})).sqrt().item() for path, lora in self.loras.items()}
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        layout: formats.Layout = "diffusers",
+        dtype: torch.dtype = torch.float16,
+        author: str | None = None,
+        license: str | None = None,
+        thumbnail: Image.Image | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Writes a standard LoRA: diffusers' layout, or kohya's for ComfyUI and A1111. Raises InputError where `path` exists.
+
+        Args:
+            author, license, thumbnail: what UIs show beside the LoRA.
+        """
+        metadata = formats.standard_metadata(
+            self.loras,
+            title=Path(path).stem,
+            trigger=self.prompt.replace(PLACEHOLDER, self.identifier),
+            identifier=self.identifier,
+            author=author,
+            license=license,
+            thumbnail=thumbnail,
+        )
+        return formats.save_lora(
+            path,
+            self.loras,
+            {**self.metadata, **metadata},
+            layout=layout,
+            dtype=dtype,
+            convolutions=self.convolutions,
+            overwrite=overwrite,
+        )
+
+    def save_tokens(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes the prediction's tokens: the person in a few numbers a layer. The fine-tuned residual isn't in them."""
+        if self.tokens is None or self.lightweight is None:
+            raise InputError("only a hypernetwork's prediction has tokens: this LoRA was trained from scratch or loaded from a file.")
+        return formats.save_tokens(
+            path,
+            self.tokens,
+            self.lightweight,
+            {"base": self.base, "identifier": self.identifier, "prompt": self.prompt},
+            overwrite=overwrite,
+        )

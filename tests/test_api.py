@@ -1,0 +1,59 @@
+"""The Python face: what a stopped personalization, a mix and a picture's metadata are."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hyperdreambooth import HyperDreamBooth
+from hyperdreambooth.errors import InputError
+
+from .conftest import picture
+
+pytestmark = pytest.mark.usefixtures("tiny_world")
+
+
+@pytest.fixture
+def hdb():
+    return HyperDreamBooth.from_pretrained("toon", device="cpu")
+
+
+def test_a_stopped_person_is_what_the_last_step_showed(hdb):
+    shown = []
+    me = hdb.personalize(picture(), steps=3, quiet=True, on_step=lambda done, loras: shown.append(loras) or done == 2)
+    assert me.metadata["hyperdreambooth.steps"] == "2"
+    path = next(iter(me.loras))
+    torch.testing.assert_close(me.loras[path].delta(), shown[1][path].delta(), atol=1e-5, rtol=1e-4)
+    assert len(hdb.generate("a [V] face", shown[0], steps=1)) == 1
+
+
+def test_a_mix_is_of_tokens_where_everyone_has_some_and_else_a_sum(hdb, tmp_path):
+    a, b = (hdb.personalize(picture(seed), steps=0) for seed in (1, 2))
+    both = hdb.mix([(a, 0.25), (b, 0.75)])
+    torch.testing.assert_close(both.tokens, 0.25 * a.tokens + 0.75 * b.tokens)
+    torch.testing.assert_close(hdb.mix([(a, 1.0), (b, 0.0)]).tokens, a.tokens)
+    loaded = hdb.load(b.save(tmp_path / "b.safetensors", dtype=torch.float32))
+    summed = hdb.mix([(a, 0.5), (loaded, 2.0)])
+    path = next(iter(summed.loras))
+    torch.testing.assert_close(summed.loras[path].delta(), 0.5 * a.loras[path].delta() + 2 * b.loras[path].delta(), atol=1e-5, rtol=1e-4)
+    assert summed.tokens is None
+    with pytest.raises(InputError, match="nobody"):
+        hdb.mix([])
+
+
+def test_strengths_are_the_norms_of_the_updates(hdb):
+    me = hdb.personalize(picture(), steps=0)
+    strengths = me.strengths()
+    assert list(strengths) == list(me.loras)
+    for path, lora in me.loras.items():
+        assert strengths[path] == pytest.approx(lora.delta().norm().item(), rel=1e-4)
+
+
+def test_pictures_say_how_and_by_what_they_were_made(hdb):
+    data = hdb.picture_metadata("a [V] face", 7, hdb.generate_config(strength=0.5), [("me.safetensors", 0.5)])
+    assert data["ai_generated"] == "true"
+    assert "trainedAlgorithmicMedia" in data["XML:com.adobe.xmp"]
+    settings = json.loads(data["hyperdreambooth"])
+    assert (settings["prompt"], settings["seed"], settings["strength"]) == ("a [V] face", 7, 0.5)

@@ -130,7 +130,12 @@ def test_the_whole_way(connect, face, tmp_path, world):
 
 def test_where_there_are_several_faces_one_is_chosen(connect, tmp_path):
     skimage = pytest.importorskip("skimage")
-    Image.fromarray(skimage.data.astronaut()).save(tmp_path / "eileen.jpg")  # the cascade also takes a badge for a face
+    pytest.importorskip("cv2")
+    large = Image.fromarray(skimage.data.astronaut())
+    both = Image.new("RGB", (832, 512), "white")
+    both.paste(large, (0, 0))
+    both.paste(large.resize((320, 320)), (512, 96))
+    both.save(tmp_path / "eileen.jpg")
     client = connect()
     assert "2 faces, took the largest; change the face" in client.predict(photo(tmp_path / "eileen.jpg"), 1, api_name="/look")[1]
     assert "face 2 is taken" in client.predict(photo(tmp_path / "eileen.jpg"), 2, api_name="/look")[1]

@@ -323,7 +323,8 @@ def test_the_keyboard_alone(visitor):
 def crop(shot: Path, bottom: float) -> None:
     """The page's upper part for the docs."""
     with Image.open(shot) as image:
-        image.convert("RGB").crop((80, 0, image.width - 80, round(bottom))).save(ROOT / "docs" / "app.png", optimize=True)
+        shown = image.convert("RGB").crop((80, 0, image.width - 80, round(bottom)))
+        shown.quantize(192).save(ROOT / "docs" / "app.png", optimize=True)  # a third of the bytes
 
 
 def record(first: float, whole: float) -> None:

@@ -238,7 +238,7 @@ def train_pro(runs: Path, minutes: float | None, steps: int = 1200) -> bool:
     return report.finished
 
 
-def train_table(runs: Path, minutes: float | None, steps: int = 50, people: int = 512) -> bool:
+def train_table(runs: Path, minutes: float | None, steps: int = 50, people: int = 128) -> bool:
     """Pre-optimized tokens of the first training people."""
     backbone = trained_backbone(runs)
     encoder = FaceEncoder.from_pretrained(runs / "encoder" / "model")
@@ -247,7 +247,7 @@ def train_table(runs: Path, minutes: float | None, steps: int = 50, people: int 
     return len(table) == people
 
 
-def train_faithful(runs: Path, minutes: float | None, steps: int = 150) -> bool:
+def train_faithful(runs: Path, minutes: float | None, steps: int = 200) -> bool:
     """Batches of 64, with the table's weight loss."""
     backbone = trained_backbone(runs)
     encoder = FaceEncoder.from_pretrained(runs / "pro" / "model" / "encoder")  # one encoder is shipped for both

@@ -131,7 +131,7 @@ class Evaluate:
     """Only these rows."""
     faithful: Path | None = None
     """A faithful hypernetwork to compare with; default: benchmarks/faithful, where it exists."""
-    pictures: int = 2
+    pictures: int = 1
     """Pictures a prompt."""
     overwrite: bool = False
     """Measure all rows again."""

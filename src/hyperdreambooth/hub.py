@@ -123,7 +123,7 @@ def hypernetwork_card(info: HyperNetworkInfo) -> str:
         f"# A hypernetwork for {base}",
         f"It looks at one photo of a face and predicts a LoRA of rank {rank} for `{base}` ({len(info.targets)} layers, "
         f"{len(info.targets) * rank * width} numbers), which a few steps of fine-tuning make fit (HyperDreamBooth, arXiv 2307.06949; mode {info.mode}).",
-        "## How to use it\n\n```python\nfrom hyperdreambooth import HyperDreamBooth\n"
+        "## How to use it\n\n```python\nfrom hyperdreambooth import HyperDreamBooth\n\n"
         f'hdb = HyperDreamBooth.from_pretrained("{base}", hypernetwork="user/name")  # or this folder\n'
         'hdb.personalize("me.jpg").save("me.safetensors")\n```',
         f"## Data\n\n{info.data or 'Not stated.'}\n" + "".join(f"\n- {key}: {value}" for key, value in trained.items()),

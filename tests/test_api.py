@@ -29,6 +29,18 @@ def test_a_stopped_person_is_what_the_last_step_showed(hdb):
     assert len(hdb.generate("a [V] face", shown[0], steps=1)) == 1
 
 
+def test_a_photo_is_trained_under_the_words_that_are_found_for_it(hdb):
+    hdb.info.describe = [["a [V] face"], ["wearing a cap"]]
+    found = hdb.personalize(picture(), steps=2, quiet=True)
+    told = hdb.personalize(picture(), steps=2, quiet=True, prompt="a [V] face wearing a cap")
+    other = hdb.personalize(picture(), steps=2, quiet=True, prompt="a [V] face")
+    assert found.shown == told.shown == ["a [V] face wearing a cap"]
+    assert other.shown == hdb.personalize(picture(), steps=0).shown == ["a [V] face"]
+    path = next(iter(found.loras))
+    torch.testing.assert_close(found.loras[path].delta(), told.loras[path].delta())
+    assert any(not torch.allclose(found.loras[p].delta(), other.loras[p].delta(), atol=1e-6) for p in found.loras)
+
+
 def test_a_mix_is_of_tokens_where_everyone_has_some_and_else_a_sum(hdb, tmp_path):
     a, b = (hdb.personalize(picture(seed), steps=0) for seed in (1, 2))
     both = hdb.mix([(a, 0.25), (b, 0.75)])

@@ -176,11 +176,13 @@ def test_info_targets_export_and_mix(tmp_path, me, capsys):
         )
         == 0
     )
+    assert run("mix", me.with_suffix(".tokens"), me.with_suffix(".tokens"), "-o", tmp_path / "equal.safetensors") == 0
     again = formats.read_lora(tmp_path / "k.safetensors").metadata
     assert again["modelspec.title"] == "k"  # a copy speaks of itself
-    one, both = (formats.read_lora(tmp_path / f"{name}.safetensors").loras for name in ("e", "m"))
+    one, both, equal = (formats.read_lora(tmp_path / f"{name}.safetensors").loras for name in ("e", "m", "equal"))
     path = next(iter(one))
     torch.testing.assert_close(one[path].delta(), both[path].delta(), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(one[path].delta(), equal[path].delta(), atol=1e-2, rtol=1e-2)  # without weights, equal shares
 
 
 def test_the_papers_numbers_come_out_of_the_published_architecture(capsys):

@@ -107,6 +107,18 @@ def test_the_others_of_a_batch_do_not_matter(hdb, atlas):
     assert any(not torch.allclose(lora.delta(), predicted[path].delta(), atol=1e-6) for path, lora in tuned[0].items())
 
 
+def test_people_are_fine_tuned_under_what_their_photos_show(hdb, atlas):
+    predicted = protocol.predicted_loras(hdb, atlas)
+    plain = protocol.finetuned_loras(hdb, atlas, predicted)
+    hdb.info.describe = [["a [V] face"], ["wearing a cap"]]
+    described = protocol.finetuned_loras(hdb, atlas, predicted)
+    hdb.info.describe, hdb.prompt = [], "a [V] face wearing a cap"
+    told = protocol.finetuned_loras(hdb, atlas, predicted)
+    assert any(not torch.allclose(plain[path].delta(), described[path].delta(), atol=1e-6) for path in plain)
+    for path in told:
+        torch.testing.assert_close(told[path].delta(), described[path].delta())
+
+
 def test_people_of_a_batch_are_fine_tuned_as_if_alone(hdb, atlas):
     predicted = protocol.predicted_loras(hdb, atlas)
     together = protocol.finetuned_loras(hdb, atlas, predicted, batch=PEOPLE)

@@ -23,7 +23,7 @@ class App:
     """
 
     base: str = "toon"
-    """"toon" (shipped), a directory in diffusers' layout, or a hub id."""
+    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id."""
     hypernetwork: str = "auto"
     """A directory or hub id; "none" trains from scratch; "auto" takes the shipped one for toon."""
     host: str = "127.0.0.1"

@@ -43,7 +43,7 @@ class Personalize:
     output: Output
     """The LoRA file to write (.safetensors)."""
     base: str = "toon"
-    """"toon" (shipped), a directory in diffusers' layout, or a hub id."""
+    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id."""
     hypernetwork: str = "auto"
     """A directory or hub id; "none" trains from scratch, on any base; "auto" takes the shipped one for toon."""
     tokens: Path | None = None
@@ -135,7 +135,7 @@ class Generate:
     style: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FILE[:WEIGHT] of a style LoRA, where there is no personal one. Can be repeated."""
     base: str = "toon"
-    """"toon" (shipped), a directory in diffusers' layout, or a hub id."""
+    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id."""
     overwrite: bool = False
     """Replace pictures that exist."""
     config: Annotated[GenerateConfig, Flat] = field(default_factory=GenerateConfig)

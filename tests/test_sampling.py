@@ -73,6 +73,30 @@ def test_identity_guidance_of_zero_is_the_base_and_its_formula_holds(backbone):
     torch.testing.assert_close(run(personal=loras, guidance=2.0, identity_guidance=3.0), expected, atol=1e-3, rtol=1e-3)
 
 
+def test_identity_guidance_ends_where_it_is_told(backbone, monkeypatch):
+    loras = random_loras(backbone)
+    cond, empty = conditioning(backbone, 2), {k: v[2:3].expand(2, -1, -1) for k, v in conditioning(backbone, 3).items()}
+    noise = noise_for(backbone, [3, 4])
+    sizes = []
+    predict = backbone.predict
+    monkeypatch.setattr(backbone, "predict", lambda x, *rest: sizes.append(len(x)) or predict(x, *rest))
+
+    def run(**settings):
+        sizes.clear()
+        return sample(backbone, cond, empty, noise, personal=loras, steps=4, guidance=3.0, **settings)
+
+    part = run(identity_guidance=3.0, identity_until=0.5)
+    assert sizes == [4, 4, 6, 6]  # two branches while both scales are the same, then three
+    whole, weak = run(identity_guidance=3.0), run(identity_guidance=1.0)
+    torch.testing.assert_close(run(identity_guidance=3.0, identity_until=0.0), weak)
+    assert (part - whole).abs().max() > 1e-3
+    assert (part - weak).abs().max() > 1e-3
+    plain = run()
+    torch.testing.assert_close(run(identity_until=0.5), plain)
+    with pytest.raises(InputError, match="identity_until"):
+        GenerateConfig(identity_until=1.5)
+
+
 def test_the_base_branch_of_identity_guidance_has_the_bases_prompt_too(backbone):
     person = random_loras(backbone, patterns=("text_encoder*_proj",))
     config = GenerateConfig(steps=2, guidance=2.0, identity_guidance=0.0)

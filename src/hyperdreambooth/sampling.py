@@ -8,6 +8,9 @@ identity scale i the prediction is
 so g pushes along the prompt, i along the person, and a branch whose weight is zero isn't computed: g = i and g = 1
 cost two branches, as plain guidance does. Plain guidance, (1 - g) e(empty, person) + g e(prompt, person), keeps the LoRA in
 both branches; it strengthens the prompt alone.
+
+The person is decided while there is much noise. Later, i above 1 only distorts what the prompt asked for, so it may fall to 1 on
+the way (a guidance interval: Kynkäänniemi et al., arXiv 2404.07724).
 """
 
 from __future__ import annotations
@@ -72,6 +75,7 @@ def sample(
     steps: int = 20,
     guidance: float = 3.0,
     identity_guidance: float | None = None,
+    identity_until: float = 1.0,
     embedded_guidance: float = 3.5,
     scheduler: str | None = None,
     generator: torch.Generator | None = None,
@@ -85,29 +89,34 @@ def sample(
         personal: one person's LoRA, or B of them; in every branch "with person".
         styles: LoRAs that stay in every branch; shared by the batch.
         identity_guidance: the scale i above; None is plain guidance.
+        identity_until: the fraction of the steps, 0..1, after which that scale is 1.
         embedded_guidance: the scale that a guidance-distilled base (Flux dev) takes as a condition; others have none.
         on_step: called after each step with its number.
     """
     schedule = make_scheduler(backbone.pipe, scheduler)
     backbone.set_timesteps(schedule, steps, noise)
-    mix = branches(guidance, identity_guidance if personal else None)
-    count = len(noise)
-    parts = [negative if not prompted else prompts if who or plain is None else plain for _, prompted, who in mix]
-    conditioning = {key: torch.cat([part[key] for part in parts]) for key in prompts}
-    person = torch.tensor([float(who) for _, _, who in mix], device=noise.device).repeat_interleave(count)
-    weights = torch.tensor([weight for weight, _, _ in mix], device=noise.device, dtype=noise.dtype).reshape(-1, 1, 1, 1, 1)
-    if "guidance" in conditioning:
-        conditioning["guidance"] = torch.full_like(conditioning["guidance"], embedded_guidance)
     # flow schedulers start from unit noise and scale nothing
     latents = noise * getattr(schedule, "init_noise_sigma", 1.0)
     scale_input = getattr(schedule, "scale_model_input", lambda value, timestep: value)
     extra = {"generator": generator} if "generator" in schedule.step.__code__.co_varnames else {}
-    with applied(backbone.components, styles or {}), applied(backbone.components, personal or {}, person if personal else None):
-        for number, timestep in enumerate(schedule.timesteps):
-            tiled = scale_input(latents.repeat(len(mix), 1, 1, 1), timestep)
-            predicted = backbone.predict(tiled, timestep.expand(len(tiled)), conditioning)
-            mixed = (predicted.unflatten(0, (len(mix), count)) * weights).sum(0)
-            latents = schedule.step(mixed, timestep, latents, **extra, return_dict=False)[0]
-            if on_step:
-                on_step(number + 1)
+    identity = identity_guidance if personal else None
+    strong = len(schedule.timesteps) if identity is None else round(identity_until * len(schedule.timesteps))
+    number, count = 0, len(noise)
+    for scale, timesteps in ((identity, schedule.timesteps[:strong]), (1.0, schedule.timesteps[strong:])):
+        mix = branches(guidance, scale)
+        parts = [negative if not prompted else prompts if who or plain is None else plain for _, prompted, who in mix]
+        conditioning = {key: torch.cat([part[key] for part in parts]) for key in prompts}
+        person = torch.tensor([float(who) for _, _, who in mix], device=noise.device).repeat_interleave(count)
+        weights = torch.tensor([weight for weight, _, _ in mix], device=noise.device, dtype=noise.dtype).reshape(-1, 1, 1, 1, 1)
+        if "guidance" in conditioning:
+            conditioning["guidance"] = torch.full_like(conditioning["guidance"], embedded_guidance)
+        with applied(backbone.components, styles or {}), applied(backbone.components, personal or {}, person if personal else None):
+            for timestep in timesteps:
+                tiled = scale_input(latents.repeat(len(mix), 1, 1, 1), timestep)
+                predicted = backbone.predict(tiled, timestep.expand(len(tiled)), conditioning)
+                mixed = (predicted.unflatten(0, (len(mix), count)) * weights).sum(0)
+                latents = schedule.step(mixed, timestep, latents, **extra, return_dict=False)[0]
+                number += 1
+                if on_step:
+                    on_step(number)
     return latents

@@ -32,6 +32,9 @@ class GenerateConfig:
     identity_guidance: float | Literal["off"] | None = None
     """Identity guidance scale: the base without the personal LoRA as the unconditional branch. "off": plain guidance, with the
     LoRA in both branches. Default: the hypernetwork's own, or off."""
+    identity_until: float | None = None
+    """The fraction of the denoising steps, 0 to 1, after which the identity scale is 1: the person is decided early, and later it
+    only costs what the prompt asked for. Default: the hypernetwork's own, or 1."""
     strength: float = 1.0
     """Weight of the personal LoRA."""
     scheduler: str | None = None
@@ -50,10 +53,12 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if (self.steps is not None and self.steps < 1) or self.count < 1 or self.batch < 1:
             raise InputError(f"steps, count and batch must be at least 1, not {self.steps}, {self.count} and {self.batch}.")
+        if self.identity_until is not None and not 0 <= self.identity_until <= 1:
+            raise InputError(f"identity_until is a fraction of the steps, 0 to 1, not {self.identity_until}.")
 
     def resolved(self, **own: Any) -> GenerateConfig:
         """The same with whatever is unset filled in: from a base's own defaults, then from general ones."""
-        general = {"steps": 25, "guidance": 5.0, "identity_guidance": "off"}
+        general = {"steps": 25, "guidance": 5.0, "identity_guidance": "off", "identity_until": 1.0}
         return dataclasses.replace(self, **{key: value for key, value in {**general, **own}.items() if getattr(self, key) is None})
 
 
@@ -86,6 +91,7 @@ def generate(
     config = config.resolved(**backbone.generation)
     assert config.steps is not None
     assert config.guidance is not None
+    assert config.identity_until is not None
     identity = None if config.identity_guidance == "off" else config.identity_guidance
     unit = backbone.unit
     for name, value in (("width", config.width), ("height", config.height)):
@@ -120,6 +126,7 @@ def generate(
             steps=config.steps,
             guidance=config.guidance,
             identity_guidance=identity,
+            identity_until=config.identity_until,
             embedded_guidance=config.embedded_guidance,
             scheduler=config.scheduler,
             generator=torch.Generator().manual_seed(seeds[start]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +31,9 @@ class PersonalizeConfig:
     """Peak learning rate; constant, then it falls over the last fifth. Default: the hypernetwork's own, or 1e-3."""
     copies: int = 4
     """Noised copies of the photo in every step."""
-    levels: NoiseLevels = field(default_factory=NoiseLevels)
-    """Where noise levels are drawn from: high ones ask who it is."""
+    noise_mean: float | None = None
+    """Mean of logit(u), where noise levels u are drawn from: high ones ask who it is, those near 0 what the details are.
+    Default: the hypernetwork's own, or 1.5."""
     mask: Literal["ellipse", "none"] | None = None
     """Where the loss counts: an ellipse in the middle of the photo, where a face crop has the face, or all of it. Default: the
     hypernetwork's own, or all of it."""
@@ -49,7 +50,7 @@ class PersonalizeConfig:
 
     def resolved(self, *, predicted: bool, **own: Any) -> PersonalizeConfig:
         """The same with whatever is unset filled in: from a hypernetwork's own defaults, then from general ones."""
-        general = {"steps": 25 if predicted else 300, "rank": 4, "learning_rate": 1e-3, "mask": "none"}
+        general = {"steps": 25 if predicted else 300, "rank": 4, "learning_rate": 1e-3, "noise_mean": 1.5, "mask": "none"}
         return dataclasses.replace(self, **{key: value for key, value in {**general, **own}.items() if getattr(self, key) is None})
 
 
@@ -76,6 +77,7 @@ def personalize(
     assert steps is not None
     assert rank is not None
     assert rate is not None
+    assert config.noise_mean is not None
     if steps == 0:
         if predicted is None:
             raise InputError("0 steps without a hypernetwork leave nothing: give --steps, or a hypernetwork.")
@@ -88,7 +90,7 @@ def personalize(
         subject.mask = ellipse_mask(height, width).to(subject.latents).expand(people, photos, 1, height, width)
     source = RelaxedLora(predicted, rank, targets=targets, order=config.order, seed=config.seed).to(subject.latents.device)
     live = trains_text(source.paths, backbone)
-    step, batches = make_step(backbone, subject, config.levels, config.copies, live_text=live, seed=config.seed)
+    step, batches = make_step(backbone, subject, NoiseLevels(mean=config.noise_mean), config.copies, live_text=live, seed=config.seed)
     # no clipping: its norm would run over all people of a batch
     training = TrainingConfig(
         steps=steps, learning_rate=rate, cooldown=0.2, max_grad_norm=0.0, seed=config.seed, log_every=max(1, steps // 10)

@@ -89,6 +89,7 @@ def test_identity_guidance_ends_where_it_is_told(backbone, monkeypatch):
     assert sizes == [4, 4, 6, 6]  # two branches while both scales are the same, then three
     whole, weak = run(identity_guidance=3.0), run(identity_guidance=1.0)
     torch.testing.assert_close(run(identity_guidance=3.0, identity_until=0.0), weak)
+    torch.testing.assert_close(run(identity_guidance=0.5, identity_until=0.5), run(identity_guidance=0.5))
     assert (part - whole).abs().max() > 1e-3
     assert (part - weak).abs().max() > 1e-3
     plain = run()

@@ -89,7 +89,7 @@ def sample(
         personal: one person's LoRA, or B of them; in every branch "with person".
         styles: LoRAs that stay in every branch; shared by the batch.
         identity_guidance: the scale i above; None is plain guidance.
-        identity_until: the fraction of the steps, 0..1, after which that scale is 1.
+        identity_until: the fraction of the steps, 0..1, after which that scale is 1 at most.
         embedded_guidance: the scale that a guidance-distilled base (Flux dev) takes as a condition; others have none.
         on_step: called after each step with its number.
     """
@@ -102,7 +102,8 @@ def sample(
     identity = identity_guidance if personal else None
     strong = len(schedule.timesteps) if identity is None else round(identity_until * len(schedule.timesteps))
     number, count = 0, len(noise)
-    for scale, timesteps in ((identity, schedule.timesteps[:strong]), (1.0, schedule.timesteps[strong:])):
+    later = None if identity is None else min(identity, 1.0)
+    for scale, timesteps in ((identity, schedule.timesteps[:strong]), (later, schedule.timesteps[strong:])):
         mix = branches(guidance, scale)
         parts = [negative if not prompted else prompts if who or plain is None else plain for _, prompted, who in mix]
         conditioning = {key: torch.cat([part[key] for part in parts]) for key in prompts}

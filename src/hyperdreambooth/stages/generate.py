@@ -33,8 +33,8 @@ class GenerateConfig:
     """Identity guidance scale: the base without the personal LoRA as the unconditional branch. "off": plain guidance, with the
     LoRA in both branches. Default: the hypernetwork's own, or off."""
     identity_until: float | None = None
-    """The fraction of the denoising steps, 0 to 1, after which the identity scale is 1: the person is decided early, and later it
-    only costs what the prompt asked for. Default: the hypernetwork's own, or 1."""
+    """The fraction of the denoising steps, 0 to 1, after which the identity scale is 1 at most: the person is decided early, and
+    later it only costs what the prompt asked for. Default: the hypernetwork's own, or 1."""
     strength: float = 1.0
     """Weight of the personal LoRA."""
     scheduler: str | None = None

@@ -25,8 +25,12 @@ from hyperdreambooth.training import TrainingConfig
 
 from . import autoencoder, pictures
 
-TOKENS = LightweightConfig(rank=1, down_dim=64, up_dim=32)
-DECODER = HyperNetworkConfig(dim=128, blocks=2, heads=4, passes=2)
+TARGETS = tuple(f"unet.*.{layer}" for layer in ("attn1.to_?", "attn?.to_q", "attn?.to_out.0", "ff.net.0.proj", "ff.net.2"))
+"""Not attn2's to_k and to_v, which read the prompt: with them the LoRA pulls contexts that it never saw towards those it did."""
+TOKENS = LightweightConfig(rank=4, down_dim=64, up_dim=32)
+FAITHFUL_TOKENS = LightweightConfig(rank=1, down_dim=64, up_dim=32)
+DECODER = HyperNetworkConfig(dim=128, blocks=3, heads=4, passes=2)
+FAITHFUL_DECODER = HyperNetworkConfig(dim=128, blocks=2, heads=4, passes=2)
 
 
 def photo_context(draw: random.Random) -> dict[str, str]:
@@ -92,16 +96,17 @@ def identity_data(data: pictures.Pictures, encoder: FaceEncoder, matrix: Tensor,
 def pro_config(steps: int) -> TrainHypernetworkConfig:
     """Learnable aux, the denoising loss alone."""
     training = TrainingConfig(
-        steps=steps, learning_rate=1e-3, warmup=50, cooldown=0.35, average=0.995, seed=11, log_every=25, validate_every=250
+        steps=steps, learning_rate=1e-3, warmup=50, cooldown=0.35, average=0.998, seed=15, log_every=25, validate_every=250
     )
     return TrainHypernetworkConfig(
         mode="pro",
+        targets=TARGETS,
         lightweight=TOKENS,
         hypernetwork=DECODER,
-        levels=NoiseLevels(mean=1.5),
+        levels=NoiseLevels(mean=2.0, std=1.5, uniform=0.1),
         batch=64,
         penalty=1e-6,
-        train_encoder=True,
+        train_encoder=False,
         training=training,
     )
 
@@ -113,8 +118,9 @@ def faithful_config(steps: int) -> TrainHypernetworkConfig:
     )
     return TrainHypernetworkConfig(
         mode="faithful",
-        lightweight=TOKENS,
-        hypernetwork=DECODER,
+        targets=TARGETS,
+        lightweight=FAITHFUL_TOKENS,
+        hypernetwork=FAITHFUL_DECODER,
         levels=NoiseLevels(mean=1.5),
         batch=64,
         weight_loss=1e-3,
@@ -125,7 +131,9 @@ def faithful_config(steps: int) -> TrainHypernetworkConfig:
 def table_config(steps: int) -> PreoptimizeConfig:
     """Tokens of one person after another, 32 side by side."""
     training = TrainingConfig(steps=steps, learning_rate=2e-2, cooldown=0.3, max_grad_norm=0.0, seed=13)
-    return PreoptimizeConfig(lightweight=TOKENS, levels=NoiseLevels(mean=1.5), chunk=32, copies=2, training=training)
+    return PreoptimizeConfig(
+        targets=TARGETS, lightweight=FAITHFUL_TOKENS, levels=NoiseLevels(mean=1.5), chunk=32, copies=2, training=training
+    )
 
 
 def photos_of(data: IdentityData) -> IdentityData:

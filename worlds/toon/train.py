@@ -238,7 +238,7 @@ def train_pro(runs: Path, minutes: float | None, steps: int = 1200) -> bool:
     return report.finished
 
 
-def train_table(runs: Path, minutes: float | None, steps: int = 50, people: int = 128) -> bool:
+def train_table(runs: Path, minutes: float | None, steps: int = 50, people: int = 512) -> bool:
     """Pre-optimized tokens of the first training people."""
     backbone = trained_backbone(runs)
     encoder = FaceEncoder.from_pretrained(runs / "encoder" / "model")
@@ -254,7 +254,7 @@ def train_faithful(runs: Path, minutes: float | None, steps: int = 200) -> bool:
     data = hypernetwork_data(runs, encoder, "hyper", 4000)
     validation = hypernetwork_data(runs, encoder, "hyper-validation", 150)
     config = hypernetworks.faithful_config(steps)
-    targets = find_targets(backbone.components, backbone.default_targets)
+    targets = find_targets(backbone.components, config.targets)
     table = read_table(runs / "table", LightweightLora(targets, config.lightweight).fingerprint())
     source, report = train_hypernetwork(
         backbone, encoder, data, config, directory=runs / "faithful", validation=validation, table=table, minutes=minutes
@@ -273,8 +273,8 @@ def describe(source: PredictedLora, config: TrainHypernetworkConfig, report: Tra
         hypernetwork=asdict(config.hypernetwork),
         mode=config.mode,
         describe=pictures.slots(),
-        personalize={"steps": 25, "rank": 4, "learning_rate": 4e-3, "mask": "none"},
-        generate={"steps": 10, "guidance": 3.0, "identity_guidance": 1.25},
+        personalize={"steps": 25, "rank": 4, "learning_rate": 4e-3, "noise_mean": 0.5, "mask": "none"},
+        generate={"steps": 10, "guidance": 3.0, "identity_guidance": 3.0, "identity_until": 0.3},
         data="cartoon people drawn with facesjs (Apache-2.0): see worlds/toon/README.md",
         license="apache-2.0",
         trained={"steps": report.steps, "batch": config.batch, "people": people, "validation": report.validations[-1:]},

@@ -15,7 +15,9 @@ from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.assets import toon
 from hyperdreambooth.evaluation import metrics
 from hyperdreambooth.evaluation.judges import Judge
+from hyperdreambooth.lora import find_targets
 from hyperdreambooth.photos import to_tensor
+from hyperdreambooth.training import TrainingReport
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,6 +49,17 @@ def test_the_prediction_is_the_person_in_the_asked_context():
     assert ours >= 0.7
     assert chance <= 0.3
     assert torch.stack(right).mean() >= 0.8
+
+
+def test_the_shipped_hypernetwork_has_the_recipes_layers_and_settings():
+    from worlds.toon import hypernetworks, train
+
+    hdb = HyperDreamBooth.from_pretrained("toon")
+    assert set(hdb.info.targets) == set(find_targets(hdb.backbone.components, hypernetworks.TARGETS))
+    assert not any(path.endswith(("attn2.to_k", "attn2.to_v")) for path in hdb.info.targets)  # they read the prompt
+    recipe = train.describe(hdb.source, hypernetworks.pro_config(1), TrainingReport(), 1)
+    for name in ("personalize", "generate", "describe"):
+        assert getattr(hdb.info, name) == getattr(recipe, name), name
 
 
 def test_the_base_names_what_a_photo_shows():

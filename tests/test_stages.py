@@ -202,7 +202,8 @@ def test_a_hypernetwork_learns_who_is_who(mode, tmp_path):
 
     backbone = StableDiffusion(tiny_pipe())
     data = identity_data()
-    training = TrainingConfig(steps=40, learning_rate=1e-2, cooldown=0.2, log_every=10)
+    # at 1e-2 without warm-up so small a training may die, by rounding alone
+    training = TrainingConfig(steps=60, learning_rate=3e-3, warmup=10, cooldown=0.2, log_every=10)
     config = TrainHypernetworkConfig(
         mode=mode, lightweight=FROZEN, hypernetwork=DECODER, levels=NoiseLevels(mean=1.5), batch=8, penalty=0.0, training=training
     )
@@ -214,7 +215,7 @@ def test_a_hypernetwork_learns_who_is_who(mode, tmp_path):
     source, report = train_hypernetwork(backbone, encoder, data, config, directory=tmp_path, validation=data, table=table)
     gain = report.validations[-1]["identity_gain"]
     assert bool(list(source.lightweight.parameters())) == (mode == "pro")
-    assert gain > 0.005
+    assert gain > 0.02
     untrained = IdentityGain(backbone, data, config.levels, PromptCache(backbone))
     before = build(dict(source.lightweight.targets), encoder, config.lightweight, DECODER)
     assert untrained(0, before)["identity_gain"] == pytest.approx(0, abs=1e-6)

@@ -101,7 +101,8 @@ def train_hypernetwork(
 
     Args:
         encoder: trained too where `encoder.trained`; its batch statistics stay as they are.
-        start: begin with the weights of this hypernetwork, of the same sizes or of a lower rank.
+        start: begin with the weights of this hypernetwork, of the same sizes, or of a lower rank or fewer
+            blocks.
     """
     if config.mode == "faithful" and not table:
         raise InputError("the faithful mode needs a table of pre-optimized tokens: run `preoptimize` first, or take mode pro.")

@@ -94,6 +94,14 @@ def test_identity_guidance_ends_where_it_is_told(backbone, monkeypatch):
     assert (part - weak).abs().max() > 1e-3
     plain = run()
     torch.testing.assert_close(run(identity_until=0.5), plain)
+    pictures = [
+        generate(
+            backbone, [PROMPT], [1], GenerateConfig(steps=2, guidance=3.0, identity_guidance=scale, identity_until=until), personal=loras
+        )
+        for scale, until in ((3.0, 0.0), (1.0, None), (3.0, None))
+    ]
+    torch.testing.assert_close(pictures[0], pictures[1])
+    assert (pictures[0] - pictures[2]).abs().max() > 1e-3
     with pytest.raises(InputError, match="identity_until"):
         GenerateConfig(identity_until=1.5)
 

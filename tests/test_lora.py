@@ -12,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from hyperdreambooth.errors import InputError
-from hyperdreambooth.lora import Lora, LoraSet, applied, canonical, compress, find_targets, update_norms
+from hyperdreambooth.lora import Lora, LoraSet, applied, canonical, compress, find_targets, shared_norm, update_norms
 
 from .conftest import conditioning, random_loras, tiny_pipe
 
@@ -184,6 +184,25 @@ def test_update_norms_are_frobenius_norms(backbone):
     loras = random_loras(backbone, batch=2)
     expected = sum(lora.delta().square().sum((-2, -1)) for lora in loras.values())
     torch.testing.assert_close(update_norms(loras), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_shared_norm_is_that_of_pairs_of_people(backbone):
+    loras = random_loras(backbone, batch=3)
+    deltas = torch.cat([lora.delta().flatten(1) for lora in loras.values()], 1)
+    products = deltas @ deltas.mT
+    torch.testing.assert_close(shared_norm(loras), (products.sum() - products.trace()) / 6, rtol=1e-3, atol=1e-3)
+
+
+def test_the_shared_norm_finds_what_everyone_has():
+    draw = torch.Generator().manual_seed(0)
+    common = Lora(torch.randn(2, 6, generator=draw), torch.randn(5, 2, generator=draw))
+    own = Lora(torch.randn(400, 1, 6, generator=draw), torch.randn(400, 5, 1, generator=draw))
+    both = LoraSet(layer=Lora(common.down.expand(400, -1, -1), common.up.expand(400, -1, -1)) + own)
+    whole = common.delta().square().sum()
+    assert float(shared_norm(both)) == pytest.approx(float(whole), rel=0.1)
+    assert shared_norm(LoraSet(layer=own)).abs() < 0.02 * update_norms(LoraSet(layer=own)).mean()
+    with pytest.raises(ValueError, match="two updates"):
+        shared_norm(LoraSet(layer=common))
 
 
 def test_targets_are_found_by_glob_in_any_component(backbone):

@@ -10,7 +10,7 @@ import torch
 from hyperdreambooth.data import IdentityData, PromptCache, load_identities
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lightweight import LightweightConfig, LightweightLora
-from hyperdreambooth.lora import applied, find_targets
+from hyperdreambooth.lora import applied, find_targets, shared_norm
 from hyperdreambooth.objectives import NoiseLevels, denoising
 from hyperdreambooth.pretrained import build, check_targets, load_hypernetwork
 from hyperdreambooth.stages.personalize import PersonalizeConfig, finish, personalize
@@ -219,6 +219,21 @@ def test_a_hypernetwork_learns_who_is_who(mode, tmp_path):
     untrained = IdentityGain(backbone, data, config.levels, PromptCache(backbone))
     before = build(dict(source.lightweight.targets), encoder, config.lightweight, DECODER)
     assert untrained(0, before)["identity_gain"] == pytest.approx(0, abs=1e-6)
+
+
+def test_people_share_less_where_it_costs(tmp_path):
+    from hyperdreambooth.backbones import StableDiffusion
+
+    shared = []
+    for weight in (0.0, 1.0):
+        backbone, data = StableDiffusion(tiny_pipe()), identity_data()
+        training = TrainingConfig(steps=40, learning_rate=3e-3, warmup=10)
+        config = TrainHypernetworkConfig(lightweight=TOKENS, hypernetwork=DECODER, batch=8, penalty=0.0, shared=weight, training=training)
+        source, _ = train_hypernetwork(backbone, tiny_source(backbone).encoder, data, config, directory=tmp_path / str(weight))
+        shared.append(shared_norm(source(data.features.float())).item())
+    assert shared[1] < 0.2 * shared[0]
+    with pytest.raises(InputError, match="batch of 2"):
+        TrainHypernetworkConfig(batch=1)
 
 
 def photo_data(people: int = 4, each: int = 2) -> IdentityData:

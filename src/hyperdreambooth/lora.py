@@ -192,6 +192,26 @@ def update_norms(loras: LoraSet) -> Tensor:
     return total
 
 
+def shared_norm(loras: LoraSet) -> Tensor:
+    """Squared Frobenius norm of what a batch's updates have in common, a scalar: of their mean, estimated without bias.
+
+    The mean of a finite batch holds its samples' own updates too; leaving a sample's product with itself out, what is
+    left is an estimate of the mean over everyone. It may be negative, and needs two samples.
+    """
+    total: Tensor | None = None
+    for lora in loras.values():
+        batch = lora.down.shape[0]
+        if lora.down.ndim != 3 or batch < 2:
+            raise ValueError(f"a batch of two updates or more is needed: {tuple(lora.down.shape)}")
+        mean = torch.einsum("bor,bri->oi", lora.up, lora.down) / batch
+        own = ((lora.up.mT @ lora.up) * (lora.down @ lora.down.mT)).sum() / batch**2
+        value = (mean.square().sum() - own) * batch / (batch - 1)
+        total = value if total is None else total + value
+    if total is None:
+        raise ValueError("no layers")
+    return total
+
+
 def compress(lora: Lora, tolerance: float = 1e-6) -> Lora:
     """The same update with orthogonal factors and no more rank than it has (paper, section 4.3: merge and decompose).
 

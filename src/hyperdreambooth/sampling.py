@@ -104,6 +104,8 @@ def sample(
     number, count = 0, len(noise)
     later = None if identity is None else min(identity, 1.0)
     for scale, timesteps in ((identity, schedule.timesteps[:strong]), (later, schedule.timesteps[strong:])):
+        if not len(timesteps):
+            continue
         mix = branches(guidance, scale)
         parts = [negative if not prompted else prompts if who or plain is None else plain for _, prompted, who in mix]
         conditioning = {key: torch.cat([part[key] for part in parts]) for key in prompts}

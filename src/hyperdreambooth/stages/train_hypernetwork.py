@@ -25,7 +25,7 @@ from ..encoder import FaceEncoder
 from ..errors import InputError
 from ..hypernetwork import HyperNetworkConfig
 from ..lightweight import LightweightConfig
-from ..lora import applied, find_targets, update_norms
+from ..lora import applied, find_targets, shared_norm, update_norms
 from ..objectives import NoiseLevels, denoising, weight_loss
 from ..pretrained import build
 from ..sources import PredictedLora
@@ -53,6 +53,9 @@ class TrainHypernetworkConfig:
     """Pictures in every step."""
     penalty: float = 1e-5
     """pro: weight of the update's mean squared Frobenius norm a layer."""
+    shared: float = 1e-3
+    """pro: weight of the squared Frobenius norm, a mean over layers, of the update that all people have in common. It tells
+    nobody apart, takes up rank, and shifts what prompts mean that were never trained on. 0 leaves it free."""
     weight_loss: float = 1e-2
     """faithful: weight of the squared Frobenius distance between predicted and pre-optimized updates, a mean over layers."""
     aux_scale: float = 2.0
@@ -70,6 +73,8 @@ class TrainHypernetworkConfig:
     def __post_init__(self) -> None:
         if self.mode not in ("pro", "faithful"):
             raise InputError(f"mode must be pro or faithful, not {self.mode}.")
+        if self.mode == "pro" and self.shared and self.batch < 2:
+            raise InputError("what people have in common takes a batch of 2 or more to tell: raise batch, or set shared to 0.")
         if self.lightweight.learnable != (self.mode == "pro"):
             self.lightweight = LightweightConfig(**{**self.lightweight.__dict__, "learnable": self.mode == "pro"})
 
@@ -139,6 +144,8 @@ def train_hypernetwork(
             losses = denoising(backbone, batch.latents, prompts(batch.prompts), levels, generator)
             if config.mode == "pro":
                 losses = losses + config.penalty * update_norms(loras) / len(loras)
+                if config.shared:
+                    losses = losses + config.shared * shared_norm(loras) / len(loras)
             elif batch.rows is not None and batch.has_row is not None:
                 losses = losses + config.weight_loss * batch.has_row * weight_loss(loras, source.lightweight(batch.rows))
             yield losses

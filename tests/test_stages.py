@@ -236,6 +236,26 @@ def test_people_share_less_where_it_costs(tmp_path):
         TrainHypernetworkConfig(batch=1)
 
 
+def test_a_dropped_prompt_is_an_empty_one(tmp_path):
+    from hyperdreambooth.backbones import StableDiffusion
+
+    def trained(dropout: float, *, empty: bool = False) -> torch.Tensor:
+        backbone, data = StableDiffusion(tiny_pipe()), identity_data()
+        if empty:
+            data.prompts = [""] * len(data.prompts)
+        training = TrainingConfig(steps=4, learning_rate=3e-3, warmup=0)
+        config = TrainHypernetworkConfig(lightweight=TOKENS, hypernetwork=DECODER, batch=8, dropout=dropout, training=training)
+        source, _ = train_hypernetwork(backbone, tiny_source(backbone).encoder, data, config, directory=tmp_path / f"{dropout}{empty}")
+        return source(data.features.float())[next(iter(source.lightweight.targets))].up.detach()
+
+    nothing_said = trained(0.0, empty=True)
+    torch.testing.assert_close(trained(1.0), nothing_said)
+    assert not torch.allclose(trained(0.0), nothing_said)
+    assert not torch.allclose(trained(0.5), nothing_said)
+    with pytest.raises(InputError, match="0 to 1"):
+        TrainHypernetworkConfig(dropout=1.5)
+
+
 def photo_data(people: int = 4, each: int = 2) -> IdentityData:
     """The same, with pictures in place of features, as a trained encoder wants them."""
     data = identity_data(people, each)
@@ -310,6 +330,22 @@ def test_fine_tuning_draws_its_noise_around_the_mean_it_was_given(backbone, monk
     general, low = torch.cat(drawn[:4]).logit().mean(), torch.cat(drawn[4:]).logit().mean()
     assert general - low == pytest.approx(4.5, abs=1e-3)  # 1.5 unless told otherwise
     assert PersonalizeConfig().resolved(predicted=True, noise_mean=0.5).noise_mean == 0.5
+
+
+def test_a_step_sees_as_many_copies_as_it_was_told(backbone, monkeypatch):
+    drawn = []
+    draw = NoiseLevels.draw
+    monkeypatch.setattr(NoiseLevels, "draw", lambda self, *args: drawn.append(args[0]) or draw(self, *args))
+    predicted = random_loras(backbone, batch=1, rank=1)
+    for config in (
+        PersonalizeConfig(steps=1),
+        PersonalizeConfig(steps=1, copies=3),
+        PersonalizeConfig(steps=1).resolved(predicted=True, copies=8),
+    ):
+        personalize(backbone, Subject(latents(1, 1), "a [V] face"), predicted, config, quiet=True)
+    assert drawn == [4, 3, 8]  # 4 unless told otherwise, or the hypernetwork's own
+    with pytest.raises(InputError, match="copies must be at least 1"):
+        PersonalizeConfig(copies=0)
 
 
 def test_every_photo_is_trained_under_its_own_words(backbone):

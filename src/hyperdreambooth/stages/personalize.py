@@ -29,8 +29,8 @@ class PersonalizeConfig:
     """residual: the prediction stays frozen, a residual is trained (the paper). merged: all of it is trained."""
     learning_rate: float | None = None
     """Peak learning rate; constant, then it falls over the last fifth. Default: the hypernetwork's own, or 1e-3."""
-    copies: int = 4
-    """Noised copies of the photo in every step."""
+    copies: int | None = None
+    """Noised copies of the photo in every step. Default: the hypernetwork's own, or 4."""
     noise_mean: float | None = None
     """Mean of logit(u), where noise levels u are drawn from: high ones ask who it is, those near 0 what the details are.
     Default: the hypernetwork's own, or 1.5."""
@@ -50,7 +50,7 @@ class PersonalizeConfig:
 
     def resolved(self, *, predicted: bool, **own: Any) -> PersonalizeConfig:
         """The same with whatever is unset filled in: from a hypernetwork's own defaults, then from general ones."""
-        general = {"steps": 25 if predicted else 300, "rank": 4, "learning_rate": 1e-3, "noise_mean": 1.5, "mask": "none"}
+        general = {"steps": 25 if predicted else 300, "rank": 4, "learning_rate": 1e-3, "copies": 4, "noise_mean": 1.5, "mask": "none"}
         return dataclasses.replace(self, **{key: value for key, value in {**general, **own}.items() if getattr(self, key) is None})
 
 
@@ -73,10 +73,11 @@ def personalize(
         on_step: called after every step with the number of steps done and the updates so far; where it returns True, it ends there.
     """
     config = config.resolved(predicted=predicted is not None)
-    steps, rank, rate = config.steps, config.rank, config.learning_rate
+    steps, rank, rate, copies = config.steps, config.rank, config.learning_rate, config.copies
     assert steps is not None
     assert rank is not None
     assert rate is not None
+    assert copies is not None
     assert config.noise_mean is not None
     if steps == 0:
         if predicted is None:
@@ -90,7 +91,7 @@ def personalize(
         subject.mask = ellipse_mask(height, width).to(subject.latents).expand(people, photos, 1, height, width)
     source = RelaxedLora(predicted, rank, targets=targets, order=config.order, seed=config.seed).to(subject.latents.device)
     live = trains_text(source.paths, backbone)
-    step, batches = make_step(backbone, subject, NoiseLevels(mean=config.noise_mean), config.copies, live_text=live, seed=config.seed)
+    step, batches = make_step(backbone, subject, NoiseLevels(mean=config.noise_mean), copies, live_text=live, seed=config.seed)
     # no clipping: its norm would run over all people of a batch
     training = TrainingConfig(
         steps=steps, learning_rate=rate, cooldown=0.2, max_grad_norm=0.0, seed=config.seed, log_every=max(1, steps // 10)

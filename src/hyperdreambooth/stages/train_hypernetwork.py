@@ -58,6 +58,9 @@ class TrainHypernetworkConfig:
     nobody apart, takes up rank, and shifts what prompts mean that were never trained on. 0 leaves it free."""
     weight_loss: float = 1e-2
     """faithful: weight of the squared Frobenius distance between predicted and pre-optimized updates, a mean over layers."""
+    dropout: float = 0.1
+    """Fraction of the pictures, 0 to 1, whose prompt is left empty: plain guidance keeps the LoRA in its branch without a prompt, so
+    the person must be right there too."""
     aux_scale: float = 2.0
     """pro: the aux matrices' learning rate over the decoder's."""
     train_encoder: bool = False
@@ -75,6 +78,8 @@ class TrainHypernetworkConfig:
             raise InputError(f"mode must be pro or faithful, not {self.mode}.")
         if self.mode == "pro" and self.shared and self.batch < 2:
             raise InputError("what people have in common takes a batch of 2 or more to tell: raise batch, or set shared to 0.")
+        if not 0 <= self.dropout <= 1:
+            raise InputError(f"dropout is a fraction of the pictures, 0 to 1, not {self.dropout}.")
         if self.lightweight.learnable != (self.mode == "pro"):
             self.lightweight = LightweightConfig(**{**self.lightweight.__dict__, "learnable": self.mode == "pro"})
 
@@ -128,10 +133,12 @@ def train_hypernetwork(
         generator = torch.Generator().manual_seed(config.training.seed * 1_000_003 + index)
         chosen = torch.randint(len(data.people), (config.batch,), generator=generator)
         people = data.people[chosen]
+        photos = data.inputs(data.pair(chosen, generator)).to(device)
+        dropped = torch.rand(config.batch, generator=generator) < config.dropout
         return Batch(
             data.latents[chosen].to(device).float(),
-            data.inputs(data.pair(chosen, generator)).to(device),
-            [data.prompts[i] for i in chosen.tolist()],
+            photos,
+            ["" if left_out else data.prompts[i] for i, left_out in zip(chosen.tolist(), dropped.tolist(), strict=True)],
             rows[people].to(device) if rows is not None else None,
             has_row[people].to(device) if has_row is not None else None,
         )

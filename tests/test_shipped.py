@@ -24,11 +24,13 @@ ROOT = Path(__file__).parents[1]
 
 def test_shipped_data_and_checkout_stay_small():
     shipped = sum(file.stat().st_size for file in toon.directory().rglob("*") if file.is_file() and file.suffix != ".pyc")
-    assert shipped <= 48e6
+    assert shipped <= 50e6
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    assert sum((ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()) <= 56e6
+    assert (
+        sum((ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()) <= 60e6
+    )  # a rank-4 hypernetwork and the faithful one beside it
 
 
 def test_the_prediction_is_the_person_in_the_asked_context():

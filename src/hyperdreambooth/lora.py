@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -196,20 +196,14 @@ def shared_norm(loras: LoraSet) -> Tensor:
     """Squared Frobenius norm of what a batch's updates have in common, a scalar: of their mean, estimated without bias.
 
     The mean of a finite batch holds its samples' own updates too; leaving a sample's product with itself out, what is
-    left is an estimate of the mean over everyone. It may be negative, and needs two samples.
+    left is an estimate of the mean over everyone. It may be negative. Raises ValueError for fewer than two samples.
     """
-    total: Tensor | None = None
-    for lora in loras.values():
-        batch = lora.down.shape[0]
-        if lora.down.ndim != 3 or batch < 2:
-            raise ValueError(f"a batch of two updates or more is needed: {tuple(lora.down.shape)}")
-        mean = torch.einsum("bor,bri->oi", lora.up, lora.down) / batch
-        own = ((lora.up.mT @ lora.up) * (lora.down @ lora.down.mT)).sum() / batch**2
-        value = (mean.square().sum() - own) * batch / (batch - 1)
-        total = value if total is None else total + value
-    if total is None:
-        raise ValueError("no layers")
-    return total
+    norms = update_norms(loras)
+    if norms.ndim != 1 or len(norms) < 2:
+        raise ValueError(f"a batch of two updates or more is needed: {tuple(norms.shape)}")
+    # the sum of all updates is one update of their joint rank
+    total = {path: replace(lora, down=lora.down.flatten(0, 1), up=lora.up.movedim(0, 1).flatten(1)) for path, lora in loras.items()}
+    return (update_norms(LoraSet(total)) - norms.sum()) / (len(norms) * (len(norms) - 1))
 
 
 def compress(lora: Lora, tolerance: float = 1e-6) -> Lora:

@@ -47,7 +47,7 @@ def run(args: Evaluate) -> None:
     known = [read_tensors(file)[0]["embeddings"].float() if file.is_file() else None for file in files]
     judges = Judges(Judge.from_pretrained(toon.directory("recogniser")), Judge.from_pretrained(toon.directory("classifier")), *known)
     folder = args.faithful or Path("benchmarks/faithful")
-    faithful = args.machine.open("toon", str(folder)) if "faithful" in (args.rows or ROWS) and folder.is_dir() else None
+    faithful = args.machine.open("toon", str(folder)) if folder.is_dir() else None  # its row belongs to its weights, whichever are measured
     settings = {
         "split": args.split,
         "people": len(atlas.people),
@@ -55,7 +55,7 @@ def run(args: Evaluate) -> None:
         "personalize": _fields(hdb.personalize_config()),
         "generate": _fields(hdb.generate_config()),
         "plain_guidance": PLAIN_GUIDANCE,
-        "weights": fingerprint(hdb, atlas, judges),
+        "weights": fingerprint(hdb, atlas, judges, faithful),
     }
     done: dict[str, Any] = {}
     if args.output.is_file() and not args.overwrite:

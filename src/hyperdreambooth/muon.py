@@ -54,27 +54,23 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                update = self._matrices(parameter, group) if parameter.ndim > 1 else self._vector(parameter, group)
+                rule = self._matrices if parameter.ndim > 1 else self._vector
+                update = rule(self.state[parameter], parameter.grad, group)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
         return loss
 
-    def _matrices(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        state = self.state[parameter]
+    def _matrices(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
         if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        momentum = state["momentum_buffer"]
-        momentum.lerp_(parameter.grad, 1 - group["momentum"])
-        nesterov = parameter.grad.lerp(momentum, group["momentum"])
-        return orthogonalized(nesterov) * (0.2 * max(parameter.shape[-2:]) ** 0.5)  # the root mean square of AdamW's updates
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        momentum: Tensor = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        nesterov = gradient.lerp(momentum, group["momentum"])
+        return orthogonalized(nesterov) * (0.2 * max(gradient.shape[-2:]) ** 0.5)  # the root mean square of AdamW's updates
 
-    def _vector(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        state = self.state[parameter]
+    def _vector(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
         if not state:
-            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(gradient), exp_avg_sq=torch.zeros_like(gradient))
         state["step"] += 1
         done, (first, second) = state["step"].item(), group["betas"]
-        state["exp_avg"].lerp_(parameter.grad, 1 - first)
-        state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - second)
-        spread = (state["exp_avg_sq"] / (1 - second**done)).sqrt() + group["eps"]
-        found: Tensor = state["exp_avg"] / (1 - first**done) / spread
-        return found
+        mean: Tensor = state["exp_avg"].lerp_(gradient, 1 - first)
+        square: Tensor = state["exp_avg_sq"].lerp_(gradient.square(), 1 - second)
+        return mean / (1 - first**done) / ((square / (1 - second**done)).sqrt() + group["eps"])

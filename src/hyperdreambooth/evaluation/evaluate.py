@@ -111,7 +111,7 @@ def finetuned_loras(hdb: HyperDreamBooth, atlas: Atlas, predicted: LoraSet, batc
         for start in range(0, len(latents), batch):
             part = slice(start, start + batch)
             few = predicted.select(part)
-            subject = Subject(latents[part], [[text] for text in hdb.describe(latents[part, 0], few)])
+            subject = Subject(latents[part], [[text] for text in hdb.describe(latents[part, 0], few)], contexts=hdb.contexts)
             tuned, _ = personalize(hdb.backbone, subject, few, hdb.personalize_config(), quiet=True)
             parts.append(tuned)
             progress.update(min(start + batch, len(latents)))

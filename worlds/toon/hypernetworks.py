@@ -19,6 +19,7 @@ from hyperdreambooth.encoder import FaceEncoder
 from hyperdreambooth.hypernetwork import HyperNetworkConfig
 from hyperdreambooth.lightweight import LightweightConfig
 from hyperdreambooth.objectives import NoiseLevels
+from hyperdreambooth.progress import Progress
 from hyperdreambooth.stages.preoptimize import PreoptimizeConfig
 from hyperdreambooth.stages.train_hypernetwork import TrainHypernetworkConfig
 from hyperdreambooth.training import TrainingConfig
@@ -80,12 +81,13 @@ def identity_data(data: pictures.Pictures, encoder: FaceEncoder, matrix: Tensor,
     predicted from."""
     latents, features = [], []
     encoder.eval()
-    for start in range(0, len(data.rows), 500):
-        images = pictures.to_tensor(data.pixels[start : start + 500])
-        latents.append(autoencoder.encode(matrix, offset, images).half())
-        features.append(
-            torch.from_numpy(data.pixels[start : start + 500]).permute(0, 3, 1, 2) if encoder.trained else encoder(images).half()
-        )
+    with Progress("encoding pictures", len(data.rows)) as progress:
+        for start in range(0, len(data.rows), 500):
+            shown = data.pixels[start : start + 500]
+            images = pictures.to_tensor(shown)
+            latents.append(autoencoder.encode(matrix, offset, images).half())
+            features.append(torch.from_numpy(shown).permute(0, 3, 1, 2) if encoder.trained else encoder(images).half())
+            progress.update(start + len(shown))
     names = list(dict.fromkeys(str(row["person"]) for row in data.rows))
     people = torch.arange(len(names)).repeat_interleave(4)
     reference = torch.tensor([True, True, False, False]).repeat(len(names))

@@ -222,7 +222,7 @@ def hypernetwork_data(runs: Path, encoder: FaceEncoder, split: str, people: int)
     return hypernetworks.identity_data(few, encoder, *read_components(runs))
 
 
-def train_pro(runs: Path, minutes: float | None, steps: int = 1200) -> bool:
+def train_pro(runs: Path, minutes: float | None, steps: int = 3000) -> bool:
     """Batches of 64."""
     backbone = trained_backbone(runs)
     config = hypernetworks.pro_config(steps)
@@ -274,7 +274,7 @@ def describe(source: PredictedLora, config: TrainHypernetworkConfig, report: Tra
         mode=config.mode,
         describe=pictures.slots(),
         contexts=pictures.contexts(),
-        personalize={"steps": 25, "rank": 4, "learning_rate": 4e-3, "copies": 8, "noise_mean": 0.0, "mask": "none"},
+        personalize={"steps": 25, "rank": 4, "learning_rate": 6e-3, "copies": 8, "noise_mean": 0.0, "mask": "none", "hold": 2},
         generate={"steps": 10, "guidance": 3.0, "identity_guidance": 3.0, "identity_until": 0.3},
         data="cartoon people drawn with facesjs (Apache-2.0): see worlds/toon/README.md",
         license="apache-2.0",

@@ -98,15 +98,7 @@ def identity_data(data: pictures.Pictures, encoder: FaceEncoder, matrix: Tensor,
 def pro_config(steps: int) -> TrainHypernetworkConfig:
     """Learnable aux, the denoising loss alone."""
     training = TrainingConfig(
-        steps=steps,
-        optimizer="muon",
-        learning_rate=7e-4,
-        warmup=50,
-        cooldown=0.7,
-        average=0.995,
-        seed=17,
-        log_every=25,
-        validate_every=250,
+        steps=steps, learning_rate=1e-3, warmup=50, cooldown=0.35, average=0.998, seed=16, log_every=25, validate_every=250
     )
     return TrainHypernetworkConfig(
         mode="pro",

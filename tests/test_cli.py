@@ -359,3 +359,12 @@ def test_evaluate_measures_resumes_and_tabulates(tmp_path, capsys, tiny_world):
     assert "| prediction |" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").is_file()
     refused(capsys, "other settings", *common, "--rows", "base", "--pictures", 2)
+    faithful = shutil.copytree(tiny_world / "hypernetwork", tmp_path / "faithful")
+    assert run(*common, "--rows", "faithful", "--faithful", faithful) == 0
+    assert run(*common, "--rows", "faithful", "--faithful", faithful) == 0
+    measured = json.loads(out.read_text())
+    weights = load_file(faithful / "model.safetensors")
+    save_file({name: value + 0.01 for name, value in weights.items()}, faithful / "model.safetensors")
+    refused(capsys, "other settings", *common, "--rows", "faithful", "--faithful", faithful)
+    assert run(*common, "--rows", "prediction+guidance") == 0
+    assert json.loads(out.read_text())["settings"] == measured["settings"]

@@ -203,9 +203,9 @@ def test_pictures_that_are_not_numbers_are_refused(hdb, atlas, judges):
 def test_the_fingerprint_changes_with_any_weight_or_picture(hdb, atlas, judges):
     first = protocol.fingerprint(hdb, atlas, judges)
     assert protocol.fingerprint(hdb, atlas, judges) == first
-    seen = {first, protocol.fingerprint(hdb, atlas.first(2), judges), protocol.fingerprint(hdb, atlas, judges, hdb)}
+    seen = {first, protocol.fingerprint(hdb, atlas.first(2), judges)}
     seen.add(protocol.fingerprint(hdb, atlas, protocol.Judges(judges.recogniser, judges.classifier)))
     with torch.no_grad():
         hdb.source.hypernetwork.start += 1e-3
     assert protocol.fingerprint(hdb, atlas, judges) not in seen
-    assert len(seen) == 4
+    assert len(seen) == 3

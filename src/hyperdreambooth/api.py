@@ -34,7 +34,6 @@ from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork, save
 from .sources import PredictedLora
 from .stages.describe import describe
 from .stages.generate import GenerateConfig, generate
-from .stages.hold import CONTEXTS
 from .stages.personalize import PersonalizeConfig, finish, personalize
 from .stages.subject import Subject
 
@@ -160,13 +159,6 @@ class HyperDreamBooth:
         texts = describe(self.backbone, latents, slots, predicted) if slots else [self.prompt] * len(latents)
         return [text.replace(PLACEHOLDER, self.identifier) for text in texts]
 
-    @property
-    def contexts(self) -> list[list[str]]:
-        """Other prompts in parts, alternatives for each: what a fine-tuning may hold."""
-        own = self.info.contexts if self.info else []
-        slots = own or [[self.prompt] if slot == (PLACEHOLDER,) else list(slot) for slot in CONTEXTS]
-        return [[phrase.replace(PLACEHOLDER, self.identifier) for phrase in slot] for slot in slots]
-
     def personalize(
         self,
         files: Photos,
@@ -210,7 +202,7 @@ class HyperDreamBooth:
         seconds["describe"] = time.perf_counter() - started
         started = time.perf_counter()
         mask = nn.functional.interpolate(masks, latents.shape[-2:], mode="area").to(latents)[None] if masks is not None else None
-        subject = Subject(latents[None], [texts], mask, contexts=self.contexts)
+        subject = Subject(latents[None], [texts], mask)
         chosen = find_targets(self.backbone.components, targets or self.backbone.default_targets) if predicted is None else None
 
         def single(loras: LoraSet) -> LoraSet:

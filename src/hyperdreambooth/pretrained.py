@@ -42,8 +42,6 @@ class HyperNetworkInfo:
     """The prompt that names the person."""
     describe: list[list[str]] = field(default_factory=list)
     """Alternatives for each part of a photo's prompt, see `stages.describe`; none: photos are "the person"."""
-    contexts: list[list[str]] = field(default_factory=list)
-    """Alternatives for each part of other prompts, whose answer fine-tuning may hold: see `stages.hold`; none: general ones."""
     personalize: dict[str, Any] = field(default_factory=dict)
     """Defaults of the fine-tuning that suit this base (chosen on validation)."""
     generate: dict[str, Any] = field(default_factory=dict)

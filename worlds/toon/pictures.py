@@ -199,15 +199,6 @@ def slots() -> list[list[str]]:
     return [["a"], words["expression"], ["[V] face"], words["headwear"], words["eyewear"], words["background"]]
 
 
-def contexts() -> list[list[str]]:
-    """The alternatives for each part of other prompts, as `stages.hold` takes them: seen ones alone."""
-    words = {
-        kind: list(dict.fromkeys(choice["words"] for choice in choices.values() if choice["seen"])) for kind, choices in CONTEXTS.items()
-    }
-    styles = [f"a {style} of a" if style else "a" for style in words["style"]]
-    return [styles, words["expression"], ["[V] face"], words["headwear"], words["eyewear"], words["background"]]
-
-
 def training_caption(row: dict[str, Any], draw: random.Random) -> str:
     """A caption for the base: sometimes empty, sometimes with [V], sometimes with the person's looks in words."""
     roll = draw.random()

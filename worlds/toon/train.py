@@ -273,7 +273,6 @@ def describe(source: PredictedLora, config: TrainHypernetworkConfig, report: Tra
         hypernetwork=asdict(config.hypernetwork),
         mode=config.mode,
         describe=pictures.slots(),
-        contexts=pictures.contexts(),
         personalize={"steps": 25, "rank": 4, "learning_rate": 4e-3, "copies": 8, "noise_mean": 0.0, "mask": "none"},
         generate={"steps": 10, "guidance": 3.0, "identity_guidance": 3.0, "identity_until": 0.3},
         data="cartoon people drawn with facesjs (Apache-2.0): see worlds/toon/README.md",

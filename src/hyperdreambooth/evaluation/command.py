@@ -47,7 +47,7 @@ def run(args: Evaluate) -> None:
     known = [read_tensors(file)[0]["embeddings"].float() if file.is_file() else None for file in files]
     judges = Judges(Judge.from_pretrained(toon.directory("recogniser")), Judge.from_pretrained(toon.directory("classifier")), *known)
     folder = args.faithful or Path("benchmarks/faithful")
-    faithful = args.machine.open("toon", str(folder)) if folder.is_dir() else None  # its row belongs to its weights, whichever are measured
+    faithful = args.machine.open("toon", str(folder)) if "faithful" in (args.rows or ROWS) and folder.is_dir() else None
     settings = {
         "split": args.split,
         "people": len(atlas.people),
@@ -55,12 +55,15 @@ def run(args: Evaluate) -> None:
         "personalize": _fields(hdb.personalize_config()),
         "generate": _fields(hdb.generate_config()),
         "plain_guidance": PLAIN_GUIDANCE,
-        "weights": fingerprint(hdb, atlas, judges, faithful),
+        "weights": fingerprint(hdb, atlas, judges),
     }
+    if faithful is not None:
+        settings["faithful"] = fingerprint(faithful, atlas, judges)
     done: dict[str, Any] = {}
     if args.output.is_file() and not args.overwrite:
         before = json.loads(args.output.read_text(encoding="utf-8"))
-        if before["settings"] != settings:
+        settings = {**before["settings"], **settings}  # of faithful weights too, where this run doesn't measure them
+        if any(before["settings"].get(name, value) != value for name, value in settings.items()):
             raise InputError(f"{args.output} was measured with other settings or weights. Give --overwrite, or another path.")
         done = before["rows"]
 

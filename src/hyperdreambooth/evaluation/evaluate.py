@@ -111,7 +111,7 @@ def finetuned_loras(hdb: HyperDreamBooth, atlas: Atlas, predicted: LoraSet, batc
         for start in range(0, len(latents), batch):
             part = slice(start, start + batch)
             few = predicted.select(part)
-            subject = Subject(latents[part], [[text] for text in hdb.describe(latents[part, 0], few)], contexts=hdb.contexts)
+            subject = Subject(latents[part], [[text] for text in hdb.describe(latents[part, 0], few)])
             tuned, _ = personalize(hdb.backbone, subject, few, hdb.personalize_config(), quiet=True)
             parts.append(tuned)
             progress.update(min(start + batch, len(latents)))
@@ -179,11 +179,11 @@ def judge(images: Tensor, atlas: Atlas, judges: Judges) -> dict[str, Any]:
     return {name: [round(float(figure), 4) for figure in metrics.interval(value)] for name, value in values.items()}
 
 
-def fingerprint(hdb: HyperDreamBooth, atlas: Atlas, judges: Judges, faithful: HyperDreamBooth | None = None) -> str:
+def fingerprint(hdb: HyperDreamBooth, atlas: Atlas, judges: Judges) -> str:
     """Changes with any weight or picture that a figure depends on: rows of different weights must never share a table."""
     digest = hashlib.sha256()
     modules = [hdb.backbone.components, hdb.backbone.pipe.vae, judges.recogniser, judges.classifier]
-    modules += [one.source for one in (hdb, faithful) if one is not None and one.source is not None]
+    modules += [hdb.source] if hdb.source is not None else []
     tensors = [tensor for module in modules for tensor in module.state_dict().values()]
     tensors += [atlas.references, atlas.gallery, atlas.truths, *(t for t in (judges.training, judges.strangers) if t is not None)]
     for tensor in tensors:

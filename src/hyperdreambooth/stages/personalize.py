@@ -14,7 +14,6 @@ from ..lora import LoraSet, Shape, compress
 from ..objectives import NoiseLevels
 from ..sources import RelaxedLora
 from ..training import TrainingConfig, TrainingReport, fit
-from .hold import holding
 from .subject import Subject, ellipse_mask, make_step, prior_latents
 
 
@@ -38,11 +37,6 @@ class PersonalizeConfig:
     mask: Literal["ellipse", "none"] | None = None
     """Where the loss counts: an ellipse in the middle of the photo, where a face crop has the face, or all of it. Default: the
     hypernetwork's own, or all of it."""
-    hold: int | None = None
-    """Pure noises a step at which the answer to other prompts is held to the prediction's own (without one, to the base's): hats and
-    backgrounds that the photo doesn't show stay possible. Default: the hypernetwork's own, or 0."""
-    hold_weight: float = 1.0
-    """Weight of that difference."""
     prior_pictures: int = 0
     """Prior preservation: pictures of the class that the base generates first. 0: none."""
     prior_weight: float = 1.0
@@ -51,15 +45,12 @@ class PersonalizeConfig:
     """Noise and the residual's start follow from this number."""
 
     def __post_init__(self) -> None:
-        if any(value is not None and value < low for value, low in ((self.rank, 1), (self.copies, 1), (self.steps, 0), (self.hold, 0))):
-            raise InputError(
-                f"rank and copies must be at least 1, steps and hold at least 0, not {self.rank}, {self.copies}, {self.steps} and {self.hold}."
-            )
+        if any(value is not None and value < low for value, low in ((self.rank, 1), (self.copies, 1), (self.steps, 0))):
+            raise InputError(f"rank and copies must be at least 1 and steps at least 0, not {self.rank}, {self.copies} and {self.steps}.")
 
     def resolved(self, *, predicted: bool, **own: Any) -> PersonalizeConfig:
         """The same with whatever is unset filled in: from a hypernetwork's own defaults, then from general ones."""
-        general: dict[str, Any] = {"steps": 25 if predicted else 300, "rank": 4, "learning_rate": 1e-3, "copies": 4}
-        general |= {"noise_mean": 1.5, "mask": "none", "hold": 0}
+        general = {"steps": 25 if predicted else 300, "rank": 4, "learning_rate": 1e-3, "copies": 4, "noise_mean": 1.5, "mask": "none"}
         return dataclasses.replace(self, **{key: value for key, value in {**general, **own}.items() if getattr(self, key) is None})
 
 
@@ -101,8 +92,6 @@ def personalize(
     source = RelaxedLora(predicted, rank, targets=targets, order=config.order, seed=config.seed).to(subject.latents.device)
     live = trains_text(source.paths, backbone)
     step, batches = make_step(backbone, subject, NoiseLevels(mean=config.noise_mean), copies, live_text=live, seed=config.seed)
-    if config.hold:
-        step = holding(step, backbone, subject, source.predicted, config.hold, config.hold_weight, live_text=live)
     # no clipping: its norm would run over all people of a batch
     training = TrainingConfig(
         steps=steps, learning_rate=rate, cooldown=0.2, max_grad_norm=0.0, seed=config.seed, log_every=max(1, steps // 10)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,6 @@ from ..training import Batches, Step
 class Subject:
     """The photos of P people, as latents (P, photos, C, h, w), and what they show in words: one prompt, or (P, photos) of them.
 
-    contexts: other prompts in parts, alternatives for each, one of which is drawn: see stages.hold.
     mask: (P, photos, 1, h, w) weights of the loss, where only the face should count.
     prior: latents (n, C, h, w) of the class, and its prompt: prior preservation keeps the base's own faces.
     """
@@ -32,7 +31,6 @@ class Subject:
     prior: Tensor | None = None
     prior_prompt: str = "a face"
     prior_weight: float = 1.0
-    contexts: Sequence[Sequence[str]] = ()
 
     def texts(self, photo: int) -> list[str]:
         """What that photo of each person shows: P prompts."""

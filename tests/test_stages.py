@@ -10,7 +10,7 @@ import torch
 from hyperdreambooth.data import IdentityData, PromptCache, load_identities
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lightweight import LightweightConfig, LightweightLora
-from hyperdreambooth.lora import applied, find_targets, shared_norm
+from hyperdreambooth.lora import applied, find_targets, shared_norm, update_norms
 from hyperdreambooth.objectives import NoiseLevels, denoising
 from hyperdreambooth.pretrained import build, check_targets, load_hypernetwork
 from hyperdreambooth.stages.personalize import PersonalizeConfig, finish, personalize
@@ -221,17 +221,24 @@ def test_a_hypernetwork_learns_who_is_who(mode, tmp_path):
     assert untrained(0, before)["identity_gain"] == pytest.approx(0, abs=1e-6)
 
 
-def test_people_share_less_where_it_costs(tmp_path):
+@pytest.mark.parametrize(("price", "measure"), [("shared", shared_norm), ("penalty", lambda loras: update_norms(loras).mean())])
+def test_what_costs_gets_less(price, measure, tmp_path):
+    """What people share, and the norm of their updates; the optimizer is the shipped hypernetwork's."""
     from hyperdreambooth.backbones import StableDiffusion
 
-    shared = []
+    found = []
     for weight in (0.0, 1.0):
         backbone, data = StableDiffusion(tiny_pipe()), identity_data()
-        training = TrainingConfig(steps=40, learning_rate=3e-3, warmup=10)
-        config = TrainHypernetworkConfig(lightweight=TOKENS, hypernetwork=DECODER, batch=8, penalty=0.0, shared=weight, training=training)
+        training = TrainingConfig(steps=40, optimizer="muon", learning_rate=3e-3, warmup=10)
+        config = TrainHypernetworkConfig(
+            lightweight=TOKENS, hypernetwork=DECODER, batch=8, training=training, **{"penalty": 0.0, "shared": 0.0, price: weight}
+        )
         source, _ = train_hypernetwork(backbone, tiny_source(backbone).encoder, data, config, directory=tmp_path / str(weight))
-        shared.append(shared_norm(source(data.features.float())).item())
-    assert shared[1] < 0.2 * shared[0]
+        found.append(measure(source(data.features.float())).item())
+    assert found[1] < 0.2 * found[0]
+
+
+def test_what_people_share_takes_two_to_tell():
     with pytest.raises(InputError, match="batch of 2"):
         TrainHypernetworkConfig(batch=1)
 

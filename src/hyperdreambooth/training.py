@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .errors import InputError, TrainingError
+from .muon import Muon
 from .progress import Progress
 
 Batch = Any
@@ -43,8 +44,9 @@ class TrainingConfig:
 
     steps: int = 1000
     """Optimizer steps in all."""
-    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
-    """adamw; adamw8bit (its state in 8 bits, on CUDA, with the extra `8bit`); adafactor (its second moment as rows and columns)."""
+    optimizer: Literal["adamw", "muon", "adamw8bit", "adafactor"] = "adamw"
+    """adamw; muon (orthogonal updates of matrices: fewer steps); adamw8bit (its state in 8 bits, on CUDA, with the extra `8bit`);
+    adafactor (its second moment as rows and columns)."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.0
@@ -116,6 +118,8 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torc
         own = [{key: value for key, value in group.items() if key != "eps"} for group in groups]
         found: torch.optim.Optimizer = Adafactor(own, **settings, scale_parameter=False, relative_step=False)
         return found
+    if config.optimizer == "muon":
+        return Muon(groups, **settings)
     if config.optimizer == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit

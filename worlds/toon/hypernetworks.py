@@ -98,7 +98,15 @@ def identity_data(data: pictures.Pictures, encoder: FaceEncoder, matrix: Tensor,
 def pro_config(steps: int) -> TrainHypernetworkConfig:
     """Learnable aux, the denoising loss alone."""
     training = TrainingConfig(
-        steps=steps, learning_rate=1e-3, warmup=50, cooldown=0.35, average=0.998, seed=16, log_every=25, validate_every=250
+        steps=steps,
+        optimizer="muon",
+        learning_rate=7e-4,
+        warmup=50,
+        cooldown=0.7,
+        average=0.99,
+        seed=17,
+        log_every=25,
+        validate_every=250,
     )
     return TrainHypernetworkConfig(
         mode="pro",
@@ -107,7 +115,7 @@ def pro_config(steps: int) -> TrainHypernetworkConfig:
         hypernetwork=DECODER,
         levels=NoiseLevels(mean=2.0, std=1.5, uniform=0.1),
         batch=64,
-        penalty=1e-6,
+        penalty=3e-4,
         shared=3e-3,
         train_encoder=False,
         training=training,

@@ -22,6 +22,8 @@ HERE = Path(__file__).parent
 CONTEXTS: dict[str, dict[str, dict[str, Any]]] = json.loads((HERE / "contexts.json").read_text(encoding="utf-8"))
 SIZE = 64
 TRAIN_PEOPLE = 12_000
+HYPER_PEOPLE = 48_000
+"""Hypernetworks see more people than the base and the judges do."""
 CONTEXTS_EACH = 4
 FIRST = {"train": 0, "validation": 1_000_000, "test": 2_000_000, "faces": 3_000_000, "gallery": 4_000_000}
 """First person of each split."""

@@ -216,7 +216,7 @@ def trained_backbone(runs: Path) -> StableDiffusion:
 def hypernetwork_data(runs: Path, encoder: FaceEncoder, split: str, people: int) -> IdentityData:
     """The first people of a split ("hyper" or "hyper-validation"); latents and features are kept in memory."""
     first = pictures.FIRST["validation"] if split == "hyper-validation" else 0
-    whole = 150 if split == "hyper-validation" else pictures.TRAIN_PEOPLE
+    whole = 150 if split == "hyper-validation" else pictures.HYPER_PEOPLE
     shown = hypernetworks.load_pictures(runs / "data" / split, first, whole)
     few = pictures.Pictures(shown.pixels[: 4 * people], shown.rows[: 4 * people])
     return hypernetworks.identity_data(few, encoder, *read_components(runs))
@@ -228,7 +228,7 @@ def train_pro(runs: Path, minutes: float | None, steps: int = 3000) -> bool:
     config = hypernetworks.pro_config(steps)
     start = load_hypernetwork(runs / "pro" / "model", backbone)[0] if (runs / "pro" / "model" / "config.json").is_file() else None
     encoder = FaceEncoder.from_pretrained(runs / "encoder" / "model", trained=config.train_encoder)
-    data = hypernetwork_data(runs, encoder, "hyper", pictures.TRAIN_PEOPLE)
+    data = hypernetwork_data(runs, encoder, "hyper", pictures.HYPER_PEOPLE)
     validation = hypernetwork_data(runs, encoder, "hyper-validation", 150)
     source, report = train_hypernetwork(
         backbone, encoder, data, config, directory=runs / "pro", validation=validation, start=start, minutes=minutes

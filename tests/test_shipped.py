@@ -67,7 +67,7 @@ def test_the_shipped_hypernetwork_has_the_recipes_layers_and_settings():
 
 @torch.no_grad()
 def test_the_predicted_updates_are_small():
-    """A dear norm keeps contexts that were never trained on; at a three-hundredth of that price the sum over layers was above 3,800."""
+    """They likely pay for their norm with contexts that were never trained on; before its price was raised it was above 3,800."""
     hdb = HyperDreamBooth.from_pretrained("toon")
     faces = to_tensor([Image.open(file).convert("RGB") for file in sorted(toon.directory("faces").glob("face-*.png"))])
     assert update_norms(hdb.source(faces)).mean() < 1500

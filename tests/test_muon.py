@@ -55,6 +55,19 @@ def test_matrices_of_a_stack_do_not_affect_one_another():
         torch.testing.assert_close(stack[index], alone)
 
 
+def test_a_kernel_gets_the_update_of_one_matrix():
+    start = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(4))
+    kernel, matrix = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.flatten(1).clone())
+    optimizers = Muon([kernel], lr=0.1), Muon([matrix], lr=0.1)
+    for seed in (5, 6):  # the second step meets the first one's momentum
+        kernel.grad = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
+        matrix.grad = kernel.grad.flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(kernel.flatten(1), matrix)
+    assert not torch.equal(kernel, start)
+
+
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99), st.sampled_from([1e-4, 1.0, 1e4]))
 def test_singular_values_become_alike(rows, columns, seed, scale):
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from hyperdreambooth.backbones import StableDiffusion
 from hyperdreambooth.encoder import FaceEncoder
 from hyperdreambooth.evaluation.judges import Judge
+from hyperdreambooth.training import TrainingConfig, fit
 from worlds.toon import autoencoder, base, hypernetworks, judges, pictures
 
-from .conftest import picture
+from .conftest import picture, tiny_pipe
 
 
 def images(count: int = 40) -> torch.Tensor:
@@ -45,6 +47,24 @@ def test_the_tokenizer_knows_its_words_and_survives_the_disk(tmp_path):
         assert len(ids) == 9  # a word is one token, and so is [V]
         assert one.convert_ids_to_tokens(ids)[6] == "[V]"
         assert one.unk_token_id not in one("zebra").input_ids[1:-1]
+
+
+def test_the_base_s_held_out_loss_falls_in_training_and_is_the_same_every_time():
+    identity = {"gender": "male", "hair": "bald", "hairBg": "none", "hairColor": "#272421", "skin": "#f2d6cb", "facialHair": "none"}
+    context = {kind: next(iter(choices)) for kind, choices in pictures.CONTEXTS.items()}
+    rows = [{"context": context, "identity": identity}] * 70  # more than one chunk
+    backbone = StableDiffusion(tiny_pipe())
+    shape = backbone.latent_shape()
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(1)).expand(70, *shape)
+    held = base.HeldOutLoss(backbone, latents, rows)
+    with torch.no_grad():
+        before, again = (held(0, backbone.components)["loss"] for _ in range(2))
+    assert before == again > 0
+    training = base.BaseTraining(backbone, latents, rows, batch=8, seed=3)
+    config = TrainingConfig(steps=12, learning_rate=1e-2, optimizer="muon")
+    fit(training.step, backbone.components, training.batches, config, quiet=True, device="cpu")
+    with torch.no_grad():
+        assert held(12, backbone.components)["loss"] < before
 
 
 def test_captions_use_known_words_and_say_the_context():

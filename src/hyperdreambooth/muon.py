@@ -2,7 +2,8 @@
 
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; scaled so that AdamW's learning rates serve
 (Liu et al., arXiv 2502.16982, section 2.2). torch has it for single matrices; a hypernetwork's heads and the LoRAs of a batch of people
-are stacks of them, and each matrix of a stack is updated as if it were alone. Vectors get AdamW's update.
+are stacks of them, and each matrix of a stack is updated as if it were alone. A convolution's kernel is one matrix, from all that one
+output sees. Vectors get AdamW's update.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def orthogonalized(matrices: Tensor, rounds: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for parameters (..., rows, columns), AdamW for those of fewer dimensions."""
+    """Muon for parameters (rows, columns), stacks of them (count, rows, columns) and kernels (out, in, height, width), AdamW for vectors."""
 
     def __init__(
         self,
@@ -60,6 +61,8 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _matrices(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        if gradient.ndim > 3:
+            return self._matrices(state, gradient.flatten(1), group).view_as(gradient)
         if not state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         momentum: Tensor = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])

@@ -62,8 +62,8 @@ def latents_of(runs: Path, data: pictures.Pictures) -> torch.Tensor:
     )
 
 
-def train_base(runs: Path, minutes: float | None, steps: int = 1800) -> bool:
-    """Batches of 64."""
+def train_base(runs: Path, minutes: float | None, steps: int = 2050) -> bool:
+    """Batches of 64; validated by the loss of strangers' pictures."""
     data = pictures.training_pictures(runs / "data")
     vae = autoencoder.build()
     autoencoder.write_encoder(vae, *components(runs, data))
@@ -71,11 +71,31 @@ def train_base(runs: Path, minutes: float | None, steps: int = 1800) -> bool:
     backbone = StableDiffusion(base.build(vae))
     if (runs / "base" / "model" / "model_index.json").is_file():
         backbone.components.load_state_dict(trained_backbone(runs).components.state_dict())
-    training = base.BaseTraining(backbone, latents_of(runs, data), data.rows, batch=64, seed=1)
+    training = base.BaseTraining(backbone, latents_of(runs, data), data.rows, batch=64, seed=21)
+    held = validation_pictures(runs)
+    latents = autoencoder.encode(*components(runs, data), pictures.to_tensor(held.pixels[:384]))
     config = TrainingConfig(
-        steps=steps, learning_rate=8e-4, weight_decay=0.01, warmup=100, cooldown=0.25, average=0.998, seed=1, log_every=50
+        steps=steps,
+        optimizer="muon",
+        learning_rate=6e-4,
+        weight_decay=0.01,
+        warmup=30,
+        cooldown=0.64,
+        average=0.99,
+        seed=21,
+        log_every=20,
+        validate_every=100,
     )
-    report = fit(training.step, backbone.components, training.batches, config, directory=runs / "base", minutes=minutes, name="base")
+    report = fit(
+        training.step,
+        backbone.components,
+        training.batches,
+        config,
+        directory=runs / "base",
+        validate=base.HeldOutLoss(backbone, latents, held.rows[:384]),
+        minutes=minutes,
+        name="base",
+    )
     if report.finished:
         backbone.pipe.save_pretrained(str(runs / "base" / "model"))
     return report.finished
@@ -115,11 +135,16 @@ def train_decoder(runs: Path, minutes: float | None, steps: int = 2200) -> bool:
     return report.finished
 
 
-def validation_pairs(runs: Path, people: int = 300) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, str]]]:
-    """Two pictures of each of some validation people, in random contexts: (N, 3, 64, 64) twice, and all contexts."""
+def validation_pictures(runs: Path, people: int = 300) -> pictures.Pictures:
+    """Two pictures of each of some validation people, in random contexts."""
     render = runs / "data" / "validation"
     pictures.render(render, ["--first", str(pictures.FIRST["validation"]), "--people", str(people), "--contexts", "2"])
-    data = pictures.Pictures.load(render)
+    return pictures.Pictures.load(render)
+
+
+def validation_pairs(runs: Path) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, str]]]:
+    """The first and the second picture of validation people, (N, 3, 64, 64) twice, and all contexts."""
+    data = validation_pictures(runs)
     images = pictures.to_tensor(data.pixels)
     return images[::2], images[1::2], [row["context"] for row in data.rows]
 

@@ -145,6 +145,16 @@ def test_schedulers_by_name(backbone, scheduler):
     assert photos.to_images(images)[0].size == (64, 64)
 
 
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_another_scheduler_ends_at_the_same_latents(backbone, scheduler):
+    noise, prompts = noise_for(backbone, [1]), backbone.encode_prompts(["a face"])
+    assert "clip_sample" not in backbone.pipe.scheduler.config  # DDIM's default would cut the latents to [-1, 1]
+    fine = sample(backbone, prompts, prompts, noise, steps=60, guidance=1.0)
+    other = sample(backbone, prompts, prompts, noise, steps=60, guidance=1.0, scheduler=scheduler)
+    assert fine.abs().max() > 1
+    assert (other - fine).abs().mean() < 0.1 * (fine - noise).abs().mean()
+
+
 def test_bad_settings_raise(backbone):
     with pytest.raises(InputError, match="no scheduler"):
         generate(backbone, [PROMPT], [1], GenerateConfig(scheduler="NoSuchScheduler"))

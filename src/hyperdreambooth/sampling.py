@@ -48,7 +48,8 @@ def make_scheduler(pipe: Any, name: str | None = None) -> Any:
     if not flows and "FlowMatch" in kind.__name__:
         raise InputError(f"{name} can't run this base, which isn't trained by flow matching.")
     try:
-        return kind.from_config(config)
+        # latents leave [-1, 1]; schedulers that were made for pixels (DDIM) would clip them, where the base's config is silent
+        return kind.from_config({"clip_sample": False, **config})
     except (ValueError, TypeError, NotImplementedError) as error:
         raise InputError(f"{name} can't run this base: {error}") from error
 

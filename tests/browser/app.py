@@ -182,7 +182,7 @@ def test_the_whole_way(visitor, tmp_path):
     page = visitor()  # another day
     page.get_by_text("Or go on with").click()
     page.locator("#earlier input[type=file]").set_input_files(lora)
-    says(page, "#progress", "Loaded person.safetensors: rank 5")
+    says(page, "#progress", "Loaded person.safetensors: rank 8")
     page.click("#draw")
     says(page, "#drawing", "1 of 1 pictures. Each says")
 

@@ -62,7 +62,7 @@ def latents_of(runs: Path, data: pictures.Pictures) -> torch.Tensor:
     )
 
 
-def train_base(runs: Path, minutes: float | None, steps: int = 2050) -> bool:
+def train_base(runs: Path, minutes: float | None, steps: int = 2250) -> bool:
     """Batches of 64; validated by the loss of strangers' pictures."""
     data = pictures.training_pictures(runs / "data")
     vae = autoencoder.build()
@@ -71,7 +71,7 @@ def train_base(runs: Path, minutes: float | None, steps: int = 2050) -> bool:
     backbone = StableDiffusion(base.build(vae))
     if (runs / "base" / "model" / "model_index.json").is_file():
         backbone.components.load_state_dict(trained_backbone(runs).components.state_dict())
-    training = base.BaseTraining(backbone, latents_of(runs, data), data.rows, batch=64, seed=21)
+    training = base.BaseTraining(backbone, latents_of(runs, data), data.rows, batch=64, seed=22)
     held = validation_pictures(runs)
     latents = autoencoder.encode(*components(runs, data), pictures.to_tensor(held.pixels[:384]))
     config = TrainingConfig(
@@ -80,9 +80,9 @@ def train_base(runs: Path, minutes: float | None, steps: int = 2050) -> bool:
         learning_rate=6e-4,
         weight_decay=0.01,
         warmup=30,
-        cooldown=0.64,
+        cooldown=0.6,
         average=0.99,
-        seed=21,
+        seed=22,
         log_every=20,
         validate_every=100,
     )

@@ -182,14 +182,18 @@ def test_the_whole_way(visitor, tmp_path):
     page = visitor()  # another day
     page.get_by_text("Or go on with").click()
     page.locator("#earlier input[type=file]").set_input_files(lora)
-    says(page, "#progress", "Loaded person.safetensors: rank 8")
+    says(page, "#progress", "Loaded person.safetensors: rank 12")
     page.click("#draw")
     says(page, "#drawing", "1 of 1 pictures. Each says")
 
 
 def test_photos_and_bad_files(visitor, tmp_path):
     page = visitor()
-    Image.fromarray(astronaut()).save(tmp_path / "eileen.jpg")
+    near = Image.fromarray(astronaut())
+    both = Image.new("RGB", (912, 512), "white")
+    both.paste(near, (0, 0))
+    both.paste(near.resize((400, 400)), (512, 112))
+    both.save(tmp_path / "eileen.jpg")
     photo = page.locator("#photos input[type=file]").first
     photo.set_input_files(tmp_path / "eileen.jpg")
     says(page, "#note", "eileen.jpg: 2 faces, took the largest; change the face's number")

@@ -212,6 +212,7 @@ if torch.distributed.get_rank() == 0:
     save_file(net.state_dict(), {file!r})
 else:
     torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # left to the interpreter's end, its threads may abort
 """
 PAIRED = TrainingConfig(steps=4, learning_rate=1e-2, max_grad_norm=0)
 

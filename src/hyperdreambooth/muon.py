@@ -3,11 +3,12 @@
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; scaled so that AdamW's learning rates serve
 (Liu et al., arXiv 2502.16982, section 2.2). torch has it for single matrices; a hypernetwork's heads and the LoRAs of a batch of people
 are stacks of them, and each matrix of a stack is updated as if it were alone. A convolution's kernel is one matrix, from all that one
-output sees. Vectors get AdamW's update.
+output sees. Vectors get AdamW's update. Matrices of one size are orthogonalized side by side: a GPU waits for launches otherwise.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -52,28 +53,62 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+            vectors = []
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                rule = self._matrices if parameter.ndim > 1 else self._vector
-                update = rule(self.state[parameter], parameter.grad, group)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+                if parameter.ndim > 1:
+                    alike[_stack(parameter).shape[1:], parameter.device, parameter.dtype].append(parameter)
+                else:
+                    vectors.append(parameter)
+            for parameters in alike.values():
+                _apply(parameters, self._matrices(parameters, group), group)
+            if vectors:
+                _apply(vectors, self._vectors(vectors, group), group)
         return loss
 
-    def _matrices(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        if gradient.ndim > 3:
-            return self._matrices(state, gradient.flatten(1), group).view_as(gradient)
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        momentum: Tensor = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        nesterov = gradient.lerp(momentum, group["momentum"])
-        return orthogonalized(nesterov) * (0.2 * max(gradient.shape[-2:]) ** 0.5)  # the root mean square of AdamW's updates
+    def _matrices(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Updates of parameters whose matrices are of one size."""
+        gradients = [_gradient(parameter) for parameter in parameters]
+        for parameter in parameters:
+            self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        stacks = [_stack(one) for one in nesterov]
+        updates = orthogonalized(torch.cat(stacks)) * (0.2 * max(stacks[0].shape[1:]) ** 0.5)  # the root mean square of AdamW's updates
+        return [part.view_as(one) for part, one in zip(updates.split([len(stack) for stack in stacks]), nesterov, strict=True)]
 
-    def _vector(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        if not state:
-            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(gradient), exp_avg_sq=torch.zeros_like(gradient))
-        state["step"] += 1
-        done, (first, second) = state["step"].item(), group["betas"]
-        mean: Tensor = state["exp_avg"].lerp_(gradient, 1 - first)
-        square: Tensor = state["exp_avg_sq"].lerp_(gradient.square(), 1 - second)
-        return mean / (1 - first**done) / ((square / (1 - second**done)).sqrt() + group["eps"])
+    def _vectors(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """AdamW's updates."""
+        gradients = [_gradient(parameter) for parameter in parameters]
+        states = [self.state[parameter] for parameter in parameters]
+        for state, gradient in zip(states, gradients, strict=True):
+            if not state:
+                state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(gradient), exp_avg_sq=torch.zeros_like(gradient))
+            state["step"] += 1
+        first, second = group["betas"]
+        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        torch._foreach_lerp_(means, gradients, 1 - first)
+        torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - second)
+        done = [state["step"].item() for state in states]
+        scales = torch._foreach_sqrt(torch._foreach_div(squares, [1 - second**steps for steps in done]))
+        torch._foreach_add_(scales, group["eps"])
+        return list(torch._foreach_div(torch._foreach_div(means, [1 - first**steps for steps in done]), scales))
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _stack(tensor: Tensor) -> Tensor:
+    """A parameter's matrices, (count, rows, columns)."""
+    matrices = tensor.flatten(1) if tensor.ndim > 3 else tensor
+    return matrices if matrices.ndim == 3 else matrices[None]
+
+
+def _apply(parameters: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> None:
+    torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+    torch._foreach_add_(parameters, updates, alpha=-group["lr"])

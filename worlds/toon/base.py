@@ -120,7 +120,7 @@ class BaseTraining:
     def step(self, model: nn.Module, batch: tuple[Tensor, list[str]], generator: torch.Generator) -> Iterator[Tensor]:
         latents, captions = batch
         levels = self.levels.draw(len(captions), generator)
-        yield denoising(self.backbone, latents, self.backbone.encode_prompts(captions), levels, generator)
+        yield denoising(self.backbone, latents.to(self.backbone.device), self.backbone.encode_prompts(captions), levels, generator)
 
 
 class HeldOutLoss:
@@ -140,7 +140,8 @@ class HeldOutLoss:
         for start in range(0, len(self.captions), 64):
             part = slice(start, start + 64)
             conditioning = self.backbone.encode_prompts(self.captions[part])
-            losses = denoising(self.backbone, self.latents[part], conditioning, self.levels[part], torch.Generator().manual_seed(start))
+            latents = self.latents[part].to(self.backbone.device)
+            losses = denoising(self.backbone, latents, conditioning, self.levels[part], torch.Generator().manual_seed(start))
             total += losses.sum().item()
         return {"loss": total / len(self.captions)}
 

@@ -96,16 +96,17 @@ def identity_data(data: pictures.Pictures, encoder: FaceEncoder, matrix: Tensor,
 
 
 def pro_config(steps: int) -> TrainHypernetworkConfig:
-    """Learnable aux, the denoising loss alone."""
+    """Learnable aux, the denoising loss alone; the encoder is trained too."""
     training = TrainingConfig(
         steps=steps,
         optimizer="muon",
-        learning_rate=7e-4,
-        warmup=50,
+        learning_rate=1.2e-3,
+        warmup=30,
         cooldown=0.7,
-        average=0.99,
-        seed=17,
-        log_every=25,
+        average=0.995,
+        mixed_precision="bf16" if torch.cuda.is_available() else "no",
+        seed=71,
+        log_every=50,
         validate_every=250,
     )
     return TrainHypernetworkConfig(
@@ -114,10 +115,10 @@ def pro_config(steps: int) -> TrainHypernetworkConfig:
         lightweight=TOKENS,
         hypernetwork=DECODER,
         levels=NoiseLevels(mean=2.0, std=1.5, uniform=0.1),
-        batch=64,
+        batch=768,
         penalty=3e-4,
         shared=3e-3,
-        train_encoder=False,
+        train_encoder=True,
         training=training,
     )
 

@@ -22,8 +22,9 @@ HERE = Path(__file__).parent
 CONTEXTS: dict[str, dict[str, dict[str, Any]]] = json.loads((HERE / "contexts.json").read_text(encoding="utf-8"))
 SIZE = 64
 TRAIN_PEOPLE = 12_000
-HYPER_PEOPLE = 48_000
-"""Hypernetworks see more people than the base and the judges do."""
+BASE_PEOPLE = 80_000
+HYPER_PEOPLE = 130_000
+"""The base sees more people than the judges and the decoder do, hypernetworks more still."""
 CONTEXTS_EACH = 4
 FIRST = {"train": 0, "validation": 1_000_000, "test": 2_000_000, "faces": 3_000_000, "gallery": 4_000_000}
 """First person of each split."""
@@ -91,13 +92,19 @@ class Pictures:
 
 
 def training_pictures(folder: Path) -> Pictures:
-    """All training people, rendered on first use: about 2 minutes."""
+    """The judges' and the decoder's people, rendered on first use: some 5 minutes."""
     parts = []
     half = TRAIN_PEOPLE // 2
     for name, first in (("a", 0), ("b", half)):
         render(folder / name, ["--first", str(first), "--people", str(half), "--contexts", str(CONTEXTS_EACH)])
         parts.append(Pictures.load(folder / name))
     return Pictures(np.concatenate([p.pixels for p in parts]), [row for p in parts for row in p.rows])
+
+
+def base_pictures(folder: Path) -> Pictures:
+    """The base's people, rendered on first use: half an hour of one core."""
+    render(folder / "base", ["--first", "0", "--people", str(BASE_PEOPLE), "--contexts", str(CONTEXTS_EACH)])
+    return Pictures.load(folder / "base")
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:

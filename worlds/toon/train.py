@@ -62,29 +62,31 @@ def latents_of(runs: Path, data: pictures.Pictures) -> torch.Tensor:
     )
 
 
-def train_base(runs: Path, minutes: float | None, steps: int = 2100) -> bool:
-    """Batches of 64; validated by the loss of strangers' pictures."""
-    data = pictures.training_pictures(runs / "data")
+def train_base(runs: Path, minutes: float | None, steps: int = 1935) -> bool:
+    """Batches of 2,048, which ask for a GPU; validated by the loss of strangers' pictures."""
+    matrix, offset = components(runs, pictures.training_pictures(runs / "data"))
     vae = autoencoder.build()
-    autoencoder.write_encoder(vae, *components(runs, data))
+    autoencoder.write_encoder(vae, matrix, offset)
     torch.manual_seed(0)
     backbone = StableDiffusion(base.build(vae))
     if (runs / "base" / "model" / "model_index.json").is_file():
         backbone.components.load_state_dict(trained_backbone(runs).components.state_dict())
-    training = base.BaseTraining(backbone, latents_of(runs, data), data.rows, batch=64, seed=23)
+    data = pictures.base_pictures(runs / "data")
+    training = base.BaseTraining(backbone, latents_of(runs, data), data.rows, batch=2048, seed=31)
     held = validation_pictures(runs)
-    latents = autoencoder.encode(*components(runs, data), pictures.to_tensor(held.pixels[:384]))
+    latents = autoencoder.encode(matrix, offset, pictures.to_tensor(held.pixels[:384]))
     config = TrainingConfig(
         steps=steps,
         optimizer="muon",
-        learning_rate=6e-4,
+        learning_rate=1.5e-3,
         weight_decay=0.01,
         warmup=30,
-        cooldown=0.6,
-        average=0.99,
-        seed=23,
-        log_every=20,
-        validate_every=100,
+        cooldown=0.7,
+        average=0.995,
+        mixed_precision="bf16" if torch.cuda.is_available() else "no",
+        seed=31,
+        log_every=50,
+        validate_every=300,
     )
     report = fit(
         training.step,
@@ -97,6 +99,7 @@ def train_base(runs: Path, minutes: float | None, steps: int = 2100) -> bool:
         name="base",
     )
     if report.finished:
+        backbone.components.cpu()
         backbone.pipe.save_pretrained(str(runs / "base" / "model"))
     return report.finished
 
@@ -247,9 +250,11 @@ def hypernetwork_data(runs: Path, encoder: FaceEncoder, split: str, people: int)
     return hypernetworks.identity_data(few, encoder, *read_components(runs))
 
 
-def train_pro(runs: Path, minutes: float | None, steps: int = 3000) -> bool:
-    """Batches of 64."""
+def train_pro(runs: Path, minutes: float | None, steps: int = 1085) -> bool:
+    """Batches of 768, which ask for a GPU."""
     backbone = trained_backbone(runs)
+    if torch.cuda.is_available():
+        backbone.components.cuda()
     config = hypernetworks.pro_config(steps)
     start = load_hypernetwork(runs / "pro" / "model", backbone)[0] if (runs / "pro" / "model" / "config.json").is_file() else None
     encoder = FaceEncoder.from_pretrained(runs / "encoder" / "model", trained=config.train_encoder)
@@ -259,7 +264,7 @@ def train_pro(runs: Path, minutes: float | None, steps: int = 3000) -> bool:
         backbone, encoder, data, config, directory=runs / "pro", validation=validation, start=start, minutes=minutes
     )
     if report.finished:
-        save_hypernetwork(runs / "pro" / "model", source, describe(source, config, report, len(data.names)))
+        save_hypernetwork(runs / "pro" / "model", source.cpu(), describe(source, config, report, len(data.names)))
     return report.finished
 
 

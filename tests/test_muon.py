@@ -68,6 +68,23 @@ def test_a_kernel_gets_the_update_of_one_matrix():
     assert not torch.equal(kernel, start)
 
 
+def test_parameters_of_one_matrix_size_do_not_affect_one_another():
+    shapes = [(4, 12), (3, 4, 12), (4, 3, 2, 2), (4, 12), (5, 5), (7,), (7,)]
+    starts = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed, shape in enumerate(shapes)]
+    together = [torch.nn.Parameter(start.clone()) for start in starts]
+    optimizer = Muon(together, lr=0.1, weight_decay=0.2)
+    alone = [torch.nn.Parameter(start.clone()) for start in starts]
+    others = [Muon([parameter], lr=0.1, weight_decay=0.2) for parameter in alone]
+    for seed in (5, 6):  # the second step meets the first one's state
+        for index, (one, other) in enumerate(zip(together, alone, strict=True)):
+            one.grad = torch.randn(one.shape, generator=torch.Generator().manual_seed(10 * seed + index))
+            other.grad = one.grad.clone()
+        for each in (optimizer, *others):
+            each.step()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99), st.sampled_from([1e-4, 1.0, 1e4]))
 def test_singular_values_become_alike(rows, columns, seed, scale):
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

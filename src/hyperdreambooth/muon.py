@@ -71,9 +71,11 @@ class Muon(torch.optim.Optimizer):
     def _matrices(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """Updates of parameters whose matrices are of one size."""
         gradients = [_gradient(parameter) for parameter in parameters]
-        for parameter in parameters:
-            self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        states = [self.state[parameter] for parameter in parameters]
+        for state, gradient in zip(states, gradients, strict=True):
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(gradient)
+        momenta = [state["momentum_buffer"] for state in states]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
         stacks = [_stack(one) for one in nesterov]

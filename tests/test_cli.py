@@ -294,6 +294,7 @@ def test_bad_requests_are_one_line(tmp_path, capsys, face, me, people):
     refused(capsys, "model_index.json", "generate", "x", "--base", tmp_path / "empty", "-o", tmp_path / "g")
     refused(capsys, "isn't a hypernetwork", "personalize", face, "--hypernetwork", tmp_path / "empty", "-o", tmp_path / "h.safetensors")
     refused(capsys, "matches no layer", "targets", "toon", "--targets", "unet.nothing*")
+    refused(capsys, "matches none", "personalize", face, "--steps", 1, "--targets", "unet.nothing*", "-o", tmp_path / "n.safetensors")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(me.read_bytes()[:100])
     refused(capsys, "cut.safetensors", "info", cut)

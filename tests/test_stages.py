@@ -57,6 +57,35 @@ def test_zero_steps_keep_the_prediction_and_scratch_needs_steps(backbone):
         personalize(backbone, Subject(latents(1, 1), "a face"), None, PersonalizeConfig(steps=0), quiet=True)
 
 
+@pytest.mark.parametrize("order", ["residual", "merged"])
+def test_only_the_chosen_layers_are_fine_tuned(backbone, order):
+    predicted = random_loras(backbone, batch=2, rank=1).scaled(0.01)
+    config = PersonalizeConfig(steps=2, rank=3, learning_rate=1e-2, order=order, targets=("*up_blocks*to_v", "*mid_block*"))
+    found, _ = personalize(backbone, Subject(latents(2, 1), "a face"), predicted, config, quiet=True)
+    assert found.keys() == predicted.keys()
+    chosen = {path for path in predicted if ("up_blocks" in path and path.endswith("to_v")) or "mid_block" in path}
+    assert 0 < len(chosen) < len(predicted)
+    assert {path for path in predicted if (found[path].delta() - predicted[path].delta()).abs().max() > 0} == chosen
+
+
+def test_people_s_predicted_text_encoders_differ_where_only_the_denoiser_is_fine_tuned(backbone):
+    """A prompt that was encoded once would be everybody's."""
+    predicted = random_loras(backbone, batch=2, rank=1, patterns=("unet*attn2.to_q", "text_encoder*q_proj"))
+    config = PersonalizeConfig(steps=3, rank=2, learning_rate=1e-2, targets=("unet*",))
+    x = latents(2, 1)
+    together, _ = personalize(backbone, Subject(x, "a [V] face"), predicted, config, quiet=True)
+    alone, _ = personalize(backbone, Subject(x[1:], "a [V] face"), predicted.select(slice(1, 2)), config, quiet=True)
+    path = next(path for path in together if path.startswith("unet"))
+    torch.testing.assert_close(together.select(1)[path].delta(), alone.select(0)[path].delta(), atol=2e-5, rtol=1e-3)
+
+
+def test_layers_that_nobody_predicts_can_t_be_fine_tuned(backbone):
+    predicted = random_loras(backbone, batch=1, rank=1)
+    config = PersonalizeConfig(steps=1, targets=("*to_q", "unet.nowhere*"))
+    with pytest.raises(InputError, match=r"'unet.nowhere\*' matches none"):
+        personalize(backbone, Subject(latents(1, 1), "a face"), predicted, config, quiet=True)
+
+
 def test_finished_update_has_the_relaxed_rank(backbone):
     predicted = random_loras(backbone, batch=1, rank=1)
     found, _ = personalize(backbone, Subject(latents(1, 2), "a face"), predicted, PersonalizeConfig(steps=2, rank=3), quiet=True)

@@ -28,7 +28,7 @@ from .assets import toon
 from .backbones import Backbone, load_backbone
 from .errors import InputError
 from .hub import push
-from .lora import LoraSet, find_targets
+from .lora import LoraSet
 from .person import PLACEHOLDER, Person
 from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork, save_hypernetwork
 from .sources import PredictedLora
@@ -168,7 +168,6 @@ class HyperDreamBooth:
         face: int | None = None,
         masks: Tensor | None = None,
         prompt: str | None = None,
-        targets: Sequence[str] = (),
         directory: str | Path | None = None,
         on_step: Callable[[int, LoraSet], bool] | None = None,
         quiet: bool = False,
@@ -183,7 +182,6 @@ class HyperDreamBooth:
             masks: (n, 1, size, size) in 0..1 from `read_masks`: where the loss counts in each photo. Default: the config's `mask`.
             prompt: what the photos show, such as "a [V] face wearing a cap on a blue background": what it names isn't learnt as the
                 person. Default: what `describe` finds in each.
-            targets: layers to train without a hypernetwork; default: the base's own.
             directory: where an interrupted fine-tuning resumes from.
             on_step: called after every fine-tuning step with the number of steps done and the person's update so far, which
                 `generate` takes; where it returns True, that update is the result. Called in this thread, between two steps.
@@ -203,15 +201,12 @@ class HyperDreamBooth:
         started = time.perf_counter()
         mask = nn.functional.interpolate(masks, latents.shape[-2:], mode="area").to(latents)[None] if masks is not None else None
         subject = Subject(latents[None], [texts], mask)
-        chosen = find_targets(self.backbone.components, targets or self.backbone.default_targets) if predicted is None else None
 
         def single(loras: LoraSet) -> LoraSet:
             return loras.select(0) if predicted is not None else loras
 
         step = (lambda done, loras: on_step(done, single(loras))) if on_step else None
-        loras, report = personalize(
-            self.backbone, subject, predicted, config, targets=chosen, directory=directory, on_step=step, quiet=quiet
-        )
+        loras, report = personalize(self.backbone, subject, predicted, config, directory=directory, on_step=step, quiet=quiet)
         seconds["finetune"] = time.perf_counter() - started
         started = time.perf_counter()
         merged = finish(single(loras))

@@ -53,7 +53,8 @@ class RelaxedLora(nn.Module):
 
     order="residual": predicted (frozen) + residual of rank r (down random, up zero); the residual is trained.
     order="merged": both are merged first and all of it is trained, the zero directions being the fresh rank.
-    Without a prediction (`predicted=None`, `targets` given) the residual is an ordinary LoRA from scratch.
+    `targets` says which layers are trained; with a prediction: which of its own, all by default, and the others keep it as it is.
+    Without a prediction the residual is an ordinary LoRA from scratch.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class RelaxedLora(nn.Module):
         super().__init__()
         self.predicted = predicted.detach() if predicted is not None else None
         if predicted is not None:
-            targets = {path: Shape(lora.down.shape[-1], lora.up.shape[-2]) for path, lora in predicted.items()}
+            targets = targets or {path: Shape(lora.down.shape[-1], lora.up.shape[-2]) for path, lora in predicted.items()}
         if not targets:
             raise ValueError("neither a prediction nor targets")
         self.paths, self.order = list(targets), order
@@ -90,4 +91,6 @@ class RelaxedLora(nn.Module):
 
     def forward(self, batch: object = None) -> LoraSet:
         trained = LoraSet({path: Lora(down, up) for path, down, up in zip(self.paths, self.downs, self.ups, strict=True)})
-        return trained if self.predicted is None or self.order == "merged" else self.predicted + trained
+        if self.predicted is None:
+            return trained
+        return LoraSet({**self.predicted, **trained}) if self.order == "merged" else self.predicted + trained

@@ -60,8 +60,6 @@ class Personalize:
     prompt: str | None = None
     """What the photos show, such as "a [V] face on a blue background": what it names isn't learnt as the person. Default: what the
     base itself sees in them, where the hypernetwork brings words to choose from (toon's does); else the person alone."""
-    targets: tuple[str, ...] = ()
-    """Glob patterns of layers, without a hypernetwork; default: the base's own."""
     preview: str | None = None
     """Prompt of the preview picture; default: the person's own prompt."""
     author: str | None = None
@@ -91,11 +89,11 @@ def run_personalize(args: Personalize) -> None:
     config = hdb.personalize_config(args.config)
     loaded = time.perf_counter()
     # an interrupted fine-tuning of the very same photos and settings goes on; anything else starts anew
-    stamp = hashlib.sha256(repr((args.base, args.hypernetwork, args.prompt, args.targets, args.crop, args.face, config)).encode())
+    stamp = hashlib.sha256(repr((args.base, args.hypernetwork, args.prompt, args.crop, args.face, config)).encode())
     for file in (*args.photos, *args.mask_file):
         stamp.update(file.read_bytes())
     state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
-    me = hdb.personalize(pixels, masks=masks, prompt=args.prompt, targets=args.targets, config=config, directory=state)
+    me = hdb.personalize(pixels, masks=masks, prompt=args.prompt, config=config, directory=state)
     for text in dict.fromkeys(me.shown):
         say(f'taken to show "{text}"; --prompt says otherwise')
     save = functools.partial(me.save, args.output, layout=args.format, author=args.author, license=args.license, overwrite=True)

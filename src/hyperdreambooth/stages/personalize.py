@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..backbones import Backbone
 from ..errors import InputError
-from ..lora import LoraSet, Shape, compress
+from ..lora import LoraSet, Shape, compress, find_targets
 from ..objectives import NoiseLevels
 from ..sources import RelaxedLora
 from ..training import TrainingConfig, TrainingReport, fit
@@ -25,6 +26,9 @@ class PersonalizeConfig:
     """Fine-tuning steps. 0 stops at the prediction. Default: the hypernetwork's own (25), or 300 from scratch."""
     rank: int | None = None
     """Rank of the residual that is trained beside the prediction. Default: the hypernetwork's own, or 4."""
+    targets: tuple[str, ...] | None = None
+    """Glob patterns of the layers that are fine-tuned, such as "*up_blocks.1*": of those that the hypernetwork predicts, all by default
+    or as the hypernetwork says; without one, of the base's linear layers. Default then: the base's own."""
     order: Literal["residual", "merged"] = "residual"
     """residual: the prediction stays frozen, a residual is trained (the paper). merged: all of it is trained."""
     learning_rate: float | None = None
@@ -60,12 +64,11 @@ def personalize(
     predicted: LoraSet | None,
     config: PersonalizeConfig,
     *,
-    targets: dict[str, Shape] | None = None,
     directory: str | Path | None = None,
     on_step: Callable[[int, LoraSet], bool] | None = None,
     quiet: bool = False,
 ) -> tuple[LoraSet, TrainingReport]:
-    """Fine-tunes P people at once: (P updates, report). Without `predicted`, from scratch on `targets`.
+    """Fine-tunes P people at once: (P updates, report). Without `predicted`, from scratch.
 
     Args:
         predicted: the hypernetwork's updates of the P people, batched.
@@ -89,8 +92,9 @@ def personalize(
     if config.mask == "ellipse" and subject.mask is None:
         people, photos, _, height, width = subject.latents.shape
         subject.mask = ellipse_mask(height, width).to(subject.latents).expand(people, photos, 1, height, width)
+    targets = trained_targets(backbone, predicted, config.targets or ())
     source = RelaxedLora(predicted, rank, targets=targets, order=config.order, seed=config.seed).to(subject.latents.device)
-    live = trains_text(source.paths, backbone)
+    live = trains_text({*targets, *(predicted or ())}, backbone)
     step, batches = make_step(backbone, subject, NoiseLevels(mean=config.noise_mean), copies, live_text=live, seed=config.seed)
     # no clipping: its norm would run over all people of a batch
     training = TrainingConfig(
@@ -112,6 +116,17 @@ def personalize(
         quiet=quiet,
     )
     return source().detach(), report
+
+
+def trained_targets(backbone: Backbone, predicted: LoraSet | None, patterns: Sequence[str]) -> dict[str, Shape]:
+    """The layers that are fine-tuned. Raises InputError for a pattern that matches none of those that can be."""
+    if predicted is None:
+        return find_targets(backbone.components, patterns or backbone.default_targets)
+    unmatched = [pattern for pattern in patterns if not fnmatch.filter(predicted, pattern)]
+    if unmatched:
+        raise InputError(f"target pattern {unmatched[0]!r} matches none of the {len(predicted)} layers that the hypernetwork predicts.")
+    chosen = {path for pattern in patterns or ("*",) for path in fnmatch.filter(predicted, pattern)}
+    return {path: Shape(lora.down.shape[-1], lora.up.shape[-2]) for path, lora in predicted.items() if path in chosen}
 
 
 def trains_text(paths: Iterable[str], backbone: Backbone) -> bool:

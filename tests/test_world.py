@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from hyperdreambooth.backbones import StableDiffusion
+from hyperdreambooth.checkpoint import save_tensors
 from hyperdreambooth.encoder import FaceEncoder
 from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.training import TrainingConfig, fit
-from worlds.toon import autoencoder, base, hypernetworks, judges, pictures
+from worlds.toon import autoencoder, base, hypernetworks, judges, pictures, train
 
 from .conftest import picture, tiny_pipe
 
@@ -116,3 +117,41 @@ def test_judges_and_encoder_share_no_architecture_and_survive_the_disk(tmp_path)
         torch.testing.assert_close(loaded(x), encoder(x), atol=1e-5, rtol=1e-4)
     assert loaded(x).shape == (3, 16, 256)
     assert type(loaded.model).__name__ != type(judge.backbone).__name__
+
+
+class MeanColor(torch.nn.Module):
+    """Tells people apart by one color."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"identity": pixels.mean((2, 3)) * self.scale}
+
+
+def test_the_contrastive_loss_is_small_where_both_pictures_are_the_same_person_s():
+    people = torch.cat([torch.eye(3), -torch.eye(3)])[:, :, None, None].expand(-1, -1, 64, 64)
+    for first, second, low, high in ((people, 0.5 * people, 0, 0.5), (people, people.roll(1, 0), 5, 100)):
+        generator = torch.Generator().manual_seed(0)
+        with judges.contrastive_step(MeanColor(), (first, second), generator, lambda images: images) as losses:
+            assert losses.shape == (12,)
+            assert low <= losses.min() <= losses.max() <= high
+
+
+def test_the_recogniser_goes_on_from_the_last(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (6 * pictures.CONTEXTS_EACH, 64, 64, 3), np.uint8)
+    shown = pictures.Pictures(pixels, [{"context": {}}] * len(pixels))
+    monkeypatch.setattr(pictures, "base_pictures", lambda folder: shown)
+    monkeypatch.setattr(train, "validation_pictures", lambda runs: shown)
+    small = {**judges.JUDGE, "hidden_sizes": [8, 16, 16], "depths": [1, 1, 1]}
+    monkeypatch.setattr(judges, "build_recogniser", lambda: Judge(small, {"identity": [""] * 8}))
+    matrix, offset = autoencoder.principal_components(images())
+    save_tensors(tmp_path / "components.safetensors", {"matrix": matrix, "offset": offset})
+    torch.manual_seed(9)
+    last = judges.build_recogniser().eval()
+    last.save_pretrained(tmp_path / "recogniser" / "model")
+    assert train.train_recogniser(tmp_path, None, steps=2)
+    trained = Judge.from_pretrained(tmp_path / "recogniser" / "model")
+    alike = (last.embed(images(4)) * trained.embed(images(4))).sum(-1)
+    assert 0.9 < alike.min() < 0.99999

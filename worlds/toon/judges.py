@@ -1,4 +1,4 @@
-"""Recognisers and the context classifier: contrastive and plain classification, a few minutes each.
+"""Recognisers and the context classifier: contrastive and plain classification.
 
 The measuring recogniser (ConvNeXt V2) and the encoder that hypernetworks read faces with (ResNet) are trained by the
 same step and share nothing else: architecture, seed and augmentation stream differ.
@@ -79,11 +79,12 @@ def contrastive_step(
 ) -> Iterator[Tensor]:
     """NT-Xent: two pictures of each person, everyone else in the batch is a stranger. Temperature 0.07."""
     first, second = batch
-    both = augmented(torch.cat([first, second]), generator, linear)
+    device = next(model.parameters()).device
+    both = augmented(torch.cat([first, second]), generator, linear).to(device)
     embedded = F.normalize(model(both)["identity"].float(), dim=-1)
     logits = embedded @ embedded.mT / 0.07
-    logits = logits.masked_fill(torch.eye(len(logits), dtype=torch.bool), -1e4)
-    yield F.cross_entropy(logits, torch.arange(len(logits)).roll(len(first)), reduction="none")
+    logits = logits.masked_fill(torch.eye(len(logits), dtype=torch.bool, device=device), -1e4)
+    yield F.cross_entropy(logits, torch.arange(len(logits), device=device).roll(len(first)), reduction="none")
 
 
 @contextmanager
@@ -98,15 +99,15 @@ def classification_step(
 
 
 def pairs(data: pictures.Pictures, people: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Batches of two different pictures of `people` people. Pictures of a person stand together in the data."""
+    """Batches of two different pictures of `people` people, all of them at most. Pictures of a person stand together in the data."""
     each = pictures.CONTEXTS_EACH
     total = len(data.rows) // each
 
     def batch(index: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         chosen = torch.randperm(total, generator=generator)[:people]
-        a = torch.randint(each, (people,), generator=generator)
-        b = (a + 1 + torch.randint(each - 1, (people,), generator=generator)) % each
+        a = torch.randint(each, (len(chosen),), generator=generator)
+        b = (a + 1 + torch.randint(each - 1, (len(chosen),), generator=generator)) % each
         return tuple(pictures.to_tensor(data.pixels[(chosen * each + i).numpy()]) for i in (a, b))  # type: ignore[return-value]
 
     return batch

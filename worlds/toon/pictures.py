@@ -24,7 +24,7 @@ SIZE = 64
 TRAIN_PEOPLE = 12_000
 BASE_PEOPLE = 80_000
 HYPER_PEOPLE = 130_000
-"""The base sees more people than the judges and the decoder do, hypernetworks more still."""
+"""The base and the recognizer see more people than the classifier and the decoder do, hypernetworks more still."""
 CONTEXTS_EACH = 4
 FIRST = {"train": 0, "validation": 1_000_000, "test": 2_000_000, "faces": 3_000_000, "gallery": 4_000_000}
 """First person of each split."""
@@ -92,7 +92,7 @@ class Pictures:
 
 
 def training_pictures(folder: Path) -> Pictures:
-    """The judges' and the decoder's people, rendered on first use: some 5 minutes."""
+    """The encoder's, the classifier's and the decoder's people, rendered on first use: some 5 minutes."""
     parts = []
     half = TRAIN_PEOPLE // 2
     for name, first in (("a", 0), ("b", half)):
@@ -102,7 +102,7 @@ def training_pictures(folder: Path) -> Pictures:
 
 
 def base_pictures(folder: Path) -> Pictures:
-    """The base's people, rendered on first use: half an hour of one core."""
+    """The base's and the recognizer's people, rendered on first use: half an hour of one core."""
     render(folder / "base", ["--first", "0", "--people", str(BASE_PEOPLE), "--contexts", str(CONTEXTS_EACH)])
     return Pictures.load(folder / "base")
 

@@ -40,23 +40,20 @@ RUNS = Path("runs/toon")
 ASSETS = Path("src/hyperdreambooth/assets/toon")
 
 
-def components(runs: Path, data: pictures.Pictures) -> tuple[torch.Tensor, torch.Tensor]:
-    """The encoder's matrix, computed once from every fifth training picture."""
+def components(runs: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The encoder's matrix and offset, computed once from every fifth of the decoder's pictures."""
     file = runs / "components.safetensors"
     if not file.is_file():
+        data = pictures.training_pictures(runs / "data")
         matrix, offset = autoencoder.principal_components(pictures.to_tensor(data.pixels[::5]))
         save_tensors(file, {"matrix": matrix, "offset": offset})
-    return read_components(runs)
-
-
-def read_components(runs: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    tensors, _ = read_tensors(runs / "components.safetensors")
+    tensors, _ = read_tensors(file)
     return tensors["matrix"], tensors["offset"]
 
 
 def latents_of(runs: Path, data: pictures.Pictures) -> torch.Tensor:
     """All latents, fp16."""
-    matrix, offset = components(runs, data)
+    matrix, offset = components(runs)
     return torch.cat(
         [autoencoder.encode(matrix, offset, pictures.to_tensor(data.pixels[i : i + 1000])).half() for i in range(0, len(data.pixels), 1000)]
     )
@@ -64,7 +61,7 @@ def latents_of(runs: Path, data: pictures.Pictures) -> torch.Tensor:
 
 def train_base(runs: Path, minutes: float | None, steps: int = 1935) -> bool:
     """Batches of 2,048, which ask for a GPU; validated by the loss of strangers' pictures."""
-    matrix, offset = components(runs, pictures.training_pictures(runs / "data"))
+    matrix, offset = components(runs)
     vae = autoencoder.build()
     autoencoder.write_encoder(vae, matrix, offset)
     torch.manual_seed(0)
@@ -107,7 +104,7 @@ def train_base(runs: Path, minutes: float | None, steps: int = 1935) -> bool:
 def train_decoder(runs: Path, minutes: float | None, steps: int = 2200) -> bool:
     """Batches of 16."""
     data = pictures.training_pictures(runs / "data")
-    matrix, offset = components(runs, data)
+    matrix, offset = components(runs)
     torch.manual_seed(0)
     decoder = autoencoder.build().decoder
     if (runs / "decoder" / "model.safetensors").is_file():
@@ -152,10 +149,11 @@ def validation_pairs(runs: Path) -> tuple[torch.Tensor, torch.Tensor, list[dict[
     return images[::2], images[1::2], [row["context"] for row in data.rows]
 
 
-def train_embedder(runs: Path, name: str, model: torch.nn.Module, seed: int, steps: int, minutes: float | None) -> bool:
-    """Contrastive training, 64 people a batch; validated by rank-1 among 300 strangers."""
-    data = pictures.training_pictures(runs / "data")
-    linear = judges.linear_round_trip(*components(runs, data))
+def train_embedder(
+    runs: Path, name: str, model: torch.nn.Module, data: pictures.Pictures, people: int, config: TrainingConfig, minutes: float | None
+) -> bool:
+    """Contrastive training, `people` a batch; validated by rank-1 among 300 strangers."""
+    linear = judges.linear_round_trip(*components(runs))
     first, second, _ = validation_pairs(runs)
 
     def step(model, batch, generator):  # type: ignore[no-untyped-def]
@@ -163,39 +161,50 @@ def train_embedder(runs: Path, name: str, model: torch.nn.Module, seed: int, ste
 
     def validate(done, model):  # type: ignore[no-untyped-def]
         model.eval()
-        a, b = (F.normalize(model(images)["identity"], dim=-1) for images in (first, linear(second)))
+        device = next(model.parameters()).device
+        a, b = (F.normalize(model(images.to(device))["identity"], dim=-1).cpu() for images in (first, linear(second)))
         model.train()
         return {"rank1": ((a @ b.mT).argmax(1) == torch.arange(len(a))).float().mean()}
 
-    config = TrainingConfig(
+    batches = judges.pairs(data, people, config.seed)
+    return fit(step, model, batches, config, directory=runs / name, validate=validate, minutes=minutes, name=name).finished
+
+
+def embedder_config(steps: int, seed: int) -> TrainingConfig:
+    return TrainingConfig(
         steps=steps, learning_rate=1e-3, weight_decay=0.05, warmup=30, cooldown=0.4, seed=seed, log_every=20, validate_every=100
     )
-    return fit(
-        step, model, judges.pairs(data, 64, seed), config, directory=runs / name, validate=validate, minutes=minutes, name=name
-    ).finished
 
 
 def train_encoder(runs: Path, minutes: float | None, steps: int = 800) -> bool:
+    """Batches of 64 people."""
     torch.manual_seed(3)
     model = judges.Embedder(judges.build_encoder())
-    done = train_embedder(runs, "encoder", model, 3, steps, minutes)
+    data = pictures.training_pictures(runs / "data")
+    done = train_embedder(runs, "encoder", model, data, 64, embedder_config(steps, 3), minutes)
     if done:
         model.encoder.save_pretrained(runs / "encoder" / "model")
     return done
 
 
-def train_recogniser(runs: Path, minutes: float | None, steps: int = 1000) -> bool:
+def train_recogniser(runs: Path, minutes: float | None, steps: int = 928) -> bool:
+    """Batches of 512 people of the base's, which ask for a GPU."""
     torch.manual_seed(4)
     model = judges.build_recogniser()
-    done = train_embedder(runs, "recogniser", model, 4, steps, minutes)
+    if (runs / "recogniser" / "model" / "config.json").is_file():
+        model.load_state_dict(Judge.from_pretrained(runs / "recogniser" / "model").state_dict())
+    config = embedder_config(steps, 4)
+    config.cooldown, config.average = 0.7, 0.995
+    config.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
+    done = train_embedder(runs, "recogniser", model, pictures.base_pictures(runs / "data"), 512, config, minutes)
     if done:
-        model.save_pretrained(runs / "recogniser" / "model")
+        model.cpu().save_pretrained(runs / "recogniser" / "model")
     return done
 
 
 def train_classifier(runs: Path, minutes: float | None, steps: int = 650) -> bool:
     data = pictures.training_pictures(runs / "data")
-    linear = judges.linear_round_trip(*components(runs, data))
+    linear = judges.linear_round_trip(*components(runs))
     first, second, contexts = validation_pairs(runs)
     images = torch.stack([first, linear(second)], 1).flatten(0, 1)
     torch.manual_seed(5)
@@ -247,7 +256,7 @@ def hypernetwork_data(runs: Path, encoder: FaceEncoder, split: str, people: int)
     whole = 150 if split == "hyper-validation" else pictures.HYPER_PEOPLE
     shown = hypernetworks.load_pictures(runs / "data" / split, first, whole)
     few = pictures.Pictures(shown.pixels[: 4 * people], shown.rows[: 4 * people])
-    return hypernetworks.identity_data(few, encoder, *read_components(runs))
+    return hypernetworks.identity_data(few, encoder, *components(runs))
 
 
 def train_pro(runs: Path, minutes: float | None, steps: int = 1085) -> bool:
@@ -303,8 +312,16 @@ def describe(source: PredictedLora, config: TrainHypernetworkConfig, report: Tra
         hypernetwork=asdict(config.hypernetwork),
         mode=config.mode,
         describe=pictures.slots(),
-        personalize={"steps": 25, "rank": 8, "learning_rate": 6e-3, "copies": 8, "noise_mean": 0.0, "mask": "none"},
-        generate={"steps": 10, "guidance": 3.0, "identity_guidance": 3.0, "identity_until": 0.3},
+        personalize={
+            "steps": 25,
+            "rank": 8,
+            "targets": ["*up_blocks.1*"],
+            "learning_rate": 6e-3,
+            "copies": 8,
+            "noise_mean": -1.0,
+            "mask": "none",
+        },
+        generate={"steps": 10, "guidance": 2.0, "identity_guidance": "off", "identity_until": 0.3},
         data="cartoon people drawn with facesjs (Apache-2.0): see worlds/toon/README.md",
         license="apache-2.0",
         trained={"steps": report.steps, "batch": config.batch, "people": people, "validation": report.validations[-1:]},
@@ -329,7 +346,7 @@ def export(runs: Path, minutes: float | None = None) -> bool:
 def adopt(runs: Path, minutes: float | None = None) -> bool:
     """Takes the shipped weights as if they had been trained here."""
     backbone = load_backbone("toon")
-    components(runs, pictures.training_pictures(runs / "data"))  # the shipped encoder's own: they follow from the pictures alone
+    components(runs)  # the shipped encoder's own: they follow from the pictures alone
     backbone.pipe.save_pretrained(str(runs / "base" / "model"))
     save_tensors(runs / "decoder" / "model.safetensors", backbone.pipe.vae.decoder.state_dict())
     for name in ("recogniser", "classifier"):

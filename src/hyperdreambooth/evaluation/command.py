@@ -15,7 +15,7 @@ from ..checkpoint import read_tensors, write_json
 from ..errors import InputError
 from ..progress import say
 from .atlas import Atlas, load_atlas
-from .evaluate import PLAIN_GUIDANCE, ROWS, Judges, environment, evaluate, fingerprint
+from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, ROWS, Judges, environment, evaluate, fingerprint
 from .judges import Judge
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ COLUMNS = {
     "rank1": "rank-1",
     "rank1_crowd": "in the crowd",
     "rank1_lookalikes": "among look-alikes",
+    "similarity": "similarity",
     "context_seen": "context, seen",
     "context_held_out": "context, held out",
     "perceptual_distance": "perceptual distance",
@@ -53,8 +54,9 @@ def run(args: Evaluate) -> None:
         "people": len(atlas.people),
         "pictures": args.pictures,
         "personalize": _fields(hdb.personalize_config()),
-        "generate": _fields(hdb.generate_config()),
-        "plain_guidance": PLAIN_GUIDANCE,
+        "denoising_steps": hdb.generate_config().steps,
+        "guidance": GUIDANCE,
+        "identity_guidance": IDENTITY_GUIDANCE,
         "weights": fingerprint(hdb, atlas, judges),
     }
     if faithful is not None:
@@ -112,7 +114,8 @@ def _cell(figure: list[float] | None, key: str) -> str:
     if figure is None:
         return "-"
     mean, low, high = figure
-    return f"{mean:.3f} ({low:.3f}-{high:.3f})" if key.endswith("_distance") else f"{100 * mean:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
+    plain = key == "similarity" or key.endswith("_distance")
+    return f"{mean:.3f} ({low:.3f}-{high:.3f})" if plain else f"{100 * mean:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def contact_sheet(atlas: Atlas, drawn: dict[str, Tensor], people: int = 20) -> Any:

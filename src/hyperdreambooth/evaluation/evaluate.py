@@ -21,8 +21,11 @@ from .atlas import Atlas
 from .judges import Judge
 
 ROWS = ("true", "reconstruction", "base", "prediction", "prediction+guidance", "finetuned", "finetuned+guidance", "faithful")
-PLAIN_GUIDANCE = 2.0
-"""Prompt guidance of the rows without identity guidance: the lowest at which the base leaves out what wasn't asked for."""
+GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": "off"}
+"""How pictures are drawn: prompt guidance as low as the base still leaves out what wasn't asked for."""
+
+IDENTITY_GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": 1.5, "identity_until": 0.3}
+"""The same of the rows with identity guidance."""
 
 LOOKALIKES = 20
 """Each person's nearest of the gallery, among whom to be told apart is hardest."""
@@ -128,10 +131,7 @@ def draw(hdb: HyperDreamBooth, atlas: Atlas, loras: LoraSet | None, pictures: in
     from ..stages.generate import generate
 
     people, prompts = len(atlas.references), len(atlas.prompts)
-    config = hdb.generate_config()
-    if not guided:
-        config = dataclasses.replace(config, identity_guidance="off", guidance=PLAIN_GUIDANCE)
-    config = dataclasses.replace(config, batch=batch)
+    config = dataclasses.replace(hdb.generate_config(), **(IDENTITY_GUIDANCE if guided else GUIDANCE), batch=batch)
     jobs = [(person, prompt, number) for person in range(people) for prompt in range(prompts) for number in range(pictures)]
     parts = []
     with Progress(name, len(jobs)) as progress:

@@ -43,6 +43,22 @@ def test_round_trip(backbone, tmp_path, layout, dtype):
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_mixed_ranks_are_written_as_one(backbone, tmp_path, layout):
+    """Older readers scale a file of mixed ranks by its first layer's."""
+    loras = random_loras(backbone, rank=1)
+    loras = LoraSet({**loras, **{path: lora for path, lora in random_loras(backbone, rank=3).items() if "mid_block" in path}})
+    assert {lora.rank for lora in loras.values()} == {1, 3}
+    path = formats.save_lora(tmp_path / "a.safetensors", loras, {}, layout=layout, dtype=torch.float32)
+    down = ("lora_A.weight", "lora_down.weight")
+    assert {value.shape[0] for key, value in load_file(path).items() if key.endswith(down)} == {3}
+    same(formats.read_lora(path, backbone.components).loras, loras)
+    about = formats.describe(path)
+    assert about["rank"] == 3
+    if layout == "diffusers":
+        assert about["fingerprint"] == about["metadata"]["hyperdreambooth.fingerprint"]
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 def test_diffusers_opens_it_and_text_encoder_output_is_the_hooks(backbone, tmp_path, layout):
     loras = random_loras(backbone, patterns=(TEXT,))
     path = formats.save_lora(tmp_path / "a.safetensors", loras, {}, layout=layout, dtype=torch.float32)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.assets import toon
-from hyperdreambooth.evaluation import metrics
+from hyperdreambooth.evaluation import evaluate, metrics
 from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.lora import find_targets, update_norms
 from hyperdreambooth.photos import to_tensor
@@ -63,6 +63,16 @@ def test_the_shipped_hypernetwork_has_the_recipes_layers_and_settings():
     for name in ("personalize", "generate", "describe"):
         assert getattr(hdb.info, name) == getattr(recipe, name), name
     assert hdb.info.trained["people"] == pictures.HYPER_PEOPLE
+
+
+def test_what_was_measured_is_what_is_drawn_by_default():
+    generate = HyperDreamBooth.from_pretrained("toon").info.generate
+    assert {name: generate[name] for name in evaluate.GUIDANCE} == evaluate.GUIDANCE
+    results = json.loads((ROOT / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))["settings"]
+    assert results["guidance"] == evaluate.GUIDANCE
+    assert results["denoising_steps"] == generate["steps"]
+    own = HyperDreamBooth.from_pretrained("toon").info.personalize
+    assert {name: results["personalize"][name] for name in own} == own
 
 
 @torch.no_grad()

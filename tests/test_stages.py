@@ -82,8 +82,9 @@ def test_people_s_predicted_text_encoders_differ_where_only_the_denoiser_is_fine
 def test_layers_that_nobody_predicts_can_t_be_fine_tuned(backbone):
     predicted = random_loras(backbone, batch=1, rank=1)
     config = PersonalizeConfig(steps=1, targets=("*to_q", "unet.nowhere*"))
-    with pytest.raises(InputError, match=r"'unet.nowhere\*' matches none"):
-        personalize(backbone, Subject(latents(1, 1), "a face"), predicted, config, quiet=True)
+    for steps in (0, 1):
+        with pytest.raises(InputError, match=r"'unet.nowhere\*' matches none"):
+            personalize(backbone, Subject(latents(1, 1), "a face"), predicted, dataclasses.replace(config, steps=steps), quiet=True)
 
 
 def test_finished_update_has_the_relaxed_rank(backbone):
@@ -355,16 +356,17 @@ def test_a_hypernetwork_grows_without_forgetting(backbone):
         train_hypernetwork(backbone, start.encoder, data, config, start=start)
 
 
-def test_fine_tuning_draws_its_noise_around_the_mean_it_was_given(backbone, monkeypatch):
+def test_fine_tuning_draws_its_noise_as_it_was_told(backbone, monkeypatch):
     drawn = []
     draw = NoiseLevels.draw
     monkeypatch.setattr(NoiseLevels, "draw", lambda self, *args: drawn.append(draw(self, *args)) or drawn[-1])
     predicted = random_loras(backbone, batch=1, rank=1)
-    for mean in (None, -3.0):
-        config = PersonalizeConfig(steps=4, noise_mean=mean)
+    for told in ({}, {"noise_mean": -3.0}, {"noise_std": 0.25}):
+        config = PersonalizeConfig(steps=4, **told)
         personalize(backbone, Subject(latents(1, 1), "a [V] face"), predicted, config, quiet=True)
-    general, low = torch.cat(drawn[:4]).logit().mean(), torch.cat(drawn[4:]).logit().mean()
-    assert general - low == pytest.approx(4.5, abs=1e-3)  # 1.5 unless told otherwise
+    general, low, narrow = (torch.cat(drawn[i : i + 4]).logit() for i in (0, 4, 8))
+    assert general.mean() - low.mean() == pytest.approx(4.5, abs=1e-3)  # 1.5 unless told otherwise
+    torch.testing.assert_close(narrow - 1.5, (general - 1.5) / 4, atol=1e-3, rtol=1e-3)
     assert PersonalizeConfig().resolved(predicted=True, noise_mean=0.5).noise_mean == 0.5
 
 

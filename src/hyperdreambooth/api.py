@@ -131,7 +131,7 @@ class HyperDreamBooth:
         return photos.to_tensor(images), notes
 
     def read_masks(self, masks: Files, files: Files, *, crop: photos.Crop = "center", face: int | None = None) -> Tensor:
-        """Grey pictures that say where photos count, one for all of them or one each: (n, 1, size, size) in 0..1.
+        """Gray pictures that say where photos count, one for all of them or one each: (n, 1, size, size) in 0..1.
 
         Raises InputError for another number of masks, or one that doesn't fit its photo.
         """

@@ -56,7 +56,7 @@ def find_faces(image: Image.Image) -> list[Face]:
 
 
 def _search(image: Image.Image, turn: int) -> Iterator[tuple[Face, float]]:
-    """Faces of a grey picture that stand upright once it is turned by `turn` degrees counterclockwise, and how upright."""
+    """Faces of a gray picture that stand upright once it is turned by `turn` degrees counterclockwise, and how upright."""
     turned = image.rotate(turn, Image.Resampling.BILINEAR, expand=True, fillcolor=128) if turn else image
     pixels = np.asarray(turned)
     smallest = max(24, min(image.size) // 10)

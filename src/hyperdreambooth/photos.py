@@ -106,7 +106,7 @@ def prepare(path: str | Path, size: int, crop: Crop = "center", face: int | None
 
 
 def prepare_mask(path: str | Path, photo: str | Path, size: int, crop: Crop = "center", face: int | None = None) -> Image.Image:
-    """A grey picture that says where `photo` counts (white) and where not (black), cropped as `prepare` crops the photo.
+    """A gray picture that says where `photo` counts (white) and where not (black), cropped as `prepare` crops the photo.
 
     Raises InputError where the two differ in size, or the crop holds nothing that counts.
     """
@@ -118,10 +118,10 @@ def prepare_mask(path: str | Path, photo: str | Path, size: int, crop: Crop = "c
         )
     if crop == "face" or face is not None:
         mask = crop_face(mask, choose_face(image, str(photo), face)[0])
-    grey = square(mask, size).convert("L")
-    if np.asarray(grey).mean() < 1:  # of 255; a resize leaves traces of what lies just outside
+    gray = square(mask, size).convert("L")
+    if np.asarray(gray).mean() < 1:  # of 255; a resize leaves traces of what lies just outside
         raise InputError(f"the mask {path} is black wherever the cropped photo is: nothing would count. Paint the face white.")
-    return grey
+    return gray
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:

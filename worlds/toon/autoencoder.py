@@ -143,7 +143,7 @@ def write_encoder(vae: AutoencoderKL, components: Tensor, offset: Tensor) -> Non
 
 @contextmanager
 def reconstruction_step(decoder: nn.Module, latents: Tensor, target: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """L1, L1 of the gradients (crispness) and MSE of a small copy (colours); latents carry a little noise, as generated ones do."""
+    """L1, L1 of the gradients (crispness) and MSE of a small copy (colors); latents carry a little noise, as generated ones do."""
     noisy = latents + 0.03 * torch.randn(latents.shape, generator=generator)
     error = decoder(noisy) - target
     horizontal, vertical = error.diff(dim=-1), error.diff(dim=-2)

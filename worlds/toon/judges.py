@@ -1,6 +1,6 @@
-"""Recognisers and the context classifier: contrastive and plain classification.
+"""Recognizers and the context classifier: contrastive and plain classification.
 
-The measuring recogniser (ConvNeXt V2) and the encoder that hypernetworks read faces with (ResNet) are trained by the
+The measuring recognizer (ConvNeXt V2) and the encoder that hypernetworks read faces with (ResNet) are trained by the
 same step and share nothing else: architecture, seed and augmentation stream differ.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,13 @@ def build_recogniser() -> Judge:
 
 def build_classifier() -> Judge:
     return Judge(JUDGE, {kind: list(choices) for kind, choices in pictures.CONTEXTS.items()})
+
+
+def go_on(model: Judge, folder: Path) -> Judge:
+    """The model, with the last weights where there are any."""
+    if (folder / "config.json").is_file():
+        model.load_state_dict(Judge.from_pretrained(folder).state_dict())
+    return model
 
 
 def build_encoder() -> FaceEncoder:

@@ -129,7 +129,9 @@ def train_decoder(runs: Path, minutes: float | None, steps: int = 2200) -> bool:
     config = TrainingConfig(
         steps=steps, learning_rate=2e-3, warmup=100, cooldown=0.3, average=0.998, seed=2, log_every=50, validate_every=500
     )
-    report = fit(step, decoder, batches, config, directory=runs / "decoder", validate=validate, minutes=minutes, name="decoder")
+    report = fit(
+        step, decoder, batches, config, directory=runs / "decoder", validate=validate, minutes=minutes, device="cpu", name="decoder"
+    )
     if report.finished:
         save_tensors(runs / "decoder" / "model.safetensors", decoder.state_dict())
     return report.finished
@@ -179,20 +181,20 @@ def embedder_config(steps: int, seed: int) -> TrainingConfig:
 def train_encoder(runs: Path, minutes: float | None, steps: int = 800) -> bool:
     """Batches of 64 people."""
     torch.manual_seed(3)
-    model = judges.Embedder(judges.build_encoder())
+    folder = runs / "encoder" / "model"
+    last = FaceEncoder.from_pretrained(folder, trained=True) if (folder / "config.json").is_file() else judges.build_encoder()
+    model = judges.Embedder(last)
     data = pictures.training_pictures(runs / "data")
     done = train_embedder(runs, "encoder", model, data, 64, embedder_config(steps, 3), minutes)
     if done:
-        model.encoder.save_pretrained(runs / "encoder" / "model")
+        model.cpu().encoder.save_pretrained(folder)
     return done
 
 
 def train_recogniser(runs: Path, minutes: float | None, steps: int = 928) -> bool:
     """Batches of 512 people of the base's, which ask for a GPU."""
     torch.manual_seed(4)
-    model = judges.build_recogniser()
-    if (runs / "recogniser" / "model" / "config.json").is_file():
-        model.load_state_dict(Judge.from_pretrained(runs / "recogniser" / "model").state_dict())
+    model = judges.go_on(judges.build_recogniser(), runs / "recogniser" / "model")
     config = embedder_config(steps, 4)
     config.cooldown, config.average = 0.7, 0.995
     config.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
@@ -208,7 +210,7 @@ def train_classifier(runs: Path, minutes: float | None, steps: int = 650) -> boo
     first, second, contexts = validation_pairs(runs)
     images = torch.stack([first, linear(second)], 1).flatten(0, 1)
     torch.manual_seed(5)
-    model = judges.build_classifier()
+    model = judges.go_on(judges.build_classifier(), runs / "classifier" / "model")
 
     def step(model, batch, generator):  # type: ignore[no-untyped-def]
         return judges.classification_step(model, batch, generator, linear)
@@ -231,6 +233,7 @@ def train_classifier(runs: Path, minutes: float | None, steps: int = 650) -> boo
         directory=runs / "classifier",
         validate=validate,
         minutes=minutes,
+        device="cpu",
         name="classifier",
     ).finished
     if done:
@@ -312,15 +315,8 @@ def describe(source: PredictedLora, config: TrainHypernetworkConfig, report: Tra
         hypernetwork=asdict(config.hypernetwork),
         mode=config.mode,
         describe=pictures.slots(),
-        personalize={
-            "steps": 25,
-            "rank": 8,
-            "targets": ["*up_blocks.1*"],
-            "learning_rate": 6e-3,
-            "copies": 8,
-            "noise_mean": -1.0,
-            "mask": "none",
-        },
+        personalize={"steps": 25, "rank": 8, "learning_rate": 6e-3, "copies": 8}
+        | {"targets": ["*up_blocks.1*"], "noise_mean": -0.5, "noise_std": 0.5},
         generate={"steps": 10, "guidance": 2.0, "identity_guidance": "off", "identity_until": 0.3},
         data="cartoon people drawn with facesjs (Apache-2.0): see worlds/toon/README.md",
         license="apache-2.0",

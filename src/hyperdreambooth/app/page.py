@@ -37,7 +37,7 @@ CSS = """
 #files .stem { white-space: normal; overflow: visible; overflow-wrap: anywhere }
 #about code { white-space: normal; overflow-wrap: anywhere }
 """
-"""The system's own fonts and colours that follow its light or dark setting; columns by the width that there is."""
+"""The system's own fonts and colors that follow its light or dark setting; columns by the width that there is."""
 
 
 def theme() -> gr.themes.Base:

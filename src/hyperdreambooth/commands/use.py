@@ -56,7 +56,7 @@ class Personalize:
     face: int | None = None
     """Which face, by size from 1, where there are several."""
     mask_file: tuple[Path, ...] = ()
-    """Grey pictures as large as the photos, one for all or one each: white where the loss counts, black where not. Default: --mask."""
+    """Gray pictures as large as the photos, one for all or one each: white where the loss counts, black where not. Default: --mask."""
     prompt: str | None = None
     """What the photos show, such as "a [V] face on a blue background": what it names isn't learnt as the person. Default: what the
     base itself sees in them, where the hypernetwork brings words to choose from (toon's does); else the person alone."""

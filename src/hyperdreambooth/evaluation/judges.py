@@ -1,4 +1,4 @@
-"""The embedded world's judges, used only to measure: a recogniser of identities and a classifier of contexts.
+"""The embedded world's judges, used only to measure: a recognizer of identities and a classifier of contexts.
 
 They share no weights, seed or architecture with the encoder that predicts.
 """
@@ -19,7 +19,7 @@ from ..errors import InputError
 class Judge(nn.Module):
     """A small ConvNeXt V2 with linear heads on its pooled features: pictures (N, 3, H, W) in -1..1 -> logits a head.
 
-    `heads` maps a name to the names of its outputs; a recogniser has one head, "identity", whose outputs have no names.
+    `heads` maps a name to the names of its outputs; a recognizer has one head, "identity", whose outputs have no names.
     """
 
     def __init__(self, backbone: dict[str, Any], heads: dict[str, list[str]]):

@@ -48,6 +48,12 @@ def fingerprint(loras: LoraSet) -> str:
     return digest.hexdigest()[:16]
 
 
+def filled(lora: Lora, rank: int) -> Lora:
+    """The same update at a higher rank, filled up with zeros."""
+    fill = rank - lora.rank
+    return Lora(nn.functional.pad(lora.down, (0, 0, 0, fill)), nn.functional.pad(lora.up, (0, fill)))
+
+
 def save_lora(
     path: str | Path,
     loras: LoraSet,
@@ -71,14 +77,15 @@ def save_lora(
     tensors: dict[str, Tensor] = {}
     sdxl = metadata.get("ss_base_model_version", "").startswith("sdxl")
     two = sdxl or any(layer.startswith("text_encoder_2") for layer in loras)
+    batched = [layer for layer, lora in loras.items() if lora.down.ndim != 2]
+    if batched:
+        raise ValueError(f"{batched[0]}: a file holds one person's update, not a batch; select() one")
     largest = max(lora.rank for lora in loras.values())
+    # one rank for all, as `ss_network_dim` is one number: diffusers' converter of kohya's layout loses the attention layers' own
+    # alphas, and its older versions scale mixed ranks wrongly in their own layout too
+    loras = LoraSet({layer: filled(lora, largest) for layer, lora in loras.items()})
     for layer, lora in loras.items():
-        if lora.down.ndim != 2:
-            raise ValueError(f"{layer}: a file holds one person's update, not a batch; select() one")
-        # kohya's layers are filled up with zeros to one rank, as `ss_network_dim` is one number: diffusers' converter loses the
-        # attention layers' own alphas and scales mixed ranks wrongly
-        fill = largest - lora.rank if layout == "kohya" else 0
-        down, up = nn.functional.pad(lora.down, (0, 0, 0, fill)).to(dtype), nn.functional.pad(lora.up, (0, fill)).to(dtype)
+        down, up = lora.down.to(dtype), lora.up.to(dtype)
         if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
             raise InputError(f"{layer}: the update doesn't fit {dtype}. Write float32, or train with a lower learning rate.")
         if layer in convolutions:

@@ -27,8 +27,8 @@ class PersonalizeConfig:
     rank: int | None = None
     """Rank of the residual that is trained beside the prediction. Default: the hypernetwork's own, or 4."""
     targets: tuple[str, ...] | None = None
-    """Glob patterns of the layers that are fine-tuned, such as "*up_blocks.1*": of those that the hypernetwork predicts, all by default
-    or as the hypernetwork says; without one, of the base's linear layers. Default then: the base's own."""
+    """Glob patterns of the layers that are fine-tuned, such as "*up_blocks.1*": of those that the hypernetwork predicts ("*": all of
+    them); without one, of the base's linear layers. Default: the hypernetwork's own, or all; without one, the base's own."""
     order: Literal["residual", "merged"] = "residual"
     """residual: the prediction stays frozen, a residual is trained (the paper). merged: all of it is trained."""
     learning_rate: float | None = None
@@ -38,6 +38,8 @@ class PersonalizeConfig:
     noise_mean: float | None = None
     """Mean of logit(u), where noise levels u are drawn from: high ones ask who it is, those near 0 what the details are.
     Default: the hypernetwork's own, or 1.5."""
+    noise_std: float | None = None
+    """Standard deviation of logit(u). Default: the hypernetwork's own, or 1."""
     mask: Literal["ellipse", "none"] | None = None
     """Where the loss counts: an ellipse in the middle of the photo, where a face crop has the face, or all of it. Default: the
     hypernetwork's own, or all of it."""
@@ -54,7 +56,15 @@ class PersonalizeConfig:
 
     def resolved(self, *, predicted: bool, **own: Any) -> PersonalizeConfig:
         """The same with whatever is unset filled in: from a hypernetwork's own defaults, then from general ones."""
-        general = {"steps": 25 if predicted else 300, "rank": 4, "learning_rate": 1e-3, "copies": 4, "noise_mean": 1.5, "mask": "none"}
+        general: dict[str, Any] = {
+            "steps": 25 if predicted else 300,
+            "rank": 4,
+            "learning_rate": 1e-3,
+            "copies": 4,
+            "noise_mean": 1.5,
+            "noise_std": 1.0,
+            "mask": "none",
+        }
         return dataclasses.replace(self, **{key: value for key, value in {**general, **own}.items() if getattr(self, key) is None})
 
 
@@ -82,6 +92,8 @@ def personalize(
     assert rate is not None
     assert copies is not None
     assert config.noise_mean is not None
+    assert config.noise_std is not None
+    targets = trained_targets(backbone, predicted, config.targets or ())
     if steps == 0:
         if predicted is None:
             raise InputError("0 steps without a hypernetwork leave nothing: give --steps, or a hypernetwork.")
@@ -92,10 +104,10 @@ def personalize(
     if config.mask == "ellipse" and subject.mask is None:
         people, photos, _, height, width = subject.latents.shape
         subject.mask = ellipse_mask(height, width).to(subject.latents).expand(people, photos, 1, height, width)
-    targets = trained_targets(backbone, predicted, config.targets or ())
     source = RelaxedLora(predicted, rank, targets=targets, order=config.order, seed=config.seed).to(subject.latents.device)
     live = trains_text({*targets, *(predicted or ())}, backbone)
-    step, batches = make_step(backbone, subject, NoiseLevels(mean=config.noise_mean), copies, live_text=live, seed=config.seed)
+    levels = NoiseLevels(mean=config.noise_mean, std=config.noise_std)
+    step, batches = make_step(backbone, subject, levels, copies, live_text=live, seed=config.seed)
     # no clipping: its norm would run over all people of a batch
     training = TrainingConfig(
         steps=steps, learning_rate=rate, cooldown=0.2, max_grad_norm=0.0, seed=config.seed, log_every=max(1, steps // 10)

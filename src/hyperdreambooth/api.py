@@ -229,7 +229,7 @@ class HyperDreamBooth:
                 raise InputError(f"{path} is a token file, and there is no hypernetwork here to read it with.")
             return self.from_tokens(formats.read_tokens(path, self.source.lightweight))
         file = formats.read_lora(path, self.backbone.components)
-        check_targets(file.shapes(), self.backbone, str(path))
+        check_targets(file.loras.shapes(), self.backbone, str(path))
         loras = file.loras.map(lambda tensor: tensor.to(self.device, torch.float32))
         identifier = file.metadata.get("hyperdreambooth.identifier", self.identifier)
         return self.person(loras, identifier=identifier, metadata=file.metadata, convolutions=file.convolutions)

@@ -63,6 +63,10 @@ class LoraSet(dict[str, Lora]):
         """Applies `change` to every tensor."""
         return LoraSet({path: Lora(change(lora.down), change(lora.up)) for path, lora in self.items()})
 
+    def shapes(self) -> dict[str, Shape]:
+        """The layers' dimensions."""
+        return {path: Shape(lora.down.shape[-1], lora.up.shape[-2]) for path, lora in self.items()}
+
     def detach(self) -> LoraSet:
         return self.map(torch.Tensor.detach)
 

@@ -69,7 +69,7 @@ class RelaxedLora(nn.Module):
         super().__init__()
         self.predicted = predicted.detach() if predicted is not None else None
         if predicted is not None:
-            targets = targets or {path: Shape(lora.down.shape[-1], lora.up.shape[-2]) for path, lora in predicted.items()}
+            targets = targets or predicted.shapes()
         if not targets:
             raise ValueError("neither a prediction nor targets")
         self.paths, self.order = list(targets), order

@@ -24,7 +24,7 @@ ROWS = ("true", "reconstruction", "base", "prediction", "prediction+guidance", "
 GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": "off"}
 """How pictures are drawn: prompt guidance as low as the base still leaves out what wasn't asked for."""
 
-IDENTITY_GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": 1.5, "identity_until": 0.3}
+IDENTITY_GUIDANCE: dict[str, Any] = {**GUIDANCE, "identity_guidance": 1.5, "identity_until": 0.3}
 """The same of the rows with identity guidance."""
 
 LOOKALIKES = 20

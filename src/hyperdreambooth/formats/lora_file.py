@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import read_tensors, save_tensors
 from ..errors import InputError, some
-from ..lora import Lora, LoraSet, Shape, canonical, canonical_modules
+from ..lora import Lora, LoraSet, canonical, canonical_modules
 from . import keys
 from .metadata import hashes
 
@@ -32,10 +32,6 @@ class LoraFile:
     layout: str
     convolutions: frozenset[str] = frozenset()
     """Layers that are 1 x 1 convolutions in their base."""
-
-    def shapes(self) -> dict[str, Shape]:
-        """Layer -> (inputs, outputs)."""
-        return {path: Shape(lora.down.shape[1], lora.up.shape[0]) for path, lora in self.loras.items()}
 
 
 def fingerprint(loras: LoraSet) -> str:

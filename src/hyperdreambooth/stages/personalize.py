@@ -134,11 +134,13 @@ def trained_targets(backbone: Backbone, predicted: LoraSet | None, patterns: Seq
     """The layers that are fine-tuned. Raises InputError for a pattern that matches none of those that can be."""
     if predicted is None:
         return find_targets(backbone.components, patterns or backbone.default_targets)
-    unmatched = [pattern for pattern in patterns if not fnmatch.filter(predicted, pattern)]
-    if unmatched:
-        raise InputError(f"target pattern {unmatched[0]!r} matches none of the {len(predicted)} layers that the hypernetwork predicts.")
-    chosen = {path for pattern in patterns or ("*",) for path in fnmatch.filter(predicted, pattern)}
-    return {path: Shape(lora.down.shape[-1], lora.up.shape[-2]) for path, lora in predicted.items() if path in chosen}
+    chosen: set[str] = set()
+    for pattern in patterns or ("*",):
+        hits = fnmatch.filter(predicted, pattern)
+        if not hits:
+            raise InputError(f"target pattern {pattern!r} matches none of the {len(predicted)} layers that the hypernetwork predicts.")
+        chosen.update(hits)
+    return {path: shape for path, shape in predicted.shapes().items() if path in chosen}
 
 
 def trains_text(paths: Iterable[str], backbone: Backbone) -> bool:

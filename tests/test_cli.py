@@ -17,6 +17,7 @@ from hyperdreambooth.cli import main
 
 from .conftest import picture
 from .test_photos import png_header
+from .test_training import in_two_processes
 
 pytestmark = pytest.mark.usefixtures("tiny_world")
 SMALL = ["--lightweight.down-dim", "12", "--lightweight.up-dim", "8"]
@@ -207,6 +208,23 @@ def test_train_light_and_its_export(tmp_path, face):
     a, b = (formats.read_lora(file).loras for file in (tmp_path / "light" / "lora.safetensors", tmp_path / "again.safetensors"))
     path = next(iter(a))
     torch.testing.assert_close(a[path].delta(), b[path].delta(), atol=1e-3, rtol=1e-2)
+
+
+WORKER = """
+import runpy, sys
+import torch
+sys.argv[1:] = ["train-light", {face!r}, "-o", {folder!r}, "--training.steps", "1", *{small!r}]
+try:
+    runpy.run_module("hyperdreambooth", run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+assert torch.distributed.is_available() and not torch.distributed.is_initialized()
+"""
+
+
+def test_a_command_in_two_processes_ends_their_group(tmp_path, face):
+    in_two_processes(tmp_path, WORKER.format(face=str(face), folder=str(tmp_path / "light"), small=SMALL))
+    assert formats.read_lora(tmp_path / "light" / "lora.safetensors").loras
 
 
 def test_the_seeds_chain_preoptimize_train_personalize(tmp_path, people, face, capsys):

@@ -139,6 +139,19 @@ def test_the_contrastive_loss_is_small_where_both_pictures_are_the_same_person_s
             assert low <= losses.min() <= losses.max() <= high
 
 
+def test_the_contrastive_loss_keeps_its_precision_under_autocast():
+    found = []
+    for half in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        pair = images(4), images(4)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=half),
+            judges.contrastive_step(MeanColor(), pair, generator, lambda x: x) as losses,
+        ):
+            found.append(losses.float())
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_the_recogniser_goes_on_from_the_last(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (6 * pictures.CONTEXTS_EACH, 64, 64, 3), np.uint8)
     shown = pictures.Pictures(pixels, [{"context": {}}] * len(pixels))

@@ -62,7 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"{name} is no command. There are: {', '.join(commands.COMMANDS)}.")
         signal.signal(signal.SIGTERM, _interrupt)
         kind, run = commands.COMMANDS[name]
-        return run(parse(name, kind, arguments[1:])) or 0
+        code = run(parse(name, kind, arguments[1:])) or 0
+        if "WORLD_SIZE" in os.environ:  # one of several processes
+            from .training import leave
+
+            leave()
+        return code
     except (InputError, TrainingError) as error:
         print(f"hyperdreambooth: {error}", file=sys.stderr)
         return 2

@@ -137,6 +137,9 @@ def make_accelerator(config: TrainingConfig, directory: Path | None, device: str
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
+    else:
+        # imported after the group exists (by DDP), its functions hold the group as a default: `leave` could not end its threads
+        from torch.distributed.nn import functional  # noqa: F401
     return Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
@@ -144,6 +147,15 @@ def make_accelerator(config: TrainingConfig, directory: Path | None, device: str
         log_with=config.tracker,
         project_dir=str(directory) if directory else None,
     )
+
+
+def leave() -> None:
+    """Ends the process group that a launcher's `fit` opened, if there is one, and waits for its threads.
+
+    Left to the interpreter's end they may abort a process whose training succeeded, and the launcher calls that a failure.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class Interrupts:
@@ -195,7 +207,7 @@ def fit(
         minutes: stop (and checkpoint) after this time; a later call goes on.
 
     Ctrl-C checkpoints and raises KeyboardInterrupt. Raises TrainingError at the first loss that isn't finite. With
-    `average`, the averaged weights are in the model when a training finishes.
+    `average`, the averaged weights are in the model when a training finishes. Under a launcher, call `leave` after the last one.
     """
     accelerator = make_accelerator(config, Path(directory) if directory else None, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -289,8 +301,8 @@ def fit(
             raise KeyboardInterrupt
     if average and report.finished:
         _swap(trained, average)
-    if config.tracker:
-        accelerator.end_training()
+    for tracker in accelerator.trackers:  # not `end_training`, which ends the process group too: a command may train again
+        tracker.finish()
     report.seconds = time.monotonic() - started
     return report
 

@@ -66,12 +66,12 @@ def test_the_shipped_hypernetwork_has_the_recipes_layers_and_settings():
 
 
 def test_what_was_measured_is_what_is_drawn_by_default():
-    generate = HyperDreamBooth.from_pretrained("toon").info.generate
+    info = HyperDreamBooth.from_pretrained("toon").info
+    generate, own = info.generate, info.personalize
     assert {name: generate[name] for name in evaluate.GUIDANCE} == evaluate.GUIDANCE
     results = json.loads((ROOT / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))["settings"]
     assert results["guidance"] == evaluate.GUIDANCE
     assert results["denoising_steps"] == generate["steps"]
-    own = HyperDreamBooth.from_pretrained("toon").info.personalize
     assert {name: results["personalize"][name] for name in own} == own
 
 

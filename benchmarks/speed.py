@@ -30,7 +30,7 @@ from hyperdreambooth.backbones import load_backbone
 from hyperdreambooth.checkpoint import write_json
 from hyperdreambooth.lightweight import LightweightConfig, LightweightLora
 from hyperdreambooth.lora import applied, find_targets
-from hyperdreambooth.sources import IdentityTable
+from hyperdreambooth.trainable_lora import IdentityTable
 
 
 def medians(*runs: Callable[[], object], repeats: int = 15) -> list[float]:

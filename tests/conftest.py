@@ -19,7 +19,7 @@ from hyperdreambooth.hypernetwork import HyperNetworkConfig
 from hyperdreambooth.lightweight import LightweightConfig
 from hyperdreambooth.lora import LoraSet, find_targets
 from hyperdreambooth.pretrained import HyperNetworkInfo, build, save_hypernetwork
-from hyperdreambooth.sources import PredictedLora
+from hyperdreambooth.trainable_lora import PredictedLora
 from worlds.toon.base import build_tokenizer
 
 TOKENS = LightweightConfig(down_dim=12, up_dim=8, learnable=True)

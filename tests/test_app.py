@@ -21,7 +21,7 @@ from PIL import Image
 
 from hyperdreambooth import HyperDreamBooth, app, formats, photos
 from hyperdreambooth.app import visits as visits_module
-from hyperdreambooth.app.visits import Visits, paths_in, visitor
+from hyperdreambooth.app.sessions import Visits, paths_in, visitor
 from hyperdreambooth.assets import toon
 from hyperdreambooth.cli import main
 from hyperdreambooth.errors import InputError

@@ -20,9 +20,9 @@ from hyperdreambooth.lora import applied, canonical, canonical_modules, find_tar
 from hyperdreambooth.objectives import NoiseLevels, denoising
 from hyperdreambooth.pretrained import HyperNetworkInfo
 from hyperdreambooth.sampling import sample
+from hyperdreambooth.stages.dreambooth import Subject
 from hyperdreambooth.stages.generate import GenerateConfig, noise_for
 from hyperdreambooth.stages.preoptimize import PreoptimizeConfig, preoptimize, read_table
-from hyperdreambooth.stages.subject import Subject
 from hyperdreambooth.stages.train_hypernetwork import TrainHypernetworkConfig, train_hypernetwork
 from hyperdreambooth.stages.train_light import TrainLightConfig, train_light
 from hyperdreambooth.training import TrainingConfig

@@ -57,12 +57,12 @@ def test_personalize_with_zero_steps_from_several_photos_and_from_scratch(tmp_pa
 
 
 def test_an_interrupted_personalize_goes_on_and_leaves_nothing(tmp_path, face, monkeypatch):
-    from hyperdreambooth.stages import subject
+    from hyperdreambooth.stages import dreambooth
 
     out = tmp_path / "out"
     common = ["personalize", face, "--steps", 4]
     assert run(*common, "-o", out / "whole.safetensors") == 0
-    real, calls = subject.denoising, []
+    real, calls = dreambooth.denoising, []
 
     def stopped(*args: object, **more: object) -> torch.Tensor:
         calls.append(1)
@@ -70,7 +70,7 @@ def test_an_interrupted_personalize_goes_on_and_leaves_nothing(tmp_path, face, m
             raise KeyboardInterrupt
         return real(*args, **more)
 
-    monkeypatch.setattr(subject, "denoising", stopped)
+    monkeypatch.setattr(dreambooth, "denoising", stopped)
     assert run(*common, "-o", out / "me.safetensors") == 130
     assert not (out / "me.safetensors").exists()
     assert run(*common, "-o", out / "me.safetensors") == 0
@@ -348,12 +348,12 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(tmp_path, capsys, face, mon
 
 
 def test_ctrl_c_says_so(monkeypatch, face, tmp_path, capsys):
-    from hyperdreambooth import commands
+    from hyperdreambooth.commands import info
 
     def stop(args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(commands.COMMANDS, "info", (commands.COMMANDS["info"][0], stop))
+    monkeypatch.setattr(info, "run", stop)
     assert run("info", face) == 130
     assert "stopped" in capsys.readouterr().err
 

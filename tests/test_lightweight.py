@@ -10,7 +10,7 @@ from hyperdreambooth.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperdreambooth.lightweight import LightweightConfig, LightweightLora, orthonormal
 from hyperdreambooth.lora import Shape, compress
 from hyperdreambooth.objectives import weight_loss
-from hyperdreambooth.sources import IdentityTable, RelaxedLora
+from hyperdreambooth.trainable_lora import IdentityTable, RelaxedLora
 
 TARGETS = {"unet.a": Shape(16, 24), "unet.b": Shape(20, 12)}
 CONFIG = LightweightConfig(rank=1, down_dim=10, up_dim=8)

@@ -10,7 +10,7 @@ import yaml
 
 from hyperdreambooth.backbones.architectures import architecture
 from hyperdreambooth.cli import commands_default, main
-from hyperdreambooth.commands import COMMANDS
+from hyperdreambooth.commands import load
 from hyperdreambooth.config import read_config, updated
 from hyperdreambooth.lora import find_targets
 
@@ -22,7 +22,7 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_parses_and_its_targets_are_the_familys(recipe):
-    parsed = updated(commands_default(COMMANDS["train-hypernetwork"][0]), read_config(recipe), str(recipe))
+    parsed = updated(commands_default(load("train-hypernetwork")[0]), read_config(recipe), str(recipe))
     config = parsed.config
     assert config.mode == recipe.stem.split("-")[1]
     assert config.lightweight.learnable == (config.mode == "pro")

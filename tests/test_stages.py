@@ -13,9 +13,9 @@ from hyperdreambooth.lightweight import LightweightConfig, LightweightLora
 from hyperdreambooth.lora import applied, find_targets, shared_norm, update_norms
 from hyperdreambooth.objectives import NoiseLevels, denoising
 from hyperdreambooth.pretrained import build, check_targets, load_hypernetwork
+from hyperdreambooth.stages.dreambooth import Subject, ellipse_mask
 from hyperdreambooth.stages.personalize import PersonalizeConfig, finish, personalize
 from hyperdreambooth.stages.preoptimize import PreoptimizeConfig, preoptimize, read_table
-from hyperdreambooth.stages.subject import Subject, ellipse_mask
 from hyperdreambooth.stages.train_hypernetwork import IdentityGain, TrainHypernetworkConfig, train_hypernetwork
 from hyperdreambooth.stages.train_light import TrainLightConfig, train_light
 from hyperdreambooth.training import TrainingConfig
@@ -516,7 +516,7 @@ def test_checkpointing_a_frozen_model_changes_nothing():
 
 def test_several_photos_are_averaged_as_tokens_and_all_fine_tuned_on(backbone, tmp_path, monkeypatch):
     from hyperdreambooth.api import HyperDreamBooth
-    from hyperdreambooth.stages import subject
+    from hyperdreambooth.stages import dreambooth
 
     from .conftest import picture, tiny_source
 
@@ -528,13 +528,13 @@ def test_several_photos_are_averaged_as_tokens_and_all_fine_tuned_on(backbone, t
     alone = torch.stack([hdb.predict(photo[None]) for photo in pixels])
     assert (alone[0] - alone[1]).abs().max() > 1e-3
     torch.testing.assert_close(hdb.predict(pixels), alone.mean(0))
-    seen, real = [], subject.denoising
+    seen, real = [], dreambooth.denoising
 
     def watched(backbone, latents, *args):
         seen.append(latents)
         return real(backbone, latents, *args)
 
-    monkeypatch.setattr(subject, "denoising", watched)
+    monkeypatch.setattr(dreambooth, "denoising", watched)
     hdb.personalize(files, steps=3, copies=1, quiet=True)
     photos = backbone.encode_images(pixels)
     distances = torch.cdist(torch.cat(seen).flatten(1), photos.flatten(1))

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api import HyperDreamBooth
-    from .person import Person
+    from .personal_lora import PersonalLora
 
 __version__ = "0.1.0"
-__all__ = ["HyperDreamBooth", "Person", "__version__"]
+__all__ = ["HyperDreamBooth", "PersonalLora", "__version__"]
 
 
 def __getattr__(name: str) -> object:
     # torch and diffusers take seconds to import: only where they are used
-    if name in ("HyperDreamBooth", "Person"):
+    if name in ("HyperDreamBooth", "PersonalLora"):
         from . import api
 
         return getattr(api, name)

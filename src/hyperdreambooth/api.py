@@ -29,13 +29,13 @@ from .backbones import Backbone, load_backbone
 from .errors import InputError
 from .hub import push
 from .lora import LoraSet
-from .person import PLACEHOLDER, Person
+from .personal_lora import PLACEHOLDER, PersonalLora
 from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork, save_hypernetwork
-from .sources import PredictedLora
 from .stages.describe import describe
+from .stages.dreambooth import Subject
 from .stages.generate import GenerateConfig, generate
 from .stages.personalize import PersonalizeConfig, finish, personalize
-from .stages.subject import Subject
+from .trainable_lora import PredictedLora
 
 Files = Sequence[str | Path] | str | Path
 Photos = Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor
@@ -91,10 +91,10 @@ class HyperDreamBooth:
     def device(self) -> torch.device:
         return next(self.backbone.components.parameters()).device
 
-    def person(self, loras: LoraSet, prompt: str | None = None, *, metadata: Mapping[str, str] | None = None, **more: Any) -> Person:
-        """A person's update of this base, unbatched. `more`: further fields of Person."""
+    def person(self, loras: LoraSet, prompt: str | None = None, *, metadata: Mapping[str, str] | None = None, **more: Any) -> PersonalLora:
+        """A person's update of this base, unbatched. `more`: further fields of PersonalLora."""
         about = formats.base_metadata(self.backbone.pipe, self.base, self.backbone.size)
-        return Person(
+        return PersonalLora(
             loras,
             self.base,
             prompt=prompt or self.prompt,
@@ -173,7 +173,7 @@ class HyperDreamBooth:
         quiet: bool = False,
         config: PersonalizeConfig | None = None,
         **changes: Any,
-    ) -> Person:
+    ) -> PersonalLora:
         """A person's LoRA from one photo or several: predict, fine-tune, merge.
 
         Args:
@@ -222,8 +222,8 @@ class HyperDreamBooth:
             metadata={"hyperdreambooth.steps": str(report.steps)},
         )
 
-    def load(self, path: str | Path) -> Person:
-        """A LoRA file, or a token file of this hypernetwork, as a Person. Raises InputError where it is for another base."""
+    def load(self, path: str | Path) -> PersonalLora:
+        """A LoRA file, or a token file of this hypernetwork, as a PersonalLora. Raises InputError where it is for another base."""
         if formats.is_tokens(path):
             if self.source is None:
                 raise InputError(f"{path} is a token file, and there is no hypernetwork here to read it with.")
@@ -234,14 +234,14 @@ class HyperDreamBooth:
         identifier = file.metadata.get("hyperdreambooth.identifier", self.identifier)
         return self.person(loras, identifier=identifier, metadata=file.metadata, convolutions=file.convolutions)
 
-    def from_tokens(self, tokens: Tensor) -> Person:
-        """Tokens (layers, width) of this hypernetwork, one person's or a blend of several, as a Person."""
+    def from_tokens(self, tokens: Tensor) -> PersonalLora:
+        """Tokens (layers, width) of this hypernetwork, one person's or a blend of several, as a PersonalLora."""
         if self.source is None:
             raise InputError(f"there is no hypernetwork for {self.base}, so its tokens mean nothing here.")
         predicted = self.source.lightweight(tokens[None].to(self.device)).detach().select(0)
         return self.person(finish(predicted), predicted=predicted, tokens=tokens, lightweight=self.source.lightweight)
 
-    def mix(self, people: Sequence[tuple[Person, float]]) -> Person:
+    def mix(self, people: Sequence[tuple[PersonalLora, float]]) -> PersonalLora:
         """One person out of several, each with a weight.
 
         Their tokens are mixed where all of them have some (fine-tuning isn't in those), else the updates are added up. Raises
@@ -268,7 +268,7 @@ class HyperDreamBooth:
     def generate(
         self,
         prompts: Sequence[str] | str,
-        person: Person | LoraSet | str | Path | None = None,
+        person: PersonalLora | LoraSet | str | Path | None = None,
         *,
         styles: Sequence[str | Path | tuple[str | Path, float]] = (),
         seed: int | None = None,
@@ -280,15 +280,15 @@ class HyperDreamBooth:
         """Pictures, `count` for each prompt, in order. Any field of GenerateConfig can be given.
 
         Args:
-            person: a Person, a LoRA file or a token file; None generates with the base alone.
+            person: a PersonalLora, a LoRA file or a token file; None generates with the base alone.
             styles: style LoRA files, or (file, weight) pairs.
             seed: of each prompt's first picture; the next ones count up.
         """
         config = self.generate_config(config, seed=seed, count=count, **changes)
         if isinstance(person, (str, Path)):
             person = self.load(person)
-        loras = person.loras if isinstance(person, Person) else person
-        identifier = person.identifier if isinstance(person, Person) else self.identifier
+        loras = person.loras if isinstance(person, PersonalLora) else person
+        identifier = person.identifier if isinstance(person, PersonalLora) else self.identifier
         wanted = [prompts] if isinstance(prompts, str) else list(prompts)
         texts = [prompt.replace(PLACEHOLDER, identifier) for prompt in wanted for _ in range(config.count)]
         seeds = [config.seed + i for _ in wanted for i in range(config.count)]

@@ -16,36 +16,25 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-HELP = """usage: hyperdreambooth COMMAND [OPTIONS]      (hyperdreambooth COMMAND --help explains each)
+USAGE = """usage: hyperdreambooth COMMAND [OPTIONS]      (hyperdreambooth COMMAND --help explains each)
 
 One face photo in, a personal LoRA out, for any Stable Diffusion.
-
-make and use a personal LoRA
-  personalize         photo -> hypernetwork -> fine-tuning -> a standard LoRA
-  generate            prompts + LoRAs -> pictures
-  app                 a page in the browser: drop a photo in, take the LoRA home
-  demo                the whole way on an example face, offline, with a report
-  info                what is in a LoRA or token file
-  export              a LoRA from a token file, a table's row, or a train-light run; also converts layouts
-  mix                 blend the token files of several people
-  push                upload a LoRA or a hypernetwork to the model hub, with a card
-
-train
-  train-light         lightweight DreamBooth on one subject's photos
-  preoptimize         tokens for every identity of a folder
-  train-hypernetwork  a hypernetwork that predicts tokens from a photo
-
-look and measure
-  targets             a base's layers: shapes, numbers of variables, bytes
-  evaluate            fidelity on people that were never trained on
 """
+
+
+def usage() -> str:
+    """The help of the command line itself."""
+    from .commands import GROUPS
+
+    groups = [f"{group}\n" + "".join(f"  {name:<19} {line}\n" for name, line in names.items()) for group, names in GROUPS.items()]
+    return "\n".join([USAGE, *groups])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP)
+        print(usage())
         return 0 if arguments else 2
     if arguments[0] == "--version":
         from . import __version__
@@ -61,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in commands.COMMANDS:
             raise InputError(f"{name} is no command. There are: {', '.join(commands.COMMANDS)}.")
         signal.signal(signal.SIGTERM, _interrupt)
-        kind, run = commands.COMMANDS[name]
+        kind, run = commands.load(name)
         code = run(parse(name, kind, arguments[1:])) or 0
         if "WORLD_SIZE" in os.environ:  # one of several processes
             from .training import leave

@@ -20,7 +20,7 @@ from .hub import download, write_card
 from .hypernetwork import HyperNetwork, HyperNetworkConfig
 from .lightweight import LightweightConfig, LightweightLora
 from .lora import Shape, canonical_modules, linear_shape
-from .sources import PredictedLora
+from .trainable_lora import PredictedLora
 
 FORMAT = 1
 

@@ -27,9 +27,9 @@ from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.lightweight import LightweightLora
 from hyperdreambooth.lora import LoraSet
 from hyperdreambooth.objectives import NoiseLevels
-from hyperdreambooth.sources import IdentityTable
+from hyperdreambooth.stages.dreambooth import Subject, make_step
 from hyperdreambooth.stages.preoptimize import preoptimize
-from hyperdreambooth.stages.subject import Subject, make_step
+from hyperdreambooth.trainable_lora import IdentityTable
 from hyperdreambooth.training import TrainingConfig, fit
 
 from . import hypernetworks

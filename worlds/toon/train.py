@@ -29,9 +29,9 @@ from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.lightweight import LightweightLora
 from hyperdreambooth.lora import find_targets
 from hyperdreambooth.pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
-from hyperdreambooth.sources import PredictedLora
 from hyperdreambooth.stages.preoptimize import preoptimize, read_table
 from hyperdreambooth.stages.train_hypernetwork import TrainHypernetworkConfig, train_hypernetwork
+from hyperdreambooth.trainable_lora import PredictedLora
 from hyperdreambooth.training import TrainingConfig, TrainingReport, fit
 
 from . import autoencoder, base, hypernetworks, judges, pictures

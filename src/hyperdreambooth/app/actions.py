@@ -25,9 +25,9 @@ from ..api import HyperDreamBooth
 from ..assets import toon
 from ..errors import InputError, NoFaceError, TrainingError
 from ..lora import LoraSet
-from ..person import Person
-from . import takeaway
-from .visits import COOKIE, Picture, Visit, Visits
+from ..personal_lora import PersonalLora
+from . import downloads
+from .sessions import COOKIE, Picture, Visit, Visits
 
 log = logging.getLogger(__name__)
 Shown = list[tuple[str, str]]
@@ -204,7 +204,7 @@ class Actions:
             done, seconds = me.metadata.get("hyperdreambooth.steps", 0), sum(me.seconds.values())
             yield bar(f"Done: {done} steps in {seconds:.0f} s, a LoRA of rank {me.rank} for {len(me.loras)} layers."), shown
 
-    def _preview(self, visit: Visit, person: Person | LoraSet, label: str) -> Shown:
+    def _preview(self, visit: Visit, person: PersonalLora | LoraSet, label: str) -> Shown:
         """The person as such, drawn in the model's thread."""
         image = self.hdb.generate(self.hdb.prompt, person, seed=0)[0]
         return [(str(self._keep(visit, image, self.hdb.prompt, 0, label).file), label)]
@@ -221,7 +221,7 @@ class Actions:
             news.put((done, self._preview(visit, loras, f"step {done}") if quarter else []))
             return visit.stop.is_set()
 
-        def work() -> tuple[Person, Shown]:
+        def work() -> tuple[PersonalLora, Shown]:
             assert visit.pixels is not None
             me = self.hdb.personalize(visit.pixels, steps=total, on_step=on_step, quiet=True)
             return me, self._preview(visit, me, "fine-tuned")
@@ -300,7 +300,7 @@ class Actions:
             raise InputError("there is no prompt. Write one, or pick some from the palette.")
         if visit.me is None and not compare:
             raise InputError("there is nobody to draw yet. Personalize somebody, or load a LoRA.")
-        who: list[tuple[str, Person | LoraSet | None]] = [("", visit.me)]
+        who: list[tuple[str, PersonalLora | LoraSet | None]] = [("", visit.me)]
         if compare:
             who = [("without the LoRA", None)]
             who += [("prediction", visit.me.predicted)] if visit.me and visit.me.predicted else []
@@ -355,10 +355,10 @@ class Actions:
     @plainly
     def take(self, request: gr.Request) -> list[str]:
         """What there is to take home: the LoRA in both layouts, the tokens, and all pictures with a contact sheet."""
-        return [str(file) for file in takeaway.write_files(self.visit(request))]
+        return [str(file) for file in downloads.write_files(self.visit(request))]
 
     @plainly
     def explain(self, request: gr.Request) -> tuple[str, Any, Any]:
         """What the method did: sizes in words, each layer's change, the loss over steps."""
         me = self.visit(request).me
-        return takeaway.explain(me) if me else ("Personalize somebody first.", None, None)
+        return downloads.explain(me) if me else ("Personalize somebody first.", None, None)

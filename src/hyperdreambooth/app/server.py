@@ -24,7 +24,7 @@ from ..assets import toon
 from ..errors import InputError
 from .actions import Actions
 from .page import CSS, build, theme
-from .visits import Guard, Visits
+from .sessions import Guard, Visits
 
 SWEEP = 60
 """Seconds between two looks for visits that are over."""

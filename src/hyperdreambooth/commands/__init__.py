@@ -1,29 +1,40 @@
-"""The commands: a dataclass of flags and a plain function each."""
+"""The commands, one file each: a dataclass whose fields are the flags, and `run`.
+
+Nothing heavy is imported here: a command's module is imported when it is called.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
-from .app import App, run_app
-from .look import Demo, Evaluate, Info, Targets, run_demo, run_evaluate, run_info, run_targets
-from .share import Push, run_push
-from .train import Preoptimize, TrainHypernetwork, TrainLight, run_preoptimize, run_train_hypernetwork, run_train_light
-from .use import Export, Generate, Mix, Personalize, run_export, run_generate, run_mix, run_personalize
-
-Command = tuple[type, Callable[[Any], int | None]]
-COMMANDS: dict[str, Command] = {
-    "personalize": (Personalize, run_personalize),
-    "generate": (Generate, run_generate),
-    "app": (App, run_app),
-    "demo": (Demo, run_demo),
-    "info": (Info, run_info),
-    "export": (Export, run_export),
-    "mix": (Mix, run_mix),
-    "push": (Push, run_push),
-    "train-light": (TrainLight, run_train_light),
-    "preoptimize": (Preoptimize, run_preoptimize),
-    "train-hypernetwork": (TrainHypernetwork, run_train_hypernetwork),
-    "targets": (Targets, run_targets),
-    "evaluate": (Evaluate, run_evaluate),
+GROUPS: dict[str, dict[str, str]] = {
+    "make and use a personal LoRA": {
+        "personalize": "photo -> hypernetwork -> fine-tuning -> a standard LoRA",
+        "generate": "prompts + LoRAs -> pictures",
+        "app": "a page in the browser: drop a photo in, take the LoRA home",
+        "demo": "the whole way on an example face, offline, with a report",
+        "info": "what is in a LoRA or token file",
+        "export": "a LoRA from a token file, a table's row, or a train-light run; also converts layouts",
+        "mix": "blend the token files of several people",
+        "push": "upload a LoRA or a hypernetwork to the model hub, with a card",
+    },
+    "train": {
+        "train-light": "lightweight DreamBooth on one subject's photos",
+        "preoptimize": "tokens for every identity of a folder",
+        "train-hypernetwork": "a hypernetwork that predicts tokens from a photo",
+    },
+    "look and measure": {
+        "targets": "a base's layers: shapes, numbers of variables, bytes",
+        "evaluate": "fidelity on people that were never trained on",
+    },
 }
+"""Commands by what they are for, with a line of help each."""
+COMMANDS = tuple(name for group in GROUPS.values() for name in group)
+
+
+def load(name: str) -> tuple[type, Callable[[Any], int | None]]:
+    """The dataclass of a command's flags, and the function that runs it."""
+    module = importlib.import_module(f".{name.replace('-', '_')}", __name__)
+    return getattr(module, name.title().replace("-", "")), module.run

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from ..errors import InputError
 from ..progress import say
-from .common import Flat, Machine
+from .options import Flat, Machine
 
 
 @dataclass
@@ -39,7 +39,7 @@ class App:
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 
-def run_app(args: App) -> None:
+def run(args: App) -> None:
     try:
         from .. import app
     except ImportError as error:

@@ -19,7 +19,7 @@ from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, ROWS, Judges, environment, ev
 from .judges import Judge
 
 if TYPE_CHECKING:
-    from ..commands.look import Evaluate
+    from ..commands.evaluate import Evaluate
 
 COLUMNS = {
     "rank1": "rank-1",

@@ -17,7 +17,7 @@ from ..api import HyperDreamBooth
 from ..assets import toon
 from ..checkpoint import write_atomically
 from ..errors import InputError
-from ..person import Person
+from ..personal_lora import PersonalLora
 from ..progress import say
 
 STYLE = """
@@ -67,7 +67,9 @@ def demo(hdb: HyperDreamBooth, output: Path, face: int) -> None:
         say(f"{path}: {what}")
 
 
-def _page(me: Person, rows: list[list[Image.Image]], columns: list[str], prompts: list[str], took: dict[str, float], lora: Path) -> str:
+def _page(
+    me: PersonalLora, rows: list[list[Image.Image]], columns: list[str], prompts: list[str], took: dict[str, float], lora: Path
+) -> str:
     def cell(image: Image.Image) -> str:
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")

@@ -105,8 +105,8 @@ def predicted_loras(hdb: HyperDreamBooth, atlas: Atlas) -> LoraSet:
 
 def finetuned_loras(hdb: HyperDreamBooth, atlas: Atlas, predicted: LoraSet, batch: int = 20) -> LoraSet:
     """The fine-tuned update of every person; people of a batch don't affect one another."""
+    from ..stages.dreambooth import Subject
     from ..stages.personalize import personalize
-    from ..stages.subject import Subject
 
     latents = hdb.backbone.encode_images(atlas.references)[:, None].float()
     parts = []

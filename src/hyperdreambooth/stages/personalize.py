@@ -13,9 +13,9 @@ from ..backbones import Backbone
 from ..errors import InputError
 from ..lora import LoraSet, Shape, compress, find_targets
 from ..objectives import NoiseLevels
-from ..sources import RelaxedLora
+from ..trainable_lora import RelaxedLora
 from ..training import TrainingConfig, TrainingReport, fit
-from .subject import Subject, ellipse_mask, make_step, prior_latents
+from .dreambooth import Subject, ellipse_mask, make_step, prior_latents
 
 
 @dataclass

@@ -23,10 +23,10 @@ from ..lightweight import LightweightConfig, LightweightLora
 from ..lora import find_targets
 from ..objectives import NoiseLevels
 from ..progress import Progress
-from ..sources import IdentityTable
+from ..trainable_lora import IdentityTable
 from ..training import TrainingConfig, fit
+from .dreambooth import Subject, make_step
 from .personalize import trains_text
-from .subject import Subject, make_step
 
 
 @dataclass

@@ -28,7 +28,7 @@ from ..lightweight import LightweightConfig
 from ..lora import applied, find_targets, shared_norm, update_norms
 from ..objectives import NoiseLevels, denoising, weight_loss
 from ..pretrained import build
-from ..sources import PredictedLora
+from ..trainable_lora import PredictedLora
 from ..training import TrainingConfig, TrainingReport, fit
 from .personalize import trains_text
 

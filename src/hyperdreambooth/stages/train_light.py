@@ -9,10 +9,10 @@ from ..backbones import Backbone
 from ..lightweight import LightweightConfig, LightweightLora
 from ..lora import find_targets
 from ..objectives import NoiseLevels
-from ..sources import IdentityTable
+from ..trainable_lora import IdentityTable
 from ..training import TrainingConfig, TrainingReport, fit
+from .dreambooth import Subject, make_step, prior_latents
 from .personalize import trains_text
-from .subject import Subject, make_step, prior_latents
 
 
 @dataclass

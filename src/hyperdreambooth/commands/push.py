@@ -1,4 +1,4 @@
-"""The command that uploads."""
+"""Uploads to the model hub."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Push:
     """The person whose face it is agrees to the upload."""
 
 
-def run_push(args: Push) -> None:
+def run(args: Push) -> None:
     if not args.path.exists():
         raise InputError(f"{args.path}: no such file or folder.")
     if args.path.is_file() and not args.yes:

@@ -1,9 +1,8 @@
-"""Commands that train: one subject, a table of identities, a hypernetwork."""
+"""A hypernetwork that predicts tokens from a photo."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -20,105 +19,12 @@ from ..encoder import FaceEncoder
 from ..errors import InputError
 from ..lightweight import LightweightLora
 from ..lora import find_targets
-from ..person import PLACEHOLDER
+from ..personal_lora import PLACEHOLDER
 from ..pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 from ..progress import say
-from ..stages.personalize import finish
-from ..stages.preoptimize import PreoptimizeConfig, preoptimize, read_table, save_row
-from ..stages.subject import Subject
+from ..stages.preoptimize import read_table
 from ..stages.train_hypernetwork import TrainHypernetworkConfig, train_hypernetwork
-from ..stages.train_light import TrainLightConfig, train_light
-from .common import Flat, Machine, Output, as_json, refuse_existing
-
-
-@dataclass
-class TrainLight:
-    """Lightweight DreamBooth: train one subject's tokens on its photos (1 to n), over frozen random aux matrices.
-
-    hyperdreambooth train-light photos/*.jpg -o light --training.steps 300
-    hyperdreambooth train-light me.jpg -o light --targets "unet*attn?.to_q" "text_encoder*q_proj" --prior-pictures 16
-    """
-
-    photos: tyro.conf.Positional[tuple[Path, ...]]
-    """Photos of one subject."""
-    output: Output
-    """The folder of the run: tokens, LoRA, preview, config, checkpoint."""
-    base: str = "toon"
-    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint (SD 1.x, SD 2.x, SDXL), or a hub id."""
-    crop: photos.Crop = "center"
-    """center: the middle square. face: find the face (needs the extra `faces`)."""
-    overwrite: bool = False
-    """Replace the LoRA of a finished run."""
-    config: Annotated[TrainLightConfig, Flat] = field(default_factory=TrainLightConfig)
-    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
-
-
-def run_train_light(args: TrainLight) -> None:
-    lora = args.output / "lora.safetensors"
-    refuse_existing(lora, args.overwrite)
-    hdb = args.machine.open(args.base, None)
-    pixels, notes = hdb.read_photos(args.photos, crop=args.crop)
-    for note in notes:
-        say(note)
-    prompt = args.config.prompt.replace(PLACEHOLDER, hdb.identifier)
-    subject = Subject(hdb.backbone.encode_images(pixels)[None].float(), prompt)
-    table, report = train_light(hdb.backbone, subject, args.config, directory=args.output)
-    loras = finish(table.lightweight(table.tokens.detach()).detach().select(0))
-    me = hdb.person(loras, args.config.prompt, tokens=table.tokens[0].detach().cpu(), lightweight=table.lightweight)
-    me.save(lora, overwrite=True)
-    save_row(args.output, "subject", table.tokens[0].detach().cpu(), table.lightweight.fingerprint())
-    write_json(args.output / "config.json", as_json(args))
-    picture = hdb.generate([args.config.prompt] * 4, me, seed=0)
-    photos.save_png(
-        photos.grid([picture], [args.config.prompt], [""] * 4), args.output / "preview.png", {"ai_generated": "true"}, overwrite=True
-    )
-    say(f"{lora}: rank {me.rank}, {len(me.loras)} layers, {report.seconds:.0f} s\n{args.output / 'preview.png'}: a preview")
-
-
-@dataclass
-class Preoptimize:
-    """Pre-optimize tokens for every identity of a folder: identity/picture.png, or one picture each.
-
-    Chunks of identities are trained side by side and written row by row; stop it at any moment and start it again.
-    `export` makes a LoRA of any row.
-
-        hyperdreambooth preoptimize faces -o table
-        hyperdreambooth export table --identity alice -o alice.safetensors
-    """
-
-    folder: tyro.conf.Positional[Path]
-    """Pictures of identities."""
-    output: Output
-    """The table's folder."""
-    base: str = "toon"
-    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint (SD 1.x, SD 2.x, SDXL), or a hub id."""
-    crop: photos.Crop = "center"
-    """center: the middle square. face: find the face (needs the extra `faces`)."""
-    config: Annotated[PreoptimizeConfig, Flat] = field(default_factory=PreoptimizeConfig)
-    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
-
-
-def run_preoptimize(args: Preoptimize) -> None:
-    hdb = args.machine.open(args.base, None)
-    args.config.prompt = args.config.prompt.replace(PLACEHOLDER, hdb.identifier)
-    data = load_identities(args.folder, hdb.backbone, None, args.config.prompt, crop=args.crop, cache=args.output / "cache")
-    saved = args.output / "config.json"
-    if saved.is_file():
-        before = json.loads(saved.read_text(encoding="utf-8"))["config"]["lightweight"]
-        if before != dataclasses.asdict(args.config.lightweight):
-            raise InputError(f"{saved} was made with other token sizes ({before}). Use those, or another folder.")
-    write_json(saved, as_json(args))
-    table = preoptimize(hdb.backbone, data, args.config, args.output)
-    targets = find_targets(hdb.backbone.components, args.config.targets or hdb.backbone.default_targets)
-    lightweight = LightweightLora(targets, args.config.lightweight).to(hdb.device)
-    names = data.names[:8]
-    sheet = []
-    for name in names:
-        loras = lightweight(table[name][None].to(hdb.device)).detach().select(0)
-        sheet.append(hdb.generate([args.config.prompt] * 3, loras, seed=0))
-    preview = args.output / "preview.png"
-    photos.save_png(photos.grid(sheet, names, [""] * 3), preview, {"ai_generated": "true"}, overwrite=True)
-    say(f"{args.output}: {len(table)} identities\n{preview}: the first of them")
+from .options import Flat, Machine, Output, as_json
 
 
 @dataclass
@@ -158,7 +64,7 @@ class TrainHypernetwork:
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 
-def run_train_hypernetwork(args: TrainHypernetwork) -> None:
+def run(args: TrainHypernetwork) -> None:
     if args.encoder == "auto" and args.base != "toon":
         raise InputError(f"{args.base} has no encoder of its own: name a vision model with --encoder, such as facebook/dinov2-small.")
     hdb = args.machine.open(args.base, None)

@@ -9,8 +9,8 @@ import pandas as pd
 
 from .. import photos
 from ..checkpoint import write_atomically
-from ..person import Person
-from .visits import Picture, Visit
+from ..personal_lora import PersonalLora
+from .sessions import Picture, Visit
 
 COLUMNS = 4
 """Pictures side by side on a contact sheet."""
@@ -53,7 +53,7 @@ def block(path: str) -> str:
     return ".".join(parts[: 3 if parts[1].endswith("blocks") else 2]).removeprefix("unet.")
 
 
-def explain(me: Person) -> tuple[str, pd.DataFrame, pd.DataFrame | None]:
+def explain(me: PersonalLora) -> tuple[str, pd.DataFrame, pd.DataFrame | None]:
     """Sizes and times in words (Markdown), each layer's change, and the loss over steps where any were made."""
     numbers = sum(lora.down.numel() + lora.up.numel() for lora in me.loras.values())
     lines = [f"- **LoRA**: rank {me.rank}, {len(me.loras)} layers, {numbers:,} numbers."]

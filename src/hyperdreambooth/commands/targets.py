@@ -1,36 +1,18 @@
-"""Commands that look and measure."""
+"""A base's layers that can carry a LoRA."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 
-from .. import formats
 from ..backbones import load_backbone
 from ..backbones.architectures import FAMILIES, architecture
 from ..backbones.targets import PRESETS
 from ..errors import InputError
 from ..lora import find_targets
-from .common import Flat, Machine, Output, refuse_existing
-
-
-@dataclass
-class Info:
-    """Show what is in a LoRA or token file: base, rank, layers, size, trigger, fingerprint."""
-
-    file: tyro.conf.Positional[Path]
-    """A .safetensors file."""
-    json: bool = False
-    """Print JSON."""
-
-
-def run_info(args: Info) -> None:
-    about = formats.describe(args.file)
-    print(json.dumps(about, indent=2, default=str) if args.json else "\n".join(f"{key}: {value}" for key, value in about.items()))
 
 
 @dataclass
@@ -59,7 +41,7 @@ class Targets:
     """Print JSON."""
 
 
-def run_targets(args: Targets) -> None:
+def run(args: Targets) -> None:
     if args.targets and args.preset:
         raise InputError("give --targets or --preset, not both.")
     if args.base in FAMILIES:
@@ -89,56 +71,3 @@ def run_targets(args: Targets) -> None:
     for path, shape in shapes.items():
         print(f"{shape.inputs:6d} -> {shape.outputs:<6d} {path}")
     print("\n".join(f"{key}: {value}" for key, value in summary.items()))
-
-
-@dataclass
-class Demo:
-    """The whole way, offline: personalize an example face that nobody trained on, draw it anew, and write a report."""
-
-    output: Output = Path("demo")
-    """The folder that gets the LoRA, a grid and index.html."""
-    face: int = 1
-    """Which of the shipped example faces, from 1."""
-    overwrite: bool = False
-    """Replace the folder's report if it exists."""
-    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
-
-
-def run_demo(args: Demo) -> None:
-    from ..evaluation.demo import demo
-
-    refuse_existing(args.output / "index.html", args.overwrite)
-    demo(args.machine.open("toon"), args.output, args.face)
-
-
-@dataclass
-class Evaluate:
-    """Measure fidelity on people that were never trained on: identity, context, copying; a JSON and a table.
-
-    hyperdreambooth evaluate -o fidelity.json
-    hyperdreambooth evaluate --split validation --people 20 --rows prediction -o quick.json
-    """
-
-    output: Output
-    """The JSON file to write; rows that are in it already are kept."""
-    split: Literal["validation", "test"] = "test"
-    """Choices are made on validation; test is for reporting."""
-    atlas: Path = Path("benchmarks/atlas")
-    """References and true renders."""
-    people: int | None = None
-    """Only the first so many people."""
-    rows: tuple[str, ...] = ()
-    """Only these rows."""
-    faithful: Path | None = None
-    """A faithful hypernetwork to compare with; default: benchmarks/faithful, where it exists."""
-    pictures: int = 1
-    """Pictures a prompt."""
-    overwrite: bool = False
-    """Measure all rows again."""
-    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
-
-
-def run_evaluate(args: Evaluate) -> None:
-    from ..evaluation.command import run
-
-    run(args)

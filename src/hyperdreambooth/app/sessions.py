@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
-from ..person import Person
+from ..personal_lora import PersonalLora
 
 COOKIE = "hyperdreambooth-visitor"
 IDLE = 3600.0
@@ -64,9 +64,9 @@ class Visit:
     pixels: Tensor | None = None
     """The photos as the method sees them, (n, 3, size, size)."""
     needs_consent: bool = True
-    mine: Person | None = None
+    mine: PersonalLora | None = None
     """Who was personalized or loaded."""
-    me: Person | None = None
+    me: PersonalLora | None = None
     """Who is drawn: the same, or a mix."""
     pictures: list[Picture] = field(default_factory=list)
     take: Path | None = None

@@ -1,4 +1,4 @@
-"""What several commands share: where they run, what they refuse."""
+"""Options and small helpers that several commands share."""
 
 from __future__ import annotations
 
@@ -55,3 +55,12 @@ def as_json(args: Any) -> dict[str, Any]:
     """A command's settings as they are saved beside what it made."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     return values
+
+
+def weighted(text: str, default: float = 1.0) -> tuple[str, float]:
+    """FILE[:WEIGHT]; a colon of a Windows drive isn't a weight."""
+    file, _, weight = text.rpartition(":")
+    try:
+        return (file, float(weight)) if file else (text, default)
+    except ValueError:
+        return text, default

@@ -19,7 +19,7 @@ PLACEHOLDER = "[V]"
 
 
 @dataclass
-class Person:
+class PersonalLora:
     """A personal LoRA: one person's update of one base."""
 
     loras: LoraSet

@@ -1,0 +1,42 @@
+"""Fidelity on people that were never trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from .options import Flat, Machine, Output
+
+
+@dataclass
+class Evaluate:
+    """Measure fidelity on people that were never trained on: identity, context, copying; a JSON and a table.
+
+    hyperdreambooth evaluate -o fidelity.json
+    hyperdreambooth evaluate --split validation --people 20 --rows prediction -o quick.json
+    """
+
+    output: Output
+    """The JSON file to write; rows that are in it already are kept."""
+    split: Literal["validation", "test"] = "test"
+    """Choices are made on validation; test is for reporting."""
+    atlas: Path = Path("benchmarks/atlas")
+    """References and true renders."""
+    people: int | None = None
+    """Only the first so many people."""
+    rows: tuple[str, ...] = ()
+    """Only these rows."""
+    faithful: Path | None = None
+    """A faithful hypernetwork to compare with; default: benchmarks/faithful, where it exists."""
+    pictures: int = 1
+    """Pictures a prompt."""
+    overwrite: bool = False
+    """Measure all rows again."""
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+
+
+def run(args: Evaluate) -> None:
+    from ..evaluation.command import run
+
+    run(args)

@@ -1,0 +1,78 @@
+"""A standard LoRA from a token file, a table's row, a run, or a LoRA in another layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from .. import formats
+from ..errors import InputError
+from ..lightweight import LightweightConfig, LightweightLora
+from ..lora import find_targets
+from ..personal_lora import PersonalLora
+from ..progress import say
+from ..stages.personalize import finish
+from ..stages.preoptimize import read_table
+from .options import Flat, Machine, Output, refuse_existing
+
+
+@dataclass
+class Export:
+    """Write a standard LoRA from something else.
+
+    From a token file, from one identity of a pre-optimized table, from a train-light run (its folder), or from a LoRA in
+    the other layout.
+
+        hyperdreambooth export me.tokens -o me.safetensors
+        hyperdreambooth export table --identity alice -o alice.safetensors
+        hyperdreambooth export me.safetensors --format kohya -o me-kohya.safetensors
+    """
+
+    source: tyro.conf.Positional[Path]
+    """A token file, a table's folder, a train-light folder, or a LoRA file."""
+    output: Output
+    """The LoRA file to write."""
+    identity: str | None = None
+    """Which row of a table."""
+    base: str = "toon"
+    """The base that it belongs to."""
+    hypernetwork: str = "auto"
+    """The hypernetwork whose token file it is."""
+    format: formats.Layout = "diffusers"
+    """Layout of the file: diffusers, or kohya for ComfyUI and A1111."""
+    overwrite: bool = False
+    """Replace the output if it exists."""
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+
+
+def run(args: Export) -> None:
+    refuse_existing(args.output, args.overwrite)
+    if not args.source.exists():
+        raise InputError(f"{args.source}: no such file or folder.")
+    me = _from_table(args) if args.source.is_dir() else args.machine.open(args.base, args.hypernetwork).load(args.source)
+    me.save(args.output, layout=args.format, overwrite=args.overwrite)
+    say(f"{args.output}: rank {me.rank}, {len(me.loras)} layers, {args.output.stat().st_size / 1e6:.2f} MB")
+
+
+def _from_table(args: Export) -> PersonalLora:
+    file = args.source / "config.json"
+    if not file.is_file():
+        raise InputError(f"{args.source} has no config.json: it is neither a table of `preoptimize` nor a run of `train-light`.")
+    values = json.loads(file.read_text(encoding="utf-8"))
+    hdb = args.machine.open(values["base"], None)
+    config = values["config"]
+    lightweight = LightweightLora(
+        find_targets(hdb.backbone.components, config["targets"] or hdb.backbone.default_targets), LightweightConfig(**config["lightweight"])
+    )
+    table = read_table(args.source, lightweight.fingerprint())
+    name = args.identity or (next(iter(table)) if len(table) == 1 else None)
+    if name not in table:
+        raise InputError(
+            f"{args.source} has {len(table)} identities; name one of them with --identity: {', '.join(list(table)[:8])}{' ...' if len(table) > 8 else ''}"
+        )
+    loras = finish(lightweight(table[name][None]).detach().select(0))
+    return hdb.person(loras, config["prompt"], tokens=table[name], lightweight=lightweight)

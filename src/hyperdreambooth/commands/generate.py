@@ -1,0 +1,66 @@
+"""Prompts and LoRAs into pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from .. import photos
+from ..checkpoint import write_json
+from ..progress import Progress, say
+from ..stages.generate import GenerateConfig
+from .options import Flat, Machine, Output, as_json, refuse_existing, weighted
+
+
+@dataclass
+class Generate:
+    """Make pictures from prompts, with a personal LoRA and any number of style LoRAs.
+
+    Write [V] where the person belongs. A LoRA takes a weight after a colon.
+
+        hyperdreambooth generate "a pencil sketch of a [V] face" --lora me.safetensors -o pictures
+        hyperdreambooth generate "a [V] face, oil painting" --lora me.safetensors:0.9 --style oil.safetensors:0.7 --count 4 -o pictures
+    """
+
+    prompts: tyro.conf.Positional[tuple[str, ...]]
+    """What to draw."""
+    output: Output
+    """The folder that gets the pictures and, for several, a grid."""
+    lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """FILE[:WEIGHT]. The first one is the person (a LoRA or a token file), further ones are styles. Can be repeated."""
+    style: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """FILE[:WEIGHT] of a style LoRA, where there is no personal one. Can be repeated."""
+    base: str = "toon"
+    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id."""
+    overwrite: bool = False
+    """Replace pictures that exist."""
+    config: Annotated[GenerateConfig, Flat] = field(default_factory=GenerateConfig)
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+
+
+def run(args: Generate) -> None:
+    hdb = args.machine.open(args.base)
+    config = hdb.generate_config(args.config)
+    loras = [weighted(text) for text in args.lora]
+    styles = [*loras[1:], *(weighted(text) for text in args.style)]
+    me = hdb.load(loras[0][0]) if loras else None
+    if loras:
+        config = dataclasses.replace(config, strength=config.strength * loras[0][1])
+    files = [args.output / f"{p + 1:02d}-{config.seed + i}.png" for p in range(len(args.prompts)) for i in range(config.count)]
+    for file in files:
+        refuse_existing(file, args.overwrite)
+    with Progress("pictures", len(files)) as progress:
+        images = hdb.generate(args.prompts, me, styles=styles, config=config, on_picture=progress.update)
+    for index, (file, image) in enumerate(zip(files, images, strict=True)):
+        prompt, seed = args.prompts[index // config.count], config.seed + index % config.count
+        photos.save_png(image, file, hdb.picture_metadata(prompt, seed, config, [*loras[:1], *styles]), overwrite=args.overwrite)
+        say(f"{file}: {prompt} (seed {seed})")
+    if len(images) > 1:
+        rows = [images[i : i + config.count] for i in range(0, len(images), config.count)]
+        sheet = photos.grid(rows, list(args.prompts), [f"seed {config.seed + i}" for i in range(config.count)])
+        photos.save_png(sheet, args.output / "grid.png", {"ai_generated": "true"}, overwrite=True)
+        say(f"{args.output / 'grid.png'}: all of them")
+    write_json(args.output / "generate.json", as_json(args))

@@ -1,0 +1,26 @@
+"""What is in a LoRA or token file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from .. import formats
+
+
+@dataclass
+class Info:
+    """Show what is in a LoRA or token file: base, rank, layers, size, trigger, fingerprint."""
+
+    file: tyro.conf.Positional[Path]
+    """A .safetensors file."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(args: Info) -> None:
+    about = formats.describe(args.file)
+    print(json.dumps(about, indent=2, default=str) if args.json else "\n".join(f"{key}: {value}" for key, value in about.items()))

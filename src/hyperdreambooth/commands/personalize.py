@@ -1,0 +1,106 @@
+"""Photos of one person into a personal LoRA."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from .. import formats, photos
+from ..checkpoint import write_json
+from ..progress import say
+from ..stages.personalize import PersonalizeConfig
+from .options import Flat, Machine, Output, as_json, refuse_existing
+
+
+@dataclass
+class Personalize:
+    """Turn photos of one person into a personal LoRA.
+
+    The hypernetwork predicts a LoRA from the photo; a few steps of rank-relaxed fine-tuning make it fit. The result is a
+    standard LoRA file, with a preview picture beside it.
+
+        hyperdreambooth personalize face.png -o me.safetensors
+        hyperdreambooth personalize me1.jpg me2.jpg --base runwayml/stable-diffusion-v1-5 --hypernetwork none -o me.safetensors
+    """
+
+    photos: tyro.conf.Positional[tuple[Path, ...]]
+    """One photo or several of the same person."""
+    output: Output
+    """The LoRA file to write (.safetensors)."""
+    base: str = "toon"
+    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id."""
+    hypernetwork: str = "auto"
+    """A directory or hub id; "none" trains from scratch, on any base; "auto" takes the shipped one for toon."""
+    tokens: Path | None = None
+    """Also write the prediction as a token file (about 120 KB for Stable Diffusion 1.5)."""
+    format: formats.Layout = "diffusers"
+    """Layout of the LoRA file: diffusers (also for PEFT, and for ComfyUI on SD 3 and Flux), or kohya, which ComfyUI and A1111 need on
+    Stable Diffusion 1, 2 and XL and diffusers opens too."""
+    crop: photos.Crop = "center"
+    """center: the middle square. face: find the face and turn it upright (needs the extra `faces`)."""
+    face: int | None = None
+    """Which face, by size from 1, where there are several."""
+    mask_file: tuple[Path, ...] = ()
+    """Gray pictures as large as the photos, one for all or one each: white where the loss counts, black where not. Default: --mask."""
+    prompt: str | None = None
+    """What the photos show, such as "a [V] face on a blue background": what it names isn't learnt as the person. Default: what the
+    base itself sees in them, where the hypernetwork brings words to choose from (toon's does); else the person alone."""
+    preview: str | None = None
+    """Prompt of the preview picture; default: the person's own prompt."""
+    author: str | None = None
+    """Who made the LoRA, for its metadata."""
+    license: str | None = None
+    """The LoRA's license, for its metadata."""
+    overwrite: bool = False
+    """Replace the output if it exists."""
+    config: Annotated[PersonalizeConfig, Flat] = field(default_factory=PersonalizeConfig)
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+
+
+def run(args: Personalize) -> None:
+    for path in (args.output, *([args.tokens] if args.tokens else [])):
+        refuse_existing(path, args.overwrite)
+    started = time.perf_counter()
+    for file in args.photos:  # a photo's fault shows before seconds go into loading the base
+        photos.load_photo(file)
+    hdb = args.machine.open(args.base, args.hypernetwork)
+    if hdb.source is None and args.hypernetwork == "auto":
+        say(f"There is no hypernetwork for {args.base}: training from scratch.")
+    pixels, notes = hdb.read_photos(args.photos, crop=args.crop, face=args.face)
+    for note in notes:
+        say(note)
+    formats.check_layout(args.format, hdb.backbone.components)
+    masks = hdb.read_masks(args.mask_file, args.photos, crop=args.crop, face=args.face) if args.mask_file else None
+    config = hdb.personalize_config(args.config)
+    loaded = time.perf_counter()
+    # an interrupted fine-tuning of the very same photos and settings goes on; anything else starts anew
+    stamp = hashlib.sha256(repr((args.base, args.hypernetwork, args.prompt, args.crop, args.face, config)).encode())
+    for file in (*args.photos, *args.mask_file):
+        stamp.update(file.read_bytes())
+    state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
+    me = hdb.personalize(pixels, masks=masks, prompt=args.prompt, config=config, directory=state)
+    for text in dict.fromkeys(me.shown):
+        say(f'taken to show "{text}"; --prompt says otherwise')
+    save = functools.partial(me.save, args.output, layout=args.format, author=args.author, license=args.license, overwrite=True)
+    save()  # at once, since a preview takes its time on a large base
+    say(f"{args.output}: rank {me.rank}, {len(me.loras)} layers, {args.output.stat().st_size / 1e6:.2f} MB, trigger {me.identifier}")
+    shutil.rmtree(state, ignore_errors=True)
+    if args.tokens:
+        me.save_tokens(args.tokens, overwrite=args.overwrite)
+        say(f"{args.tokens}: {args.tokens.stat().st_size / 1e3:.0f} KB")
+    picture = hdb.generate(args.preview or me.prompt, me, seed=config.seed)[0]
+    save(thumbnail=picture)
+    preview = photos.preview_path(args.output)
+    metadata = hdb.picture_metadata(args.preview or me.prompt, config.seed, hdb.generate_config(), [(str(args.output), 1.0)])
+    photos.save_png(picture, preview, metadata, overwrite=True)
+    write_json(args.output.with_suffix(".json"), as_json(args))
+    took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in me.seconds.items())
+    say(f"{preview}: a preview")
+    say(f"loading {loaded - started:.1f} s, {took}, in all {time.perf_counter() - started:.1f} s")

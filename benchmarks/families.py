@@ -22,8 +22,8 @@ from hyperdreambooth import formats
 from hyperdreambooth.backbones.architectures import FAMILIES, architecture
 from hyperdreambooth.backbones.targets import PRESETS
 from hyperdreambooth.checkpoint import write_json
-from hyperdreambooth.lightweight import LightweightConfig
 from hyperdreambooth.lora import Lora, LoraSet, Shape, find_targets
+from hyperdreambooth.training_settings import LightweightConfig
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs/backbones.md"

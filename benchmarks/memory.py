@@ -24,9 +24,9 @@ from hyperdreambooth import backbones
 from hyperdreambooth.backbones.architectures import FAMILIES, architecture
 from hyperdreambooth.backbones.targets import PRESETS
 from hyperdreambooth.checkpoint import write_json
-from hyperdreambooth.hypernetwork import HyperNetwork, HyperNetworkConfig
-from hyperdreambooth.lightweight import LightweightConfig
+from hyperdreambooth.hypernetwork import HyperNetwork
 from hyperdreambooth.lora import Lora, LoraSet, Shape, applied, find_targets
+from hyperdreambooth.training_settings import HyperNetworkConfig, LightweightConfig
 
 CLASSES: dict[str, Any] = {
     "sd": backbones.StableDiffusion,

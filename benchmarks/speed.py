@@ -28,9 +28,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from hyperdreambooth.assets import toon
 from hyperdreambooth.backbones import load_backbone
 from hyperdreambooth.checkpoint import write_json
-from hyperdreambooth.lightweight import LightweightConfig, LightweightLora
+from hyperdreambooth.lightweight import LightweightLora
 from hyperdreambooth.lora import applied, find_targets
 from hyperdreambooth.trainable_lora import IdentityTable
+from hyperdreambooth.training_settings import LightweightConfig
 
 
 def medians(*runs: Callable[[], object], repeats: int = 15) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, ResNetConfig, ResNetMode
 
 from hyperdreambooth.backbones import StableDiffusion
 from hyperdreambooth.encoder import FaceEncoder
-from hyperdreambooth.hypernetwork import HyperNetworkConfig
-from hyperdreambooth.lightweight import LightweightConfig
 from hyperdreambooth.lora import LoraSet, find_targets
 from hyperdreambooth.pretrained import HyperNetworkInfo, build, save_hypernetwork
+from hyperdreambooth.sampling import Prompts, sample
+from hyperdreambooth.settings import GenerateConfig
 from hyperdreambooth.trainable_lora import PredictedLora
+from hyperdreambooth.training_settings import HyperNetworkConfig, LightweightConfig
 from worlds.toon.base import build_tokenizer
 
 TOKENS = LightweightConfig(down_dim=12, up_dim=8, learnable=True)
@@ -97,6 +99,12 @@ def random_loras(
 def conditioning(backbone: StableDiffusion, count: int) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         return backbone.encode_prompts(["a [V] face", "a pencil sketch of a [V] face", "", "a smiling [V] face"][:count])
+
+
+def sampled(backbone: Any, positive: Any, negative: Any, noise: torch.Tensor, *, plain: Any = None, personal: Any = None, **settings: Any):
+    """`sample` with settings by their names; 20 steps at a guidance of 3 unless told otherwise."""
+    config = GenerateConfig(**{"steps": 20, "guidance": 3.0, **settings})
+    return sample(backbone, Prompts(positive, negative, plain), noise, config, personal=personal)
 
 
 def tiny_source(backbone: StableDiffusion) -> PredictedLora:

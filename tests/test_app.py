@@ -20,7 +20,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from hyperdreambooth import HyperDreamBooth, app, formats, photos
-from hyperdreambooth.app import visits as visits_module
+from hyperdreambooth.app import sessions
 from hyperdreambooth.app.sessions import Visits, paths_in, visitor
 from hyperdreambooth.assets import toon
 from hyperdreambooth.cli import main
@@ -372,7 +372,7 @@ def test_ticking_the_palette_keeps_ones_own_lines(server):
 
 def test_visits_end_with_their_last_tab_or_after_an_hour(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(visits_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sessions.time, "monotonic", lambda: now[0])
     visits = Visits(tmp_path, tmp_path / "public")
     first, second, other = visits.of("s1", "ann"), visits.of("s2", "ann"), visits.of("s3", "bob")
     first.seen = second.seen = other.seen = 0.0

@@ -9,19 +9,23 @@ ROOT = Path(__file__).parents[1] / "src" / "hyperdreambooth"
 BASE = {"errors", "checkpoint", "progress"}
 MAY = {  # module (or package) -> the modules of ours that it may import
     "lora": {"errors"},
-    "lightweight": {"errors", "lora"},
-    "hypernetwork": set(),
+    "settings": {"errors"},
+    "training_settings": {"errors"},
+    "lightweight": {"errors", "lora", "training_settings"},
+    "hypernetwork": {"training_settings"},
     "encoder": BASE,
     "trainable_lora": {"encoder", "hypernetwork", "lightweight", "lora"},
     "backbones": {"errors", "assets", "backbones"},
-    "objectives": {"backbones", "lora"},
+    "objectives": {"backbones", "lora", "training_settings"},
     "muon": set(),
-    "training": {*BASE, "muon"},
+    "optimizers": {"errors", "muon", "training_settings"},
+    "replay": {"progress"},
+    "training": {*BASE, "optimizers", "replay", "training_settings"},
     "faces": {"errors"},
     "hub": {"checkpoint", "errors", "formats", "photos", "pretrained"},
     "personal_lora": {"errors", "formats", "lightweight", "lora"},
     "photos": {*BASE, "faces"},
-    "sampling": {"backbones", "errors", "lora"},
+    "sampling": {"backbones", "errors", "lora", "replay", "settings"},
 }
 
 

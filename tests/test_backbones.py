@@ -15,20 +15,26 @@ from hyperdreambooth.backbones import Flux, StableDiffusion, StableDiffusion3, S
 from hyperdreambooth.backbones.flux import pack, unpack
 from hyperdreambooth.data import IdentityData
 from hyperdreambooth.errors import InputError
-from hyperdreambooth.lightweight import LightweightConfig
 from hyperdreambooth.lora import applied, canonical, canonical_modules, find_targets
-from hyperdreambooth.objectives import NoiseLevels, denoising
+from hyperdreambooth.objectives import denoising
 from hyperdreambooth.pretrained import HyperNetworkInfo
-from hyperdreambooth.sampling import sample
+from hyperdreambooth.settings import GenerateConfig
 from hyperdreambooth.stages.dreambooth import Subject
-from hyperdreambooth.stages.generate import GenerateConfig, noise_for
-from hyperdreambooth.stages.preoptimize import PreoptimizeConfig, preoptimize, read_table
-from hyperdreambooth.stages.train_hypernetwork import TrainHypernetworkConfig, train_hypernetwork
-from hyperdreambooth.stages.train_light import TrainLightConfig, train_light
-from hyperdreambooth.training import TrainingConfig
+from hyperdreambooth.stages.generate import noise_for
+from hyperdreambooth.stages.preoptimize import preoptimize, read_table
+from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
+from hyperdreambooth.stages.train_light import train_light
+from hyperdreambooth.training_settings import (
+    LightweightConfig,
+    NoiseLevels,
+    PreoptimizeConfig,
+    TrainHypernetworkConfig,
+    TrainingConfig,
+    TrainLightConfig,
+)
 
 from . import families
-from .conftest import DECODER, picture, random_loras, tiny_source
+from .conftest import DECODER, picture, random_loras, sampled, tiny_source
 
 PROMPT, NEGATIVE = "a pencil sketch of a [V] face", "a hat"
 TOKENS = LightweightConfig(down_dim=12, up_dim=8)
@@ -59,7 +65,7 @@ def through_pipe(base: Any, noise: torch.Tensor, guidance: float, negative: str 
 
 def ours(base: Any, noise: torch.Tensor, guidance: float, negative: str = "", **more: Any) -> torch.Tensor:
     prompts, without = (base.encode_prompts([text] * len(noise)) for text in (PROMPT, negative))
-    return sample(base, prompts, without, noise, steps=4, guidance=guidance, **more)
+    return sampled(base, prompts, without, noise, steps=4, guidance=guidance, **more)
 
 
 def test_what_the_pipeline_is_chooses_the_family(family, base, tmp_path):
@@ -284,9 +290,9 @@ def test_flux_dev_trains_at_an_embedded_guidance_of_one_and_draws_at_its_own():
 def test_another_scheduler_solves_the_same_flow(name, scheduler):
     base = wrap(families.make(name), name)
     noise, prompts = noise_for(base, [1]), base.encode_prompts([PROMPT])
-    fine = sample(base, prompts, prompts, noise, steps=60, guidance=1.0)
-    other = sample(base, prompts, prompts, noise, steps=30, guidance=1.0, scheduler=scheduler)
-    coarse = sample(base, prompts, prompts, noise, steps=2, guidance=1.0)
+    fine = sampled(base, prompts, prompts, noise, steps=60, guidance=1.0)
+    other = sampled(base, prompts, prompts, noise, steps=30, guidance=1.0, scheduler=scheduler)
+    coarse = sampled(base, prompts, prompts, noise, steps=2, guidance=1.0)
     assert (other - fine).abs().mean() < 0.3 * (coarse - fine).abs().mean()
 
 
@@ -294,13 +300,13 @@ def test_a_scheduler_that_knows_no_flow_is_refused():
     base = wrap(families.make("sd3"), "sd3")
     prompts = base.encode_prompts([PROMPT])
     with pytest.raises(InputError, match="flow matching"):
-        sample(base, prompts, prompts, noise_for(base, [1]), steps=2, scheduler="DDIMScheduler")
+        sampled(base, prompts, prompts, noise_for(base, [1]), steps=2, scheduler="DDIMScheduler")
 
 
 def test_a_flow_scheduler_is_refused_where_nothing_flows(backbone):
     prompts = backbone.encode_prompts([PROMPT])
     with pytest.raises(InputError, match="isn't trained by flow matching"):
-        sample(backbone, prompts, prompts, noise_for(backbone, [1]), scheduler="FlowMatchEulerDiscreteScheduler")
+        sampled(backbone, prompts, prompts, noise_for(backbone, [1]), scheduler="FlowMatchEulerDiscreteScheduler")
 
 
 def test_sides_must_fit_the_family():

@@ -62,7 +62,7 @@ def test_an_interrupted_personalize_goes_on_and_leaves_nothing(tmp_path, face, m
     out = tmp_path / "out"
     common = ["personalize", face, "--steps", 4]
     assert run(*common, "-o", out / "whole.safetensors") == 0
-    real, calls = dreambooth.denoising, []
+    real, calls = dreambooth.denoising_loss, []
 
     def stopped(*args: object, **more: object) -> torch.Tensor:
         calls.append(1)
@@ -70,7 +70,7 @@ def test_an_interrupted_personalize_goes_on_and_leaves_nothing(tmp_path, face, m
             raise KeyboardInterrupt
         return real(*args, **more)
 
-    monkeypatch.setattr(dreambooth, "denoising", stopped)
+    monkeypatch.setattr(dreambooth, "denoising_loss", stopped)
     assert run(*common, "-o", out / "me.safetensors") == 130
     assert not (out / "me.safetensors").exists()
     assert run(*common, "-o", out / "me.safetensors") == 0

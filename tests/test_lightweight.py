@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from hyperdreambooth.errors import InputError
-from hyperdreambooth.hypernetwork import HyperNetwork, HyperNetworkConfig
-from hyperdreambooth.lightweight import LightweightConfig, LightweightLora, orthonormal
+from hyperdreambooth.hypernetwork import HyperNetwork
+from hyperdreambooth.lightweight import LightweightLora, orthonormal
 from hyperdreambooth.lora import Shape, compress
 from hyperdreambooth.objectives import weight_loss
 from hyperdreambooth.trainable_lora import IdentityTable, RelaxedLora
+from hyperdreambooth.training_settings import HyperNetworkConfig, LightweightConfig
 
 TARGETS = {"unet.a": Shape(16, 24), "unet.b": Shape(20, 12)}
 CONFIG = LightweightConfig(rank=1, down_dim=10, up_dim=8)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from hyperdreambooth import checkpoint
 from hyperdreambooth.muon import Muon, orthogonalized
-from hyperdreambooth.training import fit, make_optimizer
+from hyperdreambooth.optimizers import make_optimizer
+from hyperdreambooth.training import Run, fit
 
 from .test_training import CONFIG, batches, model, step, weights
 
@@ -98,11 +99,11 @@ def test_singular_values_become_alike(rows, columns, seed, scale):
 def test_a_training_with_muon_learns_and_resumes_exactly(tmp_path):
     config = dataclasses.replace(CONFIG, optimizer="muon", learning_rate=0.1, steps=60, cooldown=0.0)
     resumed, whole = model(), model()
-    assert isinstance(make_optimizer([{"params": list(whole.parameters())}], config), Muon)
-    fit(step, resumed, batches, config, directory=tmp_path, quiet=True, device="cpu", minutes=0.0)
+    assert isinstance(make_optimizer([{"params": list(whole.parameters())}], config, torch.device("cpu")), Muon)
+    fit(step, resumed, batches, config, Run(directory=tmp_path, quiet=True, device="cpu", minutes=0.0))
     assert 0 < checkpoint.load(tmp_path / "state.safetensors")[3]["step"] < 60
-    fit(step, resumed, batches, config, directory=tmp_path, quiet=True, device="cpu")
-    report = fit(step, whole, batches, config, quiet=True, device="cpu")
+    fit(step, resumed, batches, config, Run(directory=tmp_path, quiet=True, device="cpu"))
+    report = fit(step, whole, batches, config, Run(quiet=True, device="cpu"))
     assert report.losses[-1][1] < 0.5 * report.losses[0][1]
     for a, b in zip(weights(resumed), weights(whole), strict=True):
         assert torch.equal(a, b)

@@ -8,10 +8,11 @@ import torch
 from hyperdreambooth import formats, photos
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import applied
-from hyperdreambooth.sampling import branches, sample
-from hyperdreambooth.stages.generate import GenerateConfig, generate, noise_for
+from hyperdreambooth.sampling import branches
+from hyperdreambooth.settings import GenerateConfig
+from hyperdreambooth.stages.generate import generate, noise_for
 
-from .conftest import conditioning, random_loras, tiny_pipe
+from .conftest import conditioning, random_loras, sampled, tiny_pipe
 
 PROMPT = "a pencil sketch of a [V] face"
 
@@ -62,7 +63,7 @@ def test_identity_guidance_of_zero_is_the_base_and_its_formula_holds(backbone):
     noise = noise_for(backbone, [3, 4])
 
     def run(**settings):
-        return sample(backbone, cond, empty, noise, steps=1, **settings)
+        return sampled(backbone, cond, empty, noise, steps=1, **settings)
 
     torch.testing.assert_close(run(personal=loras, guidance=2.0, identity_guidance=0.0), run(guidance=2.0), atol=1e-4, rtol=1e-3)
     # a single step is linear in the prediction
@@ -83,7 +84,7 @@ def test_identity_guidance_ends_where_it_is_told(backbone, monkeypatch):
 
     def run(**settings):
         sizes.clear()
-        return sample(backbone, cond, empty, noise, personal=loras, steps=4, guidance=3.0, **settings)
+        return sampled(backbone, cond, empty, noise, personal=loras, steps=4, guidance=3.0, **settings)
 
     part = run(identity_guidance=3.0, identity_until=0.5)
     assert sizes == [4, 4, 6, 6]  # two branches while both scales are the same, then three
@@ -98,7 +99,7 @@ def test_identity_guidance_ends_where_it_is_told(backbone, monkeypatch):
         generate(
             backbone, [PROMPT], [1], GenerateConfig(steps=2, guidance=3.0, identity_guidance=scale, identity_until=until), personal=loras
         )
-        for scale, until in ((3.0, 0.0), (1.0, None), (3.0, None))
+        for scale, until in ((3.0, 0.0), (1.0, 1.0), (3.0, 1.0))
     ]
     torch.testing.assert_close(pictures[0], pictures[1])
     assert (pictures[0] - pictures[2]).abs().max() > 1e-3
@@ -149,8 +150,8 @@ def test_schedulers_by_name(backbone, scheduler):
 def test_another_scheduler_ends_at_the_same_latents(backbone, scheduler):
     noise, prompts = noise_for(backbone, [1]), backbone.encode_prompts(["a face"])
     assert "clip_sample" not in backbone.pipe.scheduler.config  # DDIM's default would cut the latents to [-1, 1]
-    fine = sample(backbone, prompts, prompts, noise, steps=60, guidance=1.0)
-    other = sample(backbone, prompts, prompts, noise, steps=60, guidance=1.0, scheduler=scheduler)
+    fine = sampled(backbone, prompts, prompts, noise, steps=60, guidance=1.0)
+    other = sampled(backbone, prompts, prompts, noise, steps=60, guidance=1.0, scheduler=scheduler)
     assert fine.abs().max() > 1
     assert (other - fine).abs().mean() < 0.1 * (fine - noise).abs().mean()
 

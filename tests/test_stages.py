@@ -9,16 +9,24 @@ import torch
 
 from hyperdreambooth.data import IdentityData, PromptCache, load_identities
 from hyperdreambooth.errors import InputError
-from hyperdreambooth.lightweight import LightweightConfig, LightweightLora
+from hyperdreambooth.lightweight import LightweightLora
 from hyperdreambooth.lora import applied, find_targets, shared_norm, update_norms
-from hyperdreambooth.objectives import NoiseLevels, denoising
+from hyperdreambooth.objectives import denoising
 from hyperdreambooth.pretrained import build, check_targets, load_hypernetwork
+from hyperdreambooth.settings import PersonalizeChoices, PersonalizeConfig, resolve
 from hyperdreambooth.stages.dreambooth import Subject, ellipse_mask
-from hyperdreambooth.stages.personalize import PersonalizeConfig, finish, personalize
-from hyperdreambooth.stages.preoptimize import PreoptimizeConfig, preoptimize, read_table
-from hyperdreambooth.stages.train_hypernetwork import IdentityGain, TrainHypernetworkConfig, train_hypernetwork
-from hyperdreambooth.stages.train_light import TrainLightConfig, train_light
-from hyperdreambooth.training import TrainingConfig
+from hyperdreambooth.stages.personalize import finish, personalize
+from hyperdreambooth.stages.preoptimize import preoptimize, read_table
+from hyperdreambooth.stages.train_hypernetwork import IdentityGain, train_hypernetwork
+from hyperdreambooth.stages.train_light import train_light
+from hyperdreambooth.training_settings import (
+    LightweightConfig,
+    NoiseLevels,
+    PreoptimizeConfig,
+    TrainHypernetworkConfig,
+    TrainingConfig,
+    TrainLightConfig,
+)
 
 from .conftest import DECODER, TOKENS, picture, random_loras, tiny_pipe, tiny_source
 
@@ -367,7 +375,7 @@ def test_fine_tuning_draws_its_noise_as_it_was_told(backbone, monkeypatch):
     general, low, narrow = (torch.cat(drawn[i : i + 4]).logit() for i in (0, 4, 8))
     assert general.mean() - low.mean() == pytest.approx(4.5, abs=1e-3)  # 1.5 unless told otherwise
     torch.testing.assert_close(narrow - 1.5, (general - 1.5) / 4, atol=1e-3, rtol=1e-3)
-    assert PersonalizeConfig().resolved(predicted=True, noise_mean=0.5).noise_mean == 0.5
+    assert resolve(PersonalizeConfig, ("hypernetwork", {"noise_mean": 0.5})).noise_mean == 0.5
 
 
 def test_a_step_sees_as_many_copies_as_it_was_told(backbone, monkeypatch):
@@ -378,7 +386,7 @@ def test_a_step_sees_as_many_copies_as_it_was_told(backbone, monkeypatch):
     for config in (
         PersonalizeConfig(steps=1),
         PersonalizeConfig(steps=1, copies=3),
-        PersonalizeConfig(steps=1).resolved(predicted=True, copies=8),
+        resolve(PersonalizeConfig, ("given", PersonalizeChoices(steps=1)), ("hypernetwork", {"copies": 8})),
     ):
         personalize(backbone, Subject(latents(1, 1), "a [V] face"), predicted, config, quiet=True)
     assert drawn == [4, 3, 8]  # 4 unless told otherwise, or the hypernetwork's own
@@ -474,9 +482,9 @@ def test_prompts_are_encoded_once_unless_the_text_encoder_is_trained(backbone):
     first = cache(["a face", "a [V] face", "a face"])["encoder_hidden_states"]
     assert torch.equal(first[0], first[2])
     assert len(cache.known) == 2
-    live = PromptCache(backbone, live=True)
-    torch.testing.assert_close(live(["a face"])["encoder_hidden_states"], first[:1])
-    assert not live.known
+    trained = PromptCache(backbone, trains_text=True)
+    torch.testing.assert_close(trained(["a face"])["encoder_hidden_states"], first[:1])
+    assert not trained.known
 
 
 def test_noise_levels_mean_the_same_for_every_schedule(backbone):
@@ -528,13 +536,13 @@ def test_several_photos_are_averaged_as_tokens_and_all_fine_tuned_on(backbone, t
     alone = torch.stack([hdb.predict(photo[None]) for photo in pixels])
     assert (alone[0] - alone[1]).abs().max() > 1e-3
     torch.testing.assert_close(hdb.predict(pixels), alone.mean(0))
-    seen, real = [], dreambooth.denoising
+    seen, real = [], dreambooth.denoising_loss
 
     def watched(backbone, latents, *args):
         seen.append(latents)
         return real(backbone, latents, *args)
 
-    monkeypatch.setattr(dreambooth, "denoising", watched)
+    monkeypatch.setattr(dreambooth, "denoising_loss", watched)
     hdb.personalize(files, steps=3, copies=1, quiet=True)
     photos = backbone.encode_images(pixels)
     distances = torch.cdist(torch.cat(seen).flatten(1), photos.flatten(1))

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hyperdreambooth import checkpoint
 from hyperdreambooth.errors import InputError, TrainingError
-from hyperdreambooth.training import TrainingConfig, fit, learning_rate
+from hyperdreambooth.optimizers import learning_rate
+from hyperdreambooth.training import Run, fit
+from hyperdreambooth.training_settings import TrainingConfig
 
 
 def model() -> nn.Module:
@@ -26,14 +27,13 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
-def batches(index: int) -> torch.Tensor:
-    return torch.randn(6, 4, generator=torch.Generator().manual_seed(index))
+def batches(index: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(index))
+    return {"x": x, "noise": torch.randn(len(x), 1, generator=generator)}
 
 
-@contextmanager
-def step(net, batch, generator):
-    noise = torch.randn(len(batch), 1, generator=generator)
-    yield (net(batch) - batch.sum(1, keepdim=True) + 0.1 * noise).square().flatten()
+def step(net, batch):
+    return (net(batch["x"]) - batch["x"].sum(1, keepdim=True) + 0.1 * batch["noise"]).square().flatten()
 
 
 CONFIG = TrainingConfig(steps=12, learning_rate=1e-2, warmup=2, average=0.9, log_every=3)
@@ -45,48 +45,48 @@ def weights(net: nn.Module) -> list[torch.Tensor]:
 
 def test_training_learns_and_resuming_is_exact(tmp_path):
     whole = model()
-    report = fit(step, whole, batches, CONFIG, quiet=True, device="cpu")
+    report = fit(step, whole, batches, CONFIG, Run(quiet=True, device="cpu"))
     assert report.finished
     assert report.losses[-1][1] < report.losses[0][1]
 
     parts = model()
     real, calls = batches, []
 
-    def interrupted(index: int) -> torch.Tensor:
+    def interrupted(index, generator):
         if index == 7 and not calls:
             calls.append(index)
             raise KeyboardInterrupt
-        return real(index)
+        return real(index, generator)
 
     with pytest.raises(KeyboardInterrupt):
-        fit(step, parts, interrupted, CONFIG, directory=tmp_path, quiet=True, device="cpu")
+        fit(step, parts, interrupted, CONFIG, Run(directory=tmp_path, quiet=True, device="cpu"))
     assert checkpoint.load(tmp_path / "state.safetensors")[3]["step"] == 7
     fresh = model()
-    again = fit(step, fresh, interrupted, CONFIG, directory=tmp_path, quiet=True, device="cpu")
+    again = fit(step, fresh, interrupted, CONFIG, Run(directory=tmp_path, quiet=True, device="cpu"))
     for a, b in zip(weights(whole), weights(fresh), strict=True):
         assert torch.equal(a, b)
     assert again.losses == report.losses or len(again.losses) == len(report.losses)
     # a finished training stays as it is
     done = model()
-    fit(step, done, batches, CONFIG, directory=tmp_path, quiet=True, device="cpu")
+    fit(step, done, batches, CONFIG, Run(directory=tmp_path, quiet=True, device="cpu"))
     for a, b in zip(weights(whole), weights(done), strict=True):
         assert torch.equal(a, b)
 
 
 def test_a_callback_sees_every_step_and_stops_where_it_says_so(tmp_path):
     whole = model()
-    fit(step, whole, batches, CONFIG, quiet=True, device="cpu")
+    fit(step, whole, batches, CONFIG, Run(quiet=True, device="cpu"))
     seen = []
 
     def on_step(done: int) -> bool:
         seen.append(done)
         return done == 5
 
-    report = fit(step, model(), batches, CONFIG, directory=tmp_path, on_step=on_step, quiet=True, device="cpu")
+    report = fit(step, model(), batches, CONFIG, Run(directory=tmp_path, on_step=on_step, quiet=True, device="cpu"))
     assert seen == [1, 2, 3, 4, 5]
     assert (report.steps, report.finished) == (5, False)
     resumed = model()
-    assert fit(step, resumed, batches, CONFIG, directory=tmp_path, quiet=True, device="cpu").finished
+    assert fit(step, resumed, batches, CONFIG, Run(directory=tmp_path, quiet=True, device="cpu")).finished
     for a, b in zip(weights(whole), weights(resumed), strict=True):
         assert torch.equal(a, b)
 
@@ -95,7 +95,7 @@ def test_a_callback_sees_every_step_and_stops_where_it_says_so(tmp_path):
 @pytest.mark.parametrize("at", [5, 12])
 def test_a_signal_between_an_update_and_its_count_loses_nothing(tmp_path, number, at):
     whole = model()
-    fit(step, whole, batches, CONFIG, quiet=True, device="cpu")
+    fit(step, whole, batches, CONFIG, Run(quiet=True, device="cpu"))
     updates = []
 
     def kill(*args):
@@ -107,13 +107,13 @@ def test_a_signal_between_an_update_and_its_count_loses_nothing(tmp_path, number
     hook = register_optimizer_step_post_hook(kill)
     try:
         with pytest.raises(KeyboardInterrupt):
-            fit(step, model(), batches, CONFIG, directory=tmp_path, quiet=True, device="cpu")
+            fit(step, model(), batches, CONFIG, Run(directory=tmp_path, quiet=True, device="cpu"))
     finally:
         hook.remove()
     assert signal.getsignal(number) is before
     assert checkpoint.load(tmp_path / "state.safetensors")[3]["step"] == at
     resumed = model()
-    assert fit(step, resumed, batches, CONFIG, directory=tmp_path, quiet=True, device="cpu").finished
+    assert fit(step, resumed, batches, CONFIG, Run(directory=tmp_path, quiet=True, device="cpu")).finished
     for a, b in zip(weights(whole), weights(resumed), strict=True):
         assert torch.equal(a, b)
 
@@ -123,14 +123,14 @@ import sys, time
 sys.path[:0] = [{root!r}]
 from pathlib import Path
 from tests.test_training import CONFIG, batches, model, step
-from hyperdreambooth.training import fit
+from hyperdreambooth.training import Run, fit
 import dataclasses
-def slow(index):
+def slow(index, generator):
     time.sleep(0.02)
     print(index, flush=True)
-    return batches(index)
+    return batches(index, generator)
 config = dataclasses.replace(CONFIG, steps=60, checkpoint_minutes=0.0)
-fit(step, model(), slow, config, directory=Path({folder!r}), quiet=True, device="cpu")
+fit(step, model(), slow, config, Run(directory=Path({folder!r}), quiet=True, device="cpu"))
 """
 
 
@@ -148,8 +148,8 @@ def test_resume_after_kill_is_bit_for_bit(tmp_path):
     assert 0 < checkpoint.load(tmp_path / "state.safetensors")[3]["step"] < 60
     config = dataclasses.replace(CONFIG, steps=60)
     resumed, whole = model(), model()
-    fit(step, resumed, batches, config, directory=tmp_path, quiet=True, device="cpu")
-    fit(step, whole, batches, config, quiet=True, device="cpu")
+    fit(step, resumed, batches, config, Run(directory=tmp_path, quiet=True, device="cpu"))
+    fit(step, whole, batches, config, Run(quiet=True, device="cpu"))
     for a, b in zip(weights(resumed), weights(whole), strict=True):
         assert torch.equal(a, b)
 
@@ -158,41 +158,39 @@ def test_adafactor_learns_resumes_exactly_and_keeps_little(tmp_path):
     config = dataclasses.replace(CONFIG, optimizer="adafactor", steps=60)
     resumed, whole = model(), model()
     half = dataclasses.replace(config, cooldown=0.0)
-    fit(step, resumed, batches, half, directory=tmp_path, quiet=True, device="cpu", minutes=0.0)
+    fit(step, resumed, batches, half, Run(directory=tmp_path, quiet=True, device="cpu", minutes=0.0))
     done = checkpoint.load(tmp_path / "state.safetensors")
     assert 0 < done[3]["step"] < 60
     assert sum(t.numel() for s in done[1]["state"].values() for k, t in s.items() if "sq" in k) < sum(w.numel() for w in weights(whole))
-    fit(step, resumed, batches, half, directory=tmp_path, quiet=True, device="cpu")
-    report = fit(step, whole, batches, half, quiet=True, device="cpu")
+    fit(step, resumed, batches, half, Run(directory=tmp_path, quiet=True, device="cpu"))
+    report = fit(step, whole, batches, half, Run(quiet=True, device="cpu"))
     assert report.losses[-1][1] < 0.5 * report.losses[0][1]
     for a, b in zip(weights(resumed), weights(whole), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(InputError, match="trained with adafactor"):
-        fit(step, model(), batches, CONFIG, directory=tmp_path, quiet=True, device="cpu")
+        fit(step, model(), batches, CONFIG, Run(directory=tmp_path, quiet=True, device="cpu"))
 
 
 def test_an_optimizer_whose_package_is_missing_says_which(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(InputError, match=r"hyperdreambooth\[8bit\]"):
-        fit(step, model(), batches, dataclasses.replace(CONFIG, optimizer="adamw8bit"), quiet=True, device="cpu")
+        fit(step, model(), batches, dataclasses.replace(CONFIG, optimizer="adamw8bit"), Run(quiet=True, device="cpu"))
 
 
 def test_accumulation_equals_a_larger_batch():
     big, small = model(), model()
     plain = TrainingConfig(steps=3, learning_rate=1e-2, max_grad_norm=0)
 
-    @contextmanager
-    def exact(net, batch, generator):
-        yield net(batch).square().flatten()
+    def joined(index, generator):
+        return {"x": torch.cat([batches(2 * index + part, generator)["x"] for part in range(2)])}
 
-    fit(exact, big, lambda i: torch.cat([batches(2 * i), batches(2 * i + 1)]), plain, quiet=True, device="cpu")
+    fit(plain_step, big, joined, plain, Run(quiet=True, device="cpu"))
     fit(
-        exact,
+        plain_step,
         small,
         batches,
         TrainingConfig(steps=3, learning_rate=1e-2, max_grad_norm=0, gradient_accumulation=2),
-        quiet=True,
-        device="cpu",
+        Run(quiet=True, device="cpu"),
     )
     for a, b in zip(weights(big), weights(small), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -207,7 +205,7 @@ import torch
 from accelerate.tracking import GeneralTracker
 from safetensors.torch import save_file
 from tests.test_training import PAIRED, batches, model, plain_step
-from hyperdreambooth.training import fit, leave
+from hyperdreambooth.training import Run, fit, leave
 
 ended = []
 class Tracker(GeneralTracker):
@@ -219,10 +217,10 @@ def gloo():
     return [task for task in Path("/proc/self/task").glob("*/comm") if "gloo" in task.read_text()]
 
 net = model()
-fit(plain_step, net, batches, dataclasses.replace(PAIRED, tracker=Tracker()), quiet=True, device="cpu")
+fit(plain_step, net, batches, dataclasses.replace(PAIRED, tracker=Tracker()), Run(quiet=True, device="cpu"))
 main = torch.distributed.get_rank() == 0  # the group outlives a tracker: a second training needs it
 assert len(ended) == main
-fit(plain_step, model(), batches, PAIRED, quiet=True, device="cpu")
+fit(plain_step, model(), batches, PAIRED, Run(quiet=True, device="cpu"))
 if main:
     save_file(net.state_dict(), {file!r})
 torch.distributed.barrier()
@@ -233,9 +231,8 @@ assert not gloo()
 PAIRED = TrainingConfig(steps=4, learning_rate=1e-2, max_grad_norm=0)
 
 
-@contextmanager
-def plain_step(net, batch, generator):
-    yield net(batch).square().flatten()
+def plain_step(net, batch):
+    return net(batch["x"]).square().flatten()
 
 
 def in_two_processes(folder, script):
@@ -252,64 +249,40 @@ def test_two_processes_equal_one_that_accumulates(tmp_path):
     root, file = str(Path(__file__).parents[1]), str(tmp_path / "weights.safetensors")
     in_two_processes(tmp_path, WORKER.format(root=root, file=file))
     alone = model()
-    fit(plain_step, alone, batches, dataclasses.replace(PAIRED, gradient_accumulation=2), quiet=True, device="cpu")
+    fit(plain_step, alone, batches, dataclasses.replace(PAIRED, gradient_accumulation=2), Run(quiet=True, device="cpu"))
     for name, value in load_file(file).items():
         torch.testing.assert_close(value, alone.state_dict()[name], atol=1e-5, rtol=1e-4)
 
 
-def test_step_stays_open_through_backward():
-    events = []
-
-    class Marked(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            events.append("backward")
-            return grad
-
-    @contextmanager
-    def watched(net, batch, generator):
-        yield Marked.apply(net(batch)).flatten()
-        events.append("closed")
-
-    fit(watched, model(), batches, TrainingConfig(steps=1), quiet=True, device="cpu")
-    assert events == ["backward", "closed"]
-
-
 def test_a_loss_that_is_not_finite_raises_and_names_the_sample():
-    @contextmanager
-    def broken(net, batch, generator):
-        losses = net(batch).flatten()
-        losses = torch.where(torch.arange(len(losses)) == 2, torch.nan, losses)
-        yield losses
+    def broken(net, batch):
+        losses = net(batch["x"]).flatten()
+        return torch.where(torch.arange(len(losses)) == 2, torch.nan, losses)
 
     with pytest.raises(TrainingError, match="sample 2 of step 0"):
-        fit(broken, model(), batches, TrainingConfig(steps=2), quiet=True, device="cpu")
+        fit(broken, model(), batches, TrainingConfig(steps=2), Run(quiet=True, device="cpu"))
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    fit(step, model(), batches, CONFIG, directory=tmp_path, quiet=True, device="cpu")
+    fit(step, model(), batches, CONFIG, Run(directory=tmp_path, quiet=True, device="cpu"))
     with pytest.raises(InputError, match="belongs to another"):
-        fit(step, nn.Linear(4, 1), batches, CONFIG, directory=tmp_path, quiet=True, device="cpu")
+        fit(step, nn.Linear(4, 1), batches, CONFIG, Run(directory=tmp_path, quiet=True, device="cpu"))
 
 
 def test_nothing_to_train_raises():
     with pytest.raises(InputError, match="nothing to train"):
-        fit(step, model().requires_grad_(False), batches, CONFIG, quiet=True, device="cpu")
+        fit(step, model().requires_grad_(False), batches, CONFIG, Run(quiet=True, device="cpu"))
 
 
 def test_time_limit_stops_and_a_later_call_goes_on(tmp_path):
-    def slow(index: int) -> torch.Tensor:
+    def slow(index, generator):
         time.sleep(0.02)
-        return batches(index)
+        return batches(index, generator)
 
-    first = fit(step, model(), slow, CONFIG, directory=tmp_path, quiet=True, device="cpu", minutes=0.0005)
+    first = fit(step, model(), slow, CONFIG, Run(directory=tmp_path, quiet=True, device="cpu", minutes=0.0005))
     assert not first.finished
     assert 0 < first.steps < 12
-    assert fit(step, model(), batches, CONFIG, directory=tmp_path, quiet=True, device="cpu").finished
+    assert fit(step, model(), batches, CONFIG, Run(directory=tmp_path, quiet=True, device="cpu")).finished
 
 
 def test_validation_sees_the_averaged_weights_and_leaves_the_model_alone(tmp_path):
@@ -321,7 +294,7 @@ def test_validation_sees_the_averaged_weights_and_leaves_the_model_alone(tmp_pat
 
     net = model()
     config = TrainingConfig(steps=4, learning_rate=1e-1, average=0.99, validate_every=2)
-    report = fit(step, net, batches, config, validate=validate, quiet=True, device="cpu")
+    report = fit(step, net, batches, config, Run(validate=validate, quiet=True, device="cpu"))
     assert [v["step"] for v in report.validations] == [2, 4]
     assert torch.equal(seen[-1], weights(net)[0])
 
@@ -358,7 +331,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 def test_state_round_trip_holds_no_pickle(tmp_path):
     net = model()
     optimizer = torch.optim.AdamW(net.parameters())
-    net(batches(0)).sum().backward()
+    net(batches(0, torch.Generator())["x"]).sum().backward()
     optimizer.step()
     path = checkpoint.save(tmp_path / "s.safetensors", net.state_dict(), optimizer.state_dict(), {}, {"step": 3})
     loaded, state, average, meta = checkpoint.load(path)

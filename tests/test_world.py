@@ -12,7 +12,8 @@ from hyperdreambooth.backbones import StableDiffusion
 from hyperdreambooth.checkpoint import save_tensors
 from hyperdreambooth.encoder import FaceEncoder
 from hyperdreambooth.evaluation.judges import Judge
-from hyperdreambooth.training import TrainingConfig, fit
+from hyperdreambooth.training import Run, fit
+from hyperdreambooth.training_settings import TrainingConfig
 from worlds.toon import autoencoder, base, hypernetworks, judges, pictures, train
 
 from .conftest import picture, tiny_pipe
@@ -63,7 +64,7 @@ def test_the_base_s_held_out_loss_falls_in_training_and_is_the_same_every_time()
     assert before == again > 0
     training = base.BaseTraining(backbone, latents, rows, batch=8, seed=3)
     config = TrainingConfig(steps=12, learning_rate=1e-2, optimizer="muon")
-    fit(training.step, backbone.components, training.batches, config, quiet=True, device="cpu")
+    fit(training.losses, backbone.components, training.draw, config, Run(quiet=True, device="cpu"))
     with torch.no_grad():
         assert held(12, backbone.components)["loss"] < before
 
@@ -133,22 +134,18 @@ class MeanColor(torch.nn.Module):
 def test_the_contrastive_loss_is_small_where_both_pictures_are_the_same_person_s():
     people = torch.cat([torch.eye(3), -torch.eye(3)])[:, :, None, None].expand(-1, -1, 64, 64)
     for first, second, low, high in ((people, 0.5 * people, 0, 0.5), (people, people.roll(1, 0), 5, 100)):
-        generator = torch.Generator().manual_seed(0)
-        with judges.contrastive_step(MeanColor(), (first, second), generator, lambda images: images) as losses:
-            assert losses.shape == (12,)
-            assert low <= losses.min() <= losses.max() <= high
+        shown = judges.augmented(torch.cat([first, second]), torch.Generator().manual_seed(0), lambda images: images)
+        losses = judges.contrastive_losses(MeanColor(), shown)
+        assert losses.shape == (12,)
+        assert low <= losses.min() <= losses.max() <= high
 
 
 def test_the_contrastive_loss_keeps_its_precision_under_autocast():
     found = []
     for half in (False, True):
-        generator = torch.Generator().manual_seed(0)
-        pair = images(4), images(4)
-        with (
-            torch.autocast("cpu", torch.bfloat16, enabled=half),
-            judges.contrastive_step(MeanColor(), pair, generator, lambda x: x) as losses,
-        ):
-            found.append(losses.float())
+        shown = judges.augmented(torch.cat([images(4), images(4)]), torch.Generator().manual_seed(0), lambda x: x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found.append(judges.contrastive_losses(MeanColor(), shown).float())
     torch.testing.assert_close(found[0], found[1])
 
 

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -31,16 +31,16 @@ from .hub import push
 from .lora import LoraSet
 from .personal_lora import PLACEHOLDER, PersonalLora
 from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork, save_hypernetwork
+from .settings import SCRATCH, GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
 from .stages.describe import describe
 from .stages.dreambooth import Subject
-from .stages.generate import GenerateConfig, generate
-from .stages.personalize import PersonalizeConfig, finish, personalize
+from .stages.generate import generate
+from .stages.personalize import finish, personalize
 from .trainable_lora import PredictedLora
 
 Files = Sequence[str | Path] | str | Path
 Photos = Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor
 """One photo or several: files, pictures, or what `read_photos` made of them."""
-C = TypeVar("C", PersonalizeConfig, GenerateConfig)
 RARE_TOKEN = "ohwx"
 """Names the person on bases whose tokenizer has no token of its own for the placeholder."""
 
@@ -102,15 +102,31 @@ class HyperDreamBooth:
             metadata={**(metadata or {}), **about},
         )
 
-    def personalize_config(self, config: PersonalizeConfig | None = None, **changes: Any) -> PersonalizeConfig:
-        """A config with whatever is unset taken from the hypernetwork's own defaults."""
+    def personalize_config(self, choices: PersonalizeChoices | PersonalizeConfig | None = None, **changes: Any) -> PersonalizeConfig:
+        """The settings of a fine-tuning: `changes`, then `choices`, then the hypernetwork's own, then general ones."""
+        if isinstance(choices, PersonalizeConfig):  # complete already
+            return dataclasses.replace(choices, **{key: value for key, value in changes.items() if value is not None})
         own = self.info.personalize if self.info else {}
-        return _changed(config or PersonalizeConfig(), changes).resolved(predicted=self.source is not None, **own)
+        layers: tuple[tuple[str, object], ...] = (
+            ("given", changes),
+            ("given", choices or {}),
+            ("hypernetwork", own),
+            ("from scratch", {} if self.source else SCRATCH),
+        )
+        return resolve(PersonalizeConfig, *layers)
 
-    def generate_config(self, config: GenerateConfig | None = None, **changes: Any) -> GenerateConfig:
-        """A config with whatever is unset taken from the hypernetwork's own defaults, then from the family's."""
-        own = {**self.backbone.generation, **(self.info.generate if self.info else {})}
-        return _changed(config or GenerateConfig(), changes).resolved(**own)
+    def generate_config(self, choices: GenerateChoices | GenerateConfig | None = None, **changes: Any) -> GenerateConfig:
+        """The settings of drawing: `changes`, then `choices`, then the hypernetwork's own, then the family's, then general ones."""
+        if isinstance(choices, GenerateConfig):  # complete already
+            return dataclasses.replace(choices, **{key: value for key, value in changes.items() if value is not None})
+        own = self.info.generate if self.info else {}
+        layers: tuple[tuple[str, object], ...] = (
+            ("given", changes),
+            ("given", choices or {}),
+            ("hypernetwork", own),
+            ("family", self.backbone.generation),
+        )
+        return resolve(GenerateConfig, *layers)
 
     def read_photos(self, files: Photos, *, crop: photos.Crop = "center", face: int | None = None) -> tuple[Tensor, list[str]]:
         """Photos as (n, 3, size, size) in -1..1 and what is worth saying about them (which face was taken)."""
@@ -171,14 +187,15 @@ class HyperDreamBooth:
         directory: str | Path | None = None,
         on_step: Callable[[int, LoraSet], bool] | None = None,
         quiet: bool = False,
-        config: PersonalizeConfig | None = None,
+        config: PersonalizeChoices | PersonalizeConfig | None = None,
         **changes: Any,
     ) -> PersonalLora:
         """A person's LoRA from one photo or several: predict, fine-tune, merge.
 
         Args:
             steps: fine-tuning steps; 0 keeps the prediction. Default: 25, or 300 without a hypernetwork.
-            changes: any field of PersonalizeConfig.
+            changes: any field of PersonalizeChoices.
+            config: the same as one object; `changes` and `steps` win over it.
             masks: (n, 1, size, size) in 0..1 from `read_masks`: where the loss counts in each photo. Default: the config's `mask`.
             prompt: what the photos show, such as "a [V] face wearing a cap on a blue background": what it names isn't learnt as the
                 person. Default: what `describe` finds in each.
@@ -274,10 +291,10 @@ class HyperDreamBooth:
         seed: int | None = None,
         count: int | None = None,
         on_picture: Callable[[int], None] | None = None,
-        config: GenerateConfig | None = None,
+        config: GenerateChoices | GenerateConfig | None = None,
         **changes: Any,
     ) -> list[Image.Image]:
-        """Pictures, `count` for each prompt, in order. Any field of GenerateConfig can be given.
+        """Pictures, `count` for each prompt, in order. Any field of GenerateChoices can be given, and wins over `config`.
 
         Args:
             person: a PersonalLora, a LoRA file or a token file; None generates with the base alone.
@@ -299,7 +316,7 @@ class HyperDreamBooth:
 
     def picture_metadata(self, prompt: str, seed: int, config: GenerateConfig, loras: Sequence[tuple[str, float]]) -> dict[str, str]:
         """What a PNG carries: how it was made, and that a machine made it (IPTC's digital source type, in XMP)."""
-        made = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("seed", "count", "batch")}
+        made = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("seed", "count", "batch", "origins")}
         settings = {"prompt": prompt, "seed": seed, **made, "base": self.base, "loras": [list(lora) for lora in loras]}
         source = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
         xmp = (
@@ -307,15 +324,6 @@ class HyperDreamBooth:
             f'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType="{source}"/></rdf:RDF></x:xmpmeta>'
         )
         return {"Software": "hyperdreambooth", "ai_generated": "true", "hyperdreambooth": json.dumps(settings), "XML:com.adobe.xmp": xmp}
-
-
-def _changed(config: C, changes: dict[str, Any]) -> C:
-    """A dataclass with every change that isn't None. Raises InputError for a field that it doesn't have."""
-    names = {f.name for f in dataclasses.fields(config)}
-    unknown = sorted(set(changes) - names)
-    if unknown:
-        raise InputError(f"{type(config).__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(names))}.")
-    return dataclasses.replace(config, **{key: value for key, value in changes.items() if value is not None})
 
 
 def best_device() -> str:

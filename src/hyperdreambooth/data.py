@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,20 @@ from .progress import Progress, say
 
 
 class PromptCache:
-    """Prompts -> conditioning. Each distinct prompt is encoded once, unless a text encoder carries a LoRA."""
+    """Prompts -> conditioning. Each distinct prompt is encoded once, unless a text encoder carries a LoRA (`trains_text`)."""
 
-    def __init__(self, backbone: Backbone, *, live: bool = False):
-        self.backbone, self.live = backbone, live
+    def __init__(self, backbone: Backbone, *, trains_text: bool = False):
+        self.backbone, self.trains_text = backbone, trains_text
         self.known: dict[str, Conditioning] = {}
 
+    def inputs(self, prompts: Sequence[str], prefix: str) -> Conditioning:
+        """What `conditioning_in` takes out of a batch again, by names that begin with `prefix`."""
+        if self.trains_text:
+            return {f"{prefix}tokens.{key}": value for key, value in self.backbone.tokenize(list(prompts)).items()}
+        return {f"{prefix}{key}": value for key, value in self(prompts).items()}
+
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        if self.live:
+        if self.trains_text:
             return self.backbone.encode_prompts(list(prompts))
         fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
         if fresh:
@@ -35,6 +42,13 @@ class PromptCache:
             for index, prompt in enumerate(fresh):
                 self.known[prompt] = {key: value[index] for key, value in encoded.items()}
         return {key: torch.stack([self.known[prompt][key] for prompt in prompts]) for key in self.known[prompts[0]]}
+
+
+def conditioning_in(batch: dict[str, Any], prefix: str, backbone: Backbone) -> Conditioning:
+    """The conditioning that `PromptCache.inputs` put into a batch; text encoders that are trained compute it here."""
+    found = {key.removeprefix(prefix): value for key, value in batch.items() if key.startswith(prefix)}
+    tokens = {key.removeprefix("tokens."): value for key, value in found.items() if key.startswith("tokens.")}
+    return backbone.encode_tokens(tokens) if tokens else found
 
 
 @dataclass

@@ -30,6 +30,10 @@ class FaceEncoder(nn.Module):
         super().__init__()
         self.model, self.size, self.trained = model, size, trained
         self.mean, self.std = tuple(mean), tuple(std)
+        self._mean: Tensor
+        self._std: Tensor
+        for name, values in (("_mean", mean), ("_std", std)):
+            self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
         model.requires_grad_(trained)
         self.dim = feature_dim(model)
 
@@ -84,7 +88,7 @@ class FaceEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         pixels = self.resized(pixels)
-        mean, std = (torch.tensor(v, device=pixels.device, dtype=pixels.dtype).reshape(1, 3, 1, 1) for v in (self.mean, self.std))
+        mean, std = self._mean.to(pixels), self._std.to(pixels)
         with contextlib.nullcontext() if self.trained else torch.no_grad():
             hidden: Tensor = self.model(pixel_values=((pixels + 1) / 2 - mean) / std).last_hidden_state
         return hidden.flatten(2).mT if hidden.ndim == 4 else hidden

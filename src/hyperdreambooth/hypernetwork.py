@@ -8,24 +8,10 @@ at zero, so an untrained hypernetwork predicts no update at all, yet has gradien
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class HyperNetworkConfig:
-    """Size of the decoder."""
-
-    dim: int = 256
-    """Width of the decoder."""
-    blocks: int = 3
-    """Decoder blocks, shared by all passes."""
-    heads: int = 4
-    """Attention heads."""
-    passes: int = 2
-    """Refinements of the tokens (the paper's iterative prediction, k)."""
+from .training_settings import HyperNetworkConfig
 
 
 class HyperNetwork(nn.Module):

@@ -14,34 +14,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from .errors import InputError
 from .lora import Lora, LoraSet, Shape
-
-
-@dataclass(frozen=True)
-class LightweightConfig:
-    """The size of a token; the paper's numbers are 100 and 50 at rank 1."""
-
-    rank: int = 1
-    """Rank of the predicted update."""
-    down_dim: int = 100
-    """a: numbers a layer and rank for `down`; at most the layer's inputs."""
-    up_dim: int = 50
-    """b: numbers a layer and rank for `up`; at most the layer's outputs."""
-    learnable: bool = False
-    """Pro mode: the aux matrices are trained, shared by all identities."""
-    seed: int = 0
-    """The frozen aux matrices follow from this number and the layer's path."""
-
-    @property
-    def width(self) -> int:
-        """Numbers a layer."""
-        return (self.down_dim + self.up_dim) * self.rank
+from .training_settings import LightweightConfig
 
 
 def orthonormal(rows: int, columns: int, key: str) -> Tensor:

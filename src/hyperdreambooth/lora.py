@@ -10,10 +10,10 @@ on top of any PEFT adapter. After training everything is the ecosystem's; nothin
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ class Lora:
     def rank(self) -> int:
         return self.down.shape[-2]
 
+    def detach(self) -> Lora:
+        return Lora(self.down.detach(), self.up.detach())
+
     def delta(self) -> Tensor:
         """The update as a matrix, (..., out, in). For small layers and tests: it is what LoRA avoids."""
         return self.up @ self.down
@@ -44,16 +47,31 @@ class Lora:
 
     def __call__(self, x: Tensor) -> Tensor:
         """up @ down @ x for x (B, ..., in); a batch of updates takes as many samples or a multiple of them (tiled)."""
-        x = x.to(self.down.dtype)
-        if self.down.ndim == 2:
-            return nn.functional.linear(nn.functional.linear(x, self.down), self.up)
-        batch = self.down.shape[0]
-        if x.shape[0] % batch:
-            raise ValueError(f"{batch} updates for a batch of {x.shape[0]}: it must be a multiple")
-        tiles = x.shape[0] // batch
-        down, up = (self.down, self.up) if tiles == 1 else (self.down.repeat(tiles, 1, 1), self.up.repeat(tiles, 1, 1))
-        flat = x.reshape(x.shape[0], -1, x.shape[-1])
-        return (flat @ down.mT @ up.mT).reshape(*x.shape[:-1], up.shape[-2])
+        return self.added(torch.zeros((), dtype=self.down.dtype, device=x.device).expand(*x.shape[:-1], self.up.shape[-2]), x)
+
+    def added(self, output: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """output (B, ..., out) + up @ down @ x, in the precision of `output`; see `__call__`.
+
+        Args:
+            weights: (B,) multiplies each sample's update.
+        """
+        down, up, tiles = self.down, self.up, 1
+        if down.ndim == 3:
+            if len(x) % len(down):
+                raise ValueError(f"{len(down)} updates for a batch of {len(x)}: it must be a multiple")
+            tiles = len(x) // len(down)
+        if tiles > 1:
+            down, up = down.repeat(tiles, 1, 1), up.repeat(tiles, 1, 1)
+        flat = x.to(down.dtype).reshape(len(x), -1, x.shape[-1]) if down.ndim == 3 else x.to(down.dtype)
+        hidden = flat @ down.mT
+        if weights is not None:
+            hidden = hidden * weights.to(hidden).reshape(-1, *[1] * (hidden.ndim - 1))
+        if hidden.dtype != output.dtype:
+            return output + (hidden @ up.mT).reshape(output.shape).to(output.dtype)
+        # onto the output at once: of many people, the update alone would fill the memory
+        if down.ndim == 3:
+            return torch.baddbmm(output.reshape(len(x), -1, up.shape[-2]), hidden, up.mT).reshape(output.shape)
+        return torch.addmm(output.reshape(-1, up.shape[-2]), hidden.reshape(-1, up.shape[-1]), up.mT).reshape(output.shape)
 
 
 class LoraSet(dict[str, Lora]):
@@ -151,37 +169,117 @@ def find_targets(root: nn.Module, patterns: Sequence[str]) -> dict[str, Shape]:
     return {path: Shape(module.in_features, module.out_features) for path, module in modules.items() if path in found}  # type: ignore[arg-type]
 
 
-@contextmanager
-def applied(root: nn.Module, loras: Mapping[str, Lora], weights: Tensor | None = None) -> Iterator[None]:
-    """Adds the updates to the layers of `root` until the context closes. Keep it open through `backward()`.
-
-    Args:
-        loras: by layer path; per-sample updates tile over a larger batch in [uncond, cond] order.
-        weights: (B,) multiplies each sample's update; 0 leaves that sample to the base (identity guidance).
-
-    Raises InputError for a path that `root` doesn't have.
-    """
-    modules = canonical_modules(root)
-    missing = [path for path in loras if path not in modules]
+def layers_of(root: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """The layers of `root` at these canonical paths. Raises InputError for a path that it doesn't have."""
+    modules, wanted = canonical_modules(root), list(paths)
+    missing = [path for path in wanted if path not in modules]
     if missing:
-        raise InputError(f"this LoRA is for another base: of its {len(loras)} layers this one lacks {some(missing)}.")
+        raise InputError(f"this LoRA is for another base: of its {len(wanted)} layers this one lacks {some(missing)}.")
+    return {path: modules[path] for path in wanted}
 
-    def hook(lora: Lora) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+
+class Hooks:
+    """Forward hooks on some layers of a model that add whatever update was set last; opened once for many steps.
+
+    A context manager: keep it open through `backward()`. The factors of an update are cast to their layer's precision when they
+    are set; activations stay as they are.
+    """
+
+    def __init__(self, root: nn.Module, paths: Iterable[str]):
+        self.layers = layers_of(root, paths)
+        self.dtypes = {path: compute_dtype(layer) for path, layer in self.layers.items()}
+        self.current: Mapping[str, Lora] = {}
+        self.weights: Tensor | None = None
+        self.handles = [layer.register_forward_hook(self._hook(path)) for path, layer in self.layers.items()]
+
+    def set(self, loras: Mapping[str, Lora], weights: Tensor | None = None) -> None:
+        """The update that counts from now on; a layer that isn't in it keeps its own output.
+
+        Args:
+            loras: by layer path; per-sample updates tile over a larger batch in [uncond, cond] order.
+            weights: (B,) multiplies each sample's update; 0 leaves that sample to the base (identity guidance).
+        """
+        self.current = {path: Lora(lora.down.to(self.dtypes[path]), lora.up.to(self.dtypes[path])) for path, lora in loras.items()}
+        self.weights = weights
+
+    def clear(self) -> None:
+        """No update until the next one is set: whoever draws or validates between two steps brings an update of their own."""
+        self.current, self.weights = {}, None
+
+    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            convolution = isinstance(getattr(module, "base_layer", module), nn.Conv2d)  # channels come first there
-            update = lora(args[0].movedim(1, -1)).movedim(-1, 1) if convolution else lora(args[0])
-            if weights is not None:
-                update = update * weights.to(update).reshape(-1, *[1] * (update.ndim - 1))
-            return output + update.to(output.dtype)
+            lora = self.current.get(path)
+            if lora is None:
+                return output
+            if isinstance(getattr(module, "base_layer", module), nn.Conv2d):  # channels come first there
+                return lora.added(output.movedim(1, -1), args[0].movedim(1, -1), self.weights).movedim(-1, 1)
+            return lora.added(output, args[0], self.weights)
 
         return add
 
-    handles = [modules[path].register_forward_hook(hook(lora)) for path, lora in loras.items()]
+    def __enter__(self) -> Hooks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.clear()
+
+
+def compute_dtype(layer: nn.Module) -> torch.dtype:
+    """The precision that a layer computes in: its weights', or what a quantized one expands them to."""
+    layer, weight = getattr(layer, "base_layer", layer), _weight(layer)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1:
+        return weight.dtype
+    return getattr(layer, "compute_dtype", None) or torch.bfloat16
+
+
+@contextmanager
+def applied(root: nn.Module, loras: Mapping[str, Lora], weights: Tensor | None = None) -> Iterator[None]:
+    """Adds the updates to the layers of `root` by `Hooks` until the context closes. Keep it open through `backward()`."""
+    with Hooks(root, loras) as hooks:
+        hooks.set(loras, weights)
+        yield
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """A layer's own weight, (out, in) or (out, in, 1, 1), also where PEFT has wrapped the layer."""
+    inner: Any = getattr(layer, "base_layer", layer)
+    weight: Tensor = inner.weight
+    return weight
+
+
+def mergeable(root: nn.Module, loras: Mapping[str, Lora]) -> bool:
+    """Whether `merged` can take these updates: one person's, on weights that can be added to, with memory for their originals."""
+    layers = layers_of(root, loras).values()
+    plain = all(type(getattr(layer, "base_layer", layer)) in (nn.Linear, nn.Conv2d) for layer in layers)
+    if not plain or any(lora.down.ndim != 2 for lora in loras.values()):
+        return False
+    weights = [_weight(layer) for layer in layers]
+    if not all(weight.is_floating_point() and weight.itemsize > 1 for weight in weights):
+        return False
+    cuda = [weight for weight in weights if weight.is_cuda]
+    return not cuda or 2 * sum(weight.nbytes for weight in cuda) < torch.cuda.mem_get_info(cuda[0].device)[0]
+
+
+@contextmanager
+@torch.no_grad()
+def merged(root: nn.Module, loras: Mapping[str, Lora]) -> Iterator[None]:
+    """Adds one person's updates to the weights of `root`'s layers until the context closes: nothing is computed beside them.
+
+    Afterwards, also after an error, the weights are what they were, bit for bit: they are put back, since subtracting an update
+    drifts in half precision. The weights stay where they lie in memory, so a recorded CUDA graph sees them.
+    """
+    weights = {path: _weight(layer) for path, layer in layers_of(root, loras).items()}
+    originals: dict[str, Tensor] = {}
     try:
+        for path, weight in weights.items():
+            originals[path] = weight.detach().clone()
+            weight.copy_(weight.float() + loras[path].delta().to(weight.device).float().reshape(weight.shape))
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for path, original in originals.items():
+            weights[path].copy_(original)
 
 
 def update_norms(loras: LoraSet) -> Tensor:

@@ -3,35 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .backbones import Backbone, Conditioning
 from .lora import LoraSet, update_norms
-
-
-@dataclass
-class NoiseLevels:
-    """How noise levels u = sigma / (alpha + sigma) are drawn: sigmoid of a normal variate, or uniformly in part.
-
-    With little noise the noisy picture itself shows who it is, and the denoiser has no need of the tokens; only high
-    noise asks for them. Hence the mean well above zero wherever an identity is learnt.
-    """
-
-    mean: float = 1.5
-    """Mean of logit(u)."""
-    std: float = 1.0
-    """Standard deviation of logit(u)."""
-    uniform: float = 0.0
-    """Fraction of the samples whose level is uniform in 0..1 instead."""
-
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Levels, shape (count,), on the CPU."""
-        levels = torch.sigmoid(self.mean + self.std * torch.randn(count, generator=generator))
-        flat = torch.rand(count, generator=generator)
-        return torch.where(torch.rand(count, generator=generator) < self.uniform, flat, levels)
 
 
 def gaussian(shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -48,16 +25,26 @@ def denoising(
     mask: Tensor | None = None,
     draw: Callable[[torch.Size, torch.Generator], Tensor] = gaussian,
 ) -> Tensor:
-    """The denoising loss of Ruiz et al., equation 1, as a mean over each sample's elements: (B,).
+    """The denoising loss with noise that is drawn here, (B,); see `denoising_loss`.
 
     Args:
-        latents: (B, C, h, w).
         levels: noise levels (B,) in 0..1, see NoiseLevels.
-        mask: weights (B, 1, h, w) in 0..1, where only a part of the picture (a face) should count.
         draw: how noise is drawn, where samples are to share it.
     """
     noise = draw(latents.shape, generator).to(latents)
-    timesteps = backbone.steps_for(levels)
+    return denoising_loss(backbone, latents, conditioning, noise, backbone.steps_for(levels), mask)
+
+
+def denoising_loss(
+    backbone: Backbone, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """The denoising loss of Ruiz et al., equation 1, as a mean over each sample's elements: (B,). Nothing random, nothing on the host.
+
+    Args:
+        latents, noise: (B, C, h, w).
+        timesteps: (B,) as the denoiser takes them, from `Backbone.steps_for`.
+        mask: weights (B, 1, h, w) in 0..1, where only a part of the picture (a face) should count.
+    """
     predicted = backbone.predict(backbone.add_noise(latents, noise, timesteps), timesteps, conditioning)
     errors = (predicted.float() - backbone.target(latents, noise, timesteps).float()).square()
     if mask is None:

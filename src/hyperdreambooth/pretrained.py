@@ -17,10 +17,11 @@ from .checkpoint import read_tensors, save_tensors, write_json
 from .encoder import FaceEncoder
 from .errors import InputError, some
 from .hub import download, write_card
-from .hypernetwork import HyperNetwork, HyperNetworkConfig
-from .lightweight import LightweightConfig, LightweightLora
+from .hypernetwork import HyperNetwork
+from .lightweight import LightweightLora
 from .lora import Shape, canonical_modules, linear_shape
 from .trainable_lora import PredictedLora
+from .training_settings import HyperNetworkConfig, LightweightConfig
 
 FORMAT = 1
 

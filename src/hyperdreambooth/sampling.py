@@ -16,16 +16,20 @@ the way (a guidance interval: Kynkäänniemi et al., arXiv 2404.07724).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor
 
+from . import replay
 from .backbones import Backbone, Conditioning
 from .errors import InputError
-from .lora import LoraSet, applied
+from .lora import Hooks, Lora, LoraSet, mergeable, merged
+from .settings import GenerateConfig
 
 
 def make_scheduler(pipe: Any, name: str | None = None) -> Any:
@@ -63,64 +67,110 @@ def branches(guidance: float, identity: float | None) -> list[tuple[float, bool,
     return [branch for branch in mix if abs(branch[0]) > 1e-9]
 
 
+@dataclass
+class Prompts:
+    """Conditioning of B samples: with the prompt, without (the negative one), and with the prompt but without the person, where that
+    differs because a text encoder carries the person's LoRA."""
+
+    positive: Conditioning
+    negative: Conditioning
+    plain: Conditioning | None = None
+
+    def branch(self, prompted: bool, person: bool) -> Conditioning:
+        if not prompted:
+            return self.negative
+        return self.positive if person or self.plain is None else self.plain
+
+
 @torch.no_grad()
 def sample(
     backbone: Backbone,
-    prompts: Conditioning,
-    negative: Conditioning,
+    prompts: Prompts,
     noise: Tensor,
+    settings: GenerateConfig,
     *,
-    plain: Conditioning | None = None,
     personal: LoraSet | None = None,
     styles: LoraSet | None = None,
-    steps: int = 20,
-    guidance: float = 3.0,
-    identity_guidance: float | None = None,
-    identity_until: float = 1.0,
-    embedded_guidance: float = 3.5,
-    scheduler: str | None = None,
     generator: torch.Generator | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Denoises `noise` (B, C, h, w) into latents of the same shape.
 
     Args:
-        prompts, negative: conditioning of B samples each.
-        plain: the prompts' conditioning without the person, where a text encoder carries the person's LoRA.
+        settings: steps, scheduler and the scales of guidance.
         personal: one person's LoRA, or B of them; in every branch "with person".
         styles: LoRAs that stay in every branch; shared by the batch.
-        identity_guidance: the scale i above; None is plain guidance.
-        identity_until: the fraction of the steps, 0..1, after which that scale is 1 at most.
-        embedded_guidance: the scale that a guidance-distilled base (Flux dev) takes as a condition; others have none.
         on_step: called after each step with its number.
     """
-    schedule = make_scheduler(backbone.pipe, scheduler)
-    backbone.set_timesteps(schedule, steps, noise)
+    schedule = make_scheduler(backbone.pipe, settings.scheduler)
+    backbone.set_timesteps(schedule, settings.steps, noise)
     # flow schedulers start from unit noise and scale nothing
     latents = noise * getattr(schedule, "init_noise_sigma", 1.0)
     scale_input = getattr(schedule, "scale_model_input", lambda value, timestep: value)
     extra = {"generator": generator} if "generator" in schedule.step.__code__.co_varnames else {}
-    identity = identity_guidance if personal else None
-    strong = len(schedule.timesteps) if identity is None else round(identity_until * len(schedule.timesteps))
+    identity = settings.identity if personal else None
+    strong = len(schedule.timesteps) if identity is None else round(settings.identity_until * len(schedule.timesteps))
     number, count = 0, len(noise)
     later = None if identity is None else min(identity, 1.0)
     for scale, timesteps in ((identity, schedule.timesteps[:strong]), (later, schedule.timesteps[strong:])):
         if not len(timesteps):
             continue
-        mix = branches(guidance, scale)
-        parts = [negative if not prompted else prompts if who or plain is None else plain for _, prompted, who in mix]
-        conditioning = {key: torch.cat([part[key] for part in parts]) for key in prompts}
+        mix = branches(settings.guidance, scale)
+        parts = [prompts.branch(prompted, who) for _, prompted, who in mix]
+        conditioning = {key: torch.cat([part[key] for part in parts]) for key in prompts.positive}
         person = torch.tensor([float(who) for _, _, who in mix], device=noise.device).repeat_interleave(count)
         weights = torch.tensor([weight for weight, _, _ in mix], device=noise.device, dtype=noise.dtype).reshape(-1, 1, 1, 1, 1)
         if "guidance" in conditioning:
-            conditioning["guidance"] = torch.full_like(conditioning["guidance"], embedded_guidance)
-        with applied(backbone.components, styles or {}), applied(backbone.components, personal or {}, person if personal else None):
+            conditioning["guidance"] = torch.full_like(conditioning["guidance"], settings.embedded_guidance)
+        with denoiser(backbone, personal or LoraSet(), styles or LoraSet(), None if all(who for _, _, who in mix) else person) as predict:
             for timestep in timesteps:
                 tiled = scale_input(latents.repeat(len(mix), 1, 1, 1), timestep)
-                predicted = backbone.predict(tiled, timestep.expand(len(tiled)), conditioning)
+                predicted = predict({"noisy": tiled, "timesteps": timestep.expand(len(tiled)), **conditioning})
                 mixed = (predicted.unflatten(0, (len(mix), count)) * weights).sum(0)
                 latents = schedule.step(mixed, timestep, latents, **extra, return_dict=False)[0]
                 number += 1
                 if on_step:
                     on_step(number)
     return latents
+
+
+@contextmanager
+def denoiser(backbone: Backbone, personal: LoraSet, styles: LoraSet, person: Tensor | None) -> Iterator[replay.Work]:
+    """The denoiser with LoRAs in it, as a function of a batch: noisy latents, time steps and conditioning.
+
+    One person in the whole batch is merged into the weights, which costs nothing afterwards. Several people, and branches without
+    the person, take hooks.
+
+    Args:
+        person: (B,) 1 for samples with the person and 0 for those without; None where all have it.
+    """
+    mine, theirs = (LoraSet({p: lora for p, lora in some.items() if not is_text(p, backbone)}) for some in (personal, styles))
+    if person is None and all(lora.down.ndim == 2 for lora in mine.values()) and mergeable(backbone.components, mine + theirs):
+        with merged(backbone.components, mine + theirs):
+            yield replay.Replayed(lambda batch: backbone.predict(*_arguments(batch)), (id(backbone), "merged"))
+        return
+    with Hooks(backbone.components, theirs) as style_hooks, Hooks(backbone.components, mine) as hooks:
+        style_hooks.set(theirs)
+        static = {f"lora.{path}.{side}": getattr(lora, side) for path, lora in mine.items() for side in ("down", "up")}
+        static |= {f"style.{path}.{side}": getattr(lora, side) for path, lora in theirs.items() for side in ("down", "up")}
+        static |= {"person": person} if person is not None else {}
+
+        def work(batch: replay.Inputs) -> Tensor:
+            # a recording reads the updates from its own inputs, so the next person can use it too
+            style_hooks.set({path: Lora(batch[f"style.{path}.down"], batch[f"style.{path}.up"]) for path in theirs})
+            hooks.set({path: Lora(batch[f"lora.{path}.down"], batch[f"lora.{path}.up"]) for path in mine}, batch.get("person"))
+            return backbone.predict(*_arguments(batch))
+
+        recorded = replay.Replayed(work, (id(backbone), "hooks"))
+        yield lambda batch: recorded({**batch, **static})
+
+
+def _arguments(batch: replay.Inputs) -> tuple[Tensor, Tensor, Conditioning]:
+    own = ("noisy", "timesteps", "person")
+    conditioning = {key: value for key, value in batch.items() if key not in own and not key.startswith(("lora.", "style."))}
+    return batch["noisy"], batch["timesteps"], conditioning
+
+
+def is_text(path: str, backbone: Backbone) -> bool:
+    """Whether a layer is one of a text encoder."""
+    return path.split(".")[0] in backbone.text_components

@@ -67,9 +67,12 @@ class RelaxedLora(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        self.predicted = predicted.detach() if predicted is not None else None
+        self.frozen = list(predicted or ())
         if predicted is not None:
             targets = targets or predicted.shapes()
+            for index, lora in enumerate(predicted.detach().values()):  # buffers move with the module, and aren't saved
+                self.register_buffer(f"predicted_down_{index}", lora.down, persistent=False)
+                self.register_buffer(f"predicted_up_{index}", lora.up, persistent=False)
         if not targets:
             raise ValueError("neither a prediction nor targets")
         self.paths, self.order = list(targets), order
@@ -78,8 +81,8 @@ class RelaxedLora(nn.Module):
             rows = min(rank, shape.inputs)
             down = orthonormal(rows, shape.inputs, f"{seed}/{path}/residual") * math.sqrt(1 / 3)  # the scale of torch's Linear
             fresh = Lora(down, torch.zeros(shape.outputs, rows))
-            if self.predicted is not None:
-                reference = self.predicted[path]
+            if predicted is not None:
+                reference = predicted[path].detach()
                 batch = reference.down.shape[:-2]
                 fresh = Lora(
                     fresh.down.to(reference.down.device).expand(*batch, -1, -1), fresh.up.to(reference.up.device).expand(*batch, -1, -1)
@@ -89,8 +92,13 @@ class RelaxedLora(nn.Module):
             self.downs.append(nn.Parameter(fresh.down.clone()))
             self.ups.append(nn.Parameter(fresh.up.clone()))
 
+    @property
+    def predicted(self) -> LoraSet:
+        """The frozen prediction; empty without one."""
+        buffers = dict(self.named_buffers(recurse=False))
+        return LoraSet({path: Lora(buffers[f"predicted_down_{i}"], buffers[f"predicted_up_{i}"]) for i, path in enumerate(self.frozen)})
+
     def forward(self, batch: object = None) -> LoraSet:
         trained = LoraSet({path: Lora(down, up) for path, down, up in zip(self.paths, self.downs, self.ups, strict=True)})
-        if self.predicted is None:
-            return trained
-        return LoraSet({**self.predicted, **trained}) if self.order == "merged" else self.predicted + trained
+        predicted = self.predicted
+        return LoraSet({**predicted, **trained}) if self.order == "merged" else predicted + trained

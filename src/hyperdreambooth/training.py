@@ -1,9 +1,9 @@
 """The only training loop. It knows no LoRA, no diffusion and no picture.
 
-A *step* is a context manager: `with step(model, batch, generator) as losses:` yields one loss per sample, shape (B,),
-and stays open until `backward()` is done, so that a step may hold hooks on a frozen model (and gradient checkpointing
-may run its forward again). Batches and noise are functions of (seed, step): a training that was stopped and resumed
-gives the very weights of one that wasn't.
+A step has two halves. `draw(index, generator)` makes a batch: pictures, noise, time steps. It belongs to the host and is a
+function of (seed, step), so that a training that was stopped and resumed gives the very weights of one that wasn't.
+`losses(model, batch)` computes one loss a sample, shape (B,), with static shapes and on the device alone; on CUDA it is
+recorded with backward and optimizer as one graph and replayed (`replay.py`).
 
 Left to accelerate: devices, several GPUs, mixed precision, gradient accumulation, trackers.
 """
@@ -16,72 +16,46 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, replay
 from .errors import InputError, TrainingError
-from .muon import Muon
+from .optimizers import learning_rate, make_optimizer, set_rate
 from .progress import Progress
+from .training_settings import TrainingConfig
 
 Batch = Any
-Step = Callable[[nn.Module, Batch, torch.Generator], AbstractContextManager[Tensor]]
-Batches = Callable[[int], Batch]
+Losses = Callable[[nn.Module, Batch], Tensor]
+Draw = Callable[[int, torch.Generator], Batch]
 Validate = Callable[[int, nn.Module], Mapping[str, float]]
 
 
 @dataclass
-class TrainingConfig:
-    """How a training runs; the same for every stage."""
+class Run:
+    """One run of a training: where it is kept, how long it goes on, and who is told."""
 
-    steps: int = 1000
-    """Optimizer steps in all."""
-    optimizer: Literal["adamw", "muon", "adamw8bit", "adafactor"] = "adamw"
-    """adamw; muon (orthogonal updates of matrices: fewer steps); adamw8bit (its state in 8 bits, on CUDA, with the extra `8bit`);
-    adafactor (its second moment as rows and columns)."""
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    warmup: int = 0
-    """Steps over which the learning rate rises from zero."""
-    cooldown: float = 0.2
-    """Last fraction of the steps, over which the learning rate falls to zero. It is constant before: to cool a long
-    training at any moment, lower `steps` and resume."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm; 0 turns it off."""
-    gradient_accumulation: int = 1
-    """Batches for one optimizer step."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast of the forward pass."""
-    average: float = 0.0
-    """Decay of an exponential moving average of the weights; 0 turns it off."""
-    seed: int = 0
-    """Batches, noise and timesteps follow from this number and the step."""
-    log_every: int = 50
-    """Steps between two log lines."""
-    validate_every: int = 0
-    """Steps between two validations; 0 validates at the end only."""
-    checkpoint_minutes: float = 3.0
-    """Minutes between two checkpoints."""
-    tracker: str | None = None
-    """An experiment tracker of accelerate: tensorboard, wandb, ..."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 0 or self.gradient_accumulation < 1:
-            raise InputError(
-                f"steps must be 0 or more and gradient_accumulation 1 or more, not {self.steps} and {self.gradient_accumulation}."
-            )
-        if not 0 <= self.cooldown <= 1 or not 0 <= self.average < 1:
-            raise InputError(f"cooldown must lie in 0..1 and average in 0..1 (exclusive), not {self.cooldown} and {self.average}.")
+    directory: str | Path | None = None
+    """Where `state.safetensors` is kept; found there, the training resumes from it."""
+    device: str | torch.device | None = None
+    """Default: the best there is."""
+    groups: list[dict[str, Any]] | None = None
+    """Parameter groups of the optimizer where learning rates differ (`lr_scale` multiplies the schedule)."""
+    validate: Validate | None = None
+    """`validate(step, model)` returns named figures that are logged."""
+    on_step: Callable[[int], bool] | None = None
+    """Called after every step with the number of steps done; where it returns True, the training stops (and checkpoints)."""
+    minutes: float | None = None
+    """Stop (and checkpoint) after this time; a later call goes on."""
+    name: str = "training"
+    quiet: bool = False
 
 
 @dataclass
@@ -95,39 +69,9 @@ class TrainingReport:
     validations: list[dict[str, float]] = field(default_factory=list)
 
 
-def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Linear warm-up, a plateau, and a linear fall over the last `cooldown` of the steps."""
-    rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    tail = config.cooldown * config.steps
-    fall = min(1.0, (config.steps - step) / tail) if tail else 1.0
-    return config.learning_rate * rise * max(fall, 0.0)
-
-
 def generator_for(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends on (seed, step) alone; the CPU's, so that every device draws the same noise."""
     return torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % (1 << 63))
-
-
-def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimizer of `config` over parameter groups. Raises InputError where its package is missing."""
-    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
-        # the learning rate as it is given: scaled by a weight's size, a LoRA that starts at zero would hardly move
-        own = [{key: value for key, value in group.items() if key != "eps"} for group in groups]
-        found: torch.optim.Optimizer = Adafactor(own, **settings, scale_parameter=False, relative_step=False)
-        return found
-    if config.optimizer == "muon":
-        return Muon(groups, **settings)
-    if config.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise InputError("adamw8bit needs bitsandbytes: pip install 'hyperdreambooth[8bit]', or take adamw.") from error
-        eight: torch.optim.Optimizer = AdamW8bit(groups, **settings)
-        return eight
-    return torch.optim.AdamW(groups, **settings)
 
 
 def make_accelerator(config: TrainingConfig, directory: Path | None, device: str | torch.device | None) -> Accelerator:
@@ -180,98 +124,45 @@ class Interrupts:
         self.asked = True
 
 
-def fit(
-    step: Step,
-    model: nn.Module,
-    batches: Batches,
-    config: TrainingConfig,
-    *,
-    directory: str | Path | None = None,
-    device: str | torch.device | None = None,
-    groups: list[dict[str, Any]] | None = None,
-    validate: Validate | None = None,
-    on_step: Callable[[int], bool] | None = None,
-    minutes: float | None = None,
-    name: str = "training",
-    quiet: bool = False,
-) -> TrainingReport:
+def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, run: Run | None = None) -> TrainingReport:
     """Trains the parameters of `model` that require gradients, in place.
 
     Args:
-        step: yields per-sample losses, shape (B,), in a context that stays open through backward.
-        batches: `batches(i)` is the i-th batch. With n processes the i-th step takes n of them.
-        directory: where `state.safetensors` is kept; found there, the training resumes from it.
-        groups: parameter groups of the optimizer where learning rates differ (`lr_scale` multiplies the schedule).
-        validate: `validate(step, model)` returns named figures that are logged.
-        on_step: called after every step with the number of steps done; where it returns True, the training stops (and checkpoints).
-        minutes: stop (and checkpoint) after this time; a later call goes on.
+        losses: `losses(model, batch)` gives per-sample losses, shape (B,). Equal ones (by ==) compute the same.
+        draw: `draw(i, generator)` gives the i-th batch; with n processes the i-th step takes n of them.
 
     Ctrl-C checkpoints and raises KeyboardInterrupt. Raises TrainingError at the first loss that isn't finite. With
     `average`, the averaged weights are in the model when a training finishes. Under a launcher, call `leave` after the last one.
     """
-    accelerator = make_accelerator(config, Path(directory) if directory else None, device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise InputError(f"{name}: nothing to train, no parameter requires gradients.")
-    groups = groups or [{"params": parameters}]
-    optimizer = make_optimizer(groups, config)
-    wrapped, prepared = accelerator.prepare(model, optimizer)
-    state_file = Path(directory) / "state.safetensors" if directory else None
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    buffers = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
-    average = {n: p.detach().clone() for n, p in trained.items()} if config.average else {}
-    done = 0
-    report = TrainingReport()
-    if state_file and state_file.is_file():
-        done = _restore(state_file, trained, buffers, optimizer, average, report, name, config)
+    run = run or Run()
+    accelerator = make_accelerator(config, Path(run.directory) if run.directory else None, run.device)
+    state = State(model, config, run, accelerator.device)
+    update = make_update(losses, accelerator, state)
     if config.tracker and accelerator.is_main_process:
-        accelerator.init_trackers(name, {k: v for k, v in dataclasses.asdict(config).items() if v is not None})
-
-    def save() -> None:
-        if state_file and accelerator.is_main_process:
-            meta = {"step": done, "losses": report.losses, "validations": report.validations, "config": dataclasses.asdict(config)}
-            checkpoint.save(state_file, {**trained, **buffers}, optimizer.state_dict(), average, meta)
-
-    def check(losses: Tensor) -> None:
-        if not torch.isfinite(losses).all():
-            bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-            raise TrainingError(
-                f"{name}: the loss of sample {bad[0]} of step {done} is {losses[bad[0]].item()}. "
-                "Lower the learning rate, or look at that sample."
-            )
-
-    world, rank = accelerator.num_processes, accelerator.process_index
+        accelerator.init_trackers(run.name, {k: v for k, v in dataclasses.asdict(config).items() if v is not None})
+    world, rank, saves = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     started = last_save = time.monotonic()
     total, counted = torch.zeros((), device=accelerator.device), 0
-    show = Progress(name, config.steps, done, quiet=quiet or not accelerator.is_main_process)
-    with show as progress, Interrupts() as interrupts:
+    report = state.report
+    with (
+        Progress(run.name, config.steps, state.done, quiet=run.quiet or not saves) as progress,
+        Interrupts() as interrupts,
+    ):
         try:
-            while done < config.steps:
+            while state.done < config.steps:
                 if interrupts.asked:
                     raise KeyboardInterrupt
-                rate = learning_rate(config, done)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group.get("lr_scale", 1.0)
+                rate = learning_rate(config, state.done)
+                set_rate(state.optimizer, rate)
                 for micro in range(config.gradient_accumulation):
-                    index = (done * config.gradient_accumulation + micro) * world + rank
-                    with (
-                        accelerator.accumulate(wrapped),
-                        accelerator.autocast(),
-                        step(wrapped, batches(index), generator_for(config.seed, index)) as losses,
-                    ):
-                        check(losses.detach())
-                        total += losses.detach().float().mean()
-                        counted += 1
-                        accelerator.backward(losses.mean())
-                        if accelerator.sync_gradients and config.max_grad_norm:
-                            accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                        prepared.step()
-                        prepared.zero_grad()
-                done += 1
-                if average:
-                    # a young average would otherwise remember the initial weights for long
-                    weight = 1 - min(config.average, (1 + done) / (10 + done))
-                    torch._foreach_lerp_(list(average.values()), [p.detach() for p in trained.values()], weight)
+                    index = (state.done * config.gradient_accumulation + micro) * world + rank
+                    values = update(draw(index, generator_for(config.seed, index)))
+                    check_finite(values, run.name, state.done)
+                    total += values.float().mean()
+                    counted += 1
+                state.done += 1
+                state.follow()
+                done = state.done
                 if done % config.log_every == 0 or done == config.steps:
                     loss = (total / max(counted, 1)).item()
                     report.losses.append((done, round(loss, 6)))
@@ -280,93 +171,175 @@ def fit(
                     counted = 0
                     progress.log(done, loss=loss, rate=rate)
                 progress.update(done)
-                if validate and config.validate_every and done % config.validate_every == 0 and done < config.steps:
-                    _validate(validate, done, model, trained, average, report, accelerator, progress)
-                if time.monotonic() - last_save > 60 * config.checkpoint_minutes:
-                    save()
+                if run.validate and config.validate_every and done % config.validate_every == 0 and done < config.steps:
+                    state.validate(run.validate, accelerator, progress)
+                if saves and time.monotonic() - last_save > 60 * config.checkpoint_minutes:
+                    state.save()
                     last_save = time.monotonic()
-                if on_step and on_step(done):
+                if run.on_step and run.on_step(done):
                     break
-                if minutes is not None and time.monotonic() - started > 60 * minutes:
+                if run.minutes is not None and time.monotonic() - started > 60 * run.minutes:
                     break
         except KeyboardInterrupt:
-            save()
-            progress.note(f"stopped at step {done}; the same command goes on from there")
+            if saves:
+                state.save()
+            progress.note(f"stopped at step {state.done}; the same command goes on from there")
             raise
-        report.steps, report.finished = done, done >= config.steps
-        if validate and report.finished:
-            _validate(validate, done, model, trained, average, report, accelerator, progress)
-        save()
+        report.steps, report.finished = state.done, state.done >= config.steps
+        if run.validate and report.finished:
+            state.validate(run.validate, accelerator, progress)
+        if saves:
+            state.save()
         if interrupts.asked:  # during the last step
             raise KeyboardInterrupt
-    if average and report.finished:
-        _swap(trained, average)
+    if report.finished:
+        state.swap()
+    state.keep_own_memory()
     for tracker in accelerator.trackers:  # not `end_training`, which ends the process group too: a command may train again
         tracker.finish()
     report.seconds = time.monotonic() - started
     return report
 
 
-def _restore(
-    file: Path,
-    trained: dict[str, nn.Parameter],
-    buffers: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor],
-    report: TrainingReport,
-    name: str,
-    config: TrainingConfig,
-) -> int:
-    model, optimizer_state, saved_average, meta = checkpoint.load(file)
-    expected = {n: tuple(t.shape) for n, t in {**trained, **buffers}.items()}
-    found = {n: tuple(t.shape) for n, t in model.items()}
-    if expected != found:
-        names = sorted(set(expected.items()) ^ set(found.items()))
-        raise InputError(
-            f"{file} belongs to another {name}: {names[0][0]} differs. Give another folder, or delete that file to start anew."
+def make_update(losses: Losses, accelerator: Accelerator, state: State) -> Callable[[Batch], Tensor]:
+    """What one batch does to the model: forward, backward, optimizer. Gives its losses (B,), detached."""
+    model, optimizer = accelerator.prepare(state.model, state.optimizer)
+    config = state.config
+
+    def update(batch: Batch) -> Tensor:
+        with accelerator.accumulate(model), accelerator.autocast():
+            values = losses(model, batch)
+            accelerator.backward(values.mean())
+            if accelerator.sync_gradients and config.max_grad_norm:
+                accelerator.clip_grad_norm_(state.parameters, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            return values.detach()
+
+    plain = accelerator.num_processes == config.gradient_accumulation == 1 and config.mixed_precision == "no"
+    if accelerator.device.type != "cuda" or not plain or config.optimizer != "adamw":
+        return update
+    return replay.Replayed(update, (losses, state.kind()), state)
+
+
+def check_finite(losses: Tensor, name: str, step: int) -> None:
+    """Raises TrainingError that names the first sample whose loss isn't finite."""
+    if not torch.isfinite(losses).all():
+        bad = int((~torch.isfinite(losses)).nonzero()[0, 0])
+        raise TrainingError(
+            f"{name}: the loss of sample {bad} of step {step} is {losses[bad].item()}. Lower the learning rate, or look at that sample."
         )
-    before = meta["config"].get("optimizer", "adamw")
-    if before != config.optimizer:
-        raise InputError(
-            f"{file} was trained with {before}, and its state means nothing to {config.optimizer}. Go on with {before}, or start anew."
+
+
+class State:
+    """What a training changes, as it is checkpointed: weights, buffers, optimizer, averaged weights, count, report."""
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, run: Run, device: torch.device):
+        self.model, self.config, self.name = model, config, run.name
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise InputError(f"{run.name}: nothing to train, no parameter requires gradients.")
+        self.optimizer = make_optimizer(run.groups or [{"params": self.parameters}], config, device)
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.buffers = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+        self.average = {n: p.detach().clone() for n, p in self.trained.items()} if config.average else {}
+        self.done, self.report = 0, TrainingReport()
+        self.file = Path(run.directory) / "state.safetensors" if run.directory else None
+        if self.file and self.file.is_file():
+            self.restore(self.file)
+
+    def save(self) -> None:
+        if self.file:
+            report = {"losses": self.report.losses, "validations": self.report.validations}
+            meta = {"step": self.done, **report, "config": dataclasses.asdict(self.config)}
+            checkpoint.save(self.file, {**self.trained, **self.buffers}, self.optimizer.state_dict(), self.average, meta)
+
+    def restore(self, file: Path) -> None:
+        """Raises InputError for the state of another model or optimizer."""
+        model, optimizer, average, meta = checkpoint.load(file)
+        expected = {n: tuple(t.shape) for n, t in {**self.trained, **self.buffers}.items()}
+        found = {n: tuple(t.shape) for n, t in model.items()}
+        if expected != found:
+            names = sorted(set(expected.items()) ^ set(found.items()))
+            raise InputError(
+                f"{file} belongs to another {self.name}: {names[0][0]} differs. Give another folder, or delete that file to start anew."
+            )
+        before, now = meta["config"].get("optimizer", "adamw"), self.config.optimizer
+        if before != now:
+            raise InputError(f"{file} was trained with {before}, and its state means nothing to {now}. Go on with {before}, or start anew.")
+        with torch.no_grad():
+            for n, tensor in {**self.trained, **self.buffers}.items():
+                tensor.copy_(model[n])
+            for n, tensor in self.average.items():
+                tensor.copy_(average.get(n, model[n]))
+        own = [{key: group[key] for key in ("lr", "capturable", "fused") if key in group} for group in self.optimizer.param_groups]
+        groups = [{**group, **mine} for group, mine in zip(optimizer["param_groups"], own, strict=True)]
+        self.optimizer.load_state_dict({**optimizer, "param_groups": groups})
+        self.report.losses = [(int(s), float(v)) for s, v in meta["losses"]]
+        self.report.validations = meta["validations"]
+        self.done = int(meta["step"])
+
+    def follow(self) -> None:
+        """Moves the averaged weights towards the present ones."""
+        if self.average:
+            # a young average would otherwise remember the initial weights for long
+            weight = 1 - min(self.config.average, (1 + self.done) / (10 + self.done))
+            torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.trained.values()], weight)
+
+    def swap(self) -> None:
+        """Exchanges the weights and their average, in place."""
+        for name, average in self.average.items():
+            current = self.trained[name].detach().clone()
+            self.trained[name].data.copy_(average)
+            average.copy_(current)
+
+    def validate(self, validate: Validate, accelerator: Accelerator, progress: Progress) -> None:
+        """Figures of the averaged weights, where there are some."""
+        self.swap()
+        with torch.no_grad():
+            figures = {key: float(value) for key, value in validate(self.done, self.model).items()}
+        self.swap()
+        if any(math.isnan(value) for value in figures.values()):
+            raise TrainingError(f"validation at step {self.done} gave {figures}.")
+        self.report.validations.append({"step": self.done, **figures})
+        accelerator.log(figures, step=self.done)
+        progress.note(f"step {self.done} validation: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+
+    def kind(self) -> Hashable:
+        """What a recorded step depends on besides its losses: the model's tensors and the optimizer's constants."""
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        shapes = tuple((name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors.items())
+        constants = tuple(
+            (len(group["params"]), group["eps"], group["betas"], group["weight_decay"]) for group in self.optimizer.param_groups
         )
-    with torch.no_grad():
-        for n, tensor in {**trained, **buffers}.items():
-            tensor.copy_(model[n])
-        for n, tensor in average.items():
-            tensor.copy_(saved_average.get(n, model[n]))
-    optimizer.load_state_dict(optimizer_state)
-    report.losses = [(int(s), float(v)) for s, v in meta["losses"]]
-    report.validations = meta["validations"]
-    return int(meta["step"])
+        return type(self.model), shapes, constants, self.config.max_grad_norm
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a recorded step reads or writes, see `replay.Memory`."""
+        found = {f"model/{n}": t.data for n, t in (*self.model.named_parameters(), *self.model.named_buffers())}
+        for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            found |= {f"optimizer/{index}/{key}": value for key, value in self.optimizer.state[parameter].items()}
+        return found | {f"rate/{index}": group["lr"] for index, group in enumerate(self.optimizer.param_groups)}
 
-def _swap(trained: dict[str, nn.Parameter], average: dict[str, Tensor]) -> None:
-    """Exchanges the weights and their average, in place."""
-    for name, parameter in trained.items():
-        current = parameter.detach().clone()
-        parameter.data.copy_(average[name])
-        average[name].copy_(current)
+    @torch.no_grad()
+    def move_to(self, recorded: dict[str, Tensor]) -> None:
+        """Goes on in the memory of an earlier recording, see `replay.Memory`."""
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            recorded[f"model/{name}"].copy_(tensor)
+            tensor.data = recorded[f"model/{name}"]
+        for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            own = self.optimizer.state[parameter]
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                there = recorded.get(f"optimizer/{index}/{key}")
+                if there is not None:  # a parameter without a gradient has no state
+                    there.copy_(own[key]) if key in own else there.zero_()
+                    own[key] = there
+        for index, group in enumerate(self.optimizer.param_groups):
+            recorded[f"rate/{index}"].copy_(group["lr"])
+            group["lr"] = recorded[f"rate/{index}"]
 
-
-def _validate(
-    validate: Validate,
-    done: int,
-    model: nn.Module,
-    trained: dict[str, nn.Parameter],
-    average: dict[str, Tensor],
-    report: TrainingReport,
-    accelerator: Accelerator,
-    progress: Progress,
-) -> None:
-    if average:
-        _swap(trained, average)
-    with torch.no_grad():
-        figures = {key: float(value) for key, value in validate(done, model).items()}
-    if average:
-        _swap(trained, average)
-    if any(math.isnan(value) for value in figures.values()):
-        raise TrainingError(f"validation at step {done} gave {figures}.")
-    report.validations.append({"step": done, **figures})
-    accelerator.log(figures, step=done)
-    progress.note(f"step {done} validation: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    def keep_own_memory(self) -> None:
+        """The model leaves memory that belongs to a recording: the next training overwrites that."""
+        if any(p.is_cuda for p in self.parameters):
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                tensor.data = tensor.data.clone()

@@ -10,9 +10,6 @@ fine detail at every noise level, as in pictures, but fine detail isn't lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
@@ -141,14 +138,13 @@ def write_encoder(vae: AutoencoderKL, components: Tensor, offset: Tensor) -> Non
     encoder.conv_out.bias[CHANNELS:] = -30.0  # log variance: the latent distribution is its mode
 
 
-@contextmanager
-def reconstruction_step(decoder: nn.Module, latents: Tensor, target: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """L1, L1 of the gradients (crispness) and MSE of a small copy (colors); latents carry a little noise, as generated ones do."""
-    noisy = latents + 0.03 * torch.randn(latents.shape, generator=generator)
-    error = decoder(noisy) - target
+def reconstruction_losses(decoder: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """L1, L1 of the gradients (crispness) and MSE of a small copy (colors), of latents and pictures."""
+    latents, target = batch
+    error = decoder(latents) - target
     horizontal, vertical = error.diff(dim=-1), error.diff(dim=-2)
     small = F.avg_pool2d(error, 8)
-    yield (
+    return (
         error.abs().flatten(1).mean(1)
         + 2 * error.square().flatten(1).mean(1)
         + 0.5 * (horizontal.abs().flatten(1).mean(1) + vertical.abs().flatten(1).mean(1))

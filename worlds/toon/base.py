@@ -7,8 +7,6 @@ v prediction with zero terminal SNR and trailing time steps.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hyperdreambooth.backbones import StableDiffusion
-from hyperdreambooth.objectives import NoiseLevels, denoising
+from hyperdreambooth.objectives import denoising, denoising_loss, gaussian
+from hyperdreambooth.training_settings import NoiseLevels
 
 from . import pictures
 
@@ -99,7 +98,7 @@ def build(vae: AutoencoderKL) -> StableDiffusionPipeline:
 
 
 class BaseTraining:
-    """Step and batches for `fit`: captions are drawn anew each time a picture is seen."""
+    """Losses and batches for `fit`: captions are drawn anew each time a picture is seen."""
 
     levels = NoiseLevels(mean=0.4, std=1.3, uniform=0.15)
 
@@ -110,17 +109,17 @@ class BaseTraining:
         for name, parameter in unused.named_parameters():
             parameter.requires_grad_("position_ids" not in name)
 
-    def batches(self, index: int) -> tuple[Tensor, list[str]]:
-        """The index-th batch: latents and captions."""
+    def draw(self, index: int, generator: torch.Generator) -> tuple[Tensor, list[str], Tensor, Tensor]:
+        """The index-th batch: latents, captions, noise levels and noise."""
         draw = random.Random(self.seed * 1_000_003 + index)
         chosen = [draw.randrange(len(self.rows)) for _ in range(self.batch)]
-        return self.latents[chosen].float(), [pictures.training_caption(self.rows[i], draw) for i in chosen]
+        latents, captions = self.latents[chosen].float(), [pictures.training_caption(self.rows[i], draw) for i in chosen]
+        return latents, captions, self.levels.draw(len(captions), generator), gaussian(latents.shape, generator)
 
-    @contextmanager
-    def step(self, model: nn.Module, batch: tuple[Tensor, list[str]], generator: torch.Generator) -> Iterator[Tensor]:
-        latents, captions = batch
-        levels = self.levels.draw(len(captions), generator)
-        yield denoising(self.backbone, latents.to(self.backbone.device), self.backbone.encode_prompts(captions), levels, generator)
+    def losses(self, model: nn.Module, batch: tuple[Tensor, list[str], Tensor, Tensor]) -> Tensor:
+        latents, captions, levels, noise = batch
+        device, timesteps = self.backbone.device, self.backbone.steps_for(levels)
+        return denoising_loss(self.backbone, latents.to(device), self.backbone.encode_prompts(captions), noise.to(device), timesteps)
 
 
 class HeldOutLoss:

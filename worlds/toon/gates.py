@@ -25,12 +25,12 @@ from hyperdreambooth.evaluation.atlas import Atlas, load_atlas
 from hyperdreambooth.evaluation.evaluate import Judges, draw, judge, predicted_loras
 from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.lightweight import LightweightLora
-from hyperdreambooth.lora import LoraSet
-from hyperdreambooth.objectives import NoiseLevels
-from hyperdreambooth.stages.dreambooth import Subject, make_step
+from hyperdreambooth.lora import Hooks, LoraSet
+from hyperdreambooth.stages.dreambooth import PhotoLosses, Subject, draw_photos
 from hyperdreambooth.stages.preoptimize import preoptimize
 from hyperdreambooth.trainable_lora import IdentityTable
-from hyperdreambooth.training import TrainingConfig, fit
+from hyperdreambooth.training import Run, fit
+from hyperdreambooth.training_settings import NoiseLevels, TrainingConfig
 
 from . import hypernetworks
 
@@ -44,9 +44,11 @@ def optimized(hdb: HyperDreamBooth, atlas: Atlas, steps: int) -> LoraSet:
     with torch.no_grad():
         table.tokens.copy_(hdb.source.tokens(atlas.references))
     subject = Subject(latents[:, None], [[text] for text in words])
-    step, batches = make_step(hdb.backbone, subject, NoiseLevels(), 2, live_text=False, seed=0)
+    draw = draw_photos(hdb.backbone, subject, NoiseLevels(), 2, trains_text=False, seed=0)
     config = TrainingConfig(steps=steps, learning_rate=2e-2, cooldown=0.5, max_grad_norm=0.0, log_every=25)
-    fit(step, table, batches, config, groups=[{"params": [table.tokens], "eps": 1e-8 / len(latents)}], name="tokens")
+    run = Run(groups=[{"params": [table.tokens], "eps": 1e-8 / len(latents)}], name="tokens")
+    with Hooks(hdb.backbone.components, hdb.source.lightweight.targets) as hooks:
+        fit(PhotoLosses(hdb.backbone, 1.0, hooks), table, draw, config, run)
     loras: LoraSet = table(torch.arange(len(latents)))
     return loras.detach()
 

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from hyperdreambooth.data import IdentityData
 from hyperdreambooth.encoder import FaceEncoder
-from hyperdreambooth.hypernetwork import HyperNetworkConfig
-from hyperdreambooth.lightweight import LightweightConfig
-from hyperdreambooth.objectives import NoiseLevels
 from hyperdreambooth.progress import Progress
-from hyperdreambooth.stages.preoptimize import PreoptimizeConfig
-from hyperdreambooth.stages.train_hypernetwork import TrainHypernetworkConfig
-from hyperdreambooth.training import TrainingConfig
+from hyperdreambooth.training_settings import (
+    HyperNetworkConfig,
+    LightweightConfig,
+    NoiseLevels,
+    PreoptimizeConfig,
+    TrainHypernetworkConfig,
+    TrainingConfig,
+)
 
 from . import autoencoder, pictures
 

@@ -6,8 +6,7 @@ same step and share nothing else: architecture, seed and augmentation stream dif
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -81,30 +80,22 @@ def linear_round_trip(matrix: Tensor, offset: Tensor) -> Callable[[Tensor], Tens
     return apply
 
 
-@contextmanager
-def contrastive_step(
-    model: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator, linear: Callable[[Tensor], Tensor]
-) -> Iterator[Tensor]:
-    """NT-Xent: two pictures of each person, everyone else in the batch is a stranger. Temperature 0.07."""
-    first, second = batch
+def contrastive_losses(model: nn.Module, pictures: Tensor) -> Tensor:
+    """NT-Xent: two pictures of each person, first all the first ones; everyone else is a stranger. Temperature 0.07."""
     device = next(model.parameters()).device
-    both = augmented(torch.cat([first, second]), generator, linear).to(device)
-    embedded = F.normalize(model(both)["identity"].float(), dim=-1)
+    embedded = F.normalize(model(pictures.to(device))["identity"].float(), dim=-1)
     with torch.autocast(device.type, enabled=False):  # bf16 would round a similarity of 0.9 by up to 0.002, 3 % of the temperature
         logits = embedded @ embedded.mT / 0.07
     logits = logits.masked_fill(torch.eye(len(logits), dtype=torch.bool, device=device), -1e4)
-    yield F.cross_entropy(logits, torch.arange(len(logits), device=device).roll(len(first)), reduction="none")
+    return F.cross_entropy(logits, torch.arange(len(logits), device=device).roll(len(pictures) // 2), reduction="none")
 
 
-@contextmanager
-def classification_step(
-    model: nn.Module, batch: tuple[Tensor, dict[str, Tensor]], generator: torch.Generator, linear: Callable[[Tensor], Tensor]
-) -> Iterator[Tensor]:
-    """Cross entropy, summed over the kinds of context."""
+def classification_losses(model: nn.Module, batch: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
+    """Cross entropy of pictures and labels, summed over the kinds of context."""
     images, labels = batch
-    logits = model(augmented(images, generator, linear))
+    logits = model(images)
     losses = torch.stack([F.cross_entropy(logits[kind].float(), labels[kind], reduction="none") for kind in logits])
-    yield losses.sum(0)
+    return losses.sum(0)
 
 
 def pairs(data: pictures.Pictures, people: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:

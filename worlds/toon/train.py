@@ -30,9 +30,10 @@ from hyperdreambooth.lightweight import LightweightLora
 from hyperdreambooth.lora import find_targets
 from hyperdreambooth.pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 from hyperdreambooth.stages.preoptimize import preoptimize, read_table
-from hyperdreambooth.stages.train_hypernetwork import TrainHypernetworkConfig, train_hypernetwork
+from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
 from hyperdreambooth.trainable_lora import PredictedLora
-from hyperdreambooth.training import TrainingConfig, TrainingReport, fit
+from hyperdreambooth.training import Run, TrainingReport, fit
+from hyperdreambooth.training_settings import TrainHypernetworkConfig, TrainingConfig
 
 from . import autoencoder, base, hypernetworks, judges, pictures
 
@@ -86,14 +87,11 @@ def train_base(runs: Path, minutes: float | None, steps: int = 1935) -> bool:
         validate_every=300,
     )
     report = fit(
-        training.step,
+        training.losses,
         backbone.components,
-        training.batches,
+        training.draw,
         config,
-        directory=runs / "base",
-        validate=base.HeldOutLoss(backbone, latents, held.rows[:384]),
-        minutes=minutes,
-        name="base",
+        Run(directory=runs / "base", validate=base.HeldOutLoss(backbone, latents, held.rows[:384]), minutes=minutes, name="base"),
     )
     if report.finished:
         backbone.components.cpu()
@@ -112,13 +110,11 @@ def train_decoder(runs: Path, minutes: float | None, steps: int = 2200) -> bool:
     decoder = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     held = torch.arange(0, len(data.pixels), 500)
 
-    def batches(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(index: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.randint(len(data.pixels), (16,), generator=torch.Generator().manual_seed(index))
         images = pictures.to_tensor(data.pixels[chosen.numpy()])
-        return autoencoder.encode(matrix, offset, images), images
-
-    def step(model, batch, generator):  # type: ignore[no-untyped-def]
-        return autoencoder.reconstruction_step(model, *batch, generator)
+        latents = autoencoder.encode(matrix, offset, images)
+        return latents + 0.03 * torch.randn(latents.shape, generator=generator), images  # a little noise, as generated ones have
 
     def validate(done, model):  # type: ignore[no-untyped-def]
         images = pictures.to_tensor(data.pixels[held.numpy()])
@@ -130,7 +126,11 @@ def train_decoder(runs: Path, minutes: float | None, steps: int = 2200) -> bool:
         steps=steps, learning_rate=2e-3, warmup=100, cooldown=0.3, average=0.998, seed=2, log_every=50, validate_every=500
     )
     report = fit(
-        step, decoder, batches, config, directory=runs / "decoder", validate=validate, minutes=minutes, device="cpu", name="decoder"
+        autoencoder.reconstruction_losses,
+        decoder,
+        draw,
+        config,
+        Run(directory=runs / "decoder", validate=validate, minutes=minutes, device="cpu", name="decoder"),
     )
     if report.finished:
         save_tensors(runs / "decoder" / "model.safetensors", decoder.state_dict())
@@ -158,9 +158,6 @@ def train_embedder(
     linear = judges.linear_round_trip(*components(runs))
     first, second, _ = validation_pairs(runs)
 
-    def step(model, batch, generator):  # type: ignore[no-untyped-def]
-        return judges.contrastive_step(model, batch, generator, linear)
-
     def validate(done, model):  # type: ignore[no-untyped-def]
         model.eval()
         device = next(model.parameters()).device
@@ -169,7 +166,13 @@ def train_embedder(
         return {"rank1": ((a @ b.mT).argmax(1) == torch.arange(len(a))).float().mean()}
 
     batches = judges.pairs(data, people, config.seed)
-    return fit(step, model, batches, config, directory=runs / name, validate=validate, minutes=minutes, name=name).finished
+
+    def draw(index: int, generator: torch.Generator) -> torch.Tensor:
+        return judges.augmented(torch.cat(batches(index)), generator, linear)
+
+    return fit(
+        judges.contrastive_losses, model, draw, config, Run(directory=runs / name, validate=validate, minutes=minutes, name=name)
+    ).finished
 
 
 def embedder_config(steps: int, seed: int) -> TrainingConfig:
@@ -212,8 +215,11 @@ def train_classifier(runs: Path, minutes: float | None, steps: int = 650) -> boo
     torch.manual_seed(5)
     model = judges.go_on(judges.build_classifier(), runs / "classifier" / "model")
 
-    def step(model, batch, generator):  # type: ignore[no-untyped-def]
-        return judges.classification_step(model, batch, generator, linear)
+    batches = judges.labelled(data, 96, 5)
+
+    def draw(index, generator):  # type: ignore[no-untyped-def]
+        images, labels = batches(index)
+        return judges.augmented(images, generator, linear), labels
 
     def validate(done, model):  # type: ignore[no-untyped-def]
         found = model.classify(images)
@@ -226,15 +232,11 @@ def train_classifier(runs: Path, minutes: float | None, steps: int = 650) -> boo
         steps=steps, learning_rate=2e-3, weight_decay=0.02, warmup=30, cooldown=0.4, seed=5, log_every=20, validate_every=100
     )
     done = fit(
-        step,
+        judges.classification_losses,
         model,
-        judges.labelled(data, 96, 5),
+        draw,
         config,
-        directory=runs / "classifier",
-        validate=validate,
-        minutes=minutes,
-        device="cpu",
-        name="classifier",
+        Run(directory=runs / "classifier", validate=validate, minutes=minutes, device="cpu", name="classifier"),
     ).finished
     if done:
         model.save_pretrained(runs / "classifier" / "model")

@@ -59,8 +59,16 @@ class Backbone(Protocol):
         """Latents -> pictures (B, 3, H, W) in -1..1."""
         ...
 
+    def tokenize(self, prompts: list[str]) -> Conditioning:
+        """Prompts -> what `encode_tokens` takes, on the device, batch first."""
+        ...
+
+    def encode_tokens(self, tokens: Conditioning) -> Conditioning:
+        """Tokenized prompts -> conditioning, batch first; differentiable, for text encoders that carry a LoRA."""
+        ...
+
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Prompts -> conditioning, batch first; differentiable where a text encoder carries a LoRA."""
+        """Both: prompts -> conditioning."""
         ...
 
     def steps_for(self, levels: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .base import Backbone
+from .base import Backbone, Conditioning
 
 
 def freeze(pipe: Any, names: Sequence[str], needed: Sequence[str]) -> nn.ModuleDict:
@@ -62,6 +62,10 @@ def denoise(self: Backbone, noisy: Tensor, *arguments: Any, **conditioning: Any)
     return output.to(noisy.dtype)
 
 
+def encode_prompts(self: Backbone, prompts: list[str]) -> Conditioning:
+    return self.encode_tokens(self.tokenize(prompts))
+
+
 def token_ids(tokenizer: Any, prompts: list[str], length: int | None = None) -> Tensor:
     """Prompts padded or cut to the tokenizer's length, (B, length)."""
     ids: Tensor = tokenizer(
@@ -70,7 +74,7 @@ def token_ids(tokenizer: Any, prompts: list[str], length: int | None = None) -> 
     return ids
 
 
-def clip_embeddings(tokenizer: Any, encoder: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
+def clip_embeddings(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """CLIP's penultimate hidden states (B, length, width), which SDXL and SD 3 read, and its first output (the projected one)."""
-    output = encoder(token_ids(tokenizer, prompts).to(encoder.device), output_hidden_states=True)
+    output = encoder(ids, output_hidden_states=True)
     return output.hidden_states[-2], output[0]

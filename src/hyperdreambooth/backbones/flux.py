@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class Flux:
         self.denoiser: Any = self.components["transformer"]
         self.unit = 2 * int(pipe.vae_scale_factor)
         self.size = int(pipe.default_sample_size * pipe.vae_scale_factor)
+        self.places = functools.cache(positions)  # made once a size: a recorded CUDA graph can't take anything from the host
         self.distilled = bool(pipe.transformer.config.guidance_embeds)
         self.t5_length = 512 if self.distilled else 256  # as the two were published
         # no second branch: guidance is distilled into the weights
@@ -55,21 +57,30 @@ class Flux:
         found: torch.device = self.denoiser.device
         return found
 
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+    encode_prompts = common.encode_prompts
+
+    def tokenize(self, prompts: list[str]) -> Conditioning:
+        lengths = {"ids": (self.pipe.tokenizer, None), "ids_2": (self.pipe.tokenizer_2, self.t5_length)}
+        return {name: common.token_ids(tokenizer, prompts, length).to(self.device) for name, (tokenizer, length) in lengths.items()}
+
+    def encode_tokens(self, tokens: Conditioning) -> Conditioning:
         """T5's hidden states, and CLIP's pooled text."""
-        ids = common.token_ids(self.pipe.tokenizer, prompts)
-        pooled = self.components["text_encoder"](ids.to(self.device)).pooler_output
-        t5 = self.pipe.text_encoder_2(common.token_ids(self.pipe.tokenizer_2, prompts, self.t5_length).to(self.device))[0]
-        conditioning = {"encoder_hidden_states": t5, "pooled_projections": pooled}
-        return {**conditioning, "guidance": torch.ones(len(prompts), device=self.device)} if self.distilled else conditioning
+        pooled = self.components["text_encoder"](tokens["ids"]).pooler_output
+        conditioning = {"encoder_hidden_states": self.pipe.text_encoder_2(tokens["ids_2"])[0], "pooled_projections": pooled}
+        return {**conditioning, "guidance": torch.ones(len(pooled), device=self.device)} if self.distilled else conditioning
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = noisy.shape[-2:]
-        rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
-        places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(noisy)
-        words = torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3).to(noisy)
+        places = self.places(height // 2, width // 2, noisy.device, noisy.dtype)
+        words = torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3, device=noisy.device, dtype=noisy.dtype)
         packed = common.denoise(self, pack(noisy), timestep=timesteps / schedules.FLOW_STEPS, img_ids=places, txt_ids=words, **conditioning)
         return unpack(packed, height, width)
+
+
+def positions(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Where each patch of a picture lies, (rows * columns, 3): zero, row, column."""
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([torch.zeros_like(y), y, x], -1).reshape(-1, 3).to(device, dtype)
 
 
 def pack(latents: Tensor) -> Tensor:

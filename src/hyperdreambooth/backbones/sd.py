@@ -43,9 +43,13 @@ class StableDiffusion:
         found: torch.device = self.denoiser.device
         return found
 
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        ids = common.token_ids(self.pipe.tokenizer, prompts)
-        return {"encoder_hidden_states": self.components["text_encoder"](ids.to(self.device))[0]}
+    encode_prompts = common.encode_prompts
+
+    def tokenize(self, prompts: list[str]) -> Conditioning:
+        return {"ids": common.token_ids(self.pipe.tokenizer, prompts).to(self.device)}
+
+    def encode_tokens(self, tokens: Conditioning) -> Conditioning:
+        return {"encoder_hidden_states": self.components["text_encoder"](tokens["ids"])[0]}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         return common.denoise(self, noisy, timesteps, **conditioning)

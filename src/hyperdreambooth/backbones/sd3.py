@@ -54,27 +54,35 @@ class StableDiffusion3:
         found: torch.device = self.denoiser.device
         return found
 
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+    encode_prompts = common.encode_prompts
+
+    def tokenize(self, prompts: list[str]) -> Conditioning:
+        tokenizers = {"ids": self.pipe.tokenizer, "ids_2": self.pipe.tokenizer_2, "ids_3": self.pipe.tokenizer_3}
+        lengths = {"ids_3": T5_LENGTH}
+        found = {name: common.token_ids(tokenizer, prompts, lengths.get(name)) for name, tokenizer in tokenizers.items() if tokenizer}
+        return {name: ids.to(self.device) for name, ids in found.items()}
+
+    def encode_tokens(self, tokens: Conditioning) -> Conditioning:
         """The CLIP encoders side by side, padded to T5's width, then T5 (Esser et al., figure 2); zeros for absent ones."""
-        hidden, pooled = self._clip(prompts)
+        hidden, pooled = self._clip(tokens)
+        count = len(hidden)
         width = self.denoiser.config.joint_attention_dim
         if self.pipe.text_encoder_3 is None:
-            t5 = torch.zeros(len(prompts), T5_LENGTH, width).to(hidden)
+            t5 = torch.zeros(count, T5_LENGTH, width, device=hidden.device, dtype=hidden.dtype)
         else:
-            ids = common.token_ids(self.pipe.tokenizer_3, prompts, T5_LENGTH)
-            t5 = self.pipe.text_encoder_3(ids.to(self.device))[0]
+            t5 = self.pipe.text_encoder_3(tokens["ids_3"])[0]
         hidden = torch.cat([F.pad(hidden, (0, width - hidden.shape[-1])), t5.to(hidden)], 1)
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
-    def _clip(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def _clip(self, tokens: Conditioning) -> tuple[Tensor, Tensor]:
         """Hidden states (B, 77, width) and pooled text (B, width) of both CLIP encoders, whose two widths are alike."""
-        pairs = ((self.pipe.tokenizer, self.pipe.text_encoder), (self.pipe.tokenizer_2, self.pipe.text_encoder_2))
-        parts = [common.clip_embeddings(*pair, prompts) if pair[1] is not None else None for pair in pairs]
+        pairs = ((self.pipe.text_encoder, "ids"), (self.pipe.text_encoder_2, "ids_2"))
+        parts = [common.clip_embeddings(encoder, tokens[ids]) if encoder is not None else None for encoder, ids in pairs]
         width = self.denoiser.config.pooled_projection_dim - sum(part[1].shape[-1] for part in parts if part)
         length = next((part[0].shape[1] for part in parts if part), CLIP_LENGTH)
         if parts.count(None):
             share = width // parts.count(None)
-            zeros = torch.zeros(len(prompts), length, share, device=self.device, dtype=self.denoiser.dtype)
+            zeros = torch.zeros(len(next(iter(tokens.values()))), length, share, device=self.device, dtype=self.denoiser.dtype)
             parts = [part or (zeros, zeros[:, 0]) for part in parts]
         hidden, pooled = zip(*(part for part in parts if part), strict=True)
         return torch.cat(hidden, -1), torch.cat(pooled, -1)

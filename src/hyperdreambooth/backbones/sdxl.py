@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ class StableDiffusionXL:
         self.schedule, self.levels = schedules.discrete(pipe)
         self.unit = int(pipe.vae_scale_factor)
         self.size = int(pipe.unet.config.sample_size * self.unit)
+        # made once a size: a recorded CUDA graph can't take anything from the host
+        self.sizes = functools.cache(
+            lambda height, width, device, dtype: torch.tensor([height, width, 0, 0, height, width], device=device, dtype=dtype)
+        )
 
     enable_checkpointing = common.enable_checkpointing
     latent_shape = common.latent_shape
@@ -43,20 +48,26 @@ class StableDiffusionXL:
         found: torch.device = self.denoiser.device
         return found
 
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+    encode_prompts = common.encode_prompts
+
+    def tokenize(self, prompts: list[str]) -> Conditioning:
+        first, second = (common.token_ids(tokenizer, prompts).to(self.device) for tokenizer in (self.pipe.tokenizer, self.pipe.tokenizer_2))
+        # zeros are what the base was trained with in place of no prompt
+        kept = [float(prompt != "" or not self.pipe.config.force_zeros_for_empty_prompt) for prompt in prompts]
+        return {"ids": first, "ids_2": second, "kept": torch.tensor(kept, device=self.device)}
+
+    def encode_tokens(self, tokens: Conditioning) -> Conditioning:
         """Penultimate hidden states of both encoders side by side, and the second one's pooled text."""
-        first, _ = common.clip_embeddings(self.pipe.tokenizer, self.pipe.text_encoder, prompts)
-        second, pooled = common.clip_embeddings(self.pipe.tokenizer_2, self.pipe.text_encoder_2, prompts)
+        first, _ = common.clip_embeddings(self.pipe.text_encoder, tokens["ids"])
+        second, pooled = common.clip_embeddings(self.pipe.text_encoder_2, tokens["ids_2"])
         hidden = torch.cat([first, second], -1)
-        if self.pipe.config.force_zeros_for_empty_prompt:  # what the base was trained with in place of no prompt
-            kept = torch.tensor([float(prompt != "") for prompt in prompts]).to(hidden)
-            hidden, pooled = hidden * kept[:, None, None], pooled * kept[:, None]
-        return {"encoder_hidden_states": hidden, "text_embeds": pooled}
+        kept = tokens["kept"].to(hidden)
+        return {"encoder_hidden_states": hidden * kept[:, None, None], "text_embeds": pooled * kept[:, None]}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         # (original size, crop, target size), all of this very picture: the condition of one that was neither enlarged nor cropped
         height, width = (side * self.unit for side in noisy.shape[-2:])
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=noisy.device, dtype=self.denoiser.dtype).expand(len(noisy), -1)
+        sizes = self.sizes(height, width, noisy.device, self.denoiser.dtype).expand(len(noisy), -1)
         added = {"text_embeds": conditioning["text_embeds"].to(self.denoiser.dtype), "time_ids": sizes}
         hidden = conditioning["encoder_hidden_states"]
         return common.denoise(self, noisy, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added)

@@ -11,12 +11,13 @@ import tyro
 
 from .. import formats
 from ..errors import InputError
-from ..lightweight import LightweightConfig, LightweightLora
+from ..lightweight import LightweightLora
 from ..lora import find_targets
 from ..personal_lora import PersonalLora
 from ..progress import say
 from ..stages.personalize import finish
 from ..stages.preoptimize import read_table
+from ..training_settings import LightweightConfig
 from .options import Flat, Machine, Output, refuse_existing
 
 

@@ -11,7 +11,7 @@ import tyro
 from .. import photos
 from ..checkpoint import write_json
 from ..progress import Progress, say
-from ..stages.generate import GenerateConfig
+from ..settings import GenerateChoices
 from .options import Flat, Machine, Output, as_json, refuse_existing, weighted
 
 
@@ -37,7 +37,7 @@ class Generate:
     """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id."""
     overwrite: bool = False
     """Replace pictures that exist."""
-    config: Annotated[GenerateConfig, Flat] = field(default_factory=GenerateConfig)
+    config: Annotated[GenerateChoices, Flat] = field(default_factory=GenerateChoices)
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 

@@ -15,7 +15,7 @@ import tyro
 from .. import formats, photos
 from ..checkpoint import write_json
 from ..progress import say
-from ..stages.personalize import PersonalizeConfig
+from ..settings import PersonalizeChoices
 from .options import Flat, Machine, Output, as_json, refuse_existing
 
 
@@ -60,7 +60,7 @@ class Personalize:
     """The LoRA's license, for its metadata."""
     overwrite: bool = False
     """Replace the output if it exists."""
-    config: Annotated[PersonalizeConfig, Flat] = field(default_factory=PersonalizeConfig)
+    config: Annotated[PersonalizeChoices, Flat] = field(default_factory=PersonalizeChoices)
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 

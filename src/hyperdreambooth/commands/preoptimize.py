@@ -18,7 +18,8 @@ from ..lightweight import LightweightLora
 from ..lora import find_targets
 from ..personal_lora import PLACEHOLDER
 from ..progress import say
-from ..stages.preoptimize import PreoptimizeConfig, preoptimize
+from ..stages.preoptimize import preoptimize
+from ..training_settings import PreoptimizeConfig
 from .options import Flat, Machine, Output, as_json
 
 

@@ -15,7 +15,8 @@ from ..progress import say
 from ..stages.dreambooth import Subject
 from ..stages.personalize import finish
 from ..stages.preoptimize import save_row
-from ..stages.train_light import TrainLightConfig, train_light
+from ..stages.train_light import train_light
+from ..training_settings import TrainLightConfig
 from .options import Flat, Machine, Output, as_json, refuse_existing
 
 

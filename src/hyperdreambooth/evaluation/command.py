@@ -96,8 +96,8 @@ def run(args: Evaluate) -> None:
 def _fields(config: Any) -> dict[str, Any]:
     import dataclasses
 
-    values: dict[str, Any] = dataclasses.asdict(config)
-    return values
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: value for name, value in values.items() if name != "origins"}
 
 
 def markdown_table(rows: dict[str, Any]) -> str:

@@ -1,20 +1,22 @@
-"""What fine-tuning on one subject's photos needs, for `train-light` and `personalize` alike: a step and its batches."""
+"""DreamBooth on people's photos, for `train-light`, `preoptimize` and `personalize` alike: losses, and the batches that they take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..data import PromptCache
-from ..lora import applied
-from ..objectives import NoiseLevels, denoising
-from ..sampling import sample
-from ..training import Batches, Step
+from ..data import PromptCache, conditioning_in
+from ..lora import Hooks
+from ..objectives import denoising_loss
+from ..sampling import Prompts, sample
+from ..settings import GenerateConfig, resolve
+from ..training import Draw
+from ..training_settings import NoiseLevels
 
 
 @dataclass
@@ -37,41 +39,73 @@ class Subject:
         return [self.prompt] * len(self.latents) if isinstance(self.prompt, str) else [mine[photo] for mine in self.prompt]
 
 
-def make_step(
-    backbone: Backbone, subject: Subject, levels: NoiseLevels, copies: int, *, live_text: bool, seed: int
-) -> tuple[Step, Batches]:
-    """Every step denoises `copies` noised copies of each person's photos; people don't affect one another.
+@dataclass(frozen=True)
+class PhotoLosses:
+    """The losses of fine-tuning on photos: `denoising_loss` of the noised photos, and of the class's pictures.
+
+    Equal ones compute the same (see `fit`); the hooks are only how an update gets into the base.
+    """
+
+    backbone: Backbone
+    prior_weight: float
+    hooks: Hooks = field(compare=False)
+
+    def __call__(self, source: nn.Module, batch: dict[str, Any]) -> Tensor:
+        self.hooks.set(source(batch["people"]))
+        losses = self._denoising(batch, "photo")
+        if "prior.latents" in batch:
+            losses = losses + self.prior_weight * self._denoising(batch, "prior")
+        return losses
+
+    def _denoising(self, batch: dict[str, Any], of: str) -> Tensor:
+        conditioning = conditioning_in(batch, f"{of}.prompt.", self.backbone)
+        return denoising_loss(
+            self.backbone, batch[f"{of}.latents"], conditioning, batch[f"{of}.noise"], batch[f"{of}.timesteps"], batch.get(f"{of}.mask")
+        )
+
+
+def draw_photos(backbone: Backbone, subject: Subject, levels: NoiseLevels, copies: int, *, trains_text: bool, seed: int) -> Draw:
+    """Batches of `PhotoLosses`: every step denoises `copies` noised copies of each person's photos; people don't affect one another.
 
     Photos take turns. The noise depends on the seed, the step and the copy, never on how many people there are, so one
     person alone gets what the same person gets in a batch.
+
+    Args:
+        trains_text: a text encoder carries the update, so prompts can't be encoded once for all.
     """
     people, count = subject.latents.shape[:2]
-    prompts = PromptCache(backbone, live=live_text)
+    prompts = PromptCache(backbone, trains_text=trains_text)
+    numbers = torch.arange(people, device=subject.latents.device)
+    noise = SharedNoise(people)
 
-    def batches(index: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed * 7919 + index // max(count, 1))
-        order = torch.randperm(count, generator=generator).tolist()
-        return [order[(index * copies + copy) % count] for copy in range(copies)]
+    def part(of: str, latents: Tensor, texts: list[str], levels: Tensor, generator: torch.Generator) -> dict[str, Any]:
+        return {
+            f"{of}.latents": latents,
+            f"{of}.noise": noise(latents.shape, generator).to(latents),
+            f"{of}.timesteps": backbone.steps_for(levels.repeat_interleave(people)),
+            **prompts.inputs(texts, f"{of}.prompt."),
+        }
 
-    @contextmanager
-    def step(source: nn.Module, chosen: list[int], generator: torch.Generator) -> Iterator[Tensor]:
+    def draw(index: int, generator: torch.Generator) -> dict[str, Any]:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + index // max(count, 1))).tolist()
+        chosen = [order[(index * copies + copy) % count] for copy in range(copies)]
         latents = torch.cat([subject.latents[:, photo] for photo in chosen])  # copy-major: a batch of LoRAs tiles over it
-        mask = torch.cat([subject.mask[:, photo] for photo in chosen]) if subject.mask is not None else None
         texts = [text for photo in chosen for text in subject.texts(photo)]
-        drawn = levels.draw(copies, generator).repeat_interleave(people)
-        noise = SharedNoise(people)
-        with applied(backbone.components, source(torch.arange(people, device=latents.device))):
-            losses = denoising(backbone, latents, prompts(texts), drawn, generator, mask, noise)
-            if subject.prior is not None:
-                pick = torch.randint(len(subject.prior), (copies,), generator=generator)
-                prior = subject.prior[pick].repeat_interleave(people, 0)
-                prior_levels = NoiseLevels(mean=0.0, uniform=1.0).draw(copies, generator).repeat_interleave(people)
-                losses = losses + subject.prior_weight * denoising(
-                    backbone, prior, prompts([subject.prior_prompt] * len(prior)), prior_levels, generator, None, noise
-                )
-            yield losses
+        batch = {"people": numbers, **part("photo", latents, texts, levels.draw(copies, generator), generator)}
+        if subject.mask is not None:
+            batch["photo.mask"] = torch.cat([subject.mask[:, photo] for photo in chosen])
+        if subject.prior is not None:
+            prior = subject.prior[torch.randint(len(subject.prior), (copies,), generator=generator)].repeat_interleave(people, 0)
+            drawn = NoiseLevels(mean=0.0, uniform=1.0).draw(copies, generator)
+            batch |= part("prior", prior, [subject.prior_prompt] * len(prior), drawn, generator)
+        return batch
 
-    return step, batches
+    return draw
+
+
+def trains_text(paths: Iterable[str], backbone: Backbone) -> bool:
+    """Whether any layer of a text encoder is a target: then prompts can't be cached."""
+    return any(path.split(".")[0] in backbone.text_components for path in paths)
 
 
 def ellipse_mask(height: int, width: int) -> Tensor:
@@ -96,13 +130,12 @@ class SharedNoise:
 
 def prior_latents(backbone: Backbone, prompt: str, count: int, seed: int, on_step: Callable[[int], None] | None = None) -> Tensor:
     """Generates the class's own pictures for prior preservation: latents (count, C, h, w)."""
-    shape = backbone.latent_shape()
-    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(count, *backbone.latent_shape(), generator=torch.Generator().manual_seed(seed)).to(backbone.device)
     prompts = PromptCache(backbone)
-    device = next(backbone.components.parameters())
     own = {key: value for key, value in backbone.generation.items() if key in ("steps", "guidance")}
+    settings = resolve(GenerateConfig, ("family", own), ("prior preservation", {"steps": 20, "guidance": 3.0}))
     parts = [
-        sample(backbone, prompts([prompt] * len(part)), prompts([""] * len(part)), part.to(device), on_step=on_step, **own)
+        sample(backbone, Prompts(prompts([prompt] * len(part)), prompts([settings.negative] * len(part))), part, settings, on_step=on_step)
         for part in noise.split(8)
     ]
     return torch.cat(parts)

@@ -8,8 +8,8 @@ the same noise and time steps and start from the same tokens, so that their rows
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,42 +19,13 @@ from ..backbones import Backbone
 from ..checkpoint import read_tensors, save_tensors
 from ..data import IdentityData
 from ..errors import InputError
-from ..lightweight import LightweightConfig, LightweightLora
-from ..lora import find_targets
-from ..objectives import NoiseLevels
+from ..lightweight import LightweightLora
+from ..lora import Hooks, find_targets
 from ..progress import Progress
 from ..trainable_lora import IdentityTable
-from ..training import TrainingConfig, fit
-from .dreambooth import Subject, make_step
-from .personalize import trains_text
-
-
-@dataclass
-class PreoptimizeConfig:
-    """Pre-optimization of many identities."""
-
-    prompt: str = "a [V] face"
-    """The prompt that names a person."""
-    targets: tuple[str, ...] = ()
-    """Glob patterns of layers; default: the base's own."""
-    lightweight: LightweightConfig = field(default_factory=LightweightConfig)
-    """Token size. The aux matrices are frozen here."""
-    levels: NoiseLevels = field(default_factory=NoiseLevels)
-    """Where noise levels are drawn from."""
-    chunk: int = 16
-    """Identities trained side by side."""
-    copies: int = 4
-    """Noised pictures of each identity in every step."""
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=300, learning_rate=5e-3, max_grad_norm=0.0))
-    """The loop of one chunk."""
-
-    def __post_init__(self) -> None:
-        if self.lightweight.learnable:
-            raise InputError(
-                "pre-optimization needs frozen aux matrices: learnable ones would be shared by rows that are trained one after another."
-            )
-        if self.chunk < 1:
-            raise InputError(f"chunk must be at least 1, not {self.chunk}.")
+from ..training import Run, fit
+from ..training_settings import PreoptimizeConfig
+from .dreambooth import PhotoLosses, Subject, draw_photos, trains_text
 
 
 def preoptimize(
@@ -70,8 +41,6 @@ def preoptimize(
 
     Survives a kill at any moment: a row is whole or absent, and an unfinished chunk resumes from its checkpoint.
     """
-    import time
-
     rows = Path(output) / "rows"
     targets = find_targets(backbone.components, config.targets or backbone.default_targets)
     lightweight = LightweightLora(targets, config.lightweight)
@@ -106,10 +75,12 @@ def _train_chunk(
     device = next(backbone.components.parameters()).device
     subject = Subject(latents.to(device).float(), config.prompt)
     source = IdentityTable(len(chunk), lightweight).to(device)
-    step, batches = make_step(
-        backbone, subject, config.levels, config.copies, live_text=trains_text(lightweight.targets, backbone), seed=config.training.seed
+    draw = draw_photos(
+        backbone, subject, config.levels, config.copies, trains_text=trains_text(lightweight.targets, backbone), seed=config.training.seed
     )
-    fit(step, source, batches, config.training, directory=state, device=device, name="chunk", quiet=True)
+    run = Run(directory=state, device=device, name="chunk", quiet=True)
+    with Hooks(backbone.components, lightweight.targets) as hooks:
+        fit(PhotoLosses(backbone, 1.0, hooks), source, draw, config.training, run)
     return source.tokens.detach().cpu()
 
 

@@ -10,89 +10,48 @@ one's own, same noise, same pictures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..data import IdentityData, PromptCache
+from ..data import IdentityData, PromptCache, conditioning_in
 from ..encoder import FaceEncoder
 from ..errors import InputError
-from ..hypernetwork import HyperNetworkConfig
-from ..lightweight import LightweightConfig
-from ..lora import applied, find_targets, shared_norm, update_norms
-from ..objectives import NoiseLevels, denoising, weight_loss
+from ..lightweight import LightweightLora
+from ..lora import Hooks, applied, find_targets, shared_norm, update_norms
+from ..objectives import denoising, denoising_loss, gaussian, weight_loss
 from ..pretrained import build
 from ..trainable_lora import PredictedLora
-from ..training import TrainingConfig, TrainingReport, fit
-from .personalize import trains_text
+from ..training import Run, TrainingReport, fit
+from ..training_settings import NoiseLevels, TrainHypernetworkConfig
+from .dreambooth import trains_text
 
 
-@dataclass
-class TrainHypernetworkConfig:
-    """Training of a hypernetwork."""
+@dataclass(frozen=True, eq=False)
+class HyperNetworkLosses:
+    """The losses of a batch of people: denoising, and what the mode adds to it."""
 
-    mode: Literal["pro", "faithful"] = "pro"
-    """pro: learnable aux, no table needed. faithful: frozen aux and a weight loss against a table."""
-    prompt: str = "a [V] face"
-    """The prompt that names a person."""
-    targets: tuple[str, ...] = ()
-    """Glob patterns of layers; default: the base's own."""
-    lightweight: LightweightConfig = field(default_factory=LightweightConfig)
-    """Token size."""
-    hypernetwork: HyperNetworkConfig = field(default_factory=HyperNetworkConfig)
-    """Decoder size."""
-    levels: NoiseLevels = field(default_factory=NoiseLevels)
-    """Where noise levels are drawn from. Low noise shows who it is without the tokens' help: keep the mean high."""
-    batch: int = 16
-    """Pictures in every step."""
-    penalty: float = 1e-5
-    """pro: weight of the update's mean squared Frobenius norm a layer."""
-    shared: float = 1e-3
-    """pro: weight of the squared Frobenius norm, a mean over layers, of the update that all people have in common. It tells
-    nobody apart, takes up rank, and shifts what prompts mean that were never trained on. 0 leaves it free."""
-    weight_loss: float = 1e-2
-    """faithful: weight of the squared Frobenius distance between predicted and pre-optimized updates, a mean over layers."""
-    dropout: float = 0.1
-    """Fraction of the pictures, 0 to 1, whose prompt is left empty: plain guidance keeps the LoRA in its branch without a prompt, so
-    the person must be right there too."""
-    aux_scale: float = 2.0
-    """pro: the aux matrices' learning rate over the decoder's."""
-    train_encoder: bool = False
-    """Train the encoder too, from pictures instead of features that are computed once: slower, and it may see what a
-    ready encoder overlooks."""
-    encoder_scale: float = 0.3
-    """A trained encoder's learning rate over the decoder's."""
-    training: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(steps=20_000, learning_rate=1e-3, warmup=100, average=0.998, validate_every=500)
-    )
-    """The loop."""
+    backbone: Backbone
+    config: TrainHypernetworkConfig
+    lightweight: LightweightLora
+    hooks: Hooks
 
-    def __post_init__(self) -> None:
-        if self.mode not in ("pro", "faithful"):
-            raise InputError(f"mode must be pro or faithful, not {self.mode}.")
-        if self.mode == "pro" and self.shared and self.batch < 2:
-            raise InputError("what people have in common takes a batch of 2 or more to tell: raise batch, or set shared to 0.")
-        if not 0 <= self.dropout <= 1:
-            raise InputError(f"dropout is a fraction of the pictures, 0 to 1, not {self.dropout}.")
-        if self.lightweight.learnable != (self.mode == "pro"):
-            self.lightweight = LightweightConfig(**{**self.lightweight.__dict__, "learnable": self.mode == "pro"})
-
-
-@dataclass
-class Batch:
-    """B pictures to denoise, the photos (or their features) to predict from, and, where there is one, the row of the table."""
-
-    latents: Tensor
-    photos: Tensor
-    prompts: list[str]
-    rows: Tensor | None
-    has_row: Tensor | None
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        config, loras = self.config, model(batch["photos"])
+        self.hooks.set(loras)
+        conditioning = conditioning_in(batch, "prompt.", self.backbone)
+        losses = denoising_loss(self.backbone, batch["latents"], conditioning, batch["noise"], batch["timesteps"])
+        if config.mode == "pro":
+            losses = losses + config.penalty * update_norms(loras) / len(loras)
+            if config.shared:
+                losses = losses + config.shared * shared_norm(loras) / len(loras)
+        elif "rows" in batch:
+            losses = losses + config.weight_loss * batch["has_row"] * weight_loss(loras, self.lightweight(batch["rows"]))
+        return losses
 
 
 def train_hypernetwork(
@@ -122,58 +81,53 @@ def train_hypernetwork(
     source.encoder.eval()  # a trained one's batch statistics would follow each small batch
     if start is not None:
         begin_with(source, start)
-    prompts = PromptCache(backbone, live=trains_text(targets, backbone))
+    prompts = PromptCache(backbone, trains_text=trains_text(targets, backbone))
     rows = has_row = None
     if config.mode == "faithful" and table:
         empty = torch.zeros(source.lightweight.token_shape)
         rows = torch.stack([table.get(name, empty) for name in data.names])
         has_row = torch.tensor([name in table for name in data.names])
 
-    def batches(index: int) -> Batch:
+    def draw(index: int, noise: torch.Generator) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(config.training.seed * 1_000_003 + index)
         chosen = torch.randint(len(data.people), (config.batch,), generator=generator)
-        people = data.people[chosen]
         photos = data.inputs(data.pair(chosen, generator)).to(device)
         dropped = torch.rand(config.batch, generator=generator) < config.dropout
-        return Batch(
-            data.latents[chosen].to(device).float(),
-            photos,
-            ["" if left_out else data.prompts[i] for i, left_out in zip(chosen.tolist(), dropped.tolist(), strict=True)],
-            rows[people].to(device) if rows is not None else None,
-            has_row[people].to(device) if has_row is not None else None,
-        )
-
-    @contextmanager
-    def step(model: nn.Module, batch: Batch, generator: torch.Generator) -> Iterator[Tensor]:
-        levels = config.levels.draw(len(batch.latents), generator)
-        loras = model(batch.photos)
-        with applied(backbone.components, loras):
-            losses = denoising(backbone, batch.latents, prompts(batch.prompts), levels, generator)
-            if config.mode == "pro":
-                losses = losses + config.penalty * update_norms(loras) / len(loras)
-                if config.shared:
-                    losses = losses + config.shared * shared_norm(loras) / len(loras)
-            elif batch.rows is not None and batch.has_row is not None:
-                losses = losses + config.weight_loss * batch.has_row * weight_loss(loras, source.lightweight(batch.rows))
-            yield losses
+        texts = ["" if left_out else data.prompts[i] for i, left_out in zip(chosen.tolist(), dropped.tolist(), strict=True)]
+        levels = config.levels.draw(config.batch, noise)
+        latents = data.latents[chosen].to(device).float()
+        batch = {
+            "latents": latents,
+            "photos": photos,
+            "timesteps": backbone.steps_for(levels),
+            "noise": gaussian(latents.shape, noise).to(latents),
+            **prompts.inputs(texts, "prompt."),
+        }
+        if rows is not None and has_row is not None:
+            people = data.people[chosen]
+            batch |= {"rows": rows[people].to(device), "has_row": has_row[people].to(device)}
+        return batch
 
     gain = IdentityGain(backbone, validation, config.levels, prompts) if validation else None
     scales = {source.hypernetwork: 1.0, source.lightweight: config.aux_scale, source.encoder: config.encoder_scale}
     groups: list[dict[str, Any]] = [
         {"params": [p for p in part.parameters() if p.requires_grad], "lr_scale": scale} for part, scale in scales.items()
     ]
-    report = fit(
-        step,
-        source,
-        batches,
-        config.training,
-        directory=directory,
-        device=device,
-        groups=[group for group in groups if group["params"]],
-        validate=gain,
-        minutes=minutes,
-        name=f"hypernetwork ({config.mode})",
-    )
+    with Hooks(backbone.components, targets) as hooks:
+
+        def validate(done: int, model: nn.Module) -> dict[str, float]:
+            hooks.clear()
+            return gain(done, model) if gain else {}
+
+        run = Run(
+            directory=directory,
+            device=device,
+            groups=[group for group in groups if group["params"]],
+            validate=validate if gain else None,
+            minutes=minutes,
+            name=f"hypernetwork ({config.mode})",
+        )
+        report = fit(HyperNetworkLosses(backbone, config, source.lightweight, hooks), source, draw, config.training, run)
     return source, report
 
 

@@ -1,0 +1,142 @@
+"""CUDA graphs: work with static shapes is recorded once and then replayed, so that a GPU doesn't wait for Python.
+
+Work is a function of a dict of tensors, with nothing in it that the host decides: no random numbers, no lists made into
+tensors, no `.item()`. It runs as it is for its first calls (which is also the warm-up that CUDA graphs need), is recorded in the
+next one, and replayed from then on. What can't be recorded (another shape, too little memory, no CUDA) runs as it is.
+
+A recording refers to memory, not to objects. So the next training of the same kind and shapes can use it: it moves its own
+values into the recorded memory and goes on there (`Memory`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .progress import say
+
+Inputs = dict[str, Tensor]
+Work = Callable[[Inputs], Tensor]
+WARM_UP = 2
+"""Calls before a recording: the first ones set up libraries and an optimizer's state."""
+KEPT = 4
+"""Recordings that are kept; the one that wasn't used for longest goes first."""
+
+
+class Memory(Protocol):
+    """What recorded work reads and writes besides its inputs: parameters, buffers, an optimizer's state."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, by name, once the work has run."""
+        ...
+
+    def move_to(self, recorded: dict[str, Tensor]) -> None:
+        """Copies the present values into the tensors of an earlier recording, and works with those from then on."""
+        ...
+
+
+@dataclass
+class Recording:
+    """A graph with the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs
+    output: Tensor
+    memory: dict[str, Tensor]
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        torch._foreach_copy_(list(self.inputs.values()), list(inputs.values()), non_blocking=True)
+        self.graph.replay()
+        return self.output
+
+
+_recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+_told: set[str] = set()
+
+
+def forget() -> None:
+    """Drops all recordings, and gives their memory back."""
+    _recordings.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Replayed:
+    """`work`, recorded where it can be. Its output is overwritten by the next call.
+
+    Args:
+        key: what the work computes, apart from the shapes of its inputs; equal keys share a recording.
+        memory: what the work changes besides its inputs; None where it changes nothing.
+    """
+
+    def __init__(self, work: Work, key: Hashable, memory: Memory | None = None):
+        self.work, self.key, self.memory = work, key, memory
+        self.recording: Recording | None = None
+        self.signature: Hashable = None
+        self.calls, self.given_up = 0, False
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        if self.given_up or not all(value.is_cuda for value in inputs.values()):
+            return self.work(inputs)
+        signature = tuple((name, value.shape, value.dtype) for name, value in inputs.items())
+        if signature != self.signature:
+            if self.recording is not None and self.memory is not None:  # rare: the last batch of some data, say
+                return self.work(inputs)
+            self.signature, self.calls, self.recording = signature, 0, self._known(signature)
+        if self.recording is None and self.calls >= WARM_UP:
+            self.recording = self._record(inputs)
+        self.calls += 1
+        if self.recording is not None:
+            return self.recording(inputs)
+        if self.given_up:
+            return self.work(inputs)
+        stream = _side_stream(next(iter(inputs.values())).device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            output = self.work(inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        return output
+
+    def _known(self, signature: Hashable) -> Recording | None:
+        found = _recordings.get((self.key, signature))
+        if found is not None:
+            _recordings.move_to_end((self.key, signature))
+            if self.memory is not None:
+                self.memory.move_to(found.memory)
+        return found
+
+    def _record(self, inputs: Inputs) -> Recording | None:
+        """Records the work; None, and never again, where that fails."""
+        while len(_recordings) >= KEPT:
+            _recordings.popitem(last=False)
+        static = {name: value.clone() for name, value in inputs.items()}
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=_side_stream(next(iter(static.values())).device)):
+                output = self.work(static)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            self.given_up = True
+            forget()
+            why = "memory is short" if isinstance(error, torch.OutOfMemoryError) else str(error).splitlines()[0]
+            if why not in _told:
+                _told.add(why)
+                say(f"not recorded as a CUDA graph ({why}); it goes on step by step, more slowly.")
+            return None
+        memory = self.memory.tensors() if self.memory is not None else {}
+        recording = _recordings[self.key, self.signature] = Recording(graph, static, output, memory)
+        return recording
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which work is warmed up and recorded, one a device."""
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]

@@ -1,0 +1,175 @@
+"""The settings of personalizing and drawing, and the one place where a setting gets its value.
+
+What a user may leave open (`PersonalizeChoices`, `GenerateChoices`: None is "not said") and what a stage runs with
+(`PersonalizeConfig`, `GenerateConfig`: no None but where it means something) are two types. `resolve` makes the second
+from the first. The settings of the trainings, which have no such layers, are in `training_settings.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from .errors import InputError
+
+T = TypeVar("T")
+Values = Mapping[str, Any]
+
+
+@dataclass
+class PersonalizeChoices:
+    """Rank-relaxed fast fine-tuning."""
+
+    steps: int | None = None
+    """Fine-tuning steps. 0 stops at the prediction. Default: the hypernetwork's own (25), or 300 from scratch."""
+    rank: int | None = None
+    """Rank of the residual that is trained beside the prediction. Default: the hypernetwork's own, or 4."""
+    targets: tuple[str, ...] | None = None
+    """Glob patterns of the layers that are fine-tuned, such as "*up_blocks.1*": of those that the hypernetwork predicts ("*": all of
+    them); without one, of the base's linear layers. Default: the hypernetwork's own, or all; without one, the base's own."""
+    order: Literal["residual", "merged"] | None = None
+    """residual: the prediction stays frozen, a residual is trained (the paper). merged: all of it is trained. Default: residual."""
+    learning_rate: float | None = None
+    """Peak learning rate; constant, then it falls over the last fifth. Default: the hypernetwork's own, or 1e-3."""
+    copies: int | None = None
+    """Noised copies of the photo in every step. Default: the hypernetwork's own, or 4."""
+    noise_mean: float | None = None
+    """Mean of logit(u), where noise levels u are drawn from: high ones ask who it is, those near 0 what the details are.
+    Default: the hypernetwork's own, or 1.5."""
+    noise_std: float | None = None
+    """Standard deviation of logit(u). Default: the hypernetwork's own, or 1."""
+    mask: Literal["ellipse", "none"] | None = None
+    """Where the loss counts: an ellipse in the middle of the photo, where a face crop has the face, or all of it. Default: the
+    hypernetwork's own, or all of it."""
+    prior_pictures: int | None = None
+    """Prior preservation: pictures of the class that the base generates first. Default: 0, none."""
+    prior_weight: float | None = None
+    """Weight of the prior loss. Default: 1."""
+    seed: int | None = None
+    """Noise and the residual's start follow from this number. Default: 0."""
+
+
+@dataclass
+class PersonalizeConfig:
+    """What fine-tuning runs with; `PersonalizeChoices` explains each."""
+
+    steps: int = 25
+    rank: int = 4
+    targets: tuple[str, ...] = ()
+    order: Literal["residual", "merged"] = "residual"
+    learning_rate: float = 1e-3
+    copies: int = 4
+    noise_mean: float = 1.5
+    noise_std: float = 1.0
+    mask: Literal["ellipse", "none"] = "none"
+    prior_pictures: int = 0
+    prior_weight: float = 1.0
+    seed: int = 0
+    origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Where each value came from, see `resolve`."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.copies < 1 or self.steps < 0:
+            raise InputError(f"rank and copies must be at least 1 and steps at least 0, not {self.rank}, {self.copies} and {self.steps}.")
+        if not (self.noise_std >= 0 and self.learning_rate > 0):
+            raise InputError(f"noise_std must be at least 0 and learning_rate above 0, not {self.noise_std} and {self.learning_rate}.")
+
+
+SCRATCH: Values = {"steps": 300}
+"""What differs where there is no hypernetwork to start from."""
+
+
+@dataclass
+class GenerateChoices:
+    """How pictures are made."""
+
+    negative: str | None = None
+    """Negative prompt. Default: none."""
+    steps: int | None = None
+    """Denoising steps. Default: the hypernetwork's own, or the family's (25; SD 3 and Flux dev 28, Flux schnell 4)."""
+    guidance: float | None = None
+    """Prompt guidance scale; 1 is none. Default: the hypernetwork's own, or the family's (5; SD 3 7, Flux 1)."""
+    embedded_guidance: float | None = None
+    """Flux dev: the guidance scale that it takes as a condition, without a second branch. Default: 3.5."""
+    identity_guidance: float | Literal["off"] | None = None
+    """Identity guidance scale: the base without the personal LoRA as the unconditional branch. "off": plain guidance, with the
+    LoRA in both branches. Default: the hypernetwork's own, or off."""
+    identity_until: float | None = None
+    """The fraction of the denoising steps, 0 to 1, after which the identity scale is 1 at most: the person is decided early, and
+    later it only costs what the prompt asked for. Default: the hypernetwork's own, or 1."""
+    strength: float | None = None
+    """Weight of the personal LoRA. Default: 1."""
+    scheduler: str | None = None
+    """A scheduler of diffusers by class name, such as EulerDiscreteScheduler. Default: the base's own."""
+    width: int | None = None
+    """Width in pixels. Default: the base's own."""
+    height: int | None = None
+    """Height in pixels. Default: the base's own."""
+    seed: int | None = None
+    """The first picture's seed; the next ones count up. Default: 0."""
+    count: int | None = None
+    """Pictures a prompt. Default: 1."""
+    batch: int | None = None
+    """Pictures that are denoised side by side. Default: 8."""
+
+
+@dataclass
+class GenerateConfig:
+    """What drawing runs with; `GenerateChoices` explains each. Scheduler, width and height: None is the base's own."""
+
+    negative: str = ""
+    steps: int = 25
+    guidance: float = 5.0
+    embedded_guidance: float = 3.5
+    identity_guidance: float | Literal["off"] = "off"
+    identity_until: float = 1.0
+    strength: float = 1.0
+    scheduler: str | None = None
+    width: int | None = None
+    height: int | None = None
+    seed: int = 0
+    count: int = 1
+    batch: int = 8
+    origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Where each value came from, see `resolve`."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.count < 1 or self.batch < 1:
+            raise InputError(f"steps, count and batch must be at least 1, not {self.steps}, {self.count} and {self.batch}.")
+        if not 0 <= self.identity_until <= 1:
+            raise InputError(f"identity_until is a fraction of the steps, 0 to 1, not {self.identity_until}.")
+
+    @property
+    def identity(self) -> float | None:
+        """The identity guidance scale, None for plain guidance."""
+        return None if self.identity_guidance == "off" else float(self.identity_guidance)
+
+
+def resolve(kind: type[T], *layers: tuple[str, object]) -> T:
+    """Settings of `kind` out of layers, the first that has a value winning; what none has is the kind's own default.
+
+    Args:
+        layers: (name, values) with values a mapping or a dataclass of choices; None is "not said". The names are what
+            `origins` says of each field afterwards; "default" where no layer had it.
+
+    Raises InputError for a field that `kind` doesn't have, and for values that don't fit it.
+    """
+    fields = {f.name: "default" for f in dataclasses.fields(kind) if f.name != "origins"}  # type: ignore[arg-type]
+    found: dict[str, Any] = {}
+    for name, values in layers:
+        given = values if isinstance(values, Mapping) else {f.name: getattr(values, f.name) for f in dataclasses.fields(values)}  # type: ignore[arg-type]
+        unknown = sorted(set(given) - set(fields) - {"origins"})
+        if unknown:
+            raise InputError(f"{name}: there is no setting {unknown[0]!r}; there are {', '.join(sorted(fields))}.")
+        for field_name, value in given.items():
+            if value is not None and field_name != "origins" and field_name not in found:
+                found[field_name], fields[field_name] = value, name
+    return kind(**{**found, "origins": fields})
+
+
+def explained(settings: object) -> list[str]:
+    """A line a setting, for people: its value and where that came from."""
+    origins = getattr(settings, "origins", {})
+    return [f"{name} = {getattr(settings, name)!r} ({origin})" for name, origin in origins.items()]

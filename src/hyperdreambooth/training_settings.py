@@ -1,0 +1,220 @@
+"""The settings of the trainings: one dataclass a stage, the loop's in all of them. Attribute docstrings are `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass
+class TrainingConfig:
+    """How a training runs; the same for every stage."""
+
+    steps: int = 1000
+    """Optimizer steps in all."""
+    optimizer: Literal["adamw", "muon", "adamw8bit", "adafactor"] = "adamw"
+    """adamw; muon (orthogonal updates of matrices: fewer steps); adamw8bit (its state in 8 bits, on CUDA, with the extra `8bit`);
+    adafactor (its second moment as rows and columns)."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    warmup: int = 0
+    """Steps over which the learning rate rises from zero."""
+    cooldown: float = 0.2
+    """Last fraction of the steps, over which the learning rate falls to zero. It is constant before: to cool a long
+    training at any moment, lower `steps` and resume."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 turns it off."""
+    gradient_accumulation: int = 1
+    """Batches for one optimizer step."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the forward pass."""
+    average: float = 0.0
+    """Decay of an exponential moving average of the weights; 0 turns it off."""
+    seed: int = 0
+    """Batches, noise and timesteps follow from this number and the step."""
+    log_every: int = 50
+    """Steps between two log lines."""
+    validate_every: int = 0
+    """Steps between two validations; 0 validates at the end only."""
+    checkpoint_minutes: float = 3.0
+    """Minutes between two checkpoints."""
+    tracker: str | None = None
+    """An experiment tracker of accelerate: tensorboard, wandb, ..."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.gradient_accumulation < 1:
+            raise InputError(
+                f"steps must be 0 or more and gradient_accumulation 1 or more, not {self.steps} and {self.gradient_accumulation}."
+            )
+        if not 0 <= self.cooldown <= 1 or not 0 <= self.average < 1:
+            raise InputError(f"cooldown must lie in 0..1 and average in 0..1 (exclusive), not {self.cooldown} and {self.average}.")
+
+
+@dataclass
+class NoiseLevels:
+    """How noise levels u = sigma / (alpha + sigma) are drawn: sigmoid of a normal variate, or uniformly in part.
+
+    With little noise the noisy picture itself shows who it is, and the denoiser has no need of the tokens; only high
+    noise asks for them. Hence the mean well above zero wherever an identity is learnt.
+    """
+
+    mean: float = 1.5
+    """Mean of logit(u)."""
+    std: float = 1.0
+    """Standard deviation of logit(u)."""
+    uniform: float = 0.0
+    """Fraction of the samples whose level is uniform in 0..1 instead."""
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Noise levels, shape (count,), on the CPU."""
+        import torch  # here, so that a command can explain its settings without loading it
+
+        levels = torch.sigmoid(self.mean + self.std * torch.randn(count, generator=generator))
+        flat = torch.rand(count, generator=generator)
+        return torch.where(torch.rand(count, generator=generator) < self.uniform, flat, levels)
+
+
+@dataclass(frozen=True)
+class LightweightConfig:
+    """The size of a token; the paper's numbers are 100 and 50 at rank 1."""
+
+    rank: int = 1
+    """Rank of the predicted update."""
+    down_dim: int = 100
+    """a: numbers a layer and rank for `down`; at most the layer's inputs."""
+    up_dim: int = 50
+    """b: numbers a layer and rank for `up`; at most the layer's outputs."""
+    learnable: bool = False
+    """Pro mode: the aux matrices are trained, shared by all identities."""
+    seed: int = 0
+    """The frozen aux matrices follow from this number and the layer's path."""
+
+    @property
+    def width(self) -> int:
+        """Numbers a layer."""
+        return (self.down_dim + self.up_dim) * self.rank
+
+
+@dataclass(frozen=True)
+class HyperNetworkConfig:
+    """Size of the decoder."""
+
+    dim: int = 256
+    """Width of the decoder."""
+    blocks: int = 3
+    """Decoder blocks, shared by all passes."""
+    heads: int = 4
+    """Attention heads."""
+    passes: int = 2
+    """Refinements of the tokens (the paper's iterative prediction, k)."""
+
+
+@dataclass
+class TrainLightConfig:
+    """Lightweight DreamBooth: the tokens of one subject over frozen random aux matrices."""
+
+    prompt: str = "a [V] face"
+    """The prompt that names the subject."""
+    targets: tuple[str, ...] = ()
+    """Glob patterns of layers; default: the base's own. Add "text_encoder.*" patterns to train the text encoder too."""
+    lightweight: LightweightConfig = field(default_factory=LightweightConfig)
+    """Token size."""
+    levels: NoiseLevels = field(default_factory=lambda: NoiseLevels(mean=1.0))
+    """Where noise levels are drawn from."""
+    copies: int = 4
+    """Noised photos in every step."""
+    prior_pictures: int = 0
+    """Prior preservation: pictures of the class that the base generates first. 0: none."""
+    prior_prompt: str = "a face"
+    """The class's prompt."""
+    prior_weight: float = 1.0
+    """Weight of the prior loss."""
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=300, learning_rate=5e-3, log_every=20))
+    """The loop."""
+
+
+@dataclass
+class PreoptimizeConfig:
+    """Pre-optimization of many identities."""
+
+    prompt: str = "a [V] face"
+    """The prompt that names a person."""
+    targets: tuple[str, ...] = ()
+    """Glob patterns of layers; default: the base's own."""
+    lightweight: LightweightConfig = field(default_factory=LightweightConfig)
+    """Token size. The aux matrices are frozen here."""
+    levels: NoiseLevels = field(default_factory=NoiseLevels)
+    """Where noise levels are drawn from."""
+    chunk: int = 16
+    """Identities trained side by side."""
+    copies: int = 4
+    """Noised pictures of each identity in every step."""
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=300, learning_rate=5e-3, max_grad_norm=0.0))
+    """The loop of one chunk."""
+
+    def __post_init__(self) -> None:
+        if self.lightweight.learnable:
+            raise InputError(
+                "pre-optimization needs frozen aux matrices: learnable ones would be shared by rows that are trained one after another."
+            )
+        if self.chunk < 1:
+            raise InputError(f"chunk must be at least 1, not {self.chunk}.")
+
+
+@dataclass
+class TrainHypernetworkConfig:
+    """Training of a hypernetwork."""
+
+    mode: Literal["pro", "faithful"] = "pro"
+    """pro: learnable aux, no table needed. faithful: frozen aux and a weight loss against a table."""
+    prompt: str = "a [V] face"
+    """The prompt that names a person."""
+    targets: tuple[str, ...] = ()
+    """Glob patterns of layers; default: the base's own."""
+    lightweight: LightweightConfig = field(default_factory=LightweightConfig)
+    """Token size."""
+    hypernetwork: HyperNetworkConfig = field(default_factory=HyperNetworkConfig)
+    """Decoder size."""
+    levels: NoiseLevels = field(default_factory=NoiseLevels)
+    """Where noise levels are drawn from. Low noise shows who it is without the tokens' help: keep the mean high."""
+    batch: int = 16
+    """Pictures in every step."""
+    penalty: float = 1e-5
+    """pro: weight of the update's mean squared Frobenius norm a layer."""
+    shared: float = 1e-3
+    """pro: weight of the squared Frobenius norm, a mean over layers, of the update that all people have in common. It tells
+    nobody apart, takes up rank, and shifts what prompts mean that were never trained on. 0 leaves it free."""
+    weight_loss: float = 1e-2
+    """faithful: weight of the squared Frobenius distance between predicted and pre-optimized updates, a mean over layers."""
+    dropout: float = 0.1
+    """Fraction of the pictures, 0 to 1, whose prompt is left empty: plain guidance keeps the LoRA in its branch without a prompt, so
+    the person must be right there too."""
+    aux_scale: float = 2.0
+    """pro: the aux matrices' learning rate over the decoder's."""
+    train_encoder: bool = False
+    """Train the encoder too, from pictures instead of features that are computed once: slower, and it may see what a
+    ready encoder overlooks."""
+    encoder_scale: float = 0.3
+    """A trained encoder's learning rate over the decoder's."""
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=20_000, learning_rate=1e-3, warmup=100, average=0.998, validate_every=500)
+    )
+    """The loop."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("pro", "faithful"):
+            raise InputError(f"mode must be pro or faithful, not {self.mode}.")
+        if self.mode == "pro" and self.shared and self.batch < 2:
+            raise InputError("what people have in common takes a batch of 2 or more to tell: raise batch, or set shared to 0.")
+        if not 0 <= self.dropout <= 1:
+            raise InputError(f"dropout is a fraction of the pictures, 0 to 1, not {self.dropout}.")
+        if self.lightweight.learnable != (self.mode == "pro"):
+            self.lightweight = LightweightConfig(**{**self.lightweight.__dict__, "learnable": self.mode == "pro"})

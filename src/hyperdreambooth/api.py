@@ -61,7 +61,7 @@ class HyperDreamBooth:
         *,
         hypernetwork: str | Path | None = "auto",
         device: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> HyperDreamBooth:
         """Opens a base and its hypernetwork.
 
@@ -69,8 +69,10 @@ class HyperDreamBooth:
             base: "toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id.
             hypernetwork: a directory or hub id; None for none; "auto" takes the shipped one for toon, none elsewhere.
             device: cuda, mps or cpu; by default the best there is.
+            dtype: the frozen base's precision; by default what `best_dtype` says.
         """
         device = device or best_device()
+        dtype = dtype or best_dtype(base, device)
         backbone = load_backbone(base, device=device, dtype=dtype)
         if hypernetwork == "auto":
             hypernetwork = toon.directory("hypernetwork") if str(base) == "toon" else None
@@ -324,6 +326,13 @@ class HyperDreamBooth:
             f'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType="{source}"/></rdf:RDF></x:xmpmeta>'
         )
         return {"Software": "hyperdreambooth", "ai_generated": "true", "hyperdreambooth": json.dumps(settings), "XML:com.adobe.xmp": xmp}
+
+
+def best_dtype(base: str | Path, device: str) -> torch.dtype:
+    """bfloat16 on a CUDA card that has it, float16 on older ones, float32 elsewhere, and for toon, which is small."""
+    if not device.startswith("cuda") or str(base) == "toon":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def best_device() -> str:

@@ -18,7 +18,7 @@ from ..progress import say
 from ..stages.personalize import finish
 from ..stages.preoptimize import read_table
 from ..training_settings import LightweightConfig
-from .options import Flat, Machine, Output, refuse_existing
+from .options import Flat, Machine, Output, check_lora_name, refuse_existing
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Export:
 
 
 def run(args: Export) -> None:
+    check_lora_name(args.output)
     refuse_existing(args.output, args.overwrite)
     if not args.source.exists():
         raise InputError(f"{args.source}: no such file or folder.")

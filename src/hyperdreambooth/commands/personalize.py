@@ -16,7 +16,7 @@ from .. import formats, photos
 from ..checkpoint import write_json
 from ..progress import say
 from ..settings import PersonalizeChoices
-from .options import Flat, Machine, Output, as_json, refuse_existing
+from .options import Flat, Machine, Output, as_json, check_lora_name, refuse_existing
 
 
 @dataclass
@@ -65,6 +65,7 @@ class Personalize:
 
 
 def run(args: Personalize) -> None:
+    check_lora_name(args.output)
     for path in (args.output, *([args.tokens] if args.tokens else [])):
         refuse_existing(path, args.overwrite)
     started = time.perf_counter()

@@ -70,7 +70,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a safetensors file: its tensors (on the CPU) and its header's metadata.
 
-    Raises InputError for a file that is missing, truncated, or not safetensors.
+    The tensors are in memory of their own: in the mapped file they would change with it, and begin at addresses at which
+    the CPU's kernels may round differently. Raises InputError for a file that is missing, truncated, or not safetensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,7 +79,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             metadata = dict(file.metadata() or {})
-        return load_file(path), metadata
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}, metadata
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}). Was it cut off while copying?") from error
 

@@ -68,6 +68,9 @@ class IdentityData:
     reference: Tensor
 
     def __post_init__(self) -> None:
+        # A model's outputs may lie in memory in another order of dimensions (a VAE's do) than the same numbers read from the cache.
+        # The CPU's kernels sum them in another order then, and round differently.
+        self.latents, self.features = self.latents.contiguous(), self.features.contiguous()
         self.of_person: list[list[int]] = [[] for _ in self.names]
         for index, person in enumerate(self.people.tolist()):
             self.of_person[person].append(index)

@@ -275,6 +275,10 @@ class State:
         own = [{key: group[key] for key in ("lr", "capturable", "fused") if key in group} for group in self.optimizer.param_groups]
         groups = [{**group, **mine} for group, mine in zip(optimizer["param_groups"], own, strict=True)]
         self.optimizer.load_state_dict({**optimizer, "param_groups": groups})
+        for parameter, values in self.optimizer.state.items():
+            for n, value in values.items():
+                if value.shape == parameter.shape:  # in the parameter's own order of dimensions, as an optimizer makes them
+                    values[n] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         self.report.losses = [(int(s), float(v)) for s, v in meta["losses"]]
         self.report.validations = meta["validations"]
         self.done = int(meta["step"])

@@ -7,6 +7,7 @@ the same noise and time steps and start from the same tokens, so that their rows
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backbones import Backbone
-from ..checkpoint import read_tensors, save_tensors
+from ..checkpoint import read_tensors, save_tensors, write_json
 from ..data import IdentityData
 from ..errors import InputError
 from ..lightweight import LightweightLora
@@ -39,24 +40,29 @@ def preoptimize(
 ) -> dict[str, Tensor]:
     """Tokens (layers, width) by identity; one file a row in `output`/rows. Rows that are there are kept.
 
-    Survives a kill at any moment: a row is whole or absent, and an unfinished chunk resumes from its checkpoint.
+    Survives a kill at any moment: a row is whole or absent, and an unfinished chunk resumes from its checkpoint with the same
+    identities, since the size of a batch decides how its sums are rounded.
     """
     rows = Path(output) / "rows"
     targets = find_targets(backbone.components, config.targets or backbone.default_targets)
     lightweight = LightweightLora(targets, config.lightweight)
     fingerprint = lightweight.fingerprint()
     table = read_table(output, fingerprint) if rows.is_dir() else {}
-    todo = [index for index, name in enumerate(data.names) if name not in table]
+    state = Path(output) / "chunk"
+    begun = json.loads((state / "names.json").read_text(encoding="utf-8")) if (state / "names.json").is_file() else []
+    if not begun or not set(begun) <= set(data.names):
+        begun = []
+        shutil.rmtree(state, ignore_errors=True)
+    todo = [name for name in data.names if name not in table and name not in begun]
+    chunks = [begun] * bool(begun) + [todo[start : start + config.chunk] for start in range(0, len(todo), config.chunk)]
     deadline = time.monotonic() + 60 * minutes if minutes is not None else None
     with Progress("identities", len(data.names), len(table)) as progress:
-        for start in range(0, len(todo), config.chunk):
+        for chunk in chunks:
             if deadline is not None and time.monotonic() > deadline:
                 break
-            chunk = todo[start : start + config.chunk]
-            state = Path(output) / "chunk" / f"{chunk[0]}-{chunk[-1]}"
-            tokens = _train_chunk(backbone, data, chunk, lightweight, config, state)
-            for index, row in zip(chunk, tokens, strict=True):
-                name = data.names[index]
+            write_json(state / "names.json", chunk)
+            tokens = _train_chunk(backbone, data, [data.names.index(name) for name in chunk], lightweight, config, state)
+            for name, row in zip(chunk, tokens, strict=True):
                 save_row(output, name, row, fingerprint)
                 table[name] = row
                 if on_row:
@@ -92,7 +98,8 @@ def save_row(folder: str | Path, name: str, tokens: Tensor, fingerprint: str) ->
 def read_table(folder: str | Path, fingerprint: str) -> dict[str, Tensor]:
     """The rows of a pre-optimized table: identity -> tokens (layers, width). Refuses rows of another fingerprint."""
     table = {}
-    for file in sorted((Path(folder) / "rows").glob("*.safetensors")):
+    # a kill may leave a temporary file, whose name begins with a dot
+    for file in sorted((Path(folder) / "rows").glob("[!.]*.safetensors")):
         tensors, header = read_tensors(file)
         if header.get("fingerprint") != fingerprint:
             raise InputError(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -116,16 +117,12 @@ class HyperDreamBooth:
         """Photos as (n, 3, size, size) in -1..1 and what is worth saying about them (which face was taken)."""
         if isinstance(files, Tensor):
             return files, []
-        group = [files] if isinstance(files, (str, Path, Image.Image)) else list(files)
+        group = [files] if isinstance(files, (str, Path, Image.Image, bytes, np.ndarray)) or hasattr(files, "read") else list(files)
         if not group:
             raise InputError("no photo was given.")
         images, notes = [], []
         for file in group:
-            image, note = (
-                (photos.square(file.convert("RGB"), self.backbone.size), "")
-                if isinstance(file, Image.Image)
-                else photos.prepare(file, self.backbone.size, crop, face)
-            )
+            image, note = photos.prepare(file, self.backbone.size, crop, face)
             images.append(image)
             notes += [note] if note else []
         return photos.to_tensor(images), notes

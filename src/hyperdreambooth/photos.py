@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import re
+import struct
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,14 +19,15 @@ from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from .checkpoint import write_atomically
+from .contact_sheet import grid as grid
 from .errors import InputError
-from .faces import choose_face, crop_face
+from .faces import choose_face, crop_face, find_for_auto
 
-Crop = Literal["center", "face"]
+Crop = Literal["auto", "center", "face"]
 Source = Any
 """What `read_photo` takes: str | Path | bytes | BinaryIO | Image.Image | numpy array | Tensor."""
 NOT_PHOTOS = {"EPS", "PDF", "WMF", "GRIB", "HDF5", "BUFR", "MPEG", "XVTHUMB"}
@@ -33,6 +36,7 @@ HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 MAX_JPEG_PIXELS = 205_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jfif", ".jpe", ".mpo"}
+LEFT_BY_SYSTEMS = {"thumbs.db", "desktop.ini"}
 MAX_BYTES = 100_000_000
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 16
@@ -71,7 +75,7 @@ def read_photo(source: Source) -> tuple[Image.Image, str]:
         raise InputError(f"{name} has too many pixels; the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first.") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is not a picture ({', '.join(FORMATS)} and more are read). Convert it first.") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, KeyError, struct.error) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's errors have a number, Pillow's have none
             raise InputError(f"{name} can't be read: {error.strerror}. Check the path and its permissions.") from error
         raise InputError(f"{name} is a damaged picture ({error}). Was it cut off while copying?") from error
@@ -239,7 +243,11 @@ def prepare(path: Source, size: int, crop: Crop = "center", face: int | None = N
     Raises InputError for what is no photo, or where the face that is asked for isn't there.
     """
     image, note = read_photo(path)
-    if crop == "face" or face is not None:
+    if crop == "auto" and face is None:
+        chosen_or_none, which = find_for_auto(image, photo_name(path))
+        image = crop_face(image, chosen_or_none) if chosen_or_none else image
+        note = " ".join(filter(None, (note, which)))
+    elif crop == "face" or face is not None:
         chosen, which = choose_face(image, photo_name(path), face)
         note = " ".join(filter(None, (note, which)))
         image = crop_face(image, chosen)
@@ -257,7 +265,10 @@ def prepare_mask(path: Source, photo: Source, size: int, crop: Crop = "center", 
             f"the mask {photo_name(path)} has {mask.width} x {mask.height} pixels and the photo {photo_name(photo)} {image.width} x {image.height}: "
             "draw it on the photo itself."
         )
-    if crop == "face" or face is not None:
+    if crop == "auto" and face is None:
+        chosen, _ = find_for_auto(image, photo_name(photo))
+        mask = crop_face(mask, chosen) if chosen else mask
+    elif crop == "face" or face is not None:
         mask = crop_face(mask, choose_face(image, photo_name(photo), face)[0])
     gray = square(mask, size).convert("L")
     if np.asarray(gray).mean() < 1:  # of 255; a resize leaves traces of what lies just outside
@@ -277,25 +288,60 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def list_identities(folder: str | Path) -> dict[str, list[Path]]:
-    """Identity -> its pictures: a subfolder each, or a picture each. Raises InputError where there are none."""
+    """Identity -> its pictures: a subfolder each (with whatever folders are in it), or a picture each.
+
+    What is no picture is named and counted on stderr; captions and the files that systems leave in folders are passed over quietly.
+    Raises InputError where there are no pictures.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder.")
     found: dict[str, list[Path]] = {}
+    refused: list[str] = []
     for entry in sorted(folder.iterdir(), key=_natural):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            files = [f for f in sorted(entry.iterdir(), key=_natural) if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
-            if files:
-                found.setdefault(entry.name, []).extend(files)
-        elif entry.suffix.lower() in SUFFIXES:
-            found.setdefault(entry.stem, []).append(entry)
+        inside = sorted((f for f in entry.rglob("*") if not f.is_dir()), key=_natural) if entry.is_dir() else [entry]
+        for file in inside:
+            parts = file.relative_to(folder).parts
+            if any(part.startswith(".") for part in parts) or file.name.lower() in LEFT_BY_SYSTEMS or file.suffix.lower() == ".txt":
+                continue
+            if _looks_like_picture(file):
+                found.setdefault(entry.name if entry.is_dir() else entry.stem, []).append(file)
+            else:
+                refused.append("/".join(parts))
+    if refused:
+        print(f"{folder}: {len(refused)} files are no pictures and aren't taken: {', '.join(refused)}", file=sys.stderr)
     if not found:
         raise InputError(
             f"{folder} holds no pictures. Expected: {folder}/identity/picture.png, or one picture each, {folder}/identity.png."
         )
     return found
+
+
+def _looks_like_picture(file: Path) -> bool:
+    """By content; a damaged file with a picture's suffix counts too, so that reading it says what is wrong."""
+    if not file.is_file():  # a dangling link
+        return False
+    if file.suffix.lower() in SUFFIXES:
+        return True
+    Image.init()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=[kind for kind in Image.ID if kind not in NOT_PHOTOS]):
+                return True
+    except ValueError:  # a PNG's long text
+        return file.read_bytes()[:4] == b"\x89PNG"
+    except (OSError, SyntaxError, RuntimeError, Image.DecompressionBombError):
+        return False
+
+
+def read_caption(photo: str | Path) -> str | None:
+    """The caption beside a photo, NAME.txt in one line, or None."""
+    file = Path(photo).with_suffix(".txt")
+    try:
+        return " ".join(file.read_text("utf-8-sig").split()) or None if file.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the caption {file} can't be read ({error}). Save it as UTF-8 text.") from error
 
 
 def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
@@ -339,33 +385,3 @@ def preview_path(lora: Path) -> Path:
     """Where UIs look for a LoRA's picture: NAME.png, or NAME.preview.png where NAME.png is somebody's own (the very photo, say)."""
     first = lora.with_suffix(".png")
     return lora.with_suffix(".preview.png") if first.exists() and not is_generated(first) else first
-
-
-def grid(
-    rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int | None = None
-) -> Image.Image:
-    """A labelled contact sheet: one row of pictures for each row label. `cell` is the side of a picture on it."""
-    cell = cell or min(256, max(128, max(row[0].width for row in rows)))
-    font = ImageFont.load_default(13)
-    columns = max(len(row) for row in rows)
-    top = 22 if any(column_labels) else 4
-    strip = 20 if any(row_labels) else 4
-    sheet = Image.new("RGB", (columns * (cell + 4) + 4, top + len(rows) * (cell + strip)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, label in enumerate(column_labels[:columns]):
-        draw.text((4 + column * (cell + 4), 4), _fit(label, cell, font), fill="black", font=font)
-    for index, row in enumerate(rows):
-        y = top + index * (cell + strip)
-        if strip > 4:
-            draw.text((4, y + 1), _fit(row_labels[index], columns * (cell + 4), font), fill="black", font=font)
-        for column, image in enumerate(row):
-            resample = Image.Resampling.NEAREST if image.width * 2 <= cell and cell % image.width == 0 else Image.Resampling.LANCZOS
-            sheet.paste(image.resize((cell, cell), resample), (4 + column * (cell + 4), y + strip - 2))
-    return sheet
-
-
-def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of a label as fits."""
-    while text and font.getlength(text) > width:
-        text = text[:-2].rstrip() + "…" if len(text) > 2 else ""
-    return text

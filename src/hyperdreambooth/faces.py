@@ -94,7 +94,7 @@ def _search(image: Image.Image, turn: int) -> Iterator[tuple[Face, float]]:
     """Faces of a gray picture that stand upright once it is turned by `turn` degrees counterclockwise, and how upright."""
     turned = image.rotate(turn, Image.Resampling.BILINEAR, expand=True, fillcolor=128) if turn else image
     pixels = np.asarray(turned)
-    smallest = max(24, min(image.size) // 10)
+    smallest = max(24, min(51, min(image.size) // 10))
     for left, top, side, _ in _cascade("haarcascade_frontalface_alt2").detectMultiScale(pixels, 1.1, 4, minSize=(smallest, smallest)):
         eyes = _eyes(pixels[top : top + side, left : left + side])
         if eyes is None and turn:

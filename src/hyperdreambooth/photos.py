@@ -1,4 +1,4 @@
-"""A picture from outside: safe decoding, orientation, crop, mask; and pictures that go out, with their metadata.
+"""A picture from outside: safe decoding, orientation, colors, crop, mask.
 
 Nothing that comes from a user is decoded before its header was checked, and whatever is wrong with a file is one
 InputError that names it.
@@ -11,7 +11,7 @@ import re
 import struct
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 from urllib.parse import urlsplit
@@ -19,13 +19,16 @@ from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from .checkpoint import write_atomically
-from .contact_sheet import grid as grid
 from .errors import InputError
 from .faces import choose_face, crop_face, find_for_auto
+from .pictures_out import grid as grid
+from .pictures_out import is_generated as is_generated
+from .pictures_out import preview_path as preview_path
+from .pictures_out import read_png_metadata as read_png_metadata
+from .pictures_out import save_png as save_png
 
 Crop = Literal["auto", "center", "face"]
 Source = Any
@@ -348,40 +351,3 @@ def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
     """Sorts 2.png before 10.png; the name itself decides between 1.png and 01.png."""
     # isdecimal, since "²" is a digit that int() refuses
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name.lower())], path.name
-
-
-def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str], overwrite: bool = False) -> Path:
-    """Writes a PNG with text metadata, atomically. Raises InputError where it exists and `overwrite` isn't set."""
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")
-    text = PngImagePlugin.PngInfo()
-    for key, value in metadata.items():
-        text.add_itxt(key, value)
-    return write_atomically(path, lambda file: image.save(file, format="PNG", pnginfo=text))
-
-
-def read_png_metadata(path: str | Path) -> dict[str, str]:
-    """The text metadata of a PNG. Raises InputError for a file that is missing or no whole PNG."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            image.load()  # text may also stand after the pixels
-            return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"{path} is not a whole PNG ({getattr(error, 'strerror', None) or error}). Name a picture that was saved here."
-        ) from error
-
-
-def is_generated(path: str | Path) -> bool:
-    """Whether a file is a PNG that says that a machine made it."""
-    try:
-        return read_png_metadata(path).get("ai_generated") == "true"
-    except InputError:
-        return False
-
-
-def preview_path(lora: Path) -> Path:
-    """Where UIs look for a LoRA's picture: NAME.png, or NAME.preview.png where NAME.png is somebody's own (the very photo, say)."""
-    first = lora.with_suffix(".png")
-    return lora.with_suffix(".preview.png") if first.exists() and not is_generated(first) else first

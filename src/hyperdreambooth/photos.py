@@ -66,6 +66,9 @@ def read_photo(source: Source) -> tuple[Image.Image, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures (our own limit is lower) and of damaged EXIF, which is no loss
+            # Pillow loses the orientation of a TIFF that it maps from a file on disk, so that one is read as bytes
+            if isinstance(source, Image.Image) and source.format == "TIFF" and getattr(source, "_im", None) is None:
+                source = Path(getattr(source, "filename", "")) if getattr(source, "filename", "") else source
             if isinstance(source, Image.Image):
                 return _finish(source, name)
             if isinstance(source, (np.ndarray, Tensor)):

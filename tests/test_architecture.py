@@ -20,7 +20,8 @@ MAY = {  # module (or package) -> the modules of ours that it may import
     "faces": {"errors"},
     "hub": {"checkpoint", "errors", "formats", "photos", "pretrained"},
     "personal_lora": {"errors", "formats", "lightweight", "lora"},
-    "photos": {*BASE, "faces"},
+    "photos": {*BASE, "faces", "pictures_out"},
+    "pictures_out": {*BASE},
     "sampling": {"backbones", "errors", "lora"},
 }
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -130,25 +131,21 @@ class HyperDreamBooth:
         )
         return resolve(GenerateConfig, *layers)
 
-    def read_photos(self, files: Photos, *, crop: photos.Crop = "center", face: int | None = None) -> tuple[Tensor, list[str]]:
+    def read_photos(self, files: Photos, *, crop: photos.Crop = "auto", face: int | None = None) -> tuple[Tensor, list[str]]:
         """Photos as (n, 3, size, size) in -1..1 and what is worth saying about them (which face was taken)."""
         if isinstance(files, Tensor):
             return files, []
-        group = [files] if isinstance(files, (str, Path, Image.Image)) else list(files)
+        group = [files] if isinstance(files, (str, Path, Image.Image, bytes, np.ndarray)) or hasattr(files, "read") else list(files)
         if not group:
             raise InputError("no photo was given.")
         images, notes = [], []
         for file in group:
-            image, note = (
-                (photos.square(file.convert("RGB"), self.backbone.size), "")
-                if isinstance(file, Image.Image)
-                else photos.prepare(file, self.backbone.size, crop, face)
-            )
+            image, note = photos.prepare(file, self.backbone.size, crop, face)
             images.append(image)
             notes += [note] if note else []
         return photos.to_tensor(images), notes
 
-    def read_masks(self, masks: Files, files: Files, *, crop: photos.Crop = "center", face: int | None = None) -> Tensor:
+    def read_masks(self, masks: Files, files: Files, *, crop: photos.Crop = "auto", face: int | None = None) -> Tensor:
         """Gray pictures that say where photos count, one for all of them or one each: (n, 1, size, size) in 0..1.
 
         Raises InputError for another number of masks, or one that doesn't fit its photo.
@@ -182,7 +179,7 @@ class HyperDreamBooth:
         files: Photos,
         *,
         steps: int | None = None,
-        crop: photos.Crop = "center",
+        crop: photos.Crop = "auto",
         face: int | None = None,
         masks: Tensor | None = None,
         prompt: str | None = None,

@@ -43,8 +43,9 @@ class Personalize:
     format: formats.Layout = "diffusers"
     """Layout of the LoRA file: diffusers (also for PEFT, and for ComfyUI on SD 3 and Flux), or kohya, which ComfyUI and A1111 need on
     Stable Diffusion 1, 2 and XL and diffusers opens too."""
-    crop: photos.Crop = "center"
-    """center: the middle square. face: find the face and turn it upright (needs the extra `faces`)."""
+    crop: photos.Crop = "auto"
+    """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
+    are found with the extra `faces`."""
     face: int | None = None
     """Which face, by size from 1, where there are several."""
     mask_file: tuple[Path, ...] = ()

@@ -84,7 +84,7 @@ def test_auto_takes_the_face_or_says_that_it_took_the_middle(tmp_path):
     for turn in (90, 180):
         turned, _ = photos.prepare(tall.rotate(turn, expand=True), 64)
         assert np.abs(np.asarray(turned, float) - np.asarray(found, float)).mean() < 25  # the same face, upright again
-    empty, note = photos.prepare(Image.new("RGB", (400, 300), "gray"), 64)
+    _, note = photos.prepare(Image.new("RGB", (400, 300), "gray"), 64)
     assert "took the middle" in note
     crop = astronaut.resize((250, 250))  # small pictures are crops already
     assert photos.prepare(crop, 64) == (photos.square(crop, 64), "")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +25,14 @@ from torch import Tensor, nn
 
 from . import formats, photos
 from .assets import toon
-from .backbones import Backbone, load_backbone
+from .backbones import Backbone, load_backbone, wrap
+from .devices import best_device, best_dtype
 from .errors import InputError
 from .hub import push
 from .lora import LoraSet
 from .personal_lora import PLACEHOLDER, PersonalLora
 from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork, save_hypernetwork
+from .progress import say
 from .settings import SCRATCH, GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
 from .stages.describe import describe
 from .stages.dreambooth import Subject
@@ -73,14 +74,31 @@ class HyperDreamBooth:
             dtype: the frozen base's precision; by default what `best_dtype` says.
         """
         device = device or best_device()
-        dtype = dtype or best_dtype(base, device)
-        backbone = load_backbone(base, device=device, dtype=dtype)
+        backbone = load_backbone(base, device=device, dtype=dtype or best_dtype(base, device))
         if hypernetwork == "auto":
             hypernetwork = toon.directory("hypernetwork") if str(base) == "toon" else None
+        return cls._opened(backbone, str(base), hypernetwork)
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any, *, hypernetwork: str | Path | None = None) -> HyperDreamBooth:
+        """The same over a pipeline of diffusers that is loaded already; it stays on its device and in its precision.
+
+        Its models are frozen. Raises InputError for a pipeline of another family.
+        """
+        name = str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
+        return cls._opened(wrap(pipe, name), name, hypernetwork)
+
+    @classmethod
+    def _opened(cls, backbone: Backbone, base: str, hypernetwork: str | Path | None) -> HyperDreamBooth:
         if hypernetwork is None or str(hypernetwork) == "none":
-            return cls(backbone, str(base))
+            return cls(backbone, base)
         source, info = load_hypernetwork(hypernetwork, backbone)
-        return cls(backbone, str(base), source.to(device), info)
+        return cls(backbone, base, source.to(backbone.device), info)
+
+    def __repr__(self) -> str:
+        dtype = str(self.backbone.denoiser.dtype).removeprefix("torch.")
+        mode = self.info.mode if self.info else "none"
+        return f"HyperDreamBooth({self.base!r}, family={self.backbone.family}, hypernetwork={mode}, device={self.device}, dtype={dtype})"
 
     def push_to_hub(self, name: str, *, public: bool = False) -> str:
         """Uploads the hypernetwork and its card to the hub as `user/name`; returns the address. Raises InputError."""
@@ -303,9 +321,17 @@ class HyperDreamBooth:
         config = self.generate_config(config, seed=seed, count=count, **changes)
         if isinstance(person, (str, Path)):
             person = self.load(person)
+        if person is not None and not isinstance(person, (PersonalLora, LoraSet)):
+            raise InputError(
+                f"generate draws one person at a time: a PersonalLora, a LoRA or token file, or None, not a {type(person).__name__}. "
+                "Call it for each person, or blend several with mix."
+            )
         loras = person.loras if isinstance(person, PersonalLora) else person
         identifier = person.identifier if isinstance(person, PersonalLora) else self.identifier
         wanted = [prompts] if isinstance(prompts, str) else list(prompts)
+        without = [prompt for prompt in wanted if PLACEHOLDER not in prompt and identifier not in prompt]
+        if loras and without:
+            say(f'"{without[0]}" doesn\'t name the person: write {PLACEHOLDER} where the person belongs.')
         texts = [prompt.replace(PLACEHOLDER, identifier) for prompt in wanted for _ in range(config.count)]
         seeds = [config.seed + i for _ in wanted for i in range(config.count)]
         pixels = generate(
@@ -323,17 +349,3 @@ class HyperDreamBooth:
             f'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType="{source}"/></rdf:RDF></x:xmpmeta>'
         )
         return {"Software": "hyperdreambooth", "ai_generated": "true", "hyperdreambooth": json.dumps(settings), "XML:com.adobe.xmp": xmp}
-
-
-def best_dtype(base: str | Path, device: str) -> torch.dtype:
-    """bfloat16 on a CUDA card that has it, float16 on older ones, float32 elsewhere, and for toon, which is small."""
-    if not device.startswith("cuda") or str(base) == "toon":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-def best_device() -> str:
-    """cuda, then mps, then cpu."""
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one GPU for each process of `accelerate launch`
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -61,6 +61,24 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A file that holds one JSON object. Raises InputError where it is missing, another value, or has numbers that aren't finite."""
+    path = Path(path)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} isn't JSON ({str(error).splitlines()[0]}). Was it cut off while copying?") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Writes a safetensors file, atomically. Tensors are made contiguous and moved to the CPU."""
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
@@ -80,6 +98,15 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safetensors.safe_open(str(path), framework="pt") as file:
             metadata = dict(file.metadata() or {})
         return {name: tensor.clone() for name, tensor in load_file(path).items()}, metadata
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}). Was it cut off while copying?") from error
+
+
+def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors, from its header alone. Raises InputError as `read_tensors`."""
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}). Was it cut off while copying?") from error
 

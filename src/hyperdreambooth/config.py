@@ -1,8 +1,13 @@
-"""Configs as files: a dataclass from YAML or JSON. Every command saves its own beside what it made, as JSON."""
+"""Dataclasses out of YAML and JSON: the schema that every file of settings is checked by.
+
+Every command saves its own settings beside what it made, as JSON, and takes them from such a file. A hypernetwork's config.json is
+read by the same functions.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from pathlib import Path
@@ -29,28 +34,50 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def updated(default: T, values: dict[str, Any], where: str) -> T:
+def updated(default: T, values: Any, where: str) -> T:
     """`default` with `values` over it, nested dataclasses included. Raises InputError for an unknown or ill-typed field."""
     if not dataclasses.is_dataclass(default) or isinstance(default, type):
         raise TypeError(default)
-    hints = typing.get_type_hints(type(default))
-    fields = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
+    return _filled(type(default), {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}, values, where)
+
+
+def parsed(kind: type[T], values: Any, where: str) -> T:
+    """A dataclass of `kind` out of a mapping. Raises InputError for an unknown, ill-typed or missing field."""
+    return _filled(kind, {}, values, where)
+
+
+def _filled(kind: type[T], defaults: dict[str, Any], values: Any, where: str) -> T:
+    if not isinstance(values, dict):
+        raise InputError(f"{where} must be a mapping of settings, not {_short(values)}.")
+    hints, found = typing.get_type_hints(kind, include_extras=True), dict(defaults)
     for key, value in values.items():
-        name = key.replace("-", "_")
-        if name not in fields:
-            raise InputError(f"{where}: unknown setting {key!r}; there are {', '.join(fields)}.")
-        if dataclasses.is_dataclass(fields[name]):
-            if not isinstance(value, dict):
-                raise InputError(f"{where}: {key} must be a mapping of settings, not {value!r}.")
-            fields[name] = updated(fields[name], value, f"{where}: {key}")
+        name = str(key).replace("-", "_")
+        if name not in hints:
+            raise InputError(f"{where}: unknown setting {_short(key)}; there are {', '.join(hints)}.")
+        if dataclasses.is_dataclass(defaults.get(name)):
+            found[name] = updated(defaults[name], value, f"{where}: {key}")
         else:
-            fields[name] = _coerced(value, hints[name], f"{where}: {key}")
-    result: T = type(default)(**fields)
-    return result
+            found[name] = _coerced(value, hints[name], f"{where}: {key}")
+    nothing = dataclasses.MISSING
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name not in found and field.default is nothing and field.default_factory is nothing:
+            raise InputError(f"{where} lacks {field.name}.")
+    return kind(**found)
+
+
+def in_range(value: float, low: float, high: float, where: str) -> None:
+    """Raises InputError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise InputError(f"{where} must lie in {low:,} to {high:,}, not {value}.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _coerced(value: Any, hint: Any, where: str) -> Any:
-    """A YAML value as the field's type: 1e-3 is a string to YAML 1.1, lists become tuples, strings paths."""
+    """A YAML value as the field's type: 1e-3 is a string to YAML 1.1, lists become tuples, strings paths. Numbers are finite."""
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in choices:
@@ -61,21 +88,27 @@ def _coerced(value: Any, hint: Any, where: str) -> Any:
             except InputError:
                 continue
     elif origin is typing.Literal:
-        if value in choices:
+        if any(value == choice and type(value) is type(choice) for choice in choices):
             return value
-        raise InputError(f"{where} must be one of {', '.join(map(str, choices))}, not {value!r}.")
+        raise InputError(f"{where} must be one of {', '.join(map(str, choices))}, not {_short(value)}.")
     elif origin in (tuple, list):
         if isinstance(value, (list, tuple)):
             return origin(_coerced(item, choices[0], where) for item in value) if choices else origin(value)
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {_coerced(key, choices[0], where): _coerced(item, choices[1], f"{where}: {key}") for key, item in value.items()}
     elif origin is typing.Annotated:
         return _coerced(value, choices[0], where)
+    elif dataclasses.is_dataclass(hint):
+        return parsed(hint, value, where)  # type: ignore[arg-type]
     elif hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
+            if math.isfinite(float(value)):
+                return float(value)
+        except (ValueError, OverflowError):
             pass
     elif hint is Path and isinstance(value, str):
         return Path(value)
     elif hint is Any or (isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
-    raise InputError(f"{where} must be {getattr(hint, '__name__', hint)}, not {value!r}.")
+    raise InputError(f"{where} must be {getattr(hint, '__name__', hint)}, not {_short(value)}.")

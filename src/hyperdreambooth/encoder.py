@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
+from .checkpoint import read_json, read_shapes, write_json
+from .errors import InputError, some
+
+LARGEST_PICTURE = 2048
+"""Side of the pictures that an encoder may ask for, in pixels."""
 
 
 class FaceEncoder(nn.Module):
@@ -39,28 +45,24 @@ class FaceEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, trained: bool = False) -> FaceEncoder:
-        """A directory or hub id of a transformers vision model; CLIP-like ones give their vision tower."""
-        from transformers import AutoImageProcessor, AutoModel
+        """A directory or hub id of a transformers vision model; CLIP-like ones give their vision tower.
 
-        try:
-            model: Any = AutoModel.from_pretrained(source, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{source} can't be opened as a vision model of transformers: {str(error).splitlines()[0]}") from error
-        model = getattr(model, "vision_model", model)
-        if model.main_input_name != "pixel_values":
-            raise InputError(f"{source} is a {type(model).__name__}, which doesn't read pictures. Give a vision model: DINOv2, CLIP, ViT.")
-        size, mean, std = int(getattr(model.config, "image_size", 64)), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-        with contextlib.suppress(OSError, ValueError):  # a model without a preprocessor takes -1..1
-            processor = AutoImageProcessor.from_pretrained(source)
-            wanted = getattr(processor, "crop_size", None) or processor.size
-            size = int(wanted.get("height", wanted.get("shortest_edge", size)))
-            mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-        return cls(model, size=size, mean=mean, std=std, trained=trained)
+        Raises InputError where it can't be opened, its config doesn't fit its weights, or it doesn't turn a picture into features.
+        """
+        model = _open_model(source)
+        with _said_of(source, "its preprocessing can't be read"):
+            size, mean, std = _preprocessing(source, model)
+        if not 1 <= size <= LARGEST_PICTURE or len(mean) != 3 or len(std) != 3 or not all(0 < deviation < 1e3 for deviation in std):
+            raise InputError(f"{source}: its preprocessing can't be: size {size}, mean {mean}, standard deviation {std}.")
+        with _said_of(source, "it can't look at a picture"), torch.no_grad():
+            encoder = cls(model, size=size, mean=mean, std=std, trained=trained).eval()
+            features = encoder(torch.zeros(1, 3, size, size))
+        if features.ndim != 3 or features.shape[-1] != encoder.dim or not features.isfinite().all():
+            raise InputError(f"{source} gives no finite features of size {encoder.dim}: its weights or its config are damaged.")
+        return encoder
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the model as transformers reads it, with its preprocessing."""
-        from .checkpoint import write_json
-
         self.model.save_pretrained(str(folder))  # type: ignore[operator]
         write_json(
             Path(folder) / "preprocessor_config.json",
@@ -92,6 +94,63 @@ class FaceEncoder(nn.Module):
         with contextlib.nullcontext() if self.trained else torch.no_grad():
             hidden: Tensor = self.model(pixel_values=((pixels + 1) / 2 - mean) / std).last_hidden_state
         return hidden.flatten(2).mT if hidden.ndim == 4 else hidden
+
+
+def _open_model(source: str | Path) -> Any:
+    from transformers import AutoModel
+
+    if Path(source).is_dir():
+        _check_depths(Path(source))
+    with _said_of(source, "it can't be opened as a vision model of transformers"):
+        model, found = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    # the pooler isn't used, and a file may hold a classifier's head besides; a layer that is in one place alone is a wrong config
+    absent = [name for name in found["missing_keys"] if "pooler" not in name]
+    unused = [name for name in found["unexpected_keys"] if re.search(r"\.\d+\.", name)]
+    if absent or unused:
+        raise InputError(f"{source}: its weights don't fit its config.json: {some([*absent, *unused])}.")
+    model = getattr(model, "vision_model", model)
+    if model.main_input_name != "pixel_values":
+        raise InputError(f"{source} is a {type(model).__name__}, which doesn't read pictures. Give a vision model: DINOv2, CLIP, ViT.")
+    return model
+
+
+def _preprocessing(source: str | Path, model: Any) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """The side of its pictures in pixels, and the mean and standard deviation of each channel of pictures in 0..1."""
+    from transformers import AutoImageProcessor
+
+    size = int(getattr(model.config, "image_size", 64))
+    try:
+        processor = AutoImageProcessor.from_pretrained(source)
+    except (OSError, ValueError):
+        if (Path(source) / "preprocessor_config.json").is_file():
+            raise
+        return size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # a model without a preprocessor takes -1..1
+    wanted = getattr(processor, "crop_size", None) or processor.size
+    size = int(wanted.get("height", wanted.get("shortest_edge", size)))
+    return size, tuple(map(float, processor.image_mean)), tuple(map(float, processor.image_std))
+
+
+@contextlib.contextmanager
+def _said_of(source: str | Path, problem: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes an InputError: a config with wrong values may fail anywhere in transformers."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{source}: {problem}: {reason}") from error
+
+
+def _check_depths(folder: Path) -> None:
+    """Raises InputError where config.json asks for more layers than model.safetensors has tensors: building them may take forever."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if not (weights.is_file() and config.is_file()):
+        return  # something else for transformers to open, or to refuse
+    most, values = len(read_shapes(weights)), read_json(config)
+    for part in (values, *(value for value in values.values() if isinstance(value, dict))):
+        for name, value in part.items():
+            depths = value if isinstance(value, list) else [value]
+            if ("layers" in name or name == "depths") and any(isinstance(depth, (int, float)) and depth > most for depth in depths):
+                raise InputError(f"{config}: {name} is {value}, and {weights.name} has {most} tensors.")
 
 
 def feature_dim(model: nn.Module) -> int:

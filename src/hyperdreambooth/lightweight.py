@@ -53,11 +53,11 @@ class LightweightLora(nn.Module):
                     f"{shape.outputs} outputs. Lower down_dim and up_dim, or leave that layer out of the targets."
                 )
             # no aux matrix is ever drawn from the global generator, and the state dict's keys can't hold dots
-            self._register(self._name(path, "down"), orthonormal(config.down_dim, shape.inputs, f"{config.seed}/{path}/down"))
-            self._register(self._name(path, "up"), orthonormal(config.up_dim, shape.outputs, f"{config.seed}/{path}/up").mT.contiguous())
+            self._register(self.name(path, "down"), orthonormal(config.down_dim, shape.inputs, f"{config.seed}/{path}/down"))
+            self._register(self.name(path, "up"), orthonormal(config.up_dim, shape.outputs, f"{config.seed}/{path}/up").mT.contiguous())
 
     @staticmethod
-    def _name(path: str, side: str) -> str:
+    def name(path: str, side: str) -> str:
         return f"{path.replace('.', '/')}/{side}"
 
     def _register(self, name: str, value: Tensor) -> None:
@@ -68,7 +68,7 @@ class LightweightLora(nn.Module):
 
     def aux(self, path: str) -> tuple[Tensor, Tensor]:
         """A layer's aux matrices: down (a, in) and up (out, b)."""
-        return getattr(self, self._name(path, "down")), getattr(self, self._name(path, "up"))
+        return getattr(self, self.name(path, "down")), getattr(self, self.name(path, "up"))
 
     @property
     def token_shape(self) -> tuple[int, int]:

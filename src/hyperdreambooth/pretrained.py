@@ -5,25 +5,46 @@ Frozen aux matrices aren't stored: they follow from the recipe in config.json. L
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from .backbones import Backbone
-from .checkpoint import read_tensors, save_tensors, write_json
+from .checkpoint import read_json, read_shapes, read_tensors, save_tensors, write_json
+from .config import in_range, parsed, updated
 from .encoder import FaceEncoder
 from .errors import InputError, some
 from .hub import download, write_card
 from .hypernetwork import HyperNetwork
 from .lightweight import LightweightLora
 from .lora import Shape, canonical_modules, linear_shape
+from .settings import GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
 from .trainable_lora import PredictedLora
 from .training_settings import HyperNetworkConfig, LightweightConfig
 
 FORMAT = 1
+LARGEST_LAYER = 1 << 17
+"""Inputs or outputs of a layer; those of the largest known bases are a tenth of it."""
+LIMITS: dict[str, tuple[float, float]] = {
+    "rank": (1, 1024),
+    "down_dim": (1, LARGEST_LAYER),
+    "up_dim": (1, LARGEST_LAYER),
+    "seed": (0, 2**63 - 1),
+    "dim": (1, 1 << 16),
+    "blocks": (1, 256),
+    "heads": (1, 1024),
+    "passes": (1, 64),
+    "steps": (0, 100_000),
+    "copies": (1, 1024),
+    "prior_pictures": (0, 10_000),
+    "width": (8, 8192),
+    "height": (8, 8192),
+    "count": (1, 1024),
+    "batch": (1, 1024),
+}
+"""What a hypernetwork's config.json may ask for: far more than anyone has reason to, far less than fills a machine's memory."""
 
 
 @dataclass
@@ -38,7 +59,7 @@ class HyperNetworkInfo:
     hypernetwork: dict[str, Any]
     encoder: str = "encoder"
     """The encoder's folder, relative to config.json."""
-    mode: str = "pro"
+    mode: Literal["pro", "faithful"] = "pro"
     prompt: str = "a [V] face"
     """The prompt that names the person."""
     describe: list[list[str]] = field(default_factory=list)
@@ -57,7 +78,8 @@ class HyperNetworkInfo:
 
 
 def build(targets: dict[str, Shape], encoder: FaceEncoder, lightweight: LightweightConfig, config: HyperNetworkConfig) -> PredictedLora:
-    """An untrained hypernetwork: it predicts no update at all."""
+    """An untrained hypernetwork: it predicts no update at all. Raises InputError for sizes that can't be."""
+    check_sizes(lightweight, config, "a hypernetwork")
     tokens = LightweightLora(targets, lightweight)
     return PredictedLora(encoder, HyperNetwork(tokens.start(), lightweight.rank * lightweight.down_dim, encoder.dim, config), tokens)
 
@@ -76,33 +98,92 @@ def save_hypernetwork(folder: str | Path, source: PredictedLora, info: HyperNetw
 def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> tuple[PredictedLora, HyperNetworkInfo]:
     """Reads a folder or a hub id; with `backbone`, checks that its layers are the ones that were trained for.
 
-    Raises InputError where it is no hypernetwork, of a newer format, or for another base.
+    Raises InputError where it is no hypernetwork, of a newer format, for another base, or damaged. Nothing is allocated before
+    the sizes in config.json have been compared to those of the tensors.
     """
     if not Path(folder).exists() and str(folder).count("/") == 1:
         folder = download(str(folder))
     folder = Path(folder)
-    file = folder / "config.json"
-    if not file.is_file():
-        raise InputError(f"{folder} has no config.json, so it isn't a hypernetwork. `train-hypernetwork` makes one.")
-    values = json.loads(file.read_text(encoding="utf-8"))
-    if "hypernetwork" not in values or values.get("format", 0) > FORMAT:
-        raise InputError(f"{file} isn't a hypernetwork of format {FORMAT} or older.")
-    info = HyperNetworkInfo(**values)
+    info = read_info(folder)
+    lightweight = parsed(LightweightConfig, info.lightweight, f"{folder / 'config.json'}: lightweight")
+    config = parsed(HyperNetworkConfig, info.hypernetwork, f"{folder / 'config.json'}: hypernetwork")
+    check_sizes(lightweight, config, str(folder / "config.json"))
     targets = {path: Shape(*shape) for path, shape in info.targets.items()}
     if backbone is not None:
         check_targets(targets, backbone, str(folder))
-    source = build(
-        targets,
-        FaceEncoder.from_pretrained(folder / info.encoder),
-        LightweightConfig(**info.lightweight),
-        HyperNetworkConfig(**info.hypernetwork),
-    )
-    tensors, _ = read_tensors(folder / "model.safetensors")
-    missing, unexpected = source.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
-    wrong = [name for name in [*missing, *unexpected] if not name.startswith("encoder.")]
+    encoder = FaceEncoder.from_pretrained(folder / info.encoder)
+    file = folder / "model.safetensors"
+    wanted, found = expected_shapes(targets, encoder.dim, lightweight, config), read_shapes(file)
+    wrong = sorted(name for name in {*wanted, *found} if not name.startswith("encoder.") and wanted.get(name) != found.get(name))
     if wrong:
-        raise InputError(f"{folder}/model.safetensors doesn't fit its config.json: {wrong[0]} and {len(wrong) - 1} more.")
+        sizes = f"{wanted.get(wrong[0], 'none')} by the config, {found.get(wrong[0], 'none')} in the file"
+        raise InputError(f"{file} doesn't fit its config.json: {wrong[0]} ({sizes}) and {len(wrong) - 1} more.")
+    tensors = {name: value for name, value in read_tensors(file)[0].items() if name in wanted}
+    damaged = [name for name, value in tensors.items() if not (value.is_floating_point() and value.float().isfinite().all())]
+    if damaged:
+        raise InputError(f"{file} is damaged: {some(damaged)} should be finite numbers.")
+    source = build(targets, encoder, lightweight, config)
+    source.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
     return source.eval(), info
+
+
+def read_info(folder: Path) -> HyperNetworkInfo:
+    """A hypernetwork's config.json. Raises InputError where it is missing, of a newer format, or wrong in any field."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder} has no config.json, so it isn't a hypernetwork. `train-hypernetwork` makes one.")
+    values = read_json(file)
+    version = values.get("format", FORMAT)
+    if "hypernetwork" not in values or (isinstance(version, (int, float)) and version > FORMAT):
+        raise InputError(f"{file} isn't a hypernetwork of format {FORMAT} or older.")
+    info = parsed(HyperNetworkInfo, values, str(file))
+    if not info.targets or not (folder / info.encoder).is_dir():
+        raise InputError(f"{file}: targets must name layers, and encoder a folder beside it, not {info.encoder!r}.")
+    for path, shape in info.targets.items():
+        if len(shape) != 2:
+            raise InputError(f"{file}: targets: {path} must have two sizes, inputs and outputs, not {len(shape)}.")
+        for size in shape:
+            in_range(size, 1, LARGEST_LAYER, f"{file}: targets: {path}")
+    if not all(info.describe):
+        raise InputError(f"{file}: describe: every part of the prompt needs at least one phrase.")
+    _check_defaults(file, updated(PersonalizeChoices(), info.personalize, f"{file}: personalize"), PersonalizeConfig)
+    _check_defaults(file, updated(GenerateChoices(), info.generate, f"{file}: generate"), GenerateConfig)
+    return info
+
+
+def _check_defaults(file: Path, choices: PersonalizeChoices | GenerateChoices, kind: type) -> None:
+    for name, value in asdict(choices).items():
+        if isinstance(value, (int, float)):
+            in_range(value, *LIMITS.get(name, (-1e6, 1e6)), f"{file}: {name}")
+    try:
+        resolve(kind, ("config.json", choices))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+def check_sizes(lightweight: LightweightConfig, config: HyperNetworkConfig, where: str) -> None:
+    """Raises InputError for sizes of a token and of the decoder that no hypernetwork can have."""
+    for part in (lightweight, config):
+        for name, value in asdict(part).items():
+            if name in LIMITS:
+                in_range(value, *LIMITS[name], f"{where}: {name}")
+    if config.dim % config.heads:
+        raise InputError(f"{where}: dim must be a multiple of heads, not {config.dim} and {config.heads}.")
+
+
+def expected_shapes(
+    targets: dict[str, Shape], feature_dim: int, lightweight: LightweightConfig, config: HyperNetworkConfig
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that a hypernetwork of these sizes has in model.safetensors, without making them."""
+    with torch.device("meta"):
+        start = torch.empty(len(targets), lightweight.width)
+        state = HyperNetwork(start, lightweight.rank * lightweight.down_dim, feature_dim, config).state_dict()
+    shapes = {f"hypernetwork.{name}": tuple(value.shape) for name, value in state.items()}
+    if lightweight.learnable:
+        for path, shape in targets.items():
+            shapes[f"lightweight.{LightweightLora.name(path, 'down')}"] = (lightweight.down_dim, shape.inputs)
+            shapes[f"lightweight.{LightweightLora.name(path, 'up')}"] = (shape.outputs, lightweight.up_dim)
+    return shapes
 
 
 def check_targets(targets: dict[str, Shape], backbone: Backbone, name: str) -> None:

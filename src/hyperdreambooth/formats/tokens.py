@@ -77,9 +77,9 @@ def read_tokens(path: str | Path, lightweight: LightweightLora) -> Tensor:
         raise InputError(f"{path} lacks {missing[0]} and {len(missing) - 1} more layers. Is the file whole?")
     rows = [tensors[layer] for layer in lightweight.targets]
     width = lightweight.config.width
-    if any(tuple(row.shape) != (width,) or not row.isfinite().all() for row in rows):
+    if any(tuple(row.shape) != (width,) or not row.is_floating_point() or not row.float().isfinite().all() for row in rows):
         raise InputError(f"{path} is damaged: its tokens aren't {width} finite numbers a layer.")
-    return torch.stack(rows)
+    return torch.stack([row.float() for row in rows])
 
 
 def mix_tokens(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
@@ -92,12 +92,15 @@ def mix_tokens(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
 def describe_tokens(path: str | Path) -> dict[str, Any]:
     """What is in a token file, for people."""
     tensors, header = read_tensors(path)
-    recipe = json.loads(header.get("hyperdreambooth.recipe", "{}"))
+    try:
+        rank = dict(json.loads(header.get("hyperdreambooth.recipe", "{}"))).get("rank", "unknown")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: the recipe in its header isn't a JSON object.") from error
     return {
         "file": str(path),
         "kind": "tokens",
         "base": header.get("base", "unknown"),
-        "rank": recipe.get("rank", "unknown"),
+        "rank": rank,
         "layers": len(tensors),
         "variables": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": Path(path).stat().st_size,

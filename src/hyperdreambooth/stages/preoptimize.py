@@ -63,6 +63,8 @@ def preoptimize(
             write_json(state / "names.json", chunk)
             tokens = _train_chunk(backbone, data, [data.names.index(name) for name in chunk], lightweight, config, state)
             for name, row in zip(chunk, tokens, strict=True):
+                if name in table:
+                    continue  # it was written before an interruption
                 save_row(output, name, row, fingerprint)
                 table[name] = row
                 if on_row:

@@ -69,3 +69,25 @@ def test_pictures_say_how_and_by_what_they_were_made(hdb):
     assert "trainedAlgorithmicMedia" in data["XML:com.adobe.xmp"]
     settings = json.loads(data["hyperdreambooth"])
     assert (settings["prompt"], settings["seed"], settings["strength"]) == ("a [V] face", 7, 0.5)
+
+
+def test_a_pipeline_that_is_loaded_already_serves_as_the_base(hdb, tiny_world):
+    again = HyperDreamBooth.from_pipeline(hdb.backbone.pipe, hypernetwork=tiny_world / "hypernetwork")
+    one, other = (each.personalize(picture(), steps=0, quiet=True) for each in (hdb, again))
+    assert all(torch.equal(one.loras[path].up, other.loras[path].up) for path in one.loras)
+    assert repr(again).count("\n") == 0
+    assert "family=sd, hypernetwork=pro, device=cpu, dtype=float32" in repr(again)
+    assert repr(one) == "PersonalLora('toon', rank=1, layers=%d, trigger='[V]')" % len(one.loras)
+    with pytest.raises(InputError, match="supported: "):
+        HyperDreamBooth.from_pipeline(object())
+
+
+def test_what_generate_is_given_means_something_or_is_one_sentence(hdb, capsys):
+    me = hdb.personalize(picture(), steps=0, quiet=True)
+    with pytest.raises(InputError, match="not a list"):
+        hdb.generate("a [V] face", [me, me], steps=1)
+    hdb.generate(["a face", "a [V] face"], me, steps=1)
+    assert capsys.readouterr().err.count("doesn't name the person") == 1
+    hdb.generate("a face", None, steps=1)
+    hdb.generate("a [V] face", me, steps=1)
+    assert not capsys.readouterr().err

@@ -24,7 +24,9 @@ MAY = {  # module (or package) -> the modules of ours that it may import
     "faces": {"errors"},
     "hub": {"checkpoint", "errors", "formats", "photos", "pretrained"},
     "personal_lora": {"errors", "formats", "lightweight", "lora"},
-    "photos": {*BASE, "faces"},
+    "photos": {*BASE, "faces", "pictures_out"},
+    "pictures_out": {*BASE},
+    "folders": {*BASE, "photos"},
     "sampling": {"backbones", "errors", "lora", "replay", "settings"},
 }
 

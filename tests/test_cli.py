@@ -60,7 +60,7 @@ def test_an_interrupted_personalize_goes_on_and_leaves_nothing(tmp_path, face, m
     from hyperdreambooth.stages import dreambooth
 
     out = tmp_path / "out"
-    common = ["personalize", face, "--steps", 4]
+    common = ["personalize", face, "--steps", 4, "--device", "cpu"]  # bit for bit
     assert run(*common, "-o", out / "whole.safetensors") == 0
     real, calls = dreambooth.denoising_loss, []
 
@@ -213,7 +213,7 @@ def test_train_light_and_its_export(tmp_path, face):
 WORKER = """
 import runpy, sys
 import torch
-sys.argv[1:] = ["train-light", {face!r}, "-o", {folder!r}, "--training.steps", "1", *{small!r}]
+sys.argv[1:] = ["train-light", {face!r}, "-o", {folder!r}, "--training.steps", "1", "--device", "cpu", *{small!r}]
 try:
     runpy.run_module("hyperdreambooth", run_name="__main__")
 except SystemExit as end:
@@ -356,6 +356,24 @@ def test_ctrl_c_says_so(monkeypatch, face, tmp_path, capsys):
     monkeypatch.setattr(info, "run", stop)
     assert run("info", face) == 130
     assert "stopped" in capsys.readouterr().err
+
+
+def test_an_error_that_nobody_foresaw_is_a_sentence_and_debug_shows_the_trace(monkeypatch, face, capsys):
+    from hyperdreambooth.commands import info
+
+    def stumble(args: object) -> None:
+        raise RuntimeError("some library\nsays why.")
+
+    monkeypatch.setattr(info, "run", stumble)
+    refused(capsys, "RuntimeError: says why", "info", face)
+    with pytest.raises(RuntimeError, match="some library"):
+        run("info", face, "--debug")
+
+
+@pytest.mark.parametrize("name", ["me.v1", "me.ckpt", "me"])
+def test_a_lora_is_never_written_under_another_suffix(tmp_path, face, capsys, name):
+    refused(capsys, f"Name it {name}.safetensors", "personalize", face, "-o", tmp_path / name)
+    assert not list(tmp_path.glob("me*"))
 
 
 def test_evaluate_measures_resumes_and_tabulates(tmp_path, capsys, tiny_world):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hyperdreambooth import photos
+from hyperdreambooth import folders, photos
 from hyperdreambooth.errors import InputError
 
 from .conftest import picture
@@ -211,7 +211,7 @@ def test_masks_that_cant_be_used_are_one_error(tmp_path, face):
 
 
 def test_identities_of_a_folder(tmp_path, people):
-    found = photos.list_identities(people)
+    found = folders.list_identities(people)
     assert list(found) == ["ann", "bob", "cyd", "dan"]
     assert len(found["ann"]) == 2
     flat = tmp_path / "flat"
@@ -219,11 +219,11 @@ def test_identities_of_a_folder(tmp_path, people):
     for name in ("2", "10", "²"):
         picture().save(flat / f"{name}.png")
     (flat / "notes.txt").write_text("no picture")
-    assert list(photos.list_identities(flat)) == ["2", "10", "²"]  # "²" is a digit that int() refuses
+    assert list(folders.list_identities(flat)) == ["2", "10", "²"]  # "²" is a digit that int() refuses
     (tmp_path / "empty").mkdir()
     for folder, says in ((tmp_path / "empty", "holds no pictures"), (tmp_path / "nowhere", "no such folder")):
         with pytest.raises(InputError, match=says):
-            photos.list_identities(folder)
+            folders.list_identities(folder)
 
 
 def test_png_metadata_and_overwriting(tmp_path):

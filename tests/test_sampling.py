@@ -7,7 +7,7 @@ import torch
 
 from hyperdreambooth import formats, photos
 from hyperdreambooth.errors import InputError
-from hyperdreambooth.lora import applied
+from hyperdreambooth.lora import Lora, LoraSet, applied, merged
 from hyperdreambooth.sampling import branches
 from hyperdreambooth.settings import GenerateConfig
 from hyperdreambooth.stages.generate import generate, noise_for
@@ -168,3 +168,53 @@ def test_bad_settings_raise(backbone):
 def test_other_sizes(backbone):
     images = generate(backbone, [PROMPT], [1], GenerateConfig(steps=1, width=96, height=64))
     assert images.shape == (1, 3, 64, 96)
+
+
+def test_pictures_that_are_none_are_named_and_never_given_out(backbone, monkeypatch):
+    config = GenerateConfig(steps=1)
+    wild = random_loras(backbone).map(lambda tensor: tensor * torch.inf)
+    with pytest.raises(InputError, match="LoRA in it, gave values that aren't finite in float32"):
+        generate(backbone, [PROMPT], [1], config, personal=wild)
+    decode = backbone.decode_images
+    monkeypatch.setattr(backbone, "decode_images", lambda latents: torch.zeros_like(decode(latents)))
+    with pytest.raises(InputError, match="one color alone"):
+        generate(backbone, [PROMPT], [1], config)
+    monkeypatch.setattr(backbone, "decode_images", lambda latents: decode(latents) * torch.nan)
+    with pytest.raises(InputError, match="the autoencoder gave values"):
+        generate(backbone, [PROMPT], [1], config)
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_goes_on_in_float32(capsys):
+    from hyperdreambooth.backbones import StableDiffusion
+
+    half = StableDiffusion(tiny_pipe())
+    half.pipe.vae.config.force_upcast = False
+    half.pipe.vae.to(torch.bfloat16)
+    real = half.decode_images
+    half.decode_images = lambda latents: real(latents) * (torch.nan if half.pipe.vae.dtype == torch.bfloat16 else 1.0)
+    assert torch.isfinite(generate(half, [PROMPT], [1], GenerateConfig(steps=1))).all()
+    assert "overflowed in bfloat16" in capsys.readouterr().err
+
+
+def test_merging_gives_what_hooks_give_and_puts_the_weights_back(backbone):
+    person = random_loras(backbone)
+    before = {name: tensor.clone() for name, tensor in backbone.components.state_dict().items()}
+    config = GenerateConfig(steps=2, guidance=2.0)
+    one = generate(backbone, [PROMPT], [1], config, personal=person)  # merged: one person in the batch
+    batch = random_loras(backbone, seed=9).map(lambda tensor: tensor[None])
+    two = LoraSet(
+        {
+            path: Lora(torch.cat([lora.down[None], batch[path].down]), torch.cat([lora.up[None], batch[path].up]))
+            for path, lora in person.items()
+        }
+    )
+    torch.testing.assert_close(generate(backbone, [PROMPT] * 2, [1, 2], config, personal=two)[:1], one, atol=1e-4, rtol=1e-3)
+
+    def stumble() -> None:
+        with merged(backbone.components, person):
+            assert not all(torch.equal(tensor, before[name]) for name, tensor in backbone.components.state_dict().items())
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        stumble()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.components.state_dict().items())

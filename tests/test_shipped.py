@@ -34,7 +34,7 @@ def test_shipped_data_and_checkout_stay_small():
 
 
 def test_the_prediction_is_the_person_in_the_asked_context():
-    hdb = HyperDreamBooth.from_pretrained("toon")
+    hdb = HyperDreamBooth.from_pretrained("toon", device="cpu")
     recogniser, classifier = (Judge.from_pretrained(toon.directory(name)) for name in ("recogniser", "classifier"))
     about = json.loads((toon.directory("faces") / "faces.json").read_text(encoding="utf-8"))
     files = [toon.directory("faces") / f"face-{number:02d}.png" for number in range(1, 9)]
@@ -56,7 +56,7 @@ def test_the_prediction_is_the_person_in_the_asked_context():
 def test_the_shipped_hypernetwork_has_the_recipes_layers_and_settings():
     from worlds.toon import hypernetworks, pictures, train
 
-    hdb = HyperDreamBooth.from_pretrained("toon")
+    hdb = HyperDreamBooth.from_pretrained("toon", device="cpu")
     assert set(hdb.info.targets) == set(find_targets(hdb.backbone.components, hypernetworks.TARGETS))
     assert not any(path.endswith(("attn2.to_k", "attn2.to_v")) for path in hdb.info.targets)  # they read the prompt
     recipe = train.describe(hdb.source, hypernetworks.pro_config(1), TrainingReport(), 1)
@@ -66,7 +66,7 @@ def test_the_shipped_hypernetwork_has_the_recipes_layers_and_settings():
 
 
 def test_what_was_measured_is_what_is_drawn_by_default():
-    info = HyperDreamBooth.from_pretrained("toon").info
+    info = HyperDreamBooth.from_pretrained("toon", device="cpu").info
     generate, own = info.generate, info.personalize
     assert {name: generate[name] for name in evaluate.GUIDANCE} == evaluate.GUIDANCE
     results = json.loads((ROOT / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))["settings"]
@@ -78,14 +78,14 @@ def test_what_was_measured_is_what_is_drawn_by_default():
 @torch.no_grad()
 def test_the_predicted_updates_are_small():
     """They likely pay for their norm with contexts that were never trained on; before its price was raised it was above 3,800."""
-    hdb = HyperDreamBooth.from_pretrained("toon")
+    hdb = HyperDreamBooth.from_pretrained("toon", device="cpu")
     faces = to_tensor([Image.open(file).convert("RGB") for file in sorted(toon.directory("faces").glob("face-*.png"))])
     assert update_norms(hdb.source(faces)).mean() < 1500
 
 
 def test_the_base_names_what_a_photo_shows():
     """The background is in the photo's corner, and what the base calls it must be the palette's nearest."""
-    hdb = HyperDreamBooth.from_pretrained("toon")
+    hdb = HyperDreamBooth.from_pretrained("toon", device="cpu")
     palette = json.loads((ROOT / "worlds/toon/contexts.json").read_text(encoding="utf-8"))["background"]
     names, colors = list(palette), np.array([[int(one["color"][i : i + 2], 16) for i in (1, 3, 5)] for one in palette.values()])
     pixels = to_tensor([Image.open(toon.directory("faces") / f"face-{number:02d}.png") for number in range(1, 7)])

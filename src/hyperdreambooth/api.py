@@ -12,25 +12,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from . import formats, photos
 from .assets import toon
-from .backbones import Backbone, load_backbone
+from .backbones import Backbone, load_backbone, wrap
+from .devices import best_device, best_dtype
 from .errors import InputError
 from .hub import push
 from .lora import LoraSet
 from .personal_lora import PLACEHOLDER, PersonalLora
 from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork, save_hypernetwork
+from .progress import say
 from .settings import SCRATCH, GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
 from .stages.describe import describe
 from .stages.dreambooth import Subject
@@ -61,7 +63,7 @@ class HyperDreamBooth:
         *,
         hypernetwork: str | Path | None = "auto",
         device: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> HyperDreamBooth:
         """Opens a base and its hypernetwork.
 
@@ -69,15 +71,34 @@ class HyperDreamBooth:
             base: "toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id.
             hypernetwork: a directory or hub id; None for none; "auto" takes the shipped one for toon, none elsewhere.
             device: cuda, mps or cpu; by default the best there is.
+            dtype: the frozen base's precision; by default what `best_dtype` says.
         """
         device = device or best_device()
-        backbone = load_backbone(base, device=device, dtype=dtype)
+        backbone = load_backbone(base, device=device, dtype=dtype or best_dtype(base, device))
         if hypernetwork == "auto":
             hypernetwork = toon.directory("hypernetwork") if str(base) == "toon" else None
+        return cls._opened(backbone, str(base), hypernetwork)
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any, *, hypernetwork: str | Path | None = None) -> HyperDreamBooth:
+        """The same over a pipeline of diffusers that is loaded already; it stays on its device and in its precision.
+
+        Its models are frozen. Raises InputError for a pipeline of another family.
+        """
+        name = str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
+        return cls._opened(wrap(pipe, name), name, hypernetwork)
+
+    @classmethod
+    def _opened(cls, backbone: Backbone, base: str, hypernetwork: str | Path | None) -> HyperDreamBooth:
         if hypernetwork is None or str(hypernetwork) == "none":
-            return cls(backbone, str(base))
+            return cls(backbone, base)
         source, info = load_hypernetwork(hypernetwork, backbone)
-        return cls(backbone, str(base), source.to(device), info)
+        return cls(backbone, base, source.to(backbone.device), info)
+
+    def __repr__(self) -> str:
+        dtype = str(self.backbone.denoiser.dtype).removeprefix("torch.")
+        mode = self.info.mode if self.info else "none"
+        return f"HyperDreamBooth({self.base!r}, family={self.backbone.family}, hypernetwork={mode}, device={self.device}, dtype={dtype})"
 
     def push_to_hub(self, name: str, *, public: bool = False) -> str:
         """Uploads the hypernetwork and its card to the hub as `user/name`; returns the address. Raises InputError."""
@@ -128,25 +149,21 @@ class HyperDreamBooth:
         )
         return resolve(GenerateConfig, *layers)
 
-    def read_photos(self, files: Photos, *, crop: photos.Crop = "center", face: int | None = None) -> tuple[Tensor, list[str]]:
+    def read_photos(self, files: Photos, *, crop: photos.Crop = "auto", face: int | None = None) -> tuple[Tensor, list[str]]:
         """Photos as (n, 3, size, size) in -1..1 and what is worth saying about them (which face was taken)."""
         if isinstance(files, Tensor):
             return files, []
-        group = [files] if isinstance(files, (str, Path, Image.Image)) else list(files)
+        group = [files] if isinstance(files, (str, Path, Image.Image, bytes, np.ndarray)) or hasattr(files, "read") else list(files)
         if not group:
             raise InputError("no photo was given.")
         images, notes = [], []
         for file in group:
-            image, note = (
-                (photos.square(file.convert("RGB"), self.backbone.size), "")
-                if isinstance(file, Image.Image)
-                else photos.prepare(file, self.backbone.size, crop, face)
-            )
+            image, note = photos.prepare(file, self.backbone.size, crop, face)
             images.append(image)
             notes += [note] if note else []
         return photos.to_tensor(images), notes
 
-    def read_masks(self, masks: Files, files: Files, *, crop: photos.Crop = "center", face: int | None = None) -> Tensor:
+    def read_masks(self, masks: Files, files: Files, *, crop: photos.Crop = "auto", face: int | None = None) -> Tensor:
         """Gray pictures that say where photos count, one for all of them or one each: (n, 1, size, size) in 0..1.
 
         Raises InputError for another number of masks, or one that doesn't fit its photo.
@@ -180,7 +197,7 @@ class HyperDreamBooth:
         files: Photos,
         *,
         steps: int | None = None,
-        crop: photos.Crop = "center",
+        crop: photos.Crop = "auto",
         face: int | None = None,
         masks: Tensor | None = None,
         prompt: str | None = None,
@@ -304,9 +321,17 @@ class HyperDreamBooth:
         config = self.generate_config(config, seed=seed, count=count, **changes)
         if isinstance(person, (str, Path)):
             person = self.load(person)
+        if person is not None and not isinstance(person, (PersonalLora, LoraSet)):
+            raise InputError(
+                f"generate draws one person at a time: a PersonalLora, a LoRA or token file, or None, not a {type(person).__name__}. "
+                "Call it for each person, or blend several with mix."
+            )
         loras = person.loras if isinstance(person, PersonalLora) else person
         identifier = person.identifier if isinstance(person, PersonalLora) else self.identifier
         wanted = [prompts] if isinstance(prompts, str) else list(prompts)
+        without = [prompt for prompt in wanted if PLACEHOLDER not in prompt and identifier not in prompt]
+        if loras and without:
+            say(f'"{without[0]}" doesn\'t name the person: write {PLACEHOLDER} where the person belongs.')
         texts = [prompt.replace(PLACEHOLDER, identifier) for prompt in wanted for _ in range(config.count)]
         seeds = [config.seed + i for _ in wanted for i in range(config.count)]
         pixels = generate(
@@ -324,10 +349,3 @@ class HyperDreamBooth:
             f'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType="{source}"/></rdf:RDF></x:xmpmeta>'
         )
         return {"Software": "hyperdreambooth", "ai_generated": "true", "hyperdreambooth": json.dumps(settings), "XML:com.adobe.xmp": xmp}
-
-
-def best_device() -> str:
-    """cuda, then mps, then cpu."""
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one GPU for each process of `accelerate launch`
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 USAGE = """usage: hyperdreambooth COMMAND [OPTIONS]      (hyperdreambooth COMMAND --help explains each)
 
-One face photo in, a personal LoRA out, for any Stable Diffusion.
+One face photo in, a personal LoRA out, for any Stable Diffusion. --debug shows the whole trace of an error.
 """
 
 
@@ -33,6 +33,8 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else 2
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    from .errors import InputError, TrainingError
+    from .errors import InputError, TrainingError, unexpected
 
     try:
         from . import commands
@@ -58,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             leave()
         return code
     except (InputError, TrainingError) as error:
+        if debug:
+            raise
         print(f"hyperdreambooth: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -66,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except Exception as error:
+        if debug:
+            raise
+        print(f"hyperdreambooth: {unexpected(error)} --debug shows the trace.", file=sys.stderr)
+        return 2
 
 
 def parse(name: str, kind: type, arguments: list[str]) -> object:

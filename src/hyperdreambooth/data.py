@@ -16,6 +16,7 @@ from .backbones import Backbone, Conditioning
 from .checkpoint import read_tensors, save_tensors
 from .encoder import FaceEncoder
 from .errors import InputError
+from .folders import list_identities
 from .progress import Progress, say
 
 
@@ -107,7 +108,7 @@ def load_identities(
     encoder: FaceEncoder | None,
     prompt: str,
     *,
-    crop: photos.Crop = "center",
+    crop: photos.Crop = "auto",
     cache: str | Path | None = None,
 ) -> IdentityData:
     """Reads `identity/picture.png`, or one picture each, and encodes every picture once.
@@ -116,7 +117,7 @@ def load_identities(
     the files' names, sizes and dates. An encoder that is trained gets the pictures, not features. Raises InputError for
     an empty folder.
     """
-    found = photos.list_identities(folder)
+    found = list_identities(folder)
     files = [(name, file) for name, group in found.items() for file in group]
     seen_by = encoder and (getattr(encoder.model, "name_or_path", ""), encoder.trained, encoder.size)
     config = f"{getattr(backbone.pipe, 'name_or_path', '')}|{seen_by}|{crop}|{backbone.size}"

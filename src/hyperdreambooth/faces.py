@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .errors import InputError, NoFaceError
 
 TURNS = (0, 20, -20, 40, -40)
 """Degrees by which copies are turned before faces are looked for."""
-LARGEST = 512
-"""The longer side of the copy that is searched."""
+ORIENTATIONS = (0, 180, 90, -90)
+"""Quarter turns at which a photo is searched, in this order, until a face with eyes is found."""
+SIZES = (512, 1024, 2048)
+"""The longer side of the copies that are searched, until a face is found: small faces need the larger ones."""
+SMALLEST_AUTO = 256
+"""A picture of at most this many pixels a side is taken for a crop that is one already."""
 MARGIN = 2.0
 """Side of a crop over the side of the detector's box, which runs from the brows to the chin."""
 
@@ -40,26 +44,57 @@ class Face(NamedTuple):
 
 
 def find_faces(image: Image.Image) -> list[Face]:
-    """Frontal faces tilted by up to some 50 degrees, the largest first. Raises InputError where OpenCV isn't installed."""
-    scale = max(image.size) / LARGEST
-    small = image.convert("L").resize((max(1, round(image.width / scale)), max(1, round(image.height / scale))), Image.Resampling.BILINEAR)
-    found = [face for turn in TURNS for face in _search(small, turn)]
-    # a face is found at several turns: the one where it stands most upright saw it best; without eyes only an upright one counts
+    """Frontal faces at any tilt, the largest first. Raises InputError where OpenCV isn't installed.
+
+    Upright faces are looked for first, then sideways and upside-down ones, larger copies, and upright copies of equalized contrast; the
+    first of these searches that finds a face with both eyes ends it. One without eyes counts only where it is found upright.
+    """
+    gray = image.convert("L")
+    without_eyes: list[Face] = []
+    for size, equalized in [(size, equalized) for equalized in (False, True) for size in SIZES if size <= max(SIZES[0], *image.size)]:
+        scale = max(image.size) / size
+        small = gray.resize((max(1, round(image.width / scale)), max(1, round(image.height / scale))), Image.Resampling.BILINEAR)
+        small = ImageOps.equalize(small) if equalized else small
+        for quarter in ORIENTATIONS[:1] if equalized else ORIENTATIONS:
+            faces = _merged([face for turn in TURNS for face in _search(small, quarter + turn)])
+            faces = [Face(face.x * scale, face.y * scale, face.side * scale, face.roll, face.eyes) for face in faces]
+            if any(face.eyes for face in faces):
+                return faces
+            if quarter == 0 and size == SIZES[0] and not equalized:
+                without_eyes = faces
+    return without_eyes
+
+
+def _merged(found: list[tuple[Face, float]]) -> list[Face]:
+    """One face for all the turns at which it was found, the largest first."""
+    # the turn where it stands most upright saw it best; without eyes only an upright one counts
     found.sort(key=lambda item: (not item[0].eyes, abs(item[1])))
     kept: list[Face] = []
     for face, _ in found:
         if all(math.dist(face[:2], other[:2]) > 0.6 * max(face.side, other.side) for other in kept):
             kept.append(face)
-    return [
-        Face(face.x * scale, face.y * scale, face.side * scale, face.roll, face.eyes) for face in sorted(kept, key=lambda face: -face.side)
-    ]
+    return sorted(kept, key=lambda face: -face.side)
+
+
+def find_for_auto(image: Image.Image, name: str) -> tuple[Face | None, str]:
+    """The largest face, or None where the middle is to be taken, and a note that says which."""
+    if max(image.size) <= SMALLEST_AUTO:
+        return None, ""
+    try:
+        face, note = choose_face(image, name)
+    except NoFaceError:
+        return None, f"{name}: no face was found, took the middle."
+    except InputError as error:
+        return None, f"{name}: took the middle; {error}"
+    unsure = "" if face.eyes else " It is unsure, since no eyes were found: look at it, or give --crop center."
+    return face, (note or f"{name}: took the face.") + unsure
 
 
 def _search(image: Image.Image, turn: int) -> Iterator[tuple[Face, float]]:
     """Faces of a gray picture that stand upright once it is turned by `turn` degrees counterclockwise, and how upright."""
     turned = image.rotate(turn, Image.Resampling.BILINEAR, expand=True, fillcolor=128) if turn else image
     pixels = np.asarray(turned)
-    smallest = max(24, min(image.size) // 10)
+    smallest = max(24, min(51, min(image.size) // 10))
     for left, top, side, _ in _cascade("haarcascade_frontalface_alt2").detectMultiScale(pixels, 1.1, 4, minSize=(smallest, smallest)):
         eyes = _eyes(pixels[top : top + side, left : left + side])
         if eyes is None and turn:
@@ -95,8 +130,8 @@ def _eyes(face: Any) -> tuple[tuple[float, float], tuple[float, float]] | None:
 def _cascade(name: str) -> Any:
     try:
         import cv2.data
-    except ImportError as error:
-        raise InputError('finding faces needs OpenCV: pip install "hyperdreambooth[faces]", or use --crop center.') from error
+    except ImportError as error:  # of OpenCV, or of its cascades, which version 5 has not
+        raise InputError('finding faces needs OpenCV 4: pip install "hyperdreambooth[faces]", or use --crop center.') from error
     return cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / f"{name}.xml"))
 
 

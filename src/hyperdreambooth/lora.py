@@ -59,6 +59,8 @@ class Lora:
             weights: (B,) multiplies each sample's update.
         """
         down, up, tiles = self.down, self.up, 1
+        if down.ndim == 3 and len(down) == 1:  # one person in all samples: matrices, not a batch of copies of them
+            down, up = down[0], up[0]
         if down.ndim == 3:
             if len(x) % len(down):
                 raise ValueError(f"{len(down)} updates for a batch of {len(x)}: it must be a multiple")

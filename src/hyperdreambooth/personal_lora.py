@@ -18,7 +18,7 @@ PLACEHOLDER = "[V]"
 """Stands for the person in prompts, whatever the base's own rare token is."""
 
 
-@dataclass
+@dataclass(repr=False)
 class PersonalLora:
     """A personal LoRA: one person's update of one base."""
 
@@ -40,6 +40,9 @@ class PersonalLora:
     """What the file's header says besides the LoRA itself: about its base, or whatever a loaded file said."""
     convolutions: frozenset[str] = frozenset()
     """Layers of a loaded file that are 1 x 1 convolutions."""
+
+    def __repr__(self) -> str:
+        return f"PersonalLora({self.base!r}, rank={self.rank}, layers={len(self.loras)}, trigger={self.identifier!r})"
 
     @property
     def rank(self) -> int:

@@ -1,4 +1,4 @@
-"""A picture from outside: safe decoding, orientation, crop, mask; and pictures that go out, with their metadata.
+"""A picture from outside: safe decoding, orientation, colors, crop, mask.
 
 Nothing that comes from a user is decoded before its header was checked, and whatever is wrong with a file is one
 InputError that names it.
@@ -6,70 +6,218 @@ InputError that names it.
 
 from __future__ import annotations
 
+import io
 import re
+import struct
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from .checkpoint import write_atomically
 from .errors import InputError
-from .faces import choose_face, crop_face
+from .faces import choose_face, crop_face, find_for_auto
+from .pictures_out import grid as grid
+from .pictures_out import is_generated as is_generated
+from .pictures_out import preview_path as preview_path
+from .pictures_out import read_png_metadata as read_png_metadata
+from .pictures_out import save_png as save_png
 
-Crop = Literal["center", "face"]
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+Crop = Literal["auto", "center", "face"]
+Source = Any
+"""What `read_photo` takes: str | Path | bytes | BinaryIO | Image.Image | numpy array | Tensor."""
+NOT_PHOTOS = {"EPS", "PDF", "WMF", "GRIB", "HDF5", "BUFR", "MPEG", "XVTHUMB"}
+"""What Pillow opens beside pictures: documents (EPS runs Ghostscript), vector drawings, containers of data."""
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+MAX_JPEG_PIXELS = 205_000_000
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jfif", ".jpe", ".mpo"}
 MAX_BYTES = 100_000_000
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 16
 
 
-def load_photo(path: str | Path) -> Image.Image:
-    """Reads a picture as upright 8-bit RGB.
+def load_photo(source: Source) -> Image.Image:
+    """A picture as upright 8-bit sRGB; `read_photo` without its notes."""
+    return read_photo(source)[0]
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit is scaled. Raises InputError for a file that is
-    missing, empty, no picture, truncated, under 16 x 16 pixels, over 64 megapixels (before it is decoded) or over 100 MB.
+
+def read_photo(source: Source) -> tuple[Image.Image, str]:
+    """A picture as upright 8-bit sRGB, and a note on what was assumed or passed over (or "").
+
+    EXIF orientation and color profiles are applied, transparency is laid on white, 16-bit is scaled. Formats are told by content.
+
+    Args:
+        source: a path or file:// URL, the bytes of a file, an open binary file, a PIL image, an array (H, W) or (H, W, C), or a
+            tensor (C, H, W); uint8, uint16, or float in 0..1, 0..255 or (where anything is negative) -1..1.
+
+    Raises InputError for a file that is missing, empty, no picture, truncated, under 16 x 16 pixels, over 64 megapixels (JPEG: 200,
+    decoded at a reduced size) or over 100 MB, and for a web address.
     """
-    path = Path(path)
+    name = photo_name(source)
     try:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder, not a picture. Name a picture in it.")
-        if not path.is_file():
-            raise InputError(f"{path}: no such file. Check the path.")
-        size = path.stat().st_size
-        if size == 0:
-            raise InputError(f"{path} is empty (0 bytes). Was it cut off while copying?")
-        if size > MAX_BYTES:
-            raise InputError(f"{path} has {size / 1e6:.0f} MB; the limit is {MAX_BYTES / 1e6:.0f} MB. Scale it down first.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures (our own limit is lower) and of damaged EXIF, which is no loss
-            with Image.open(path, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise InputError(
-                        f"{path} has {width} x {height} pixels; the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first."
-                    )
-                if min(width, height) < MIN_SIDE:
-                    raise InputError(
-                        f"{path} has {width} x {height} pixels, too few to show a face: take one of at least {MIN_SIDE} x {MIN_SIDE}."
-                    )
-                image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+            # Pillow loses the orientation of a TIFF that it maps from a file on disk, so that one is read as bytes
+            if isinstance(source, Image.Image) and source.format == "TIFF" and getattr(source, "_im", None) is None:
+                source = Path(getattr(source, "filename", "")) if getattr(source, "filename", "") else source
+            if isinstance(source, Image.Image):
+                return _finish(source, name)
+            if isinstance(source, (np.ndarray, Tensor)):
+                return _finish(_from_array(source, name), name)
+            with _open(_read_bytes(source, name), name) as image:
+                return _finish(image, name)
     except InputError:  # is a ValueError, and would be wrapped below
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path} has too many pixels; the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first.") from error
+        raise InputError(f"{name} has too many pixels; the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first.") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not a picture ({', '.join(FORMATS)} are read). Convert it first.") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise InputError(f"{name} is not a picture ({', '.join(FORMATS)} and more are read). Convert it first.") from error
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, KeyError, struct.error) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's errors have a number, Pillow's have none
-            raise InputError(f"{path} can't be read: {error.strerror}. Check the path and its permissions.") from error
-        raise InputError(f"{path} is a damaged picture ({error}). Was it cut off while copying?") from error
+            raise InputError(f"{name} can't be read: {error.strerror}. Check the path and its permissions.") from error
+        raise InputError(f"{name} is a damaged picture ({error}). Was it cut off while copying?") from error
+
+
+def photo_name(source: Source) -> str:
+    """What messages call a picture."""
+    if isinstance(source, (str, Path)):
+        return str(source)
+    return str(getattr(source, "filename", "") or getattr(source, "name", "") or f"the picture ({type(source).__name__})")
+
+
+def _read_bytes(source: str | Path | bytes | BinaryIO, name: str) -> bytes:
+    if isinstance(source, (bytes, bytearray)):
+        data = bytes(source)
+    elif isinstance(source, (str, Path)):
+        if isinstance(source, str) and re.match(r"(?i)(https?|ftp|data):", source):
+            raise InputError(f"{name[:80]}: nothing is fetched from the web. Save the picture and name the file.")
+        is_url = isinstance(source, str) and source.lower().startswith("file://")
+        path = Path(url2pathname(urlsplit(str(source)).path) if is_url else source)
+        if path.is_dir():
+            raise InputError(f"{name} is a folder, not a picture. Name a picture in it.")
+        if not path.is_file():
+            raise InputError(f"{name}: no such file. Check the path.")
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{name} has {path.stat().st_size / 1e6:.0f} MB; the limit is {MAX_BYTES / 1e6:.0f} MB. Scale it down first.")
+        data = path.read_bytes()
+    elif hasattr(source, "read"):
+        data = source.read(MAX_BYTES + 1)
+        if not isinstance(data, bytes):
+            raise InputError(f"{name} was opened as text. Open it in binary mode.")
+    else:
+        raise InputError(f"{name} is no picture: give a path, bytes, an open file, a PIL image, an array or a tensor.")
+    if not data:
+        raise InputError(f"{name} is empty (0 bytes). Was it cut off while copying?")
+    if len(data) > MAX_BYTES:
+        raise InputError(f"{name} has over {MAX_BYTES / 1e6:.0f} MB, which is the limit. Scale it down first.")
+    return data
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    """Opens a file by its content; no pixel is decoded yet."""
+    if data.startswith(b"\xff\xd8\xff"):
+        # Image.open refuses over 179 megapixels, which the reduced decoding below can take
+        image: Image.Image = JpegImagePlugin.jpeg_factory(io.BytesIO(data))
+        if MAX_PIXELS < image.width * image.height <= MAX_JPEG_PIXELS:
+            image.draft(None, (image.width // 4, image.height // 4))
+        return image
+    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError as error:
+            raise InputError(f'{name} is HEIC, which needs pip install "hyperdreambooth[heif]"; or convert it to JPEG.') from error
+        register_heif_opener()
+    Image.init()
+    return Image.open(io.BytesIO(_without_text(data)), formats=[kind for kind in Image.ID if kind not in NOT_PHOTOS])
+
+
+def _without_text(data: bytes) -> bytes:
+    """A PNG without its texts, of which Pillow refuses more than a megabyte; ImageMagick's "Raw profile" texts hold EXIF and stay."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    kept, at = [data[:8]], 8
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in (b"tEXt", b"zTXt", b"iTXt") or data[at + 8 : at + 19] == b"Raw profile":
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _from_array(values: Any, name: str) -> Image.Image:
+    """(H, W) or (H, W, 1..4), or a tensor (C, H, W), as a picture."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values[0] if values.ndim == 4 and len(values) == 1 else values
+        values = (
+            (values.movedim(0, -1) if values.ndim == 3 else values).float().numpy()
+            if values.is_floating_point()
+            else (values.movedim(0, -1) if values.ndim == 3 else values).numpy()
+        )
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)) or values.size == 0:
+        raise InputError(f"{name} has shape {tuple(values.shape)}: give an array (H, W, 3), a gray one (H, W), or a tensor (3, H, W).")
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise InputError(f"{name} holds NaN or infinite values.")
+        low, high = float(values.min()), float(values.max())
+        if low < -1 or (low < 0 and high > 1) or high > 255:
+            raise InputError(f"{name} has values in {low:g}..{high:g}: give 0..1, -1..1 or 0..255.")
+        values = (values + 1) * 127.5 if low < 0 else values * (255 if high <= 1 else 1)
+    elif values.dtype == np.uint16:
+        values = values / 257
+    elif values.dtype.kind == "b":
+        values = values * 255
+    elif values.min() < 0 or values.max() > 255:
+        raise InputError(f"{name} has whole numbers outside 0..255.")
+    array = values.round().astype(np.uint8)
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def _finish(image: Image.Image, name: str) -> tuple[Image.Image, str]:
+    """Checks the size, decodes, turns upright and converts to 8-bit sRGB."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{name} has {width} x {height} pixels; the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first.")
+    if min(width, height) < MIN_SIDE:
+        raise InputError(f"{name} has {width} x {height} pixels, too few to show a face: take one of at least {MIN_SIDE} x {MIN_SIDE}.")
+    frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+    image.load()
+    notes = [f"{name}: took the first of {frames} frames."] if frames > 1 else []
+    profile = image.info.get("icc_profile")
+    upright = ImageOps.exif_transpose(image)
+    if profile:
+        upright, problem = _to_srgb(upright, profile)
+        notes += [f"{name}: {problem}"] if problem else []
+    return to_rgb(upright), " ".join(notes)
+
+
+def _to_srgb(image: Image.Image, data: bytes) -> tuple[Image.Image, str]:
+    """Applies an ICC profile; one that is damaged or of another kind of color is ignored, and the note says so."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = to_rgb(image).convert("L")
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        if "srgb" in ImageCms.getProfileDescription(profile).lower():
+            return image, ""
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        space = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(profile.profile.xcolor_space, "")
+        if not space or (image.mode == "CMYK") != (space == "CMYK") or (space == "RGB" and image.mode in ("L", "LA")):
+            return image, "its color profile is for another kind of picture and was ignored."
+        converted = ImageCms.profileToProfile(image.convert(space), profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image, "its color profile is damaged and was ignored."
+    if converted is None:
+        return image, ""
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted, ""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -78,7 +226,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         # 16-bit files are read as I or I;16, 32-bit ones as I; a float picture is taken as 0..1, or as 0..255 where it exceeds that
         largest = values.max(initial=0)
-        top = (1.0 if largest <= 1 else 255.0) if image.mode == "F" else max(65535.0, largest)
+        whole = 4095.0 if 255 < largest <= 4095 else max(65535.0, largest)  # 12 bits of a camera or scanner in a 16-bit file
+        top = (1.0 if largest <= 1 else 255.0) if image.mode == "F" else whole
         return Image.fromarray(((values / top).clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layered = image.convert("RGBA")
@@ -93,19 +242,24 @@ def square(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side), reducing_gap=3.0)
 
 
-def prepare(path: str | Path, size: int, crop: Crop = "center", face: int | None = None) -> tuple[Image.Image, str]:
+def prepare(path: Source, size: int, crop: Crop = "auto", face: int | None = None) -> tuple[Image.Image, str]:
     """A photo from a file, cropped and resized to `size` x `size`, and a note on what was chosen (or "").
 
     Raises InputError for what is no photo, or where the face that is asked for isn't there.
     """
-    image, note = load_photo(path), ""
-    if crop == "face" or face is not None:
-        chosen, note = choose_face(image, str(path), face)
+    image, note = read_photo(path)
+    if crop == "auto" and face is None:
+        chosen_or_none, which = find_for_auto(image, photo_name(path))
+        image = crop_face(image, chosen_or_none) if chosen_or_none else image
+        note = " ".join(filter(None, (note, which)))
+    elif crop == "face" or face is not None:
+        chosen, which = choose_face(image, photo_name(path), face)
+        note = " ".join(filter(None, (note, which)))
         image = crop_face(image, chosen)
     return square(image, size), note
 
 
-def prepare_mask(path: str | Path, photo: str | Path, size: int, crop: Crop = "center", face: int | None = None) -> Image.Image:
+def prepare_mask(path: Source, photo: Source, size: int, crop: Crop = "auto", face: int | None = None) -> Image.Image:
     """A gray picture that says where `photo` counts (white) and where not (black), cropped as `prepare` crops the photo.
 
     Raises InputError where the two differ in size, or the crop holds nothing that counts.
@@ -113,14 +267,17 @@ def prepare_mask(path: str | Path, photo: str | Path, size: int, crop: Crop = "c
     image, mask = load_photo(photo), load_photo(path)
     if mask.size != image.size:
         raise InputError(
-            f"the mask {path} has {mask.width} x {mask.height} pixels and the photo {photo} {image.width} x {image.height}: "
+            f"the mask {photo_name(path)} has {mask.width} x {mask.height} pixels and the photo {photo_name(photo)} {image.width} x {image.height}: "
             "draw it on the photo itself."
         )
-    if crop == "face" or face is not None:
-        mask = crop_face(mask, choose_face(image, str(photo), face)[0])
+    if crop == "auto" and face is None:
+        chosen, _ = find_for_auto(image, photo_name(photo))
+        mask = crop_face(mask, chosen) if chosen else mask
+    elif crop == "face" or face is not None:
+        mask = crop_face(mask, choose_face(image, photo_name(photo), face)[0])
     gray = square(mask, size).convert("L")
     if np.asarray(gray).mean() < 1:  # of 255; a resize leaves traces of what lies just outside
-        raise InputError(f"the mask {path} is black wherever the cropped photo is: nothing would count. Paint the face white.")
+        raise InputError(f"the mask {photo_name(path)} is black wherever the cropped photo is: nothing would count. Paint the face white.")
     return gray
 
 
@@ -133,98 +290,3 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     """(N, 3, H, W) in -1..1 -> pictures."""
     values = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).numpy()]
-
-
-def list_identities(folder: str | Path) -> dict[str, list[Path]]:
-    """Identity -> its pictures: a subfolder each, or a picture each. Raises InputError where there are none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder.")
-    found: dict[str, list[Path]] = {}
-    for entry in sorted(folder.iterdir(), key=_natural):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            files = [f for f in sorted(entry.iterdir(), key=_natural) if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
-            if files:
-                found.setdefault(entry.name, []).extend(files)
-        elif entry.suffix.lower() in SUFFIXES:
-            found.setdefault(entry.stem, []).append(entry)
-    if not found:
-        raise InputError(
-            f"{folder} holds no pictures. Expected: {folder}/identity/picture.png, or one picture each, {folder}/identity.png."
-        )
-    return found
-
-
-def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
-    """Sorts 2.png before 10.png; the name itself decides between 1.png and 01.png."""
-    # isdecimal, since "²" is a digit that int() refuses
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name.lower())], path.name
-
-
-def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str], overwrite: bool = False) -> Path:
-    """Writes a PNG with text metadata, atomically. Raises InputError where it exists and `overwrite` isn't set."""
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")
-    text = PngImagePlugin.PngInfo()
-    for key, value in metadata.items():
-        text.add_itxt(key, value)
-    return write_atomically(path, lambda file: image.save(file, format="PNG", pnginfo=text))
-
-
-def read_png_metadata(path: str | Path) -> dict[str, str]:
-    """The text metadata of a PNG. Raises InputError for a file that is missing or no whole PNG."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            image.load()  # text may also stand after the pixels
-            return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"{path} is not a whole PNG ({getattr(error, 'strerror', None) or error}). Name a picture that was saved here."
-        ) from error
-
-
-def is_generated(path: str | Path) -> bool:
-    """Whether a file is a PNG that says that a machine made it."""
-    try:
-        return read_png_metadata(path).get("ai_generated") == "true"
-    except InputError:
-        return False
-
-
-def preview_path(lora: Path) -> Path:
-    """Where UIs look for a LoRA's picture: NAME.png, or NAME.preview.png where NAME.png is somebody's own (the very photo, say)."""
-    first = lora.with_suffix(".png")
-    return lora.with_suffix(".preview.png") if first.exists() and not is_generated(first) else first
-
-
-def grid(
-    rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int | None = None
-) -> Image.Image:
-    """A labelled contact sheet: one row of pictures for each row label. `cell` is the side of a picture on it."""
-    cell = cell or min(256, max(128, max(row[0].width for row in rows)))
-    font = ImageFont.load_default(13)
-    columns = max(len(row) for row in rows)
-    top = 22 if any(column_labels) else 4
-    strip = 20 if any(row_labels) else 4
-    sheet = Image.new("RGB", (columns * (cell + 4) + 4, top + len(rows) * (cell + strip)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, label in enumerate(column_labels[:columns]):
-        draw.text((4 + column * (cell + 4), 4), _fit(label, cell, font), fill="black", font=font)
-    for index, row in enumerate(rows):
-        y = top + index * (cell + strip)
-        if strip > 4:
-            draw.text((4, y + 1), _fit(row_labels[index], columns * (cell + 4), font), fill="black", font=font)
-        for column, image in enumerate(row):
-            resample = Image.Resampling.NEAREST if image.width * 2 <= cell and cell % image.width == 0 else Image.Resampling.LANCZOS
-            sheet.paste(image.resize((cell, cell), resample), (4 + column * (cell + 4), y + strip - 2))
-    return sheet
-
-
-def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of a label as fits."""
-    while text and font.getlength(text) > width:
-        text = text[:-2].rstrip() + "…" if len(text) > 2 else ""
-    return text

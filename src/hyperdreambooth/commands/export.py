@@ -16,7 +16,7 @@ from ..personal_lora import PersonalLora
 from ..progress import say
 from ..stages.personalize import finish
 from ..stages.preoptimize import read_table, read_table_config
-from .options import Flat, Machine, Output, refuse_existing
+from .options import Flat, Machine, Output, check_lora_name, refuse_existing
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Export:
 
 
 def run(args: Export) -> None:
+    check_lora_name(args.output)
     refuse_existing(args.output, args.overwrite)
     if not args.source.exists():
         raise InputError(f"{args.source}: no such file or folder.")

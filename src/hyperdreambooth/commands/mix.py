@@ -11,7 +11,7 @@ import tyro
 from .. import photos
 from ..errors import InputError
 from ..progress import say
-from .options import Flat, Machine, Output, refuse_existing, weighted
+from .options import Flat, Machine, Output, check_lora_name, refuse_existing, weighted
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Mix:
 
 
 def run(args: Mix) -> None:
+    check_lora_name(args.output)
     for path in (args.output, args.tokens, args.strip):
         if path:
             refuse_existing(path, args.overwrite)

@@ -16,7 +16,7 @@ import tyro
 from ..api import HyperDreamBooth
 from ..errors import InputError
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 Flat = tyro.conf.arg(name="")
 """A nested dataclass whose fields are flags without a prefix."""
@@ -28,8 +28,9 @@ class Machine:
 
     device: str | None = None
     """cuda, mps or cpu. Default: the best there is."""
-    dtype: Dtype = "float32"
-    """Precision of the frozen base. What is trained is always float32."""
+    dtype: Dtype = "auto"
+    """Precision of the frozen base; what is trained is always float32. auto: bfloat16 on a CUDA card that has it, float16 on an older
+    one, float32 on a CPU."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: slower, but a fraction of the memory."""
 
@@ -39,7 +40,8 @@ class Machine:
         transformers.utils.logging.disable_progress_bar()
 
     def open(self, base: str, hypernetwork: str | None = "auto") -> HyperDreamBooth:
-        hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, device=self.device, dtype=getattr(torch, self.dtype))
+        dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
+        hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, device=self.device, dtype=dtype)
         if self.gradient_checkpointing:
             hdb.backbone.enable_checkpointing()
         return hdb
@@ -49,6 +51,12 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
     """Before any work is done: an output that is there is never replaced unasked."""
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")
+
+
+def check_lora_name(path: Path) -> None:
+    """Before any work is done: raises InputError for a LoRA file to write that no tool would take for one."""
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: a LoRA file is a .safetensors file. Name it {path.name}.safetensors.")
 
 
 def as_json(args: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .. import formats, photos
 from ..checkpoint import write_json
 from ..progress import say
 from ..settings import PersonalizeChoices
-from .options import Flat, Machine, Output, as_json, refuse_existing
+from .options import Flat, Machine, Output, as_json, check_lora_name, refuse_existing
 
 
 @dataclass
@@ -43,8 +43,9 @@ class Personalize:
     format: formats.Layout = "diffusers"
     """Layout of the LoRA file: diffusers (also for PEFT, and for ComfyUI on SD 3 and Flux), or kohya, which ComfyUI and A1111 need on
     Stable Diffusion 1, 2 and XL and diffusers opens too."""
-    crop: photos.Crop = "center"
-    """center: the middle square. face: find the face and turn it upright (needs the extra `faces`)."""
+    crop: photos.Crop = "auto"
+    """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
+    are found with the extra `faces`."""
     face: int | None = None
     """Which face, by size from 1, where there are several."""
     mask_file: tuple[Path, ...] = ()
@@ -65,6 +66,7 @@ class Personalize:
 
 
 def run(args: Personalize) -> None:
+    check_lora_name(args.output)
     for path in (args.output, *([args.tokens] if args.tokens else [])):
         refuse_existing(path, args.overwrite)
     started = time.perf_counter()

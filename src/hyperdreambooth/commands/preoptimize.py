@@ -38,8 +38,9 @@ class Preoptimize:
     """The table's folder."""
     base: str = "toon"
     """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint (SD 1.x, SD 2.x, SDXL), or a hub id."""
-    crop: photos.Crop = "center"
-    """center: the middle square. face: find the face (needs the extra `faces`)."""
+    crop: photos.Crop = "auto"
+    """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
+    are found with the extra `faces`."""
     config: Annotated[PreoptimizeConfig, Flat] = field(default_factory=PreoptimizeConfig)
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 

@@ -59,8 +59,9 @@ class TrainHypernetwork:
     """What the pictures are, in words, for the model card."""
     license: str = ""
     """The license of the weights, for the model card."""
-    crop: photos.Crop = "center"
-    """center: the middle square. face: find the face (needs the extra `faces`)."""
+    crop: photos.Crop = "auto"
+    """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
+    are found with the extra `faces`."""
     config: Annotated[TrainHypernetworkConfig, Flat] = field(default_factory=TrainHypernetworkConfig)
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 

@@ -34,8 +34,9 @@ class TrainLight:
     """The folder of the run: tokens, LoRA, preview, config, checkpoint."""
     base: str = "toon"
     """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint (SD 1.x, SD 2.x, SDXL), or a hub id."""
-    crop: photos.Crop = "center"
-    """center: the middle square. face: find the face (needs the extra `faces`)."""
+    crop: photos.Crop = "auto"
+    """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
+    are found with the extra `faces`."""
     overwrite: bool = False
     """Replace the LoRA of a finished run."""
     config: Annotated[TrainLightConfig, Flat] = field(default_factory=TrainLightConfig)

@@ -11,6 +11,7 @@ from ..backbones import Backbone
 from ..data import PromptCache
 from ..errors import InputError
 from ..lora import LoraSet, applied
+from ..progress import say
 from ..sampling import Prompts, is_text, sample
 from ..settings import GenerateConfig
 
@@ -67,10 +68,32 @@ def generate(
         prompted = Prompts(conditioning, negative, plain)
         generator = torch.Generator().manual_seed(seeds[start])
         latents = sample(backbone, prompted, noise, config, personal=scaled, styles=styles, generator=generator)
-        pictures.append(backbone.decode_images(latents).cpu())
+        pictures.append(decoded(backbone, latents, lora=bool(personal or styles)).cpu())
         if on_picture:
             on_picture(start + len(wanted))
     return torch.cat(pictures)
+
+
+def decoded(backbone: Backbone, latents: Tensor, *, lora: bool) -> Tensor:
+    """Latents -> pictures (B, 3, H, W) in -1..1, which are pictures: finite, and not of one color alone.
+
+    Where the autoencoder overflows in half precision it goes on in float32, and says so. Raises InputError that names what failed.
+    """
+    dtype = str(backbone.denoiser.dtype).removeprefix("torch.")
+    if not latents.isfinite().all():
+        culprit = f"the denoiser{', or the LoRA in it,' if lora else ''} gave values that aren't finite in {dtype}"
+        raise InputError(f"no picture came out: {culprit}. Try --dtype float32{', or a lower strength of the LoRA' if lora else ''}.")
+    pixels = backbone.decode_images(latents)
+    vae = backbone.pipe.vae
+    if not pixels.isfinite().all() and vae.dtype != torch.float32:
+        say(f"the autoencoder overflowed in {str(vae.dtype).removeprefix('torch.')}: it goes on in float32.")
+        vae.to(torch.float32)
+        pixels = backbone.decode_images(latents)
+    if not pixels.isfinite().all():
+        raise InputError("no picture came out: the autoencoder gave values that aren't finite. Are the base's weights whole?")
+    if (pixels.flatten(1).amax(1) == pixels.flatten(1).amin(1)).any():
+        raise InputError(f"a picture came out as one color alone, which is no picture (in {dtype}). Try --dtype float32, or another base.")
+    return pixels
 
 
 @torch.no_grad()

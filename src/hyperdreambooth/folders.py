@@ -1,0 +1,78 @@
+"""Folders of people: which files are pictures, whose they are, and what is written beside them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+from PIL import Image
+
+from .errors import InputError
+from .photos import NOT_PHOTOS, SUFFIXES
+from .progress import say
+
+LEFT_BY_SYSTEMS = {"thumbs.db", "desktop.ini"}
+
+
+def list_identities(folder: str | Path) -> dict[str, list[Path]]:
+    """Identity -> its pictures: a subfolder each (with whatever folders are in it), or a picture each.
+
+    What is no picture is named and counted on stderr; captions and the files that systems leave in folders are passed over quietly.
+    Raises InputError where there are no pictures.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder.")
+    found: dict[str, list[Path]] = {}
+    refused: list[str] = []
+    for entry in sorted(folder.iterdir(), key=_natural):
+        inside = sorted((f for f in entry.rglob("*") if not f.is_dir()), key=_natural) if entry.is_dir() else [entry]
+        for file in inside:
+            parts = file.relative_to(folder).parts
+            if any(part.startswith(".") for part in parts) or file.name.lower() in LEFT_BY_SYSTEMS or file.suffix.lower() == ".txt":
+                continue
+            if _looks_like_picture(file):
+                found.setdefault(entry.name if entry.is_dir() else entry.stem, []).append(file)
+            else:
+                refused.append("/".join(parts))
+    if refused:
+        say(f"{folder}: {len(refused)} files are no pictures and aren't taken: {', '.join(refused)}")
+    if not found:
+        raise InputError(
+            f"{folder} holds no pictures. Expected: {folder}/identity/picture.png, or one picture each, {folder}/identity.png."
+        )
+    return found
+
+
+def _looks_like_picture(file: Path) -> bool:
+    """By content; a damaged file with a picture's suffix counts too, so that reading it says what is wrong."""
+    if not file.is_file():  # a dangling link
+        return False
+    if file.suffix.lower() in SUFFIXES:
+        return True
+    Image.init()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=[kind for kind in Image.ID if kind not in NOT_PHOTOS]):
+                return True
+    except ValueError:  # a PNG's long text
+        return file.read_bytes()[:4] == b"\x89PNG"
+    except (OSError, SyntaxError, RuntimeError, Image.DecompressionBombError):
+        return False
+
+
+def read_caption(photo: str | Path) -> str | None:
+    """The caption beside a photo, NAME.txt in one line, or None."""
+    file = Path(photo).with_suffix(".txt")
+    try:
+        return " ".join(file.read_text("utf-8-sig").split()) or None if file.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the caption {file} can't be read ({error}). Save it as UTF-8 text.") from error
+
+
+def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
+    """Sorts 2.png before 10.png; the name itself decides between 1.png and 01.png."""
+    # isdecimal, since "²" is a digit that int() refuses
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name.lower())], path.name

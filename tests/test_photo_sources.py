@@ -1,0 +1,97 @@
+"""One loader: every source and container gives the same picture; folders name what they don't take."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from hyperdreambooth import folders, photos
+from hyperdreambooth.errors import InputError
+
+from .conftest import picture
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(["PNG", "TIFF", "AVIF", "JPEG"]), st.integers(1, 8), st.sampled_from(["RGB", "L"]), st.booleans())
+def test_all_sources_of_a_file_give_one_picture(tmp_path_factory, container, orientation, mode, bad_profile):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path_factory.mktemp("sources") / "photo.txt"  # the suffix says nothing
+    extra = {"icc_profile": b"no profile"} if bad_profile and container == "PNG" else {}
+    picture(size=(48, 32)).convert(mode).save(path, container, exif=exif, **extra)
+    loaded, note = photos.read_photo(path)
+    assert loaded.size == ((48, 32) if orientation < 5 else (32, 48))
+    assert ("profile" in note) == bool(extra)
+    for source in (path.read_bytes(), io.BytesIO(path.read_bytes()), Image.open(path), path.as_uri()):
+        assert np.array_equal(photos.load_photo(source), loaded)
+    array = np.asarray(loaded)
+    for source in (array, array / 255.0, torch.from_numpy(array.copy()).permute(2, 0, 1)):
+        assert np.array_equal(photos.load_photo(source), loaded)
+
+
+def test_long_texts_profiles_and_web_addresses(tmp_path):
+    from PIL import PngImagePlugin
+
+    text = PngImagePlugin.PngInfo()
+    text.add_text("note", "x" * 2_000_000, zip=True)
+    picture().save(tmp_path / "text.png", pnginfo=text)
+    assert np.array_equal(photos.load_photo(tmp_path / "text.png"), picture().convert("RGB"))
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    picture().save(tmp_path / "lab.png", icc_profile=lab)
+    assert "ignored" in photos.read_photo(tmp_path / "lab.png")[1]
+    with pytest.raises(InputError, match="nothing is fetched"):
+        photos.load_photo("https://example.org/a.png")
+
+
+def test_phone_photos_over_the_limit_are_decoded_smaller(tmp_path, monkeypatch):
+    picture(size=(512, 512)).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(photos, "MAX_PIXELS", 400 * 400)
+    assert photos.load_photo(tmp_path / "a.jpg").size == (128, 128)
+
+
+def test_folders_take_pictures_by_content_and_name_the_rest(tmp_path, capsys):
+    (tmp_path / "c" / "deep").mkdir(parents=True)
+    for name in ("a", "b.jfif", "c/deep/x.odd"):
+        picture().save(tmp_path / name, "JPEG")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "notes.doc").write_text("words")
+    for quiet in ("Thumbs.db", "._b.jfif", ".DS_Store", "b.txt"):
+        (tmp_path / quiet).write_text("a man  in a hat\n")
+    assert list(folders.list_identities(tmp_path)) == ["a", "b", "c"]
+    said = capsys.readouterr().err
+    assert "2 files" in said
+    assert all(name in said for name in ("gone.png", "notes.doc"))
+    assert "Thumbs" not in said
+    assert folders.read_caption(tmp_path / "b.jfif") == "a man in a hat"
+
+
+def test_auto_takes_the_face_or_says_that_it_took_the_middle(tmp_path):
+    """A tall photo whose head is in the upper part: the middle alone would lose it. The default of every command."""
+    skimage = pytest.importorskip("skimage")
+    pytest.importorskip("cv2")
+    astronaut = Image.fromarray(skimage.data.astronaut())
+    tall = Image.new("RGB", (512, 1100), "gray")
+    tall.paste(astronaut, (0, 0))
+    found, note = photos.prepare(tall, 64)
+    assert "took the face" in note
+    assert photos.prepare(tall, 64, "face")[0].tobytes() == found.tobytes() != photos.prepare(tall, 64, "center")[0].tobytes()
+    for turn in (90, 180):
+        turned, _ = photos.prepare(tall.rotate(turn, expand=True), 64)
+        assert np.abs(np.asarray(turned, float) - np.asarray(found, float)).mean() < 25  # the same face, upright again
+    _, note = photos.prepare(Image.new("RGB", (400, 300), "gray"), 64)
+    assert "took the middle" in note
+    crop = astronaut.resize((250, 250))  # small pictures are crops already
+    assert photos.prepare(crop, 64) == (photos.square(crop, 64), "")
+
+
+def test_twelve_bits_in_a_16_bit_file_are_scaled_by_what_they_hold():
+    ramp = np.linspace(0, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)
+    twelve = np.asarray(photos.load_photo(Image.fromarray(ramp)).convert("L"), int)
+    sixteen = np.asarray(photos.load_photo(Image.fromarray(ramp * 16)).convert("L"), int)
+    assert np.abs(twelve - sixteen).max() <= 1

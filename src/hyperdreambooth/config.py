@@ -62,13 +62,10 @@ def _filled(kind: type[T], defaults: dict[str, Any], values: Any, where: str) ->
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name not in found and field.default is nothing and field.default_factory is nothing:
             raise InputError(f"{where} lacks {field.name}.")
-    return kind(**found)
-
-
-def in_range(value: float, low: float, high: float, where: str) -> None:
-    """Raises InputError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise InputError(f"{where} must lie in {low:,} to {high:,}, not {value}.")
+    try:
+        return kind(**found)
+    except InputError as error:  # a dataclass checks its values itself, but doesn't know where they come from
+        raise InputError(f"{where}: {error}") from error
 
 
 def _short(value: Any) -> str:

@@ -136,7 +136,7 @@ def _said_of(source: str | Path, problem: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:300]  # transformers may list every model that it knows
         raise InputError(f"{source}: {problem}: {reason}") from error
 
 

@@ -30,3 +30,9 @@ class NoFaceError(InputError):
 
 class TrainingError(RuntimeError):
     """A training went wrong in a way that going on would hide (a loss that is not finite)."""
+
+
+def in_range(value: float, low: float, high: float, name: str) -> None:
+    """Raises InputError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise InputError(f"{name} must lie in {low:,} to {high:,}, not {value}.")

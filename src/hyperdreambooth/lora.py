@@ -35,6 +35,9 @@ class Lora:
     def detach(self) -> Lora:
         return Lora(self.down.detach(), self.up.detach())
 
+    def is_finite(self) -> bool:
+        return bool(self.down.isfinite().all() and self.up.isfinite().all())
+
     def delta(self) -> Tensor:
         """The update as a matrix, (..., out, in). For small layers and tests: it is what LoRA avoids."""
         return self.up @ self.down

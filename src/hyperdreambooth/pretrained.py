@@ -13,29 +13,20 @@ import torch
 
 from .backbones import Backbone
 from .checkpoint import read_json, read_shapes, read_tensors, save_tensors, write_json
-from .config import in_range, parsed, updated
+from .config import parsed, updated
 from .encoder import FaceEncoder
-from .errors import InputError, some
+from .errors import InputError, in_range, some
 from .hub import download, write_card
 from .hypernetwork import HyperNetwork
 from .lightweight import LightweightLora
 from .lora import Shape, canonical_modules, linear_shape
 from .settings import GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
 from .trainable_lora import PredictedLora
-from .training_settings import HyperNetworkConfig, LightweightConfig
+from .training_settings import LARGEST_LAYER, HyperNetworkConfig, LightweightConfig
 
 FORMAT = 1
-LARGEST_LAYER = 1 << 17
-"""Inputs or outputs of a layer; those of the largest known bases are a tenth of it."""
 LIMITS: dict[str, tuple[float, float]] = {
     "rank": (1, 1024),
-    "down_dim": (1, LARGEST_LAYER),
-    "up_dim": (1, LARGEST_LAYER),
-    "seed": (0, 2**63 - 1),
-    "dim": (1, 1 << 16),
-    "blocks": (1, 256),
-    "heads": (1, 1024),
-    "passes": (1, 64),
     "steps": (0, 100_000),
     "copies": (1, 1024),
     "prior_pictures": (0, 10_000),
@@ -44,7 +35,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "count": (1, 1024),
     "batch": (1, 1024),
 }
-"""What a hypernetwork's config.json may ask for: far more than anyone has reason to, far less than fills a machine's memory."""
+"""What the defaults in a config.json may ask for: far more than anyone has reason to, far less than fills a machine's memory."""
 
 
 @dataclass
@@ -78,8 +69,7 @@ class HyperNetworkInfo:
 
 
 def build(targets: dict[str, Shape], encoder: FaceEncoder, lightweight: LightweightConfig, config: HyperNetworkConfig) -> PredictedLora:
-    """An untrained hypernetwork: it predicts no update at all. Raises InputError for sizes that can't be."""
-    check_sizes(lightweight, config, "a hypernetwork")
+    """An untrained hypernetwork: it predicts no update at all."""
     tokens = LightweightLora(targets, lightweight)
     return PredictedLora(encoder, HyperNetwork(tokens.start(), lightweight.rank * lightweight.down_dim, encoder.dim, config), tokens)
 
@@ -107,7 +97,6 @@ def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> t
     info = read_info(folder)
     lightweight = parsed(LightweightConfig, info.lightweight, f"{folder / 'config.json'}: lightweight")
     config = parsed(HyperNetworkConfig, info.hypernetwork, f"{folder / 'config.json'}: hypernetwork")
-    check_sizes(lightweight, config, str(folder / "config.json"))
     targets = {path: Shape(*shape) for path, shape in info.targets.items()}
     if backbone is not None:
         check_targets(targets, backbone, str(folder))
@@ -159,16 +148,6 @@ def _check_defaults(file: Path, choices: PersonalizeChoices | GenerateChoices, k
         resolve(kind, ("config.json", choices))
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
-
-
-def check_sizes(lightweight: LightweightConfig, config: HyperNetworkConfig, where: str) -> None:
-    """Raises InputError for sizes of a token and of the decoder that no hypernetwork can have."""
-    for part in (lightweight, config):
-        for name, value in asdict(part).items():
-            if name in LIMITS:
-                in_range(value, *LIMITS[name], f"{where}: {name}")
-    if config.dim % config.heads:
-        raise InputError(f"{where}: dim must be a multiple of heads, not {config.dim} and {config.heads}.")
 
 
 def expected_shapes(

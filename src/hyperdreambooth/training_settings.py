@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from .errors import InputError
+from .errors import InputError, in_range
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+LARGEST_LAYER = 1 << 17
+"""Inputs or outputs of a layer; those of the largest known bases are a tenth of it."""
 
 
 @dataclass
@@ -97,6 +101,12 @@ class LightweightConfig:
     seed: int = 0
     """The frozen aux matrices follow from this number and the layer's path."""
 
+    def __post_init__(self) -> None:
+        in_range(self.rank, 1, 1024, "rank")
+        in_range(self.down_dim, 1, LARGEST_LAYER, "down_dim")
+        in_range(self.up_dim, 1, LARGEST_LAYER, "up_dim")
+        in_range(self.seed, 0, 2**63 - 2, "seed")
+
     @property
     def width(self) -> int:
         """Numbers a layer."""
@@ -115,6 +125,13 @@ class HyperNetworkConfig:
     """Attention heads."""
     passes: int = 2
     """Refinements of the tokens (the paper's iterative prediction, k)."""
+
+    def __post_init__(self) -> None:
+        for name, value, high in (("dim", self.dim, 1 << 16), ("blocks", self.blocks, 256), ("heads", self.heads, 1024)):
+            in_range(value, 1, high, name)
+        in_range(self.passes, 1, 64, "passes")
+        if self.dim % self.heads:
+            raise InputError(f"dim must be a multiple of heads, not {self.dim} and {self.heads}.")
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -16,8 +15,7 @@ from ..lora import find_targets
 from ..personal_lora import PersonalLora
 from ..progress import say
 from ..stages.personalize import finish
-from ..stages.preoptimize import read_table
-from ..training_settings import LightweightConfig
+from ..stages.preoptimize import read_table, read_table_config
 from .options import Flat, Machine, Output, check_lora_name, refuse_existing
 
 
@@ -61,15 +59,11 @@ def run(args: Export) -> None:
 
 
 def _from_table(args: Export) -> PersonalLora:
-    file = args.source / "config.json"
-    if not file.is_file():
+    if not (args.source / "config.json").is_file():
         raise InputError(f"{args.source} has no config.json: it is neither a table of `preoptimize` nor a run of `train-light`.")
-    values = json.loads(file.read_text(encoding="utf-8"))
-    hdb = args.machine.open(values["base"], None)
-    config = values["config"]
-    lightweight = LightweightLora(
-        find_targets(hdb.backbone.components, config["targets"] or hdb.backbone.default_targets), LightweightConfig(**config["lightweight"])
-    )
+    config = read_table_config(args.source)
+    hdb = args.machine.open(config.base, None)
+    lightweight = LightweightLora(find_targets(hdb.backbone.components, config.targets or hdb.backbone.default_targets), config.lightweight)
     table = read_table(args.source, lightweight.fingerprint())
     name = args.identity or (next(iter(table)) if len(table) == 1 else None)
     if name not in table:
@@ -77,4 +71,4 @@ def _from_table(args: Export) -> PersonalLora:
             f"{args.source} has {len(table)} identities; name one of them with --identity: {', '.join(list(table)[:8])}{' ...' if len(table) > 8 else ''}"
         )
     loras = finish(lightweight(table[name][None]).detach().select(0))
-    return hdb.person(loras, config["prompt"], tokens=table[name], lightweight=lightweight)
+    return hdb.person(loras, config.prompt, tokens=table[name], lightweight=lightweight)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +16,7 @@ from ..lightweight import LightweightLora
 from ..lora import find_targets
 from ..personal_lora import PLACEHOLDER
 from ..progress import say
-from ..stages.preoptimize import preoptimize
+from ..stages.preoptimize import preoptimize, read_table_config
 from ..training_settings import PreoptimizeConfig
 from .options import Flat, Machine, Output, as_json
 
@@ -53,8 +51,8 @@ def run(args: Preoptimize) -> None:
     data = load_identities(args.folder, hdb.backbone, None, args.config.prompt, crop=args.crop, cache=args.output / "cache")
     saved = args.output / "config.json"
     if saved.is_file():
-        before = json.loads(saved.read_text(encoding="utf-8"))["config"]["lightweight"]
-        if before != dataclasses.asdict(args.config.lightweight):
+        before = read_table_config(args.output).lightweight
+        if before != args.config.lightweight:
             raise InputError(f"{saved} was made with other token sizes ({before}). Use those, or another folder.")
     write_json(saved, as_json(args))
     table = preoptimize(hdb.backbone, data, args.config, args.output)

@@ -82,7 +82,7 @@ def save_lora(
     loras = LoraSet({layer: filled(lora, largest) for layer, lora in loras.items()})
     for layer, lora in loras.items():
         down, up = lora.down.to(dtype), lora.up.to(dtype)
-        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+        if not Lora(down, up).is_finite():
             raise InputError(f"{layer}: the update doesn't fit {dtype}. Write float32, or train with a lower learning rate.")
         if layer in convolutions:
             down, up = down[..., None, None], up[..., None, None]
@@ -132,13 +132,20 @@ def read_lora(path: str | Path, root: nn.Module | None = None) -> LoraFile:
         down, up = (_matrix(sides[side], f"{path}: {layer}") for side in ("down", "up"))
         if down.shape[0] != up.shape[1]:
             raise InputError(f"{path}: {layer} is broken: rank {down.shape[0]} on its way down, {up.shape[1]} on its way up.")
-        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+        if not Lora(down, up).is_finite():
             raise InputError(f"{path}: {layer} holds numbers that aren't finite. Its training diverged, or the file is damaged.")
         if name in loras:
             raise InputError(f"{path}: {name} comes twice, the second time as {layer}.")
         if "alpha" in sides and sides["alpha"].numel() != 1:
             raise InputError(f"{path}: {layer}.alpha holds {sides['alpha'].numel()} numbers, expected one.")
-        scale = sides["alpha"].float().item() / down.shape[0] if "alpha" in sides else _scale(config, name, down.shape[0])
+        try:
+            scale = sides["alpha"].float().item() / down.shape[0] if "alpha" in sides else _scale(config, name, down.shape[0])
+        except (ArithmeticError, AttributeError, TypeError, ValueError, re.error) as error:
+            raise InputError(
+                f"{path}: PEFT's configuration gives {layer} no scale ({error}): lora_alpha or alpha_pattern is wrong."
+            ) from error
+        if not math.isfinite(scale):
+            raise InputError(f"{path}: {layer} has a scale that isn't finite: its alpha is damaged.")
         loras[name] = Lora(down, up * scale)
         if sides["down"].ndim == 4:
             convolutions.add(name)

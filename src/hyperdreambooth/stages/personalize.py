@@ -91,5 +91,11 @@ def trained_targets(backbone: Backbone, predicted: LoraSet | None, patterns: Seq
 
 
 def finish(loras: LoraSet) -> LoraSet:
-    """One person's update, merged and decomposed exactly, ready for export."""
-    return LoraSet({path: compress(lora) for path, lora in loras.items()})
+    """One person's update, merged and decomposed exactly, ready for export. Raises InputError for one that isn't finite."""
+    finished = LoraSet()
+    for path, lora in loras.items():
+        if lora.is_finite():
+            finished[path] = compress(lora)
+        if path not in finished or not finished[path].is_finite():
+            raise InputError(f"the update of {path} isn't finite: the hypernetwork or the tokens that it comes from are damaged.")
+    return finished

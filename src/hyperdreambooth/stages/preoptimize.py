@@ -7,17 +7,18 @@ the same noise and time steps and start from the same tokens, so that their rows
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..backbones import Backbone
-from ..checkpoint import read_tensors, save_tensors, write_json
+from ..checkpoint import read_json, read_tensors, save_tensors, write_json
+from ..config import parsed
 from ..data import IdentityData
 from ..errors import InputError
 from ..lightweight import LightweightLora
@@ -25,7 +26,7 @@ from ..lora import Hooks, find_targets
 from ..progress import Progress
 from ..trainable_lora import IdentityTable
 from ..training import Run, fit
-from ..training_settings import PreoptimizeConfig
+from ..training_settings import LightweightConfig, PreoptimizeConfig
 from .dreambooth import PhotoLosses, Subject, draw_photos, trains_text
 
 
@@ -49,7 +50,7 @@ def preoptimize(
     fingerprint = lightweight.fingerprint()
     table = read_table(output, fingerprint) if rows.is_dir() else {}
     state = Path(output) / "chunk"
-    begun = json.loads((state / "names.json").read_text(encoding="utf-8")) if (state / "names.json").is_file() else []
+    begun = read_json(state / "chunk.json").get("names", []) if (state / "chunk.json").is_file() else []
     if not begun or not set(begun) <= set(data.names):
         begun = []
         shutil.rmtree(state, ignore_errors=True)
@@ -60,7 +61,7 @@ def preoptimize(
         for chunk in chunks:
             if deadline is not None and time.monotonic() > deadline:
                 break
-            write_json(state / "names.json", chunk)
+            write_json(state / "chunk.json", {"names": chunk})
             tokens = _train_chunk(backbone, data, [data.names.index(name) for name in chunk], lightweight, config, state)
             for name, row in zip(chunk, tokens, strict=True):
                 if name in table:
@@ -92,6 +93,27 @@ def _train_chunk(
     return source.tokens.detach().cpu()
 
 
+@dataclass
+class TableConfig:
+    """What the rows of a table belong to, out of the config.json that `preoptimize` and `train-light` write beside them."""
+
+    base: str
+    prompt: str
+    targets: tuple[str, ...]
+    lightweight: LightweightConfig
+
+
+def read_table_config(folder: str | Path) -> TableConfig:
+    """Raises InputError where there is no such config.json, or it is wrong."""
+    file = Path(folder) / "config.json"
+    values = read_json(file)
+    config = values.get("config")
+    if not isinstance(config, dict):
+        raise InputError(f"{file} is neither of a table of `preoptimize` nor of a run of `train-light`: it has no settings under config.")
+    known = {key: config[key] for key in ("prompt", "targets", "lightweight") if key in config}
+    return parsed(TableConfig, {"base": values.get("base"), **known}, str(file))
+
+
 def save_row(folder: str | Path, name: str, tokens: Tensor, fingerprint: str) -> Path:
     """Writes one identity's tokens (layers, width), whole or not at all."""
     return save_tensors(Path(folder) / "rows" / f"{name}.safetensors", {"tokens": tokens}, {"fingerprint": fingerprint, "identity": name})
@@ -107,5 +129,8 @@ def read_table(folder: str | Path, fingerprint: str) -> dict[str, Tensor]:
             raise InputError(
                 f"{file} was pre-optimized for other targets, token sizes or aux seed (fingerprint {header.get('fingerprint')}, here {fingerprint}). Use its config, or another folder."
             )
-        table[header["identity"]] = tensors["tokens"]
+        tokens = tensors.get("tokens")
+        if "identity" not in header or tokens is None or tokens.ndim != 2 or not tokens.is_floating_point() or not tokens.isfinite().all():
+            raise InputError(f"{file} is damaged: it should hold one identity's tokens, finite numbers (layers, width).")
+        table[header["identity"]] = tokens
     return table

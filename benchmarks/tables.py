@@ -32,10 +32,36 @@ def speed() -> str:
     )
 
 
+def gpu() -> str:
+    lines = ["| on one H100, full-size random weights, bf16 | ours | its peer in the same run | ratio |", "|---|---|---|---|"]
+    for base, title in (("sd15", "SD 1.5, 512 px"), ("sdxl", "SDXL, 1024 px")):
+        found = json.loads((ROOT / f"benchmarks/results/gpu-{base}.json").read_text(encoding="utf-8"))[base]
+        for row in found["training"]:
+            ms, gb = row["ms"], row["gb"]
+            lines += [
+                f"| {title}: a fine-tuning step, {row['copies']} copies | {ms['ours']:.0f} ms ({ms['plain']:.0f} unrecorded) | PEFT {ms['peft']:.0f} ms | {row['ours_over_peft']:.2f} |",
+                f"| ... its peak memory | {gb['ours']:.1f} GB | PEFT {gb['peft']:.1f} GB | {row['memory_over_peft']:.2f} |",
+            ]
+        one, drawn = found["commands"], found["drawing"]
+        switch = (
+            f"| ... switch of person | {1000 * drawn['ours_switch_s']:.0f} ms | load and delete {1000 * drawn['diffusers_switch_s']:.0f} ms"
+        )
+        lines += [
+            f"| {title}: `personalize`, 25 steps of 4 copies, after loading | {one['personalize_first_s']:.1f} s first, {one['personalize_second_s']:.1f} s then | | |",
+            f"| {title}: a picture of the person, 25 steps | {drawn['ours_person_s']:.2f} s | diffusers bare {drawn['diffusers_s']:.2f} s | {drawn['ours_over_diffusers']:.2f} |",
+            f"{switch} | {drawn['switch_over_diffusers']:.2f} |",
+        ]
+        most = found["people"][-1]
+        lines.append(
+            f"| {title}: {most['people']} people in one batch, a step | {most['ms_a_person']:.1f} ms, {most['gb_a_person']:.1f} GB a person | | |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> int:
     readme = ROOT / "README.md"
     text = old = readme.read_text(encoding="utf-8")
-    for name, table in (("fidelity", fidelity()), ("speed", speed())):
+    for name, table in (("fidelity", fidelity()), ("speed", speed()), ("gpu", gpu())):
         pattern = rf"<!-- {name} -->\n.*?<!-- /{name} -->"
         assert re.search(pattern, text, re.S), f"README.md has no place for the table {name}"
         block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"

@@ -77,7 +77,7 @@ def test_a_pipeline_that_is_loaded_already_serves_as_the_base(hdb, tiny_world):
     assert all(torch.equal(one.loras[path].up, other.loras[path].up) for path in one.loras)
     assert repr(again).count("\n") == 0
     assert "family=sd, hypernetwork=pro, device=cpu, dtype=float32" in repr(again)
-    assert repr(one) == "PersonalLora('toon', rank=1, layers=%d, trigger='[V]')" % len(one.loras)
+    assert repr(one) == f"PersonalLora('toon', rank=1, layers={len(one.loras)}, trigger='[V]')"
     with pytest.raises(InputError, match="supported: "):
         HyperDreamBooth.from_pipeline(object())
 

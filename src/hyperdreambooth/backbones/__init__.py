@@ -1,7 +1,8 @@
 """Foreign models behind one small interface: one file a family, chosen from what the loaded pipeline is."""
 
-from .base import Backbone, Conditioning, load_backbone, wrap
+from .base import Backbone, Conditioning
 from .flux import Flux
+from .loading import load_backbone, wrap
 from .sd import StableDiffusion
 from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,6 +38,7 @@ class Evaluate:
 
 
 def run(args: Evaluate) -> None:
-    from ..evaluation.command import run
+    from ..evaluation import command
 
-    run(args)
+    request = {field.name: getattr(args, field.name) for field in dataclasses.fields(command.Request)}
+    command.run(command.Request(**request), args.machine.open)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from .. import photos
+from ..api import HyperDreamBooth
 from ..assets import toon
 from ..checkpoint import read_tensors, write_json
 from ..errors import InputError
@@ -17,9 +20,6 @@ from ..progress import say
 from .atlas import Atlas, load_atlas
 from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, ROWS, Judges, environment, evaluate, fingerprint
 from .judges import Judge
-
-if TYPE_CHECKING:
-    from ..commands.evaluate import Evaluate
 
 COLUMNS = {
     "rank1": "rank-1",
@@ -37,18 +37,32 @@ SHEET = ("base", "prediction", "prediction+guidance", "finetuned", "finetuned+gu
 """Rows on the contact sheet."""
 
 
-def run(args: Evaluate) -> None:
+@dataclass
+class Request:
+    """What is to be measured; `hyperdreambooth evaluate --help` explains each."""
+
+    output: Path
+    split: str
+    atlas: Path
+    people: int | None
+    rows: tuple[str, ...]
+    faithful: Path | None
+    pictures: int
+    overwrite: bool
+
+
+def run(args: Request, open_base: Callable[[str, str], HyperDreamBooth]) -> None:
     """Measures; keeps rows that the output has already, unless `overwrite`."""
     unknown = set(args.rows) - set(ROWS)
     if unknown:
         raise InputError(f"{min(unknown)} is no row; there are {', '.join(ROWS)}.")
-    hdb = args.machine.open("toon")
+    hdb = open_base("toon", "auto")
     atlas = load_atlas(args.atlas, args.split).first(args.people)
     files = [args.atlas / f"{name}.safetensors" for name in ("training", "strangers")]
     known = [read_tensors(file)[0]["embeddings"].float() if file.is_file() else None for file in files]
     judges = Judges(Judge.from_pretrained(toon.directory("recogniser")), Judge.from_pretrained(toon.directory("classifier")), *known)
     folder = args.faithful or Path("benchmarks/faithful")
-    faithful = args.machine.open("toon", str(folder)) if "faithful" in (args.rows or ROWS) and folder.is_dir() else None
+    faithful = open_base("toon", str(folder)) if "faithful" in (args.rows or ROWS) and folder.is_dir() else None
     settings = {
         "split": args.split,
         "people": len(atlas.people),

@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 
 from .backbones import Backbone
-from .checkpoint import read_json, read_shapes, read_tensors, save_tensors, write_json
+from .cards import hypernetwork_card
+from .checkpoint import read_json, read_shapes, read_tensors, save_tensors, write_atomically, write_json
 from .config import parsed, updated
 from .encoder import FaceEncoder
 from .errors import InputError, in_range, some
-from .hub import download, write_card
+from .hub import download
 from .hypernetwork import HyperNetwork
 from .lightweight import LightweightLora
 from .lora import Shape, canonical_modules, linear_shape
@@ -81,7 +82,7 @@ def save_hypernetwork(folder: str | Path, source: PredictedLora, info: HyperNetw
     if info.encoder == "encoder":
         source.encoder.save_pretrained(folder / "encoder")
     save_tensors(folder / "model.safetensors", tensors)
-    write_card(folder, info)
+    write_atomically(folder / "README.md", lambda file: file.write_text(hypernetwork_card(asdict(info)), encoding="utf-8"))
     return write_json(folder / "config.json", asdict(info))
 
 

@@ -114,12 +114,5 @@ def circles(graph: dict[Path, set[Path]]) -> list[set[str]]:
     return [set(group) for group in groups if group]
 
 
-KNOWN = [  # to be broken
-    {"commands/evaluate.py", "evaluation/command.py"},
-    {f"backbones/{name}.py" for name in ("base", "common", "flux", "sd", "sd3", "sdxl")},
-]
-
-
 def test_no_files_import_one_another():
-    found = circles({file: imported(file) for file in ALL})
-    assert [group for group in found if group not in KNOWN] == []
+    assert circles({file: imported(file) for file in ALL}) == []

@@ -1,6 +1,6 @@
 """Draws docs/imports.svg from the imports: every room on a floor of its own, above all that it imports.
 
-    python docs/imports.py      (with --check: only compares)
+python docs/imports.py      (with --check: only compares)
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def floors() -> list[list[str]]:
 def drawn() -> str:
     levels = floors()[::-1]
     width, tall = 920, 44
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{tall * len(levels)}" font-family="system-ui, sans-serif" font-size="13">']
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{tall * len(levels)}" font-family="system-ui, sans-serif" font-size="13">'
+    ]
     for row, names in enumerate(levels):
         step = width / len(names)
         for column, name in enumerate(names):

@@ -102,7 +102,7 @@ def lora_card(metadata: Mapping[str, str], file: str, picture: str | None = None
         tags=["lora", "text-to-image", "hyperdreambooth"],
         **_license(terms),
     )
-    values = {
+    values: dict[str, Any] = {
         "base": base,
         "trigger": trigger,
         "terms": terms,

@@ -76,12 +76,11 @@ def draw_photos(backbone: Backbone, subject: Subject, levels: NoiseLevels, copie
     people, count = subject.latents.shape[:2]
     prompts = PromptCache(backbone, trains_text=trains_text)
     numbers = torch.arange(people, device=subject.latents.device)
-    noise = SharedNoise(people)
 
     def part(of: str, latents: Tensor, texts: list[str], levels: Tensor, generator: torch.Generator) -> dict[str, Any]:
         return {
             f"{of}.latents": latents,
-            f"{of}.noise": noise(latents.shape, generator).to(latents),
+            f"{of}.noise": torch.randn(copies, *latents.shape[1:], generator=generator).repeat_interleave(people, 0).to(latents),
             f"{of}.timesteps": backbone.steps_for(levels.repeat_interleave(people)),
             **prompts.inputs(texts, f"{of}.prompt."),
         }
@@ -116,16 +115,6 @@ def ellipse_mask(height: int, width: int) -> Tensor:
     y, x = torch.meshgrid((torch.arange(height) + 0.5) / height - 0.5, (torch.arange(width) + 0.5) / width - 0.5, indexing="ij")
     distance = ((x / 0.42) ** 2 + (y / 0.52) ** 2).sqrt()
     return ((1.1 - distance) / 0.3).clamp(0, 1)[None]
-
-
-class SharedNoise:
-    """Draws noise (copies * people, ...) in which the people of one copy share theirs."""
-
-    def __init__(self, people: int):
-        self.people = people
-
-    def __call__(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        return torch.randn(shape[0] // self.people, *shape[1:], generator=generator).repeat_interleave(self.people, 0)
 
 
 def prior_latents(backbone: Backbone, prompt: str, count: int, seed: int, on_step: Callable[[int], None] | None = None) -> Tensor:

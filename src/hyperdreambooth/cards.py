@@ -102,7 +102,7 @@ def lora_card(metadata: Mapping[str, str], file: str, picture: str | None = None
         tags=["lora", "text-to-image", "hyperdreambooth"],
         **_license(terms),
     )
-    values = {
+    values: dict[str, Any] = {
         "base": base,
         "trigger": trigger,
         "terms": terms,
@@ -128,7 +128,7 @@ def hypernetwork_card(config: Mapping[str, Any]) -> str:
     )
     sizes, layers, trained = config["lightweight"], len(config["targets"]), dict(config["trained"])
     rank, width = sizes.get("rank", 1), sizes.get("down_dim", 100) + sizes.get("up_dim", 50)
-    values = {
+    values: dict[str, Any] = {
         "base": base,
         "rank": rank,
         "layers": layers,

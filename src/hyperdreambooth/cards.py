@@ -128,7 +128,7 @@ def hypernetwork_card(config: Mapping[str, Any]) -> str:
     )
     sizes, layers, trained = config["lightweight"], len(config["targets"]), dict(config["trained"])
     rank, width = sizes.get("rank", 1), sizes.get("down_dim", 100) + sizes.get("up_dim", 50)
-    values = {
+    values: dict[str, Any] = {
         "base": base,
         "rank": rank,
         "layers": layers,

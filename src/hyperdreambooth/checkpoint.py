@@ -119,10 +119,10 @@ def save(
     tensors |= {f"average/{name}": value for name, value in average.items()}
     for index, state in optimizer["state"].items():
         tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in state.items()}
-    header = {
+    header = {  # on CUDA a learning rate is a tensor
         "meta": json.dumps(meta),
         "param_groups": json.dumps(optimizer["param_groups"], default=float),
-    }  # a learning rate may be a tensor
+    }
     return save_tensors(path, tensors, header)
 
 

@@ -69,15 +69,15 @@ class IdentityData:
     reference: Tensor
 
     def __post_init__(self) -> None:
-        # A model's outputs may lie in memory in another order of dimensions (a VAE's do) than the same numbers read from the cache.
-        # The CPU's kernels sum them in another order then, and round differently.
+        # A VAE's latents come out with their channels last in memory; the same latents read from the cache have them first. The
+        # CPU's kernels sum in another order for each, and round differently, so both get one order here.
         self.latents, self.features = self.latents.contiguous(), self.features.contiguous()
         self.of_person: list[list[int]] = [[] for _ in self.names]
         for index, person in enumerate(self.people.tolist()):
             self.of_person[person].append(index)
 
     def split(self, count: int) -> tuple[IdentityData, IdentityData]:
-        """All but the last `count` people, and those."""
+        """The data of all people but the last `count`, and the data of those. Raises InputError where nobody would be left."""
         last = self.people >= len(self.names) - count
         if last.all():
             raise InputError(f"{len(self.names)} identities are too few to keep {count} for validation.")
@@ -88,12 +88,12 @@ class IdentityData:
         return IdentityData(self.latents[keep], self.features[keep], self.people[keep] - first, names, prompts, self.reference[keep])
 
     def inputs(self, chosen: Tensor) -> Tensor:
-        """What a hypernetwork predicts from: features, or pictures in -1..1, of the chosen pictures; float32."""
+        """The hypernetwork's inputs for the chosen pictures (B,): features, or pictures (B, 3, H, W) in -1..1; float32."""
         found = self.features[chosen]
         return found.float() / 127.5 - 1 if found.dtype == torch.uint8 else found.float()
 
     def pair(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
-        """For each picture another one of the same person, where there is one, to predict from: (B,)."""
+        """For each chosen picture (B,) the index of a picture of the same person to predict from; another one where there is one."""
         others = []
         for index in chosen.tolist():
             mine = [i for i in self.of_person[int(self.people[index])] if self.reference[i]] or [index]

@@ -78,7 +78,7 @@ class FaceEncoder(nn.Module):
         )
 
     def train(self, mode: bool = True) -> FaceEncoder:
-        # a frozen encoder's batch statistics must not move either
+        # in training mode, batch normalization would update its statistics even where the weights are frozen
         super().train(mode and self.trained)
         return self
 
@@ -103,7 +103,7 @@ def _open_model(source: str | Path) -> Any:
         _check_depths(Path(source))
     with _said_of(source, "it can't be opened as a vision model of transformers"):
         model, found = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    # the pooler isn't used, and a file may hold a classifier's head besides; a layer that is in one place alone is a wrong config
+    # the pooler isn't used, and a classifier's head may come along; a layer that the config or the weights lack is an error
     absent = [name for name in found["missing_keys"] if "pooler" not in name]
     unused = [name for name in found["unexpected_keys"] if re.search(r"\.\d+\.", name)]
     if absent or unused:

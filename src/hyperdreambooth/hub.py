@@ -20,11 +20,14 @@ from .photos import is_generated, preview_path
 HYPERNETWORK_FILES = ["README.md", "config.json", "model.safetensors", "encoder/*.json", "encoder/*.safetensors"]
 CONSENT = "A LoRA of a face is biometric data: whoever has the file can draw this person. Upload it only if the person agrees."
 REFUSALS = (HTTPError, OSError, ValueError)
-"""What huggingface_hub raises for an unreachable hub, a refused token, a name that is none, and a card that it doesn't take."""
+"""What huggingface_hub raises for a hub that can't be reached, a refused token, an invalid name, and an invalid model card."""
 
 
 def download(name: str) -> Path:
-    """A model of the hub by its id, such as `user/name`: the folder that it was fetched to. Raises InputError."""
+    """Fetches a model by its id on the hub, such as `user/name`, and returns its folder on this machine.
+
+    Raises InputError where the hub can't be reached or has no such model.
+    """
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except REFUSALS as error:
@@ -32,9 +35,9 @@ def download(name: str) -> Path:
 
 
 def push(path: str | Path, name: str, *, public: bool = False) -> str:
-    """Uploads a hypernetwork's folder, or a LoRA file with its preview and a card: the repository's address.
+    """Uploads a hypernetwork's folder, or a LoRA file with its preview and a card, and returns the repository's address.
 
-    The repository is made if it isn't there, private unless `public`. Who asked the person is the caller's business.
+    The repository is created if there is none, private unless `public`. The caller must have asked for the person's consent.
     Raises InputError where `path` is neither, or the hub can't be reached or refuses.
     """
     path = Path(path)

@@ -1,4 +1,4 @@
-"""Features -> tokens, refined over passes (paper, section 4.2). torch only.
+"""Features -> tokens, refined over several passes (paper, section 4.2). Needs torch alone.
 
     tokens = start;  repeat: tokens = tokens + head(decoder(layer_embedding + embed(tokens), features))
 
@@ -25,7 +25,7 @@ class HyperNetwork(nn.Module):
         layers, width = start.shape
         self.config = config
         self.start = nn.Parameter(start.clone())
-        with torch.random.fork_rng(devices=[]):  # building a module must not move the global generator
+        with torch.random.fork_rng(devices=[]):  # initializing a module must not change the state of the global generator
             torch.manual_seed(0)
             self.features = nn.Sequential(nn.LayerNorm(feature_dim), nn.Linear(feature_dim, config.dim))
             self.layers = nn.Parameter(torch.randn(layers, config.dim) * 0.02)
@@ -34,7 +34,7 @@ class HyperNetwork(nn.Module):
                 config.dim, config.heads, 2 * config.dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )
             self.decoder = nn.TransformerDecoder(block, config.blocks, norm=nn.LayerNorm(config.dim))
-            # a head for each layer: what a direction means differs from layer to layer
+            # a head for each layer: the same token means another update in every layer
             self.head = nn.Parameter(torch.randn(layers, config.dim, width) * 0.02 / config.dim**0.5)
         with torch.no_grad():
             self.head[:, :, down_width:] = 0

@@ -4,7 +4,7 @@
     up   = up_aux @ up_token          (out, b) @ (b, rank)
 
 The aux matrices have orthonormal rows (down) and columns (up). Frozen, they are rebuilt anywhere from their recipe;
-learnable (*pro*), they are shared by all identities and live in the hypernetwork's checkpoint. One layer is one token
+learnable (*pro*), they are shared by all identities and stored in the hypernetwork's checkpoint. One layer is one token
 of (a + b) * rank numbers, the down part first, whatever the layer's size.
 """
 
@@ -52,7 +52,7 @@ class LightweightLora(nn.Module):
                     f"aux dimensions {config.down_dim} and {config.up_dim} don't fit {path}, which has {shape.inputs} inputs and "
                     f"{shape.outputs} outputs. Lower down_dim and up_dim, or leave that layer out of the targets."
                 )
-            # no aux matrix is ever drawn from the global generator, and the state dict's keys can't hold dots
+            # names in a state dict can't contain dots, see `name`
             self._register(self.name(path, "down"), orthonormal(config.down_dim, shape.inputs, f"{config.seed}/{path}/down"))
             self._register(self.name(path, "up"), orthonormal(config.up_dim, shape.outputs, f"{config.seed}/{path}/up").mT.contiguous())
 
@@ -79,7 +79,7 @@ class LightweightLora(nn.Module):
         """The tokens from which every identity starts, (layers, width): one shared random down of unit rows, up zero.
 
         Zero in both would be a saddle without gradient; a random down for each identity would leave the weight loss to
-        chase arbitrary factors.
+        fit factors that are arbitrary.
         """
         config = self.config
         generator = torch.Generator().manual_seed(config.seed + 1)
@@ -109,7 +109,7 @@ class LightweightLora(nn.Module):
         return {"targets": {path: list(shape) for path, shape in self.targets.items()}, **asdict(self.config)}
 
     def fingerprint(self) -> str:
-        """What tokens belong to: a hash of the recipe, or of the learnt matrices' contents (as fp16, as they are shipped)."""
+        """Identifies the aux matrices that tokens belong to: a hash of the recipe, or of the learnt matrices' contents (as fp16, as they are shipped)."""
         digest = hashlib.sha256(json.dumps(self.recipe(), sort_keys=True).encode())
         if self.config.learnable:
             for path in self.targets:

@@ -1,9 +1,10 @@
-"""Muon: every matrix's update is made orthogonal, so that rare directions move as far as the loudest ones.
+"""Muon: every matrix's update is made orthogonal, so that directions with small gradients move as far as those with large ones.
 
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; scaled so that AdamW's learning rates serve
-(Liu et al., arXiv 2502.16982, section 2.2). torch has it for single matrices; a hypernetwork's heads and the LoRAs of a batch of people
-are stacks of them, and each matrix of a stack is updated as if it were alone. A convolution's kernel is one matrix, from all that one
-output sees. Vectors get AdamW's update. Matrices of one size are orthogonalized side by side: a GPU waits for launches otherwise.
+(Liu et al., arXiv 2502.16982, section 2.2). `torch.optim.Muon` does this for single matrices, one after another, and rounds to
+bfloat16 in between. A hypernetwork's heads and the LoRAs of a batch of people are stacks of matrices: here each matrix of a stack is
+updated as if it were alone, all of one size are orthogonalized together, and in the precision of the parameters. A convolution's kernel
+is one matrix: its rows are the weights of one output. Vectors get torch's AdamW.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz iteration: after five rounds all singular values are some 0.7 to 1.2."""
@@ -48,10 +50,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of whatever has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
             vectors = []
@@ -63,18 +63,20 @@ class Muon(torch.optim.Optimizer):
                 else:
                     vectors.append(parameter)
             for parameters in alike.values():
-                _apply(parameters, self._matrices(parameters, group), group)
+                updates = self._matrices(parameters, group)
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, updates, alpha=-group["lr"])
             if vectors:
-                _apply(vectors, self._vectors(vectors, group), group)
+                self._vectors(vectors, group)
         return loss
 
     def _matrices(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """Updates of parameters whose matrices are of one size."""
         gradients = [_gradient(parameter) for parameter in parameters]
         states = [self.state[parameter] for parameter in parameters]
-        for state, gradient in zip(states, gradients, strict=True):
+        for state, parameter in zip(states, parameters, strict=True):
             if not state:
-                state["momentum_buffer"] = torch.zeros_like(gradient)
+                state["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = [state["momentum_buffer"] for state in states]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
@@ -82,22 +84,16 @@ class Muon(torch.optim.Optimizer):
         updates = orthogonalized(torch.cat(stacks)) * (0.2 * max(stacks[0].shape[1:]) ** 0.5)  # the root mean square of AdamW's updates
         return [part.view_as(one) for part, one in zip(updates.split([len(stack) for stack in stacks]), nesterov, strict=True)]
 
-    def _vectors(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """AdamW's updates."""
-        gradients = [_gradient(parameter) for parameter in parameters]
+    def _vectors(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """AdamW, as torch has it."""
         states = [self.state[parameter] for parameter in parameters]
-        for state, gradient in zip(states, gradients, strict=True):
+        for state, parameter in zip(states, parameters, strict=True):
             if not state:
-                state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(gradient), exp_avg_sq=torch.zeros_like(gradient))
-            state["step"] += 1
-        first, second = group["betas"]
-        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
-        torch._foreach_lerp_(means, gradients, 1 - first)
-        torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - second)
-        done = [state["step"].item() for state in states]
-        scales = torch._foreach_sqrt(torch._foreach_div(squares, [1 - second**steps for steps in done]))
-        torch._foreach_add_(scales, group["eps"])
-        return list(torch._foreach_div(torch._foreach_div(means, [1 - first**steps for steps in done]), scales))
+                state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+        means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        settings = {"amsgrad": False, "maximize": False, **{key: group[key] for key in ("lr", "weight_decay", "eps")}}
+        settings["beta1"], settings["beta2"] = group["betas"]
+        adamw(parameters, [_gradient(one) for one in parameters], means, squares, [], steps, foreach=True, **settings)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
@@ -109,8 +105,3 @@ def _stack(tensor: Tensor) -> Tensor:
     """A parameter's matrices, (count, rows, columns)."""
     matrices = tensor.flatten(1) if tensor.ndim > 3 else tensor
     return matrices if matrices.ndim == 3 else matrices[None]
-
-
-def _apply(parameters: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> None:
-    torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-    torch._foreach_add_(parameters, updates, alpha=-group["lr"])

@@ -36,7 +36,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "count": (1, 1024),
     "batch": (1, 1024),
 }
-"""What the defaults in a config.json may ask for: far more than anyone has reason to, far less than fills a machine's memory."""
+"""Ranges of the defaults in a config.json: a larger value is a damaged file, and could fill a machine's memory."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class HyperNetworkInfo:
     prompt: str = "a [V] face"
     """The prompt that names the person."""
     describe: list[list[str]] = field(default_factory=list)
-    """Alternatives for each part of a photo's prompt, see `stages.describe`; none: photos are "the person"."""
+    """Phrases to choose from for each part of a photo's prompt, see `stages.describe`. Empty: the prompt is `prompt` for every photo."""
     personalize: dict[str, Any] = field(default_factory=dict)
     """Defaults of the fine-tuning that suit this base (chosen on validation)."""
     generate: dict[str, Any] = field(default_factory=dict)
@@ -70,13 +70,16 @@ class HyperNetworkInfo:
 
 
 def build(targets: dict[str, Shape], encoder: FaceEncoder, lightweight: LightweightConfig, config: HyperNetworkConfig) -> PredictedLora:
-    """An untrained hypernetwork: it predicts no update at all."""
+    """An untrained hypernetwork. Its predictions are zero updates."""
     tokens = LightweightLora(targets, lightweight)
     return PredictedLora(encoder, HyperNetwork(tokens.start(), lightweight.rank * lightweight.down_dim, encoder.dim, config), tokens)
 
 
 def save_hypernetwork(folder: str | Path, source: PredictedLora, info: HyperNetworkInfo, dtype: torch.dtype = torch.float16) -> Path:
-    """Writes `folder`, a model card (README.md) included; the config comes last, so that a folder with one is whole."""
+    """Writes the weights in `dtype`, the encoder, a model card (README.md) and the config into `folder`; returns the config's path.
+
+    The config is written last: a folder with a config is complete.
+    """
     folder = Path(folder)
     tensors = {name: value.to(dtype) for name, value in source.state_dict().items() if not name.startswith("encoder.")}
     if info.encoder == "encoder":

@@ -90,7 +90,7 @@ def mix_tokens(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
 
 
 def describe_tokens(path: str | Path) -> dict[str, Any]:
-    """What is in a token file, for people."""
+    """A token file's contents as the command `info` prints them. Raises InputError for a damaged file."""
     tensors, header = read_tensors(path)
     try:
         rank = dict(json.loads(header.get("hyperdreambooth.recipe", "{}"))).get("rank", "unknown")

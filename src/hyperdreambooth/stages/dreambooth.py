@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import replay
 from ..backbones import Backbone
 from ..data import PromptCache, conditioning_in
 from ..lora import Hooks
@@ -39,16 +40,18 @@ class Subject:
         return [self.prompt] * len(self.latents) if isinstance(self.prompt, str) else [mine[photo] for mine in self.prompt]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PhotoLosses:
-    """The losses of fine-tuning on photos: `denoising_loss` of the noised photos, and of the class's pictures.
-
-    Equal ones compute the same (see `fit`); the hooks are only how an update gets into the base.
-    """
+    """The losses of fine-tuning on photos: `denoising_loss` of the noised photos, and of the class's pictures."""
 
     backbone: Backbone
     prior_weight: float
-    hooks: Hooks = field(compare=False)
+    hooks: Hooks
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What is computed, see `fit`; the hooks are only how an update gets into the base."""
+        return replay.token(self.backbone), self.prior_weight
 
     def __call__(self, source: nn.Module, batch: dict[str, Any]) -> Tensor:
         self.hooks.set(source(batch["people"]))

@@ -355,6 +355,11 @@ def test_the_palette_is_what_the_base_knows():
     every = {
         pictures.caption({**known, kind: name}, draw=None, mention=1.0) for kind, choices in pictures.CONTEXTS.items() for name in choices
     }
+    every |= {  # hats want a background
+        pictures.caption({**known, "headwear": hat, "background": background}, draw=None, mention=1.0)
+        for hat in pictures.CONTEXTS["headwear"]
+        for background in pictures.CONTEXTS["background"]
+    }
     listed = {prompt for group in toon.palette().values() for prompt in group.values()}
     assert listed <= every
     assert {pictures.caption({**known, "style": name}) for name in pictures.CONTEXTS["style"] if name != "plain"} <= listed

@@ -168,7 +168,7 @@ def test_the_whole_way(visitor, tmp_path):
     page.click("#compare")
     says(page, "#drawing", "15 of 15 pictures. Each says")
     for label in ("without the LoRA", "prediction", "with the LoRA"):
-        assert f"{label}: a [V] face wearing a santa hat (seed 0)" in page.inner_text("#compared")
+        assert f"{label}: a [V] face wearing a santa hat on a purple background (seed 0)" in page.inner_text("#compared")
     page.locator("#second-example input").click()
     page.get_by_role("option", name="example face 9", exact=True).click()
     page.click("#mix")

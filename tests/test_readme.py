@@ -97,3 +97,7 @@ def test_links_and_pictures_exist():
 
 def test_tables_are_the_measured_figures():
     subprocess.run([sys.executable, str(ROOT / "benchmarks/tables.py"), "--check"], check=True, cwd=ROOT)
+
+
+def test_the_picture_of_the_house_is_of_this_house():
+    subprocess.run([sys.executable, str(ROOT / "docs/imports.py"), "--check"], check=True, cwd=ROOT)

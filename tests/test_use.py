@@ -72,3 +72,12 @@ def test_the_thumbnail_and_the_authors_words_are_in_the_file(tmp_path, face, me)
         assert metadata["modelspec.title"] == name
         assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
         assert metadata["modelspec.resolution"] == "64x64"
+
+
+def test_a_caption_beside_the_photo_is_what_it_shows(tmp_path, capsys):
+    picture(4).save(tmp_path / "ann.png")
+    (tmp_path / "ann.txt").write_text("smiling on a\nblue background\n")
+    assert run("personalize", tmp_path / "ann.png", "--steps", 1, "-o", tmp_path / "out" / "a.safetensors") == 0
+    assert 'taken to show "a [V] face, smiling on a blue background"' in capsys.readouterr().err
+    assert run("personalize", tmp_path / "ann.png", "--steps", 1, "--prompt", "a [V] face", "-o", tmp_path / "out" / "b.safetensors") == 0
+    assert 'taken to show "a [V] face"' in capsys.readouterr().err

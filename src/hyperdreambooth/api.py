@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from .stages.generate import generate
 from .stages.personalize import finish, personalize
 from .trainable_lora import PredictedLora
 
+T = TypeVar("T", PersonalizeConfig, GenerateConfig)
 Files = Sequence[str | Path] | str | Path
 Photos = Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor
 """One photo or several: files, pictures, or what `read_photos` made of them."""
@@ -126,28 +127,18 @@ class HyperDreamBooth:
     def personalize_config(self, choices: PersonalizeChoices | PersonalizeConfig | None = None, **changes: Any) -> PersonalizeConfig:
         """The settings of a fine-tuning: `changes`, then `choices`, then the hypernetwork's own, then general ones."""
         if isinstance(choices, PersonalizeConfig):  # complete already
-            return dataclasses.replace(choices, **{key: value for key, value in changes.items() if value is not None})
+            return _changed(choices, changes)
         own = self.info.personalize if self.info else {}
-        layers: tuple[tuple[str, object], ...] = (
-            ("given", changes),
-            ("given", choices or {}),
-            ("hypernetwork", own),
-            ("from scratch", {} if self.source else SCRATCH),
-        )
-        return resolve(PersonalizeConfig, *layers)
+        scratch = {} if self.source else SCRATCH
+        return resolve(PersonalizeConfig, ("given", changes), ("given", choices or {}), ("hypernetwork", own), ("from scratch", scratch))
 
     def generate_config(self, choices: GenerateChoices | GenerateConfig | None = None, **changes: Any) -> GenerateConfig:
         """The settings of drawing: `changes`, then `choices`, then the hypernetwork's own, then the family's, then general ones."""
         if isinstance(choices, GenerateConfig):  # complete already
-            return dataclasses.replace(choices, **{key: value for key, value in changes.items() if value is not None})
+            return _changed(choices, changes)
         own = self.info.generate if self.info else {}
-        layers: tuple[tuple[str, object], ...] = (
-            ("given", changes),
-            ("given", choices or {}),
-            ("hypernetwork", own),
-            ("family", self.backbone.generation),
-        )
-        return resolve(GenerateConfig, *layers)
+        family = self.backbone.generation
+        return resolve(GenerateConfig, ("given", changes), ("given", choices or {}), ("hypernetwork", own), ("family", family))
 
     def read_photos(self, files: Photos, *, crop: photos.Crop = "auto", face: int | None = None) -> tuple[Tensor, list[str]]:
         """Photos as (n, 3, size, size) in -1..1 and what is worth saying about them (which face was taken)."""
@@ -349,3 +340,8 @@ class HyperDreamBooth:
             f'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType="{source}"/></rdf:RDF></x:xmpmeta>'
         )
         return {"Software": "hyperdreambooth", "ai_generated": "true", "hyperdreambooth": json.dumps(settings), "XML:com.adobe.xmp": xmp}
+
+
+def _changed(settings: T, changes: dict[str, Any]) -> T:
+    """Settings with every change that isn't None."""
+    return dataclasses.replace(settings, **{key: value for key, value in changes.items() if value is not None})

@@ -17,6 +17,8 @@ import yaml
 
 from .errors import InputError
 
+RESOLVED = "resolved"
+"""What saved settings hold for people alone: nothing is read from it."""
 T = TypeVar("T")
 
 
@@ -29,7 +31,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is neither YAML nor JSON: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
+    if isinstance(values, dict):
+        values.pop(RESOLVED, None)
+    else:
         raise InputError(f"{path} must hold a mapping of settings, not a {type(values).__name__}.")
     return values
 
@@ -47,7 +51,9 @@ def parsed(kind: type[T], values: Any, where: str) -> T:
 
 
 def _filled(kind: type[T], defaults: dict[str, Any], values: Any, where: str) -> T:
-    if not isinstance(values, dict):
+    if isinstance(values, dict):
+        values.pop(RESOLVED, None)
+    else:
         raise InputError(f"{where} must be a mapping of settings, not {_short(values)}.")
     hints, found = typing.get_type_hints(kind, include_extras=True), dict(defaults)
     for key, value in values.items():

@@ -32,9 +32,6 @@ class Lora:
     def rank(self) -> int:
         return self.down.shape[-2]
 
-    def detach(self) -> Lora:
-        return Lora(self.down.detach(), self.up.detach())
-
     def is_finite(self) -> bool:
         return bool(self.down.isfinite().all() and self.up.isfinite().all())
 

@@ -156,11 +156,8 @@ def _from_array(values: Any, name: str) -> Image.Image:
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         values = values[0] if values.ndim == 4 and len(values) == 1 else values
-        values = (
-            (values.movedim(0, -1) if values.ndim == 3 else values).float().numpy()
-            if values.is_floating_point()
-            else (values.movedim(0, -1) if values.ndim == 3 else values).numpy()
-        )
+        values = values.movedim(0, -1) if values.ndim == 3 else values
+        values = (values.float() if values.is_floating_point() else values).numpy()
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)) or values.size == 0:
         raise InputError(f"{name} has shape {tuple(values.shape)}: give an array (H, W, 3), a gray one (H, W), or a tensor (3, H, W).")
     if values.dtype.kind == "f":

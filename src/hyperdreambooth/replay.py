@@ -10,6 +10,7 @@ values into the recorded memory and goes on there (`Memory`).
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -56,7 +57,8 @@ class Recording:
         return self.output
 
 
-_recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+Key = tuple[Hashable, ...]
+_recordings: OrderedDict[tuple[Key, Hashable], Recording] = OrderedDict()
 _told: set[str] = set()
 _off = False
 
@@ -66,6 +68,22 @@ def forget() -> None:
     _recordings.clear()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+_tokens: weakref.WeakKeyDictionary[object, object] = weakref.WeakKeyDictionary()
+
+
+def token(owner: object) -> object:
+    """Stands for `owner` in a key, without keeping it alive; its recordings go when it goes, since they refer to its memory."""
+    if owner not in _tokens:
+        _tokens[owner] = mark = object()
+        weakref.finalize(owner, _drop, mark)
+    return _tokens[owner]
+
+
+def _drop(mark: object) -> None:
+    for key in [key for key in _recordings if key[0][0] is mark]:
+        del _recordings[key]
 
 
 @contextmanager
@@ -83,11 +101,12 @@ class Replayed:
     """`work`, recorded where it can be. Its output is overwritten by the next call.
 
     Args:
-        key: what the work computes, apart from the shapes of its inputs; equal keys share a recording.
+        key: what the work computes, apart from the shapes of its inputs; equal keys share a recording. It begins with the `token` of
+            whatever the work refers to besides its inputs and `memory`.
         memory: what the work changes besides its inputs; None where it changes nothing.
     """
 
-    def __init__(self, work: Work, key: Hashable, memory: Memory | None = None):
+    def __init__(self, work: Work, key: Key, memory: Memory | None = None):
         self.work, self.key, self.memory = work, key, memory
         self.recording: Recording | None = None
         self.signature: Hashable = None

@@ -147,7 +147,7 @@ def denoiser(backbone: Backbone, personal: LoraSet, styles: LoraSet, person: Ten
     mine, theirs = (LoraSet({p: lora for p, lora in some.items() if not is_text(p, backbone)}) for some in (personal, styles))
     if person is None and all(lora.down.ndim == 2 for lora in mine.values()) and mergeable(backbone.components, mine + theirs):
         with merged(backbone.components, mine + theirs):
-            yield replay.Replayed(lambda batch: backbone.predict(*_arguments(batch)), (id(backbone), "merged"))
+            yield replay.Replayed(lambda batch: backbone.predict(*_arguments(batch)), (replay.token(backbone), "merged"))
         return
     with Hooks(backbone.components, theirs) as style_hooks, Hooks(backbone.components, mine) as hooks:
         style_hooks.set(theirs)
@@ -161,7 +161,7 @@ def denoiser(backbone: Backbone, personal: LoraSet, styles: LoraSet, person: Ten
             hooks.set({path: Lora(batch[f"lora.{path}.down"], batch[f"lora.{path}.up"]) for path in mine}, batch.get("person"))
             return backbone.predict(*_arguments(batch))
 
-        recorded = replay.Replayed(work, (id(backbone), "hooks"))
+        recorded = replay.Replayed(work, (replay.token(backbone), "hooks"))
         yield lambda batch: recorded({**batch, **static})
 
 

@@ -70,7 +70,8 @@ class RelaxedLora(nn.Module):
         self.frozen = list(predicted or ())
         if predicted is not None:
             targets = targets or predicted.shapes()
-            for index, lora in enumerate(predicted.detach().values()):  # buffers move with the module, and aren't saved
+            predicted = predicted.detach()
+            for index, lora in enumerate(predicted.values()):  # buffers move with the module, and aren't saved
                 self.register_buffer(f"predicted_down_{index}", lora.down, persistent=False)
                 self.register_buffer(f"predicted_up_{index}", lora.up, persistent=False)
         if not targets:
@@ -82,7 +83,7 @@ class RelaxedLora(nn.Module):
             down = orthonormal(rows, shape.inputs, f"{seed}/{path}/residual") * math.sqrt(1 / 3)  # the scale of torch's Linear
             fresh = Lora(down, torch.zeros(shape.outputs, rows))
             if predicted is not None:
-                reference = predicted[path].detach()
+                reference = predicted[path]
                 batch = reference.down.shape[:-2]
                 fresh = Lora(
                     fresh.down.to(reference.down.device).expand(*batch, -1, -1), fresh.up.to(reference.up.device).expand(*batch, -1, -1)

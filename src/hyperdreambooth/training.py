@@ -128,7 +128,7 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
     """Trains the parameters of `model` that require gradients, in place.
 
     Args:
-        losses: `losses(model, batch)` gives per-sample losses, shape (B,). Equal ones (by ==) compute the same.
+        losses: `losses(model, batch)` gives per-sample losses, shape (B,). Those with an equal `key` compute the same (see `replay.py`).
         draw: `draw(i, generator)` gives the i-th batch; with n processes the i-th step takes n of them.
 
     Ctrl-C checkpoints and raises KeyboardInterrupt. Raises TrainingError at the first loss that isn't finite. With
@@ -219,7 +219,8 @@ def make_update(losses: Losses, accelerator: Accelerator, state: State) -> Calla
     plain = accelerator.num_processes == config.gradient_accumulation == 1 and config.mixed_precision == "no"
     if accelerator.device.type != "cuda" or not plain or config.optimizer != "adamw":
         return update
-    return replay.Replayed(update, (losses, state.kind()), state)
+    key = getattr(losses, "key", None) or (replay.token(losses),)
+    return replay.Replayed(update, (*key, state.kind()), state)
 
 
 def check_finite(losses: Tensor, name: str, step: int) -> None:

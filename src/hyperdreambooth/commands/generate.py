@@ -44,6 +44,7 @@ class Generate:
 def run(args: Generate) -> None:
     hdb = args.machine.open(args.base)
     config = hdb.generate_config(args.config)
+    args.machine.explain(config)
     loras = [weighted(text) for text in args.lora]
     styles = [*loras[1:], *(weighted(text) for text in args.style)]
     me = hdb.load(loras[0][0]) if loras else None
@@ -63,4 +64,4 @@ def run(args: Generate) -> None:
         sheet = photos.grid(rows, list(args.prompts), [f"seed {config.seed + i}" for i in range(config.count)])
         photos.save_png(sheet, args.output / "grid.png", {"ai_generated": "true"}, overwrite=True)
         say(f"{args.output / 'grid.png'}: all of them")
-    write_json(args.output / "generate.json", as_json(args))
+    write_json(args.output / "generate.json", as_json(args, config))

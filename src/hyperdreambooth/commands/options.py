@@ -14,7 +14,10 @@ import transformers
 import tyro
 
 from ..api import HyperDreamBooth
+from ..config import RESOLVED
 from ..errors import InputError
+from ..progress import say
+from ..settings import explained
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -31,6 +34,8 @@ class Machine:
     dtype: Dtype = "auto"
     """Precision of the frozen base; what is trained is always float32. auto: bfloat16 on a CUDA card that has it, float16 on an older
     one, float32 on a CPU."""
+    verbose: bool = False
+    """Also print every setting of personalize and generate with where its value came from."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: slower, but a fraction of the memory."""
 
@@ -38,6 +43,10 @@ class Machine:
         # loading takes a second: the libraries' own progress bars would only hide what matters
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
+
+    def explain(self, settings: object) -> None:
+        for line in explained(settings) if self.verbose else ():
+            say(line)
 
     def open(self, base: str, hypernetwork: str | None = "auto") -> HyperDreamBooth:
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
@@ -59,10 +68,10 @@ def check_lora_name(path: Path) -> None:
         raise InputError(f"{path}: a LoRA file is a .safetensors file. Name it {path.name}.safetensors.")
 
 
-def as_json(args: Any) -> dict[str, Any]:
-    """A command's settings as they are saved beside what it made."""
+def as_json(args: Any, settings: Any = None) -> dict[str, Any]:
+    """A command's settings as they are saved beside what it made, with the resolved ones and where each came from."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(args), default=str))
-    return values
+    return values | ({RESOLVED: explained(settings)} if settings else {})
 
 
 def weighted(text: str, default: float = 1.0) -> tuple[str, float]:

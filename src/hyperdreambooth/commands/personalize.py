@@ -14,6 +14,8 @@ import tyro
 
 from .. import formats, photos
 from ..checkpoint import write_json
+from ..folders import read_caption
+from ..personal_lora import PLACEHOLDER
 from ..progress import say
 from ..settings import PersonalizeChoices
 from .options import Flat, Machine, Output, as_json, check_lora_name, refuse_existing
@@ -51,8 +53,8 @@ class Personalize:
     mask_file: tuple[Path, ...] = ()
     """Gray pictures as large as the photos, one for all or one each: white where the loss counts, black where not. Default: --mask."""
     prompt: str | None = None
-    """What the photos show, such as "a [V] face on a blue background": what it names isn't learnt as the person. Default: what the
-    base itself sees in them, where the hypernetwork brings words to choose from (toon's does); else the person alone."""
+    """What the photos show, such as "a [V] face on a blue background": what it names isn't learnt as the person. Default: the caption
+    beside a single photo (me.txt beside me.jpg), else what the base itself sees in them, where the hypernetwork brings words to choose from (toon's does); else the person alone."""
     preview: str | None = None
     """Prompt of the preview picture; default: the person's own prompt."""
     author: str | None = None
@@ -80,14 +82,18 @@ def run(args: Personalize) -> None:
         say(note)
     formats.check_layout(args.format, hdb.backbone.components)
     masks = hdb.read_masks(args.mask_file, args.photos, crop=args.crop, face=args.face) if args.mask_file else None
+    prompt = args.prompt or (read_caption(args.photos[0]) if len(args.photos) == 1 else None)
+    if prompt and PLACEHOLDER not in prompt:
+        prompt = f"{hdb.prompt}, {prompt}"
     config = hdb.personalize_config(args.config)
+    args.machine.explain(config)
     loaded = time.perf_counter()
     # an interrupted fine-tuning of the very same photos and settings goes on; anything else starts anew
-    stamp = hashlib.sha256(repr((args.base, args.hypernetwork, args.prompt, args.crop, args.face, config)).encode())
+    stamp = hashlib.sha256(repr((args.base, args.hypernetwork, prompt, args.crop, args.face, config)).encode())
     for file in (*args.photos, *args.mask_file):
         stamp.update(file.read_bytes())
     state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
-    me = hdb.personalize(pixels, masks=masks, prompt=args.prompt, config=config, directory=state)
+    me = hdb.personalize(pixels, masks=masks, prompt=prompt, config=config, directory=state)
     for text in dict.fromkeys(me.shown):
         say(f'taken to show "{text}"; --prompt says otherwise')
     save = functools.partial(me.save, args.output, layout=args.format, author=args.author, license=args.license, overwrite=True)
@@ -102,7 +108,7 @@ def run(args: Personalize) -> None:
     preview = photos.preview_path(args.output)
     metadata = hdb.picture_metadata(args.preview or me.prompt, config.seed, hdb.generate_config(), [(str(args.output), 1.0)])
     photos.save_png(picture, preview, metadata, overwrite=True)
-    write_json(args.output.with_suffix(".json"), as_json(args))
+    write_json(args.output.with_suffix(".json"), as_json(args, config))
     took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in me.seconds.items())
     say(f"{preview}: a preview")
     say(f"loading {loaded - started:.1f} s, {took}, in all {time.perf_counter() - started:.1f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -108,8 +109,6 @@ def run(args: Request, open_base: Callable[[str, str], HyperDreamBooth]) -> None
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    import dataclasses
-
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return {name: value for name, value in values.items() if name != "origins"}
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import replay
 from ..backbones import Backbone
 from ..data import PromptCache, conditioning_in
 from ..lora import Hooks
@@ -39,16 +40,18 @@ class Subject:
         return [self.prompt] * len(self.latents) if isinstance(self.prompt, str) else [mine[photo] for mine in self.prompt]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PhotoLosses:
-    """The losses of fine-tuning on photos: `denoising_loss` of the noised photos, and of the class's pictures.
-
-    Equal ones compute the same (see `fit`); the hooks are only how an update gets into the base.
-    """
+    """The losses of fine-tuning on photos: `denoising_loss` of the noised photos, and of the class's pictures."""
 
     backbone: Backbone
     prior_weight: float
-    hooks: Hooks = field(compare=False)
+    hooks: Hooks
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What is computed, see `fit`; the hooks are only how an update gets into the base."""
+        return replay.token(self.backbone), self.prior_weight
 
     def __call__(self, source: nn.Module, batch: dict[str, Any]) -> Tensor:
         self.hooks.set(source(batch["people"]))
@@ -76,12 +79,11 @@ def draw_photos(backbone: Backbone, subject: Subject, levels: NoiseLevels, copie
     people, count = subject.latents.shape[:2]
     prompts = PromptCache(backbone, trains_text=trains_text)
     numbers = torch.arange(people, device=subject.latents.device)
-    noise = SharedNoise(people)
 
     def part(of: str, latents: Tensor, texts: list[str], levels: Tensor, generator: torch.Generator) -> dict[str, Any]:
         return {
             f"{of}.latents": latents,
-            f"{of}.noise": noise(latents.shape, generator).to(latents),
+            f"{of}.noise": torch.randn(copies, *latents.shape[1:], generator=generator).repeat_interleave(people, 0).to(latents),
             f"{of}.timesteps": backbone.steps_for(levels.repeat_interleave(people)),
             **prompts.inputs(texts, f"{of}.prompt."),
         }
@@ -116,16 +118,6 @@ def ellipse_mask(height: int, width: int) -> Tensor:
     y, x = torch.meshgrid((torch.arange(height) + 0.5) / height - 0.5, (torch.arange(width) + 0.5) / width - 0.5, indexing="ij")
     distance = ((x / 0.42) ** 2 + (y / 0.52) ** 2).sqrt()
     return ((1.1 - distance) / 0.3).clamp(0, 1)[None]
-
-
-class SharedNoise:
-    """Draws noise (copies * people, ...) in which the people of one copy share theirs."""
-
-    def __init__(self, people: int):
-        self.people = people
-
-    def __call__(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        return torch.randn(shape[0] // self.people, *shape[1:], generator=generator).repeat_interleave(self.people, 0)
 
 
 def prior_latents(backbone: Backbone, prompt: str, count: int, seed: int, on_step: Callable[[int], None] | None = None) -> Tensor:

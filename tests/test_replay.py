@@ -1,0 +1,67 @@
+"""Recordings of CUDA graphs: how they are told apart and let go; on a machine with a card, that they give what plain work gives."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from hyperdreambooth import replay
+from hyperdreambooth.backbones import StableDiffusion
+from hyperdreambooth.lora import Hooks
+from hyperdreambooth.settings import GenerateConfig, PersonalizeConfig
+from hyperdreambooth.stages.dreambooth import PhotoLosses, Subject
+from hyperdreambooth.stages.generate import generate
+from hyperdreambooth.stages.personalize import personalize
+
+from .conftest import random_loras, tiny_pipe
+
+card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+
+
+class Owner:
+    pass
+
+
+def test_recordings_go_with_what_they_refer_to(monkeypatch):
+    one, other = Owner(), Owner()
+    assert replay.token(one) is replay.token(one) is not replay.token(other)
+    recordings = {((replay.token(one), "x"), 1): "first", ((replay.token(other), "x"), 1): "second"}
+    monkeypatch.setattr(replay, "_recordings", recordings)
+    del one
+    gc.collect()
+    assert list(recordings.values()) == ["second"]
+
+
+def test_losses_with_one_key_compute_the_same(backbone):
+    with Hooks(backbone.components, ()) as first, Hooks(backbone.components, ()) as second:
+        assert PhotoLosses(backbone, 1.0, first).key == PhotoLosses(backbone, 1.0, second).key
+        assert PhotoLosses(backbone, 1.0, first).key != PhotoLosses(backbone, 0.5, first).key
+        assert PhotoLosses(StableDiffusion(tiny_pipe()), 1.0, first).key != PhotoLosses(backbone, 1.0, first).key
+
+
+def test_work_on_a_cpu_runs_as_it_is():
+    calls = []
+    work = replay.Replayed(lambda inputs: calls.append(1) or inputs["x"] + 1, ("key",))
+    for _ in range(5):
+        assert work({"x": torch.zeros(2)}).tolist() == [1, 1]
+    assert len(calls) == 5
+
+
+@card
+def test_recorded_work_gives_what_plain_work_gives():
+    base = StableDiffusion(tiny_pipe().to("cuda"))
+    predicted = random_loras(base, batch=1, rank=1).scaled(0.1).map(lambda tensor: tensor.cuda())
+    subject = Subject(torch.randn(1, 1, 4, 8, 8, device="cuda"), "a [V] face")
+    config, drawing = PersonalizeConfig(steps=8, rank=2, copies=2), GenerateConfig(steps=6)
+    with replay.switched_off():
+        plain, _ = personalize(base, subject, predicted, config, quiet=True)
+        picture = generate(base, ["a [V] face"], [1], drawing, personal=plain.select(0))
+    for _ in range(2):  # the second time by the same recording
+        found, _ = personalize(base, subject, predicted, config, quiet=True)
+        for path in plain:
+            torch.testing.assert_close(found[path].delta(), plain[path].delta(), atol=1e-4, rtol=1e-2)
+        drawn = generate(base, ["a [V] face"], [1], drawing, personal=plain.select(0))
+        torch.testing.assert_close(drawn, picture, atol=1e-3, rtol=1e-2)
+    replay.forget()

@@ -205,3 +205,20 @@ def test_a_changed_config_of_a_table_is_read_or_refused(tmp_path, data):
     file.write_text(data.draw(mutants(file)))
     error = refusal(lambda: read_table_config(tmp_path).lightweight.width / read_table_config(tmp_path).lightweight.rank)
     assert error is None or str(file) in error
+
+
+@settings(MANY, max_examples=100)
+@given(data=st.data())
+def test_a_changed_adapter_config_gives_a_finite_scale_or_is_refused(source, tmp_path, data):
+    loras = finish(source.lightweight(torch.ones(1, *source.lightweight.token_shape)).detach().select(0))
+    file = tmp_path / "adapter_config.json"
+    formats.save_lora(tmp_path / "adapter_model.safetensors", loras, {}, overwrite=True)
+    file.write_text(json.dumps({"r": 1, "lora_alpha": 2, "alpha_pattern": {"to_q": 3}, "use_rslora": False}))
+    file.write_text(data.draw(mutants(file)))
+
+    def read() -> None:
+        found = formats.read_lora(tmp_path / "adapter_model.safetensors").loras
+        assert all(lora.is_finite() for lora in found.values())
+
+    error = refusal(read)
+    assert error is None or "scale" in error

@@ -8,86 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-LORA = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-A LoRA of rank {{ rank }} for `{{ base }}`, made by hyperdreambooth {{ version }} on {{ date }}.
-{% if picture %}
-![Drawn with it]({{ picture }})
-{% endif %}
-## How to use it
-
-Write `{{ trigger }}` into the prompt. In diffusers, with `pipe` a pipeline of the base:
-
-```python
-pipe.load_lora_weights("{{ file }}")
-image = pipe("{{ trigger }}").images[0]
-```
-
-{% if kohya -%}
-It is in kohya's layout: ComfyUI, A1111 and Forge find it in their folder for LoRAs.
-{%- else -%}
-For ComfyUI and A1111, unless the base is SD 3 or Flux: `hyperdreambooth export {{ file }} --format kohya -o kohya-{{ file }}`.
-{%- endif %}
-
-## A person
-
-This LoRA draws one real or invented person. A LoRA of a real face is biometric data: use it only with that person's consent, and say that \
-pictures made with it are generated.
-
-## License
-
-{{ terms or "Not stated." }}{% if author %} By {{ author }}.{% endif %}
-"""
-
-HYPERNETWORK = """---
-{{ card_data }}
----
-
-# A hypernetwork for {{ base }}
-
-It looks at one photo of a face and predicts a LoRA of rank {{ rank }} for `{{ base }}` ({{ layers }} layers, {{ numbers }} numbers), which a few \
-steps of fine-tuning make fit (HyperDreamBooth, arXiv 2307.06949; mode {{ mode }}).
-
-## How to use it
-
-```python
-from hyperdreambooth import HyperDreamBooth
-
-hdb = HyperDreamBooth.from_pretrained("{{ base }}", hypernetwork="user/name")  # or this folder
-hdb.personalize("me.jpg").save("me.safetensors")
-```
-
-## Data
-
-{{ data or "Not stated." }}
-{% for key, value in trained.items() %}
-- {{ key }}: {{ value }}
-{%- endfor %}
-
-## Metrics
-
-{% if metrics -%}
-On people who weren't trained on:
-{% for key, value in metrics.items() %}
-- {{ key.replace("_", " ") }}: {{ "%.4g" % value if value is number else value }}
-{%- endfor %}
-{%- else -%}
-None were measured.
-{%- endif %}
-
-## Limits
-
-It knows the kind of faces that it was trained on, and that base alone. Personalize people only with their consent: what it makes is \
-biometric data.
-
-## License
-
-{{ terms or "Not stated." }}
-"""
+TEMPLATES = Path(__file__).parent / "assets" / "cards"
+"""Jinja's, with the metadata in front as `card_data`."""
 
 
 def lora_card(metadata: Mapping[str, str], file: str, picture: str | None = None, *, kohya: bool = False) -> str:
@@ -115,7 +37,7 @@ def lora_card(metadata: Mapping[str, str], file: str, picture: str | None = None
         "date": metadata.get("modelspec.date", "an unknown day"),
         "author": metadata.get("modelspec.author"),
     }
-    return f"{ModelCard.from_template(data, template_str=LORA, **values)}\n"
+    return f"{ModelCard.from_template(data, template_path=str(TEMPLATES / 'lora.md'), **values)}\n"
 
 
 def hypernetwork_card(config: Mapping[str, Any]) -> str:
@@ -139,7 +61,7 @@ def hypernetwork_card(config: Mapping[str, Any]) -> str:
         "trained": trained,
         "terms": config["license"],
     }
-    return f"{ModelCard.from_template(data, template_str=HYPERNETWORK, **values)}\n"
+    return f"{ModelCard.from_template(data, template_path=str(TEMPLATES / 'hypernetwork.md'), **values)}\n"
 
 
 def _license(name: str | None) -> dict[str, Any]:

@@ -212,8 +212,8 @@ class TrainHypernetworkConfig:
     weight_loss: float = 1e-2
     """faithful: weight of the squared Frobenius distance between predicted and pre-optimized updates, a mean over layers."""
     dropout: float = 0.1
-    """Fraction of the pictures, 0 to 1, whose prompt is left empty: plain guidance keeps the LoRA in its branch without a prompt, so
-    the person must be right there too."""
+    """Fraction of the pictures, 0 to 1, that are trained with an empty prompt: plain guidance applies the LoRA to its unconditional
+    branch too, and the prompt of that branch is empty."""
     aux_scale: float = 2.0
     """pro: the aux matrices' learning rate over the decoder's."""
     train_encoder: bool = False

@@ -144,9 +144,9 @@ def read_lora(path: str | Path, root: nn.Module | None = None) -> LoraFile:
             raise InputError(
                 f"{path}: PEFT's configuration gives {layer} no scale ({error}): lora_alpha or alpha_pattern is wrong."
             ) from error
-        if not math.isfinite(scale):
-            raise InputError(f"{path}: {layer} has a scale that isn't finite: its alpha is damaged.")
         loras[name] = Lora(down, up * scale)
+        if not loras[name].is_finite():
+            raise InputError(f"{path}: {layer} has a scale of {scale:g}, with which it isn't finite: its alpha is damaged.")
         if sides["down"].ndim == 4:
             convolutions.add(name)
     return LoraFile(loras, metadata, "kohya" if kohya else "diffusers", frozenset(convolutions))

@@ -91,3 +91,16 @@ def test_what_generate_is_given_means_something_or_is_one_sentence(hdb, capsys):
     hdb.generate("a face", None, steps=1)
     hdb.generate("a [V] face", me, steps=1)
     assert not capsys.readouterr().err
+
+
+def test_a_picture_that_is_drawn_between_two_steps_has_the_update_once(hdb):
+    seen = []
+
+    def on_step(done, loras):
+        seen.append((loras, hdb.generate("a [V] face", loras, steps=2)[0].tobytes()))
+        return False
+
+    hdb.personalize(picture(), steps=2, learning_rate=0.05, quiet=True, on_step=on_step)
+    for loras, drawn in seen:
+        assert hdb.generate("a [V] face", loras, steps=2)[0].tobytes() == drawn
+    assert seen[0][1] != seen[1][1]

@@ -368,6 +368,8 @@ def test_settings_say_where_they_came_from_and_can_be_given_back(me, face, tmp_p
     assert "copies = 2 (given)" in capsys.readouterr().err
     one, other = (formats.read_lora(file).loras for file in (me, tmp_path / "again.safetensors"))
     assert one.keys() == other.keys()
+    assert run("generate", "a [V] face", "--lora", f"{me}:0.5", "-o", tmp_path / "drawn", "--verbose") == 0
+    assert "strength = 0.5 (given, times the LoRA's own weight)" in capsys.readouterr().err
 
 
 def test_an_error_that_nobody_foresaw_is_a_sentence_and_debug_shows_the_trace(monkeypatch, face, capsys):

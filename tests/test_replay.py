@@ -41,6 +41,35 @@ def test_losses_with_one_key_compute_the_same(backbone):
         assert PhotoLosses(StableDiffusion(tiny_pipe()), 1.0, first).key != PhotoLosses(backbone, 1.0, first).key
 
 
+def test_a_recording_of_another_state_of_the_base_is_another_recording():
+    from peft import LoraConfig
+
+    base = StableDiffusion(tiny_pipe())
+    plain = replay.fingerprint(base.denoiser)
+    with torch.no_grad():
+        next(base.denoiser.parameters()).add_(1)  # in place, as merging does
+    assert replay.fingerprint(base.denoiser) == plain
+    base.denoiser.add_adapter(LoraConfig(r=1, lora_alpha=1, target_modules=["to_q"]), "style")
+    loaded = replay.fingerprint(base.denoiser)
+    base.denoiser.set_adapters(["style"], [0.5])
+    weaker = replay.fingerprint(base.denoiser)
+    base.denoiser.disable_adapters()
+    assert len({plain, loaded, weaker, replay.fingerprint(base.denoiser)}) == 4
+    base.denoiser.delete_adapters("style")
+    assert replay.fingerprint(base.denoiser) not in (loaded, weaker)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_drawing_is_recorded_unless_hooks_are_there_already(monkeypatch, hooked):
+    base, made = StableDiffusion(tiny_pipe()), []
+    monkeypatch.setattr(replay, "Replayed", lambda work, key: made.append(key) or work)
+    if hooked:
+        next(base.denoiser.modules()).register_forward_hook(lambda *args: None)
+    generate(base, ["a [V] face"], [1], GenerateConfig(steps=1))
+    assert bool(made) != hooked
+    assert all(key[:2] == (replay.token(base), replay.fingerprint(base.denoiser)) for key in made)
+
+
 def test_work_on_a_cpu_runs_as_it_is():
     calls = []
     work = replay.Replayed(lambda inputs: calls.append(1) or inputs["x"] + 1, ("key",))

@@ -31,11 +31,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is neither YAML nor JSON: {str(error).splitlines()[0]}") from error
-    if isinstance(values, dict):
-        values.pop(RESOLVED, None)
-    else:
+    if not isinstance(values, dict):
         raise InputError(f"{path} must hold a mapping of settings, not a {type(values).__name__}.")
-    return values
+    return {key: value for key, value in values.items() if key != RESOLVED}
 
 
 def updated(default: T, values: Any, where: str) -> T:
@@ -51,9 +49,7 @@ def parsed(kind: type[T], values: Any, where: str) -> T:
 
 
 def _filled(kind: type[T], defaults: dict[str, Any], values: Any, where: str) -> T:
-    if isinstance(values, dict):
-        values.pop(RESOLVED, None)
-    else:
+    if not isinstance(values, dict):
         raise InputError(f"{where} must be a mapping of settings, not {_short(values)}.")
     hints, found = typing.get_type_hints(kind, include_extras=True), dict(defaults)
     for key, value in values.items():

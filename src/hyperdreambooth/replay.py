@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .progress import say
 
@@ -79,6 +79,16 @@ def token(owner: object) -> object:
         _tokens[owner] = mark = object()
         weakref.finalize(owner, _drop, mark)
     return _tokens[owner]
+
+
+def fingerprint(model: nn.Module) -> int:
+    """Changes with whatever else a recording of `model` has in it: where its weights lie, which adapters it has and their scales."""
+    found: list[Hashable] = [parameter.data_ptr() for parameter in model.parameters()]
+    for path, module in model.named_modules():
+        if hasattr(module, "base_layer"):  # wrapped by PEFT
+            names = ("active_adapters", "scaling", "disable_adapters", "merged_adapters")
+            found.append((path, *(str(getattr(module, name, None)) for name in names)))
+    return hash(tuple(found))
 
 
 def _drop(mark: object) -> None:

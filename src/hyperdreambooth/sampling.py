@@ -144,10 +144,17 @@ def denoiser(backbone: Backbone, personal: LoraSet, styles: LoraSet, person: Ten
     Args:
         person: (B,) 1 for samples with the person and 0 for those without; None where all have it.
     """
+    # hooks that are on the denoiser already, somebody else's or a fine-tuning's, may change what they add at any time
+    record = not any(module._forward_hooks for module in backbone.denoiser.modules())
+    key = (replay.token(backbone), replay.fingerprint(backbone.denoiser))
+
+    def recorded(work: replay.Work, way: str) -> replay.Work:
+        return replay.Replayed(work, (*key, way)) if record else work
+
     mine, theirs = (LoraSet({p: lora for p, lora in some.items() if not is_text(p, backbone)}) for some in (personal, styles))
     if person is None and all(lora.down.ndim == 2 for lora in mine.values()) and mergeable(backbone.components, mine + theirs):
         with merged(backbone.components, mine + theirs):
-            yield replay.Replayed(lambda batch: backbone.predict(*_arguments(batch)), (replay.token(backbone), "merged"))
+            yield recorded(lambda batch: backbone.predict(*_arguments(batch)), "merged")
         return
     with Hooks(backbone.components, theirs) as style_hooks, Hooks(backbone.components, mine) as hooks:
         style_hooks.set(theirs)
@@ -161,8 +168,8 @@ def denoiser(backbone: Backbone, personal: LoraSet, styles: LoraSet, person: Ten
             hooks.set({path: Lora(batch[f"lora.{path}.down"], batch[f"lora.{path}.up"]) for path in mine}, batch.get("person"))
             return backbone.predict(*_arguments(batch))
 
-        recorded = replay.Replayed(work, (replay.token(backbone), "hooks"))
-        yield lambda batch: recorded({**batch, **static})
+        predict = recorded(work, "hooks")
+        yield lambda batch: predict({**batch, **static})
 
 
 def _arguments(batch: replay.Inputs) -> tuple[Tensor, Tensor, Conditioning]:

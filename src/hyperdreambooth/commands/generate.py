@@ -44,12 +44,13 @@ class Generate:
 def run(args: Generate) -> None:
     hdb = args.machine.open(args.base)
     config = hdb.generate_config(args.config)
-    args.machine.explain(config)
     loras = [weighted(text) for text in args.lora]
     styles = [*loras[1:], *(weighted(text) for text in args.style)]
     me = hdb.load(loras[0][0]) if loras else None
     if loras:
-        config = dataclasses.replace(config, strength=config.strength * loras[0][1])
+        origins = config.origins | ({"strength": "given, times the LoRA's own weight"} if loras[0][1] != 1 else {})
+        config = dataclasses.replace(config, strength=config.strength * loras[0][1], origins=origins)
+    args.machine.explain(config)
     files = [args.output / f"{p + 1:02d}-{config.seed + i}.png" for p in range(len(args.prompts)) for i in range(config.count)]
     for file in files:
         refuse_existing(file, args.overwrite)

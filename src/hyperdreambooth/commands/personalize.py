@@ -54,7 +54,8 @@ class Personalize:
     """Gray pictures as large as the photos, one for all or one each: white where the loss counts, black where not. Default: --mask."""
     prompt: str | None = None
     """What the photos show, such as "a [V] face on a blue background": what it names isn't learnt as the person. Default: the caption
-    beside a single photo (me.txt beside me.jpg), else what the base itself sees in them, where the hypernetwork brings words to choose from (toon's does); else the person alone."""
+    beside a single photo (me.txt beside me.jpg), else what the base itself sees in them, where the hypernetwork brings words to choose
+    from (toon's does), else the person alone."""
     preview: str | None = None
     """Prompt of the preview picture; default: the person's own prompt."""
     author: str | None = None

@@ -51,7 +51,7 @@ class PhotoLosses:
     @property
     def key(self) -> tuple[Any, ...]:
         """What is computed, see `fit`; the hooks are only how an update gets into the base."""
-        return replay.token(self.backbone), self.prior_weight
+        return replay.token(self.backbone), replay.fingerprint(self.backbone.components), self.prior_weight
 
     def __call__(self, source: nn.Module, batch: dict[str, Any]) -> Tensor:
         self.hooks.set(source(batch["people"]))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hyperdreambooth import formats
 from hyperdreambooth.api import HyperDreamBooth
@@ -261,6 +264,92 @@ def test_a_base_that_lost_a_text_encoder_it_needs_is_refused(tmp_path):
     shutil.rmtree(tmp_path / "base" / "text_encoder_2")
     with pytest.raises(InputError, match="no text_encoder_2"):
         load_backbone(tmp_path / "base")
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp16": {"variant": "fp16"},
+    "sharded": {"max_shard_size": "40KB"},
+    "fp16 sharded": {"variant": "fp16", "max_shard_size": "40KB"},
+}
+
+
+def legacy_shards(folder: Path) -> None:
+    """Names as diffusers gave them once: `model-00001-of-00002.fp16.safetensors`."""
+    for file in list(folder.rglob("*.fp16-*")):
+        stem, rest = file.name.split(".fp16-")
+        file.rename(file.with_name(f"{stem}-{rest.replace('.safetensors', '.fp16.safetensors')}"))
+
+
+def mixed(folder: Path, plain: Path) -> None:
+    """Half-precision weights but for the autoencoder's, a twin from training, and components that aren't there."""
+    shutil.rmtree(folder / "vae")
+    shutil.copytree(plain / "vae", folder / "vae")
+    denoiser = next(folder / name for name in ("unet", "transformer") if (folder / name).is_dir())
+    (denoiser / "LICENSE").write_text("free")
+    save_file({"nothing": torch.zeros(1)}, denoiser / "diffusion_pytorch_model.non_ema.safetensors")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    index |= {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"], "more": ["nowhere", "Unknown"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("sd1", "fp16"), ("sdxl", "fp16 sharded"), ("sd3-no-t5", "mixed"), ("flux-dev", "legacy shards"), ("flux-dev", "mixed")],
+)
+def test_directories_open_whatever_their_weights_are_called(name, form, tmp_path):
+    pipe = families.make(name)
+    given = VARIANTS["fp16" if form == "mixed" else form] if form != "legacy shards" else VARIANTS["fp16 sharded"]
+    pipe.save_pretrained(tmp_path / "base", **given)
+    if form == "legacy shards":
+        legacy_shards(tmp_path / "base")
+    if form == "mixed":
+        pipe.save_pretrained(tmp_path / "plain")
+        mixed(tmp_path / "base", tmp_path / "plain")
+    found = load_backbone(tmp_path / "base").pipe
+    assert found.name_or_path == str(tmp_path / "base")
+    models = {key: model for key, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
+    assert {key for key, model in found.components.items() if isinstance(model, torch.nn.Module)} == set(models)
+    for key, model in models.items():
+        tensors = found.components[key].state_dict()
+        for path, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensors[path], tensor)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_a_directory_that_lost_a_layer_a_shard_or_its_weights_is_refused(component, tmp_path):
+    families.make("sd1").save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    load_backbone(tmp_path / "base")
+    first, *others = sorted((tmp_path / "base" / component).glob("*.safetensors"))
+    tensors = load_file(first)
+    name = sorted(tensors)[-1].removeprefix("text_model.")
+    save_file({key: tensor for key, tensor in tensors.items() if not key.endswith(name)}, first, {"format": "pt"})
+    with pytest.raises(InputError, match=f"lacks 1 layers: {name}"):
+        load_backbone(tmp_path / "base")
+    first.unlink()
+    with pytest.raises(InputError, match=f"{component} has a part of its shards"):
+        load_backbone(tmp_path / "base")
+    for file in others:
+        file.unlink()
+    (first.parent / "diffusion_pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(InputError, match=f"{component} has no .safetensors file"):
+        load_backbone(tmp_path / "base")
+    shutil.rmtree(first.parent)
+    with pytest.raises(InputError, match=f"has no (folder )?{component}"):
+        load_backbone(tmp_path / "base")
+
+
+def test_denoisers_that_take_more_than_latents_or_were_distilled_are_refused():
+    for channels, says in ((9, "an inpainting model, of 9"), (8, "InstructPix2Pix"), (7, "another kind, of 7")):
+        pipe = families.make("sd1")
+        pipe.unet = families.unet(32, attention_head_dim=4, in_channels=channels)
+        with pytest.raises(InputError, match=says):
+            wrap(pipe, "x")
+    pipe = families.make("sdxl")
+    pipe.unet.register_to_config(time_cond_proj_dim=256)
+    with pytest.raises(InputError, match="x is distilled for a few steps"):
+        wrap(pipe, "x")
 
 
 def test_only_clips_paths_get_the_step_that_files_carry():

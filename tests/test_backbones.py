@@ -16,7 +16,7 @@ from hyperdreambooth import formats
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.backbones import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL, load_backbone, wrap
 from hyperdreambooth.backbones.flux import pack, unpack
-from hyperdreambooth.data import IdentityData
+from hyperdreambooth.data import IdentityData, PromptCache, conditioning_in
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import applied, canonical, canonical_modules, find_targets
 from hyperdreambooth.objectives import denoising
@@ -88,6 +88,51 @@ def test_sampler_equals_the_pipeline(family, base, negative):
     guidance = 3.0 if negative else GUIDANCE.get(family, 3.0)
     expected = through_pipe(base, noise, guidance, negative)
     torch.testing.assert_close(ours(base, noise, guidance, negative or ""), expected, atol=1e-4, rtol=1e-4)
+
+
+CHUNK = " ".join(["face"] * 30)  # the tiny tokenizer and encoders take 32 tokens at once, two of which are start and end
+
+
+def test_long_prompts_are_read_in_chunks(family, base):
+    long, first, rest = (base.encode_prompts([text]) for text in (f"{CHUNK} a hat", CHUNK, "a hat"))
+    key = "encoder_hidden_states"
+    t5 = base.family in ("sd3", "flux")
+    clip = 0 if base.family == "flux" else 32
+    for name, value in first.items():
+        if name != key:  # what is pooled is the first chunk's
+            torch.testing.assert_close(long[name], value)
+    torch.testing.assert_close(long[key][:, :clip], first[key][:, :clip])
+    torch.testing.assert_close(long[key][:, clip : 2 * clip], rest[key][:, :clip])
+    assert long[key].shape[1] == 2 * clip + (first[key].shape[1] - clip if t5 else 0)
+    # beside a long prompt a short one gets an empty chunk
+    both = base.encode_prompts(["a hat", f"{CHUNK} a hat"])[key]
+    torch.testing.assert_close(both[1:], long[key], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(both[:1], base.encode_prompts(["a hat"], 2)[key], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(both[:1, :clip], rest[key][:, :clip], atol=1e-5, rtol=1e-4)
+
+
+def test_a_long_prompt_draws_and_trains_beside_short_ones(base):
+    hdb = HyperDreamBooth(base, "x")
+    hat, beard = (hdb.generate([f"{CHUNK} a {word}", "a face"], steps=1, seed=1, guidance=2.0) for word in ("hat", "beard"))
+    if base.family != "flux":  # whose tiny T5 reads letters
+        assert hat[0].tobytes() != beard[0].tobytes()
+    for trains_text in (False, True):
+        cache = PromptCache(base, trains_text=trains_text)
+        short = conditioning_in(cache.inputs(["a face"], "x."), "x.", base)
+        mixed = conditioning_in(cache.inputs(["a face", f"{CHUNK} a hat"], "x."), "x.", base)
+        for name, value in base.encode_prompts(["a face", f"{CHUNK} a hat"]).items():
+            torch.testing.assert_close(mixed[name], value, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(short["encoder_hidden_states"], base.encode_prompts(["a face"])["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-schnell"])
+def test_words_that_t5_cannot_read_are_named_once(name, capsys):
+    base = wrap(families.make(name), name)
+    for _ in range(2):
+        base.encode_prompts([f"{'face ' * (60 + len(name))}zebra"])
+    said = capsys.readouterr().err
+    assert said.count("too long for T5, which reads 256 tokens") == 1
+    assert said.rstrip().endswith("zebra")
 
 
 def test_hooks_equal_the_exported_file_in_the_pipeline(family, base, tmp_path):

@@ -1,10 +1,21 @@
 """Foreign models behind one small interface: one file a family, chosen from what the loaded pipeline is."""
 
 from .base import Backbone, Conditioning
+from .common import chunks_of
 from .flux import Flux
 from .loading import load_backbone, wrap
 from .sd import StableDiffusion
 from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
 
-__all__ = ["Backbone", "Conditioning", "Flux", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL", "load_backbone", "wrap"]
+__all__ = [
+    "Backbone",
+    "Conditioning",
+    "Flux",
+    "StableDiffusion",
+    "StableDiffusion3",
+    "StableDiffusionXL",
+    "chunks_of",
+    "load_backbone",
+    "wrap",
+]

@@ -54,15 +54,18 @@ class Backbone(Protocol):
         """Latents -> pictures (B, 3, H, W) in -1..1."""
         ...
 
-    def tokenize(self, prompts: list[str]) -> Conditioning:
-        """Prompts -> what `encode_tokens` takes, on the device, batch first."""
+    def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
+        """Prompts -> what `encode_tokens` takes, on the device, batch first.
+
+        CLIP reads long prompts in chunks; all get as many as the longest takes, but at least `chunks`.
+        """
         ...
 
     def encode_tokens(self, tokens: Conditioning) -> Conditioning:
         """Tokenized prompts -> conditioning, batch first; differentiable, for text encoders that carry a LoRA."""
         ...
 
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+    def encode_prompts(self, prompts: list[str], chunks: int = 1) -> Conditioning:
         """Both: prompts -> conditioning."""
         ...
 

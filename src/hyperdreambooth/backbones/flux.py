@@ -59,9 +59,10 @@ class Flux:
 
     encode_prompts = common.encode_prompts
 
-    def tokenize(self, prompts: list[str]) -> Conditioning:
-        lengths = {"ids": (self.pipe.tokenizer, None), "ids_2": (self.pipe.tokenizer_2, self.t5_length)}
-        return {name: common.token_ids(tokenizer, prompts, length).to(self.device) for name, (tokenizer, length) in lengths.items()}
+    def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
+        # of CLIP only the pooled text of the first chunk is read: T5 has the words
+        first = common.clip_ids(self.pipe.tokenizer, self.pipe.text_encoder, prompts)[:, 0]
+        return {"ids": first.to(self.device), "ids_2": common.t5_ids(self.pipe.tokenizer_2, prompts, self.t5_length).to(self.device)}
 
     def encode_tokens(self, tokens: Conditioning) -> Conditioning:
         """T5's hidden states, and CLIP's pooled text."""

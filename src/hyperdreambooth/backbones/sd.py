@@ -45,11 +45,12 @@ class StableDiffusion:
 
     encode_prompts = common.encode_prompts
 
-    def tokenize(self, prompts: list[str]) -> Conditioning:
-        return {"ids": common.token_ids(self.pipe.tokenizer, prompts).to(self.device)}
+    def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
+        return {"ids": common.clip_ids(self.pipe.tokenizer, self.pipe.text_encoder, prompts, chunks).to(self.device)}
 
     def encode_tokens(self, tokens: Conditioning) -> Conditioning:
-        return {"encoder_hidden_states": self.components["text_encoder"](tokens["ids"])[0]}
+        ids = tokens["ids"]
+        return {"encoder_hidden_states": common.joined(self.components["text_encoder"](ids.flatten(0, 1))[0], ids)}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         return common.denoise(self, noisy, timesteps, **conditioning)

@@ -15,7 +15,6 @@ from .base import Conditioning
 from .targets import PRESETS
 
 T5_LENGTH = 256
-CLIP_LENGTH = 77
 
 
 class StableDiffusion3:
@@ -56,10 +55,11 @@ class StableDiffusion3:
 
     encode_prompts = common.encode_prompts
 
-    def tokenize(self, prompts: list[str]) -> Conditioning:
-        tokenizers = {"ids": self.pipe.tokenizer, "ids_2": self.pipe.tokenizer_2, "ids_3": self.pipe.tokenizer_3}
-        lengths = {"ids_3": T5_LENGTH}
-        found = {name: common.token_ids(tokenizer, prompts, lengths.get(name)) for name, tokenizer in tokenizers.items() if tokenizer}
+    def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
+        pipe = self.pipe
+        pairs = {"ids": (pipe.tokenizer, pipe.text_encoder), "ids_2": (pipe.tokenizer_2, pipe.text_encoder_2)}
+        found = {name: common.clip_ids(*pair, prompts, chunks) for name, pair in pairs.items() if pair[0]}
+        found |= {"ids_3": common.t5_ids(pipe.tokenizer_3, prompts, T5_LENGTH)} if pipe.tokenizer_3 else {}
         return {name: ids.to(self.device) for name, ids in found.items()}
 
     def encode_tokens(self, tokens: Conditioning) -> Conditioning:
@@ -79,7 +79,7 @@ class StableDiffusion3:
         pairs = ((self.pipe.text_encoder, "ids"), (self.pipe.text_encoder_2, "ids_2"))
         parts = [common.clip_embeddings(encoder, tokens[ids]) if encoder is not None else None for encoder, ids in pairs]
         width = self.denoiser.config.pooled_projection_dim - sum(part[1].shape[-1] for part in parts if part)
-        length = next((part[0].shape[1] for part in parts if part), CLIP_LENGTH)
+        length = next((part[0].shape[1] for part in parts if part), common.CLIP_LENGTH)
         if parts.count(None):
             share = width // parts.count(None)
             zeros = torch.zeros(len(next(iter(tokens.values()))), length, share, device=self.device, dtype=self.denoiser.dtype)

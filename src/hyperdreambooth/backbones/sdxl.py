@@ -50,8 +50,9 @@ class StableDiffusionXL:
 
     encode_prompts = common.encode_prompts
 
-    def tokenize(self, prompts: list[str]) -> Conditioning:
-        first, second = (common.token_ids(tokenizer, prompts).to(self.device) for tokenizer in (self.pipe.tokenizer, self.pipe.tokenizer_2))
+    def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
+        pairs = ((self.pipe.tokenizer, self.pipe.text_encoder), (self.pipe.tokenizer_2, self.pipe.text_encoder_2))
+        first, second = (common.clip_ids(tokenizer, encoder, prompts, chunks).to(self.device) for tokenizer, encoder in pairs)
         # zeros are what the base was trained with in place of no prompt
         kept = [float(prompt != "" or not self.pipe.config.force_zeros_for_empty_prompt) for prompt in prompts]
         return {"ids": first, "ids_2": second, "kept": torch.tensor(kept, device=self.device)}

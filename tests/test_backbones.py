@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,15 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hyperdreambooth import formats
+from hyperdreambooth import cli, formats
 from hyperdreambooth.api import HyperDreamBooth
-from hyperdreambooth.backbones import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL, load_backbone, wrap
+from hyperdreambooth.backbones import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL, load_backbone, trained_by_flow, wrap
 from hyperdreambooth.backbones.flux import pack, unpack
 from hyperdreambooth.data import IdentityData, PromptCache, conditioning_in
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import applied, canonical, canonical_modules, find_targets
 from hyperdreambooth.objectives import denoising
 from hyperdreambooth.pretrained import HyperNetworkInfo
+from hyperdreambooth.sampling import check_scheduler, schedulers
 from hyperdreambooth.settings import GenerateConfig
 from hyperdreambooth.stages.dreambooth import Subject
 from hyperdreambooth.stages.generate import noise_for
@@ -439,8 +441,33 @@ def test_a_scheduler_that_knows_no_flow_is_refused():
 
 def test_a_flow_scheduler_is_refused_where_nothing_flows(backbone):
     prompts = backbone.encode_prompts([PROMPT])
-    with pytest.raises(InputError, match="isn't trained by flow matching"):
+    with pytest.raises(InputError, match=r"isn't trained by flow matching\. Those that can: DDIM"):
         sampled(backbone, prompts, prompts, noise_for(backbone, [1]), scheduler="FlowMatchEulerDiscreteScheduler")
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_schedulers_are_checked_before_any_model_is_loaded_and_all_that_are_listed_draw(flow, tmp_path):
+    name = "sd3" if flow else "sd1"
+    pipe = families.make(name)
+    pipe.save_pretrained(tmp_path / "base")
+    assert trained_by_flow(tmp_path / "base") is flow
+    assert trained_by_flow("somebody/somewhere") is None
+    shutil.rmtree(tmp_path / "base" / "vae")
+    for wrong, says in (
+        ("Euler", "is no scheduler"),
+        ("Tensor", "is no scheduler"),
+        ("EDMEulerScheduler", "by flow matching" if flow else "can't draw here"),
+    ):
+        with pytest.raises(InputError, match=f"{says}.*Those that can: .*DPMSolverMultistepScheduler"):
+            check_scheduler(wrong, flow)
+        assert cli.main(["generate", "a face", "-o", str(tmp_path / "x"), "--base", str(tmp_path / "base"), "--scheduler", wrong]) == 2
+    if importlib.util.find_spec("torchsde") is None:
+        with pytest.raises(InputError, match="needs torchsde, which isn't installed"):
+            check_scheduler("DPMSolverSDEScheduler", False)
+    base = wrap(pipe, name)
+    noise, prompts = noise_for(base, [1]), base.encode_prompts([PROMPT])
+    for scheduler in schedulers(flow):
+        assert sampled(base, prompts, prompts, noise, steps=4, guidance=1.0, scheduler=scheduler).isfinite().all()
 
 
 def test_sides_must_fit_the_family():

@@ -3,7 +3,7 @@
 from .base import Backbone, Conditioning
 from .common import chunks_of
 from .flux import Flux
-from .loading import load_backbone, wrap
+from .loading import load_backbone, trained_by_flow, wrap
 from .sd import StableDiffusion
 from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
@@ -17,5 +17,6 @@ __all__ = [
     "StableDiffusionXL",
     "chunks_of",
     "load_backbone",
+    "trained_by_flow",
     "wrap",
 ]

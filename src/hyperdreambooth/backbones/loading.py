@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from ..errors import InputError
 from .base import Backbone
+from .checkpoint_files import components, read_header
 from .directory import load_directory
 from .flux import Flux
 from .sd import StableDiffusion
@@ -25,6 +27,7 @@ FAMILIES: dict[str, Callable[[Any], Backbone]] = {
     "FluxPipeline": Flux,
 }
 """diffusers' pipeline -> the family that it is of. A new family is a file of its own and a line here."""
+FLOWS = ("StableDiffusion3Pipeline", "FluxPipeline")
 DISTILLED = (
     "distilled for a few steps (a latent consistency model with its guidance scale as a condition, time_cond_proj_dim), which can't be trained on "
     "here. Give the base that it was distilled from."
@@ -69,6 +72,14 @@ def load_backbone(
             raise InputError(f"--prediction is of bases with a discrete schedule; {base} is trained by flow matching.")
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
     return wrap(pipe.to(device), str(base))
+
+
+def trained_by_flow(base: str | Path) -> bool | None:
+    """Whether a base is trained by flow matching, which its index or its header tells; None for one that isn't on this machine."""
+    source = Path(resolve_base(base))
+    if source.is_dir():
+        return json.loads((source / "model_index.json").read_text(encoding="utf-8")).get("_class_name") in FLOWS
+    return bool({"sd3", "flux"} & components(read_header(source)[0]).keys()) if source.is_file() else None
 
 
 def download(name: str) -> Path:

@@ -7,6 +7,7 @@ architectures and from the shapes; CLIP's tokenizer is shipped. A denoiser alone
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,93 +29,68 @@ Parts = dict[str, dict[str, Stored]]
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 WIDTHS = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
 """The width of what a UNet's cross-attention reads tells the families apart."""
-TEXTS = {
-    "sd15": ("clip_l",),
-    "sd21": ("clip_h",),
-    "sdxl": ("clip_l", "clip_g"),
-    "sd3": ("clip_l", "clip_g", "t5"),
-    "flux": ("clip_l", "t5"),
-}
-"""Family -> the text encoders in the order of the pipeline's."""
-PIPELINES: dict[str, Any] = {
-    "sd15": diffusers.StableDiffusionPipeline,
-    "sd21": diffusers.StableDiffusionPipeline,
-    "sdxl": diffusers.StableDiffusionXLPipeline,
-    "sd3": diffusers.StableDiffusion3Pipeline,
-    "flux": diffusers.FluxPipeline,
-}
 UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "sd15": UNCHECKED,
-    "sd21": UNCHECKED,
-    "sdxl": {"force_zeros_for_empty_prompt": True, "add_watermarker": False},
-    "sd3": dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3")),
+WITHOUT = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"))
+KINDS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
+    "sd15": (diffusers.StableDiffusionPipeline, ("clip_l",), UNCHECKED),
+    "sd21": (diffusers.StableDiffusionPipeline, ("clip_h",), UNCHECKED),
+    "sdxl": (diffusers.StableDiffusionXLPipeline, ("clip_l", "clip_g"), {"force_zeros_for_empty_prompt": True, "add_watermarker": False}),
+    "sd3": (diffusers.StableDiffusion3Pipeline, ("clip_l", "clip_g", "t5"), WITHOUT),
+    "flux": (diffusers.FluxPipeline, ("clip_l", "t5"), {}),
 }
+"""Family -> its pipeline, the text encoders in the pipeline's order, and what else the pipeline takes."""
 T5_NAME = "google/t5-v1_1-xxl"
 SPOKEN = {"vae": "the autoencoder", "clip_l": "CLIP-L", "clip_g": "CLIP-G", "clip_h": "CLIP-H", "t5": "T5"}
 OTHERS = {
     "lora": "a LoRA, not a base: give it as --lora or --style, and the base that it was made for as --base",
-    "hada_w": "a LyCORIS file, not a base: give the base that it was made for as --base",
-    "lokr_w": "a LyCORIS file, not a base: give the base that it was made for as --base",
-    "control_": "a ControlNet, not a base: it only steers one",
-    "controlnet_": "a ControlNet, not a base: it only steers one",
-    "input_hint_block": "a ControlNet, not a base: it only steers one",
-    "ip_adapter.": "an IP-Adapter, not a base",
+    "hada_w|lokr_w": "a LyCORIS file, not a base: give the base that it was made for as --base",
+    "control_|controlnet_|input_hint_block": "a ControlNet, not a base: it only steers one",
+    r"ip_adapter\.": "an IP-Adapter, not a base",
     "motion_modules": "a motion module (AnimateDiff), not a base",
-    "emb_params": "a Textual Inversion, not a base",
-    "string_to_param": "a Textual Inversion, not a base",
+    "emb_params|string_to_param": "a Textual Inversion, not a base",
     "edm_mean": "Playground 2.5, whose denoiser is preconditioned (EDM): neither epsilon nor v prediction, so it can't be trained on here",
     "edm_vpred": "an EDM checkpoint (CosXL), whose noise levels have no discrete schedule, so it can't be trained on here",
     "cond_proj": "distilled for a few steps (a latent consistency model with its guidance scale as a condition), which can't be trained on here",
+    "distilled_guidance_layer": "Chroma; of its kind Flux.1 is supported",
+    "single_stream_modulation": "Flux.2; of its kind Flux.1 is supported",
+    r"^(encoder\.)?down_blocks\.|^(single_)?transformer_blocks\.": "one model of a base in diffusers' layout: give the directory with model_index.json",
 }
-"""A part of a tensor's name -> what a file is that has one."""
+"""What is in a tensor's name -> what a file is that has one."""
+DOORS = {"unet": ("input_blocks.0.0.weight", 4, 1), "sd3": ("x_embedder.proj.weight", 16, 1), "flux": ("img_in.weight", 16, 4)}
+"""Denoiser -> its first layer, the channels of latents, and how many of that layer's inputs each channel takes."""
 
 
 def detect(parts: Parts, stored: Mapping[str, Stored], path: Path) -> str:
-    """The family of a checkpoint: a key of TEXTS. Raises InputError for anything else, with what it is where that shows."""
+    """The family of a checkpoint: a key of KINDS. Raises InputError for anything else, with what it is where that shows."""
     for mark, what in OTHERS.items():
-        if any(mark in key for key in stored):
+        if any(re.search(mark, key) for key in stored):
             raise InputError(f"{path} is {what}.")
-    kind = next((kind for kind in ("unet", "sd3", "flux") if kind in parts), None)
-    known = infer_diffusers_model_type(
-        {f"model.diffusion_model.{k}": v for k, v in tensors_of(parts[kind] if kind else stored, None).items()}
-    )
+    kind = next((kind for kind in DOORS if kind in parts), None)
+    if kind is None and parts:
+        held = ", ".join(SPOKEN.get(part, part) for part in parts)
+        raise InputError(f"{path} holds {held} alone, without a denoiser: give the base as --base, and this file as --parts.")
     if kind is None:
-        if any(key.startswith(("down_blocks.", "encoder.down_blocks.", "transformer_blocks.", "single_transformer")) for key in stored):
-            raise InputError(f"{path} is one model of a base in diffusers' layout: give the directory with model_index.json.")
-        if parts:
-            held = ", ".join(SPOKEN.get(part, part) for part in parts)
-            raise InputError(f"{path} holds {held} alone, without a denoiser: give the base as --base, and this file as --parts.")
-        raise InputError(
-            f"{path} is no Stable Diffusion checkpoint and no Flux: {f'it is {known}' if known != 'v1' else 'it has none of their layers'}."
-        )
-    tensors = parts[kind]
-    if kind == "unet":
-        width = next((one.shape[-1] for key, one in tensors.items() if key.endswith("attn2.to_k.weight")), 0)
-        channels = tensors["input_blocks.0.0.weight"].shape[1] if "input_blocks.0.0.weight" in tensors else 4
-        if width == 1280:
-            raise InputError(f"{path} is an SDXL refiner; only text-to-image bases are supported.")
-        if width not in WIDTHS:
-            raise InputError(f"{path} is no base that is known: its cross-attention reads {width} numbers a word.")
-        refuse_channels(channels, 4, path)
-        return WIDTHS[width]
-    if kind == "sd3":
-        refuse_channels(tensors["x_embedder.proj.weight"].shape[1] if "x_embedder.proj.weight" in tensors else 16, 16, path)
-        return "sd3"
-    if known in ("chroma", "flux-2-dev", "flux-3-image", "flux-3-image-distilled"):
-        raise InputError(f"{path} is {known}; of these models Flux.1 is supported.")
-    refuse_channels(tensors["img_in.weight"].shape[1] // 4 if "img_in.weight" in tensors else 16, 16, path)
-    return "flux"
+        try:
+            known = infer_diffusers_model_type(tensors_of(stored, None))
+        except (KeyError, IndexError, ValueError, UnboundLocalError):
+            known = "v1"
+        what = "it has none of their layers" if known == "v1" else f"it is {known}"
+        raise InputError(f"{path} is no Stable Diffusion checkpoint and no Flux: {what}.")
+    door, latent, share = DOORS[kind]
+    if door in parts[kind]:
+        refuse_channels(parts[kind][door].shape[1] // share, latent, path)
+    if kind != "unet":
+        return kind
+    width = next((one.shape[-1] for key, one in parts[kind].items() if key.endswith("attn2.to_k.weight")), 0)
+    if width not in WIDTHS:
+        what = "an SDXL refiner" if width == 1280 else f"of an unknown kind (its cross-attention reads {width} numbers a word)"
+        raise InputError(f"{path} is {what}; only text-to-image bases are supported.")
+    return WIDTHS[width]
 
 
 def refuse_channels(channels: int, latent: int, name: object) -> None:
     """Raises InputError for a denoiser that takes more than the latents of one picture (`latent` channels): no text-to-image base."""
-    kinds = {
-        2 * latent + 1: "an inpainting model",
-        2 * latent: "a model for editing pictures",
-        5: "a depth-to-image model",
-        96: "Flux Fill",
-    }
+    kinds = {2 * latent + 1: "an inpainting model", 2 * latent: "a model for editing", 5: "a depth-to-image model", 96: "Flux Fill"}
     if channels != latent:
         what = f"{kinds.get(channels, 'a model of another kind')}, of {channels} input channels"
         raise InputError(f"{name} is {what}; only text-to-image bases are supported.")
@@ -130,50 +106,49 @@ def models(family: str) -> nn.ModuleDict:
 
 def models_of(family: str, parts: Parts) -> dict[str, tuple[str, nn.Module]]:
     """The pipeline's name of each model -> (its name in `parts`, itself on the meta device), for those that the file has."""
-    with torch.device("meta"):
-        if family in architectures.FAMILIES and family not in ("sd3", "flux"):
-            published: dict[str, Any] = dict(models(family).items())
-        else:
-            tower = CLIPTextModelWithProjection if family == "sd3" else CLIPTextModel
-            published = {"transformer": transformer(family, parts[family]), "vae": architectures.autoencoder(family)}
-            makers = {"clip_l": lambda: tower(architectures.clip_config("L")), "clip_g": lambda: tower(architectures.clip_config("bigG"))}
-            makers["t5"] = lambda: text_reader(parts["t5"])
-            published |= {name: makers[part]() for name, part in text_names(family).items() if part in parts}
-    names = {"unet": "unet", "transformer": family, "vae": "vae", **text_names(family)}
-    return {name: (names[name], model) for name, model in published.items() if names[name] in parts}
+    names = {"unet" if "unet" in parts else "transformer": "unet" if "unet" in parts else family, "vae": "vae", **text_names(family)}
+    if family in WIDTHS.values():
+        found: dict[str, Any] = dict(models(family).items())
+    else:
+        tower = CLIPTextModelWithProjection if family == "sd3" else CLIPTextModel
+        makers = {
+            family: lambda tensors: transformer(family, tensors),
+            "vae": lambda _: architectures.autoencoder(family),
+            "clip_l": lambda _: tower(architectures.clip_config("L")),
+            "clip_g": lambda _: tower(architectures.clip_config("bigG")),
+            "t5": text_reader,
+        }
+        with torch.device("meta"):
+            found = {name: makers[part](parts[part]) for name, part in names.items() if part in parts}
+    return {name: (part, found[name]) for name, part in names.items() if part in parts}
 
 
 def text_names(family: str) -> dict[str, str]:
     """The pipeline's names of the text encoders -> theirs in a file."""
-    return {f"text_encoder_{number}".removesuffix("_1"): part for number, part in enumerate(TEXTS[family], 1)}
+    return {f"text_encoder_{number}".removesuffix("_1"): part for number, part in enumerate(KINDS[family][1], 1)}
+
+
+def count(tensors: Mapping[str, Stored], blocks: str) -> int:
+    """The number of blocks whose tensors' names begin with `blocks`."""
+    return len({key.removeprefix(blocks).split(".")[0] for key in tensors if key.startswith(blocks)})
 
 
 def transformer(family: str, tensors: Mapping[str, Stored]) -> nn.Module:
     """The denoiser of SD 3 or Flux, of the sizes that its tensors have."""
-
-    def blocks(name: str) -> int:
-        return len({key.split(".")[1] for key in tensors if key.startswith(f"{name}.")})
-
     if family == "flux":
-        return diffusers.FluxTransformer2DModel(
-            num_layers=blocks("double_blocks"),
-            num_single_layers=blocks("single_blocks"),
-            guidance_embeds=any(key.startswith("guidance_in.") for key in tensors),
-        )
+        depths = {"num_layers": count(tensors, "double_blocks."), "num_single_layers": count(tensors, "single_blocks.")}
+        return diffusers.FluxTransformer2DModel(**depths, guidance_embeds="guidance_in.in_layer.weight" in tensors)
     side = math.isqrt(tensors["pos_embed"].shape[1]) if "pos_embed" in tensors else 192
     dual = len({key.split(".")[1] for key in tensors if ".attn2." in key})
-    return architectures.sd3_transformer(blocks("joint_blocks"), side, normed=any("ln_q" in key for key in tensors), dual=dual)
+    normed = any("ln_q" in key for key in tensors)
+    return architectures.sd3_transformer(count(tensors, "joint_blocks."), side, normed=normed, dual=dual)
 
 
 def text_reader(tensors: Mapping[str, Stored]) -> nn.Module:
     """T5, of the sizes that its tensors have."""
-
-    def shape(end: str) -> tuple[int, ...]:
-        return next((one.shape for key, one in tensors.items() if key.endswith(end)), (64, 64))
-
-    layers = len({key.split(".")[2] for key in tensors if key.startswith("encoder.block.")})
-    words, width = shape("shared.weight")
-    return architectures.t5(words, width, shape("wi_0.weight")[0], layers, shape("relative_attention_bias.weight")[1])
+    ends = ("shared.weight", "wi_0.weight", "relative_attention_bias.weight")
+    (words, width), (inner, _), (_, heads) = (next((t.shape for key, t in tensors.items() if key.endswith(end)), (64, 64)) for end in ends)
+    return architectures.t5(words, width, inner, count(tensors, "encoder.block."), heads)
 
 
 def scheduler(family: str, prediction: str, *, zero_snr: bool) -> Any:
@@ -304,8 +279,8 @@ def load_single_file(path: Path, dtype: torch.dtype, *, prediction: str = "auto"
         said = "dev" if loaded["transformer"].config.guidance_embeds else "schnell"
     if family == "sd21" and said == "epsilon":  # SD 2.x predicts noise at 512 pixels and velocity at 768
         loaded["unet"].register_to_config(sample_size=64)
-    given = {**OPTIONS.get(family, {}), **given, **loaded, "scheduler": scheduler(family, said or "epsilon", zero_snr=zero_snr)}
-    pipe: diffusers.DiffusionPipeline = PIPELINES[family](**given)
+    given = {**KINDS[family][2], **given, **loaded, "scheduler": scheduler(family, said or "epsilon", zero_snr=zero_snr)}
+    pipe: diffusers.DiffusionPipeline = KINDS[family][0](**given)
     pipe.register_to_config(_name_or_path=str(path))
     return pipe
 
@@ -315,7 +290,7 @@ def components_of_directories(family: str, folders: Sequence[Path], dtype: torch
     found: dict[str, Any] = {}
     for folder in folders:
         if (folder / "model_index.json").is_file():
-            pipe = load_directory(folder, dtype, [PIPELINES[family].__name__], without=("unet", "transformer", "scheduler"))
+            pipe = load_directory(folder, dtype, [KINDS[family][0].__name__], without=("unet", "transformer", "scheduler"))
             found = {name: part for name, part in pipe.components.items() if part is not None and name != "scheduler"} | found
     return found
 
@@ -360,7 +335,7 @@ def t5_tokenizer(folders: Sequence[Path]) -> Any:
 def require(family: str, parts: Parts, given: Mapping[str, Any], path: Path) -> None:
     """Raises InputError where an autoencoder or text encoder is missing. SD 3 runs without any two of its three text encoders."""
     lacking = [part for name, part in {"vae": "vae", **text_names(family)}.items() if part not in parts and name not in given]
-    texts = TEXTS[family]
+    texts = KINDS[family][1]
     if family == "sd3" and set(texts) - set(lacking):
         if absent := [SPOKEN[part] for part in lacking if part != "vae"]:
             say(f"{path.name} is opened without {' and '.join(absent)}, which it lacks. Give them as --parts to have them.")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import photos
-from .backbones import Backbone, Conditioning, chunks_of
+from .backbones import Backbone, Conditioning
 from .checkpoint import read_tensors, save_tensors
 from .encoder import FaceEncoder
 from .errors import InputError
@@ -36,7 +36,7 @@ class PromptCache:
 
     def longest(self, prompts: Sequence[str]) -> int:
         """The number of chunks that all of the prompts need in one batch."""
-        self.chunks |= {prompt: chunks_of(self.backbone, [prompt]) for prompt in dict.fromkeys(prompts) if prompt not in self.chunks}
+        self.chunks |= {prompt: self.backbone.chunks([prompt]) for prompt in dict.fromkeys(prompts) if prompt not in self.chunks}
         return max(self.chunks[prompt] for prompt in prompts)
 
     def __call__(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Conditioning:

@@ -1,7 +1,6 @@
 """Foreign models behind one small interface: one file a family, chosen from what the loaded pipeline is."""
 
 from .base import Backbone, Conditioning
-from .common import chunks_of
 from .flux import Flux
 from .loading import load_backbone, trained_by_flow, wrap
 from .sd import StableDiffusion
@@ -15,7 +14,6 @@ __all__ = [
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
-    "chunks_of",
     "load_backbone",
     "trained_by_flow",
     "wrap",

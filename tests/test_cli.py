@@ -59,6 +59,23 @@ def test_personalize_with_zero_steps_from_several_photos_and_from_scratch(tmp_pa
     assert formats.read_lora(tmp_path / "merged.safetensors").layout == "kohya"
 
 
+def test_a_photo_unlike_all_training_is_said_before_and_after_and_not_described(tmp_path, face, tiny_world, monkeypatch, capsys):
+    shutil.copytree(tiny_world, tmp_path / "world")
+    monkeypatch.setenv("HYPERDREAMBOOTH_TOON", str(tmp_path / "world"))
+    config = tmp_path / "world" / "hypernetwork" / "config.json"
+    values = json.loads(config.read_text()) | {"describe": [["a"], ["smiling", "angry"], ["[V] face"]]}
+    config.write_text(json.dumps(values | {"familiar": 1e-6}))
+    assert run("personalize", face, "-o", tmp_path / "me.safetensors") == 0
+    said = capsys.readouterr().err
+    assert said.count("unlike anything that toon was trained on") == 2
+    assert "taken to show" not in said
+    config.write_text(json.dumps(values | {"familiar": 1e6}))
+    assert run("personalize", face, "-o", tmp_path / "me.safetensors", "--overwrite") == 0
+    said = capsys.readouterr().err
+    assert "unlike anything" not in said
+    assert "taken to show" in said
+
+
 def test_an_interrupted_personalize_goes_on_and_leaves_nothing(tmp_path, face, monkeypatch):
     from hyperdreambooth.stages import dreambooth
 
@@ -300,7 +317,9 @@ def test_a_tracker_gets_losses_rates_gain_and_pictures(tmp_path, people):
     assert [event.step for event in read.Images("preview")] == [2, 4]
 
 
-@pytest.mark.parametrize(("tracker", "says"), [("mlflow", "pip install mlflow"), ("wandb", "hyperdreambooth[wandb]"), ("x", "is no tracker")])
+@pytest.mark.parametrize(
+    ("tracker", "says"), [("mlflow", "pip install mlflow"), ("wandb", "hyperdreambooth[wandb]"), ("x", "is no tracker")]
+)
 def test_a_tracker_that_is_missing_is_refused_before_any_work(tracker, says, tmp_path, people, capsys, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == tracker else real(name, *more))

@@ -96,7 +96,7 @@ def run(args: Personalize) -> None:
         stamp.update(file.read_bytes())
     state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
     me = hdb.personalize(pixels, masks=masks, prompt=prompt, config=config, directory=state)
-    for text in dict.fromkeys(me.shown):
+    for text in dict.fromkeys(me.shown) if not me.warning else ():
         say(f'taken to show "{text}"; --prompt says otherwise')
     save = functools.partial(me.save, args.output, layout=args.format, author=args.author, license=args.license, overwrite=True)
     save()  # at once, since a preview takes its time on a large base
@@ -113,4 +113,6 @@ def run(args: Personalize) -> None:
     write_json(args.output.with_suffix(".json"), as_json(args, config))
     took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in me.seconds.items())
     say(f"{preview}: a preview")
+    if me.warning:
+        say(me.warning)
     say(f"loading {loaded - started:.1f} s, {took}, in all {time.perf_counter() - started:.1f} s")

@@ -67,6 +67,7 @@ def run(args: TrainHypernetwork) -> None:
     from ..lora import find_targets
     from ..personal_lora import PLACEHOLDER
     from ..pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
+    from ..stages.describe import familiar
     from ..stages.preoptimize import read_table
     from ..stages.train_hypernetwork import train_hypernetwork
 
@@ -107,6 +108,7 @@ def run(args: TrainHypernetwork) -> None:
         prompt=args.config.prompt.replace(hdb.identifier, PLACEHOLDER),
         data=args.data,
         license=args.license,
+        familiar=familiar(hdb.backbone, validation.latents[:64].to(hdb.device).float(), config.prompt),
         trained={"steps": report.steps, "identities": len(data.names), "validation": report.validations[-1:]},
     )
     save_hypernetwork(args.output, source, info)

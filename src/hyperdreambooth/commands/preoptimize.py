@@ -8,15 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from .. import photos
-from ..checkpoint import write_json
-from ..data import load_identities
 from ..errors import InputError
-from ..lightweight import LightweightLora
-from ..lora import find_targets
-from ..personal_lora import PLACEHOLDER
 from ..progress import say
-from ..stages.preoptimize import preoptimize, read_table_config
+from ..settings import Crop
 from ..training_settings import PreoptimizeConfig
 from .options import Flat, Machine, Output, as_json
 
@@ -38,7 +32,7 @@ class Preoptimize:
     """The table's folder."""
     base: str = "toon"
     """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint (SD 1.x, SD 2.x, SDXL), or a hub id."""
-    crop: photos.Crop = "auto"
+    crop: Crop = "auto"
     """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
     are found with the extra `faces`."""
     config: Annotated[PreoptimizeConfig, Flat] = field(default_factory=PreoptimizeConfig)
@@ -46,6 +40,14 @@ class Preoptimize:
 
 
 def run(args: Preoptimize) -> None:
+    from .. import photos
+    from ..checkpoint import write_json
+    from ..data import load_identities
+    from ..lightweight import LightweightLora
+    from ..lora import find_targets
+    from ..personal_lora import PLACEHOLDER
+    from ..stages.preoptimize import preoptimize, read_table_config
+
     hdb = args.machine.open(args.base, None)
     args.config.prompt = args.config.prompt.replace(PLACEHOLDER, hdb.identifier)
     data = load_identities(args.folder, hdb.backbone, None, args.config.prompt, crop=args.crop, cache=args.output / "cache")

@@ -64,6 +64,8 @@ class HyperDreamBooth:
         hypernetwork: str | Path | None = "auto",
         device: str | None = None,
         dtype: torch.dtype | None = None,
+        prediction: str = "auto",
+        parts: Sequence[str | Path] = (),
     ) -> HyperDreamBooth:
         """Opens a base and its hypernetwork.
 
@@ -72,9 +74,11 @@ class HyperDreamBooth:
             hypernetwork: a directory or hub id; None for none; "auto" takes the shipped one for toon, none elsewhere.
             device: cuda, mps or cpu; by default the best there is.
             dtype: the frozen base's precision; by default what `best_dtype` says.
+            prediction, parts: as `load_backbone` takes them.
         """
         device = device or best_device()
-        backbone = load_backbone(base, device=device, dtype=dtype or best_dtype(base, device))
+        dtype = dtype or best_dtype(base, device)
+        backbone = load_backbone(base, device=device, dtype=dtype, prediction=prediction, parts=parts)
         if hypernetwork == "auto":
             hypernetwork = toon.directory("hypernetwork") if str(base) == "toon" else None
         return cls._opened(backbone, str(base), hypernetwork)

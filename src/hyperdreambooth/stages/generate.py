@@ -58,13 +58,14 @@ def generate(
         noise = noise_for(backbone, seeds[part], config.height, config.width)
         scaled = mine.scaled(config.strength) if mine else None
         without = [config.negative] * len(wanted)
+        longest = cache.longest([*wanted, config.negative])
         if text:  # a text encoder's LoRA belongs to the branches with the person, a style's to all
             base, whole = styles or LoraSet(), (scaled or LoraSet()) + (styles or LoraSet())
-            conditioning, plain = encode_under(backbone, wanted, whole), encode_under(backbone, wanted, base)
-            negative = encode_under(backbone, without, whole if identity is None else base)
+            conditioning, plain = (encode_under(backbone, wanted, loras, longest) for loras in (whole, base))
+            negative = encode_under(backbone, without, whole if identity is None else base, longest)
         else:
-            conditioning = plain = cache(wanted)
-            negative = cache(without)
+            conditioning = plain = cache(wanted, without)
+            negative = cache(without, wanted)
         prompted = Prompts(conditioning, negative, plain)
         generator = torch.Generator().manual_seed(seeds[start])
         latents = sample(backbone, prompted, noise, config, personal=scaled, styles=styles, generator=generator)
@@ -97,8 +98,8 @@ def decoded(backbone: Backbone, latents: Tensor, *, lora: bool) -> Tensor:
 
 
 @torch.no_grad()
-def encode_under(backbone: Backbone, prompts: list[str], loras: LoraSet) -> dict[str, Tensor]:
-    """Conditioning of prompts while the text encoders carry `loras`."""
+def encode_under(backbone: Backbone, prompts: list[str], loras: LoraSet, chunks: int = 1) -> dict[str, Tensor]:
+    """Conditioning of prompts, of `chunks` chunks or more, while the text encoders carry `loras`."""
     mine = LoraSet({path: lora for path, lora in loras.items() if is_text(path, backbone)})
     with applied(backbone.components, mine):
-        return backbone.encode_prompts(prompts)
+        return backbone.encode_prompts(prompts, chunks)

@@ -32,7 +32,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        try:
+            handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        except FileNotFoundError:  # another process, which was done with the folder, has just removed it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
@@ -80,9 +84,22 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """Writes a safetensors file, atomically. Tensors are made contiguous and moved to the CPU."""
+    """Writes a safetensors file, atomically: the same bytes for the same content. Tensors are made contiguous and moved to the CPU."""
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    return write_atomically(path, lambda file: save_file(ready, file, metadata=dict(metadata or {})))
+
+    def write(file: Path) -> None:
+        save_file(ready, file, metadata=dict(metadata or {}))
+        with file.open("r+b") as opened:  # safetensors leaves the order of the metadata to chance
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+            if "__metadata__" in header:
+                header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(text) <= size:
+                opened.seek(8)
+                opened.write(text.ljust(size))
+
+    return write_atomically(path, write)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -8,6 +8,7 @@ line between the eyes gives the tilt.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -126,8 +127,13 @@ def _eyes(face: Any) -> tuple[tuple[float, float], tuple[float, float]] | None:
     return None
 
 
-@cache
 def _cascade(name: str) -> Any:
+    """A detector; each thread has its own, since one can't look at two pictures at a time."""
+    return _own_cascade(name, threading.get_ident())
+
+
+@cache
+def _own_cascade(name: str, thread: int) -> Any:
     try:
         import cv2.data
     except ImportError as error:  # of OpenCV, or of its cascades, which version 5 has not

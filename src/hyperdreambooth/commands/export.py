@@ -15,7 +15,7 @@ from ..lora import find_targets
 from ..personal_lora import PersonalLora
 from ..progress import say
 from ..stages.personalize import finish
-from ..stages.preoptimize import read_table, read_table_config
+from ..tables import read_table, read_table_config
 from .options import Flat, Machine, Output, check_lora_name, refuse_existing
 
 
@@ -66,7 +66,7 @@ def _from_table(args: Export) -> PersonalLora:
     lightweight = LightweightLora(find_targets(hdb.backbone.components, config.targets or hdb.backbone.default_targets), config.lightweight)
     table = read_table(args.source, lightweight.fingerprint())
     name = args.identity or (next(iter(table)) if len(table) == 1 else None)
-    if name not in table:
+    if name is None or name not in table:
         raise InputError(
             f"{args.source} has {len(table)} identities; name one of them with --identity: {', '.join(list(table)[:8])}{' ...' if len(table) > 8 else ''}"
         )

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import tyro
 
 from .. import photos
-from ..checkpoint import write_json
-from ..data import load_identities
-from ..errors import InputError
+from ..api import HyperDreamBooth
+from ..checkpoint import read_json, write_json
+from ..data import FolderOfPeople
+from ..errors import InputError, some
 from ..lightweight import LightweightLora
 from ..lora import find_targets
 from ..personal_lora import PLACEHOLDER
 from ..progress import say
-from ..stages.preoptimize import preoptimize, read_table_config
+from ..stages.preoptimize import chunks_of, parse_shard, preoptimize
+from ..tables import Table, merge
 from ..training_settings import PreoptimizeConfig
 from .options import Flat, Machine, Output, as_json
+
+NO_MATTER = ("log_every", "validate_every", "checkpoint_minutes", "tracker")
+"""Settings of the loop that change nothing about a row."""
 
 
 @dataclass
@@ -26,9 +33,11 @@ class Preoptimize:
     """Pre-optimize tokens for every identity of a folder: identity/picture.png, or one picture each.
 
     Chunks of identities are trained side by side and written row by row; stop it at any moment and start it again.
-    `export` makes a LoRA of any row.
+    `export` makes a LoRA of any row. Any number of machines that see both folders can share the work, a shard each.
 
         hyperdreambooth preoptimize faces -o table
+        hyperdreambooth preoptimize faces -o table --shard 0/2
+        hyperdreambooth preoptimize faces -o table --merge
         hyperdreambooth export table --identity alice -o alice.safetensors
     """
 
@@ -41,28 +50,87 @@ class Preoptimize:
     crop: photos.Crop = "auto"
     """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
     are found with the extra `faces`."""
+    shard: str = "0/1"
+    """i/n: only the i-th of n parts of the identities, from 0 to n-1. Rows are the same however many parts there are."""
+    merge: bool = False
+    """Train nothing: check that every identity has its row, and pack the rows into a few files."""
     config: Annotated[PreoptimizeConfig, Flat] = field(default_factory=PreoptimizeConfig)
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 
 def run(args: Preoptimize) -> None:
+    shard = parse_shard(args.shard)
     hdb = args.machine.open(args.base, None)
     args.config.prompt = args.config.prompt.replace(PLACEHOLDER, hdb.identifier)
-    data = load_identities(args.folder, hdb.backbone, None, args.config.prompt, crop=args.crop, cache=args.output / "cache")
-    saved = args.output / "config.json"
-    if saved.is_file():
-        before = read_table_config(args.output).lightweight
-        if before != args.config.lightweight:
-            raise InputError(f"{saved} was made with other token sizes ({before}). Use those, or another folder.")
-    write_json(saved, as_json(args))
-    table = preoptimize(hdb.backbone, data, args.config, args.output)
+    people = FolderOfPeople(args.folder, hdb.backbone, args.crop)
     targets = find_targets(hdb.backbone.components, args.config.targets or hdb.backbone.default_targets)
-    lightweight = LightweightLora(targets, args.config.lightweight).to(hdb.device)
-    names = data.names[:8]
-    sheet = []
-    for name in names:
-        loras = lightweight(table[name][None].to(hdb.device)).detach().select(0)
-        sheet.append(hdb.generate([args.config.prompt] * 3, loras, seed=0))
-    preview = args.output / "preview.png"
-    photos.save_png(photos.grid(sheet, names, [""] * 3), preview, {"ai_generated": "true"}, overwrite=True)
-    say(f"{args.output}: {len(table)} identities\n{preview}: the first of them")
+    lightweight = LightweightLora(targets, args.config.lightweight)
+    keep_settings(args)
+    if args.merge:
+        table = packed(args.output, people, lightweight.fingerprint())
+    else:
+        table = preoptimize(hdb.backbone, people, args.config, args.output, shard=shard)
+    names = [name for chunk in chunks_of(people.names, args.config.chunk, shard) for name in chunk]
+    without = [name for name in names if not table.has(name)]
+    if without:
+        say(f"{len(without)} identities have no row, since none of their pictures could be read: {some(without, 20)}")
+    if names and len(without) == len(names):
+        raise InputError(f"none of the pictures of {args.folder} could be read.")
+    say(f"{args.output}: {len(names) - len(without)} identities{'' if shard == (0, 1) else f' of shard {args.shard}'}")
+    if shard == (0, 1):
+        say(f"{preview(hdb, table, people.names, lightweight, args)}: the first of them")
+
+
+def keep_settings(args: Preoptimize) -> None:
+    """Writes config.json, or raises InputError where the table was begun with other settings: its rows could not be compared."""
+    file, now = args.output / "config.json", as_json(args)
+    if not file.is_file():
+        write_json(file, now)
+        return
+    before = read_json(file)
+    for name, (old, new) in {
+        "base": (Path(str(before.get("base"))).name, Path(args.base).name),
+        "crop": (before.get("crop"), args.crop),
+    }.items():
+        if old != new:
+            raise InputError(f"{file} was made with {name} {old}, not {new}. Use that, or another folder.")
+    settings = before.get("config")
+    differing = different(settings if isinstance(settings, dict) else {}, now["config"])
+    if differing:
+        raise InputError(f"{file} was made with other settings: {some(differing)}. Use those, or another folder.")
+
+
+def different(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+    """The settings, of those in both, that differ and matter to a row: "training.steps 300, not 100"."""
+    found = []
+    for name in before.keys() & now.keys() - set(NO_MATTER):
+        old, new = before[name], now[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += different(old, new, f"{where}{name}.")
+        elif old != new:
+            found.append(f"{where}{name} {old}, not {new}")
+    return sorted(found)
+
+
+def packed(output: Path, people: FolderOfPeople, fingerprint: str) -> Table:
+    """The merged table. Raises InputError where somebody has no row whose pictures can be read."""
+    table = Table(output, fingerprint)
+    missing = [name for name in people.names if name not in table]
+    unmade = next((name for name in missing if people.latents_of([name])), None)
+    if unmade is not None:
+        raise InputError(
+            f"{len(missing)} of {len(people.names)} identities have no row yet, such as {unmade}. Run their shards (again), then merge."
+        )
+    merged = merge(output, fingerprint)
+    shutil.rmtree(output / "chunk", ignore_errors=True)  # what killed processes left
+    return merged
+
+
+def preview(hdb: HyperDreamBooth, table: Table, names: list[str], lightweight: LightweightLora, args: Preoptimize) -> Path:
+    """A sheet of three pictures each of the first identities."""
+    shown = [name for name in names if table.has(name)][:8]
+    rows = lightweight.to(hdb.device)(torch.stack([table[name] for name in shown]).to(hdb.device)).detach()
+    sheet = [hdb.generate([args.config.prompt] * 3, rows.select(index), seed=0) for index in range(len(shown))]
+    file = args.output / "preview.png"
+    photos.save_png(photos.grid(sheet, shown, [""] * 3), file, {"ai_generated": "true"}, overwrite=True)
+    return file

@@ -22,8 +22,8 @@ from ..lora import find_targets
 from ..personal_lora import PLACEHOLDER
 from ..pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 from ..progress import say
-from ..stages.preoptimize import read_table
 from ..stages.train_hypernetwork import train_hypernetwork
+from ..tables import read_table
 from ..training_settings import TrainHypernetworkConfig
 from .options import Flat, Machine, Output, as_json
 

@@ -14,8 +14,8 @@ from ..personal_lora import PLACEHOLDER
 from ..progress import say
 from ..stages.dreambooth import Subject
 from ..stages.personalize import finish
-from ..stages.preoptimize import save_row
 from ..stages.train_light import train_light
+from ..tables import save_row
 from ..training_settings import TrainLightConfig
 from .options import Flat, Machine, Output, as_json, refuse_existing
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import random
 import shutil
-import tempfile
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from hyperdreambooth.training_settings import LightweightConfig, PreoptimizeConf
 
 from .conftest import picture, tiny_source
 
+ROOT = Path(__file__).parents[1]
 SMALL = ("--lightweight.down-dim", 12, "--lightweight.up-dim", 8, "--training.steps", 2, "--chunk", 2)
 
 
@@ -122,23 +124,7 @@ def test_two_threads_of_work_on_one_shard_do_not_break_each_other(backbone, tmp_
     second(people(3).names)
     assert len(met[0]) == 3
     assert rows(tmp_path / "both") == rows(tmp_path / "whole")
-    assert not (tmp_path / "both" / "chunk").exists()
-
-
-def test_a_folder_that_another_process_removes_is_made_again(tmp_path, monkeypatch):
-    from hyperdreambooth import checkpoint
-
-    make, target = tempfile.mkstemp, tmp_path / "chunk" / "state.json"
-
-    def removed_first(**more):
-        with contextlib.suppress(OSError):
-            target.parent.rmdir()
-            monkeypatch.setattr(tempfile, "mkstemp", make)
-        return make(**more)
-
-    monkeypatch.setattr(tempfile, "mkstemp", removed_first)
-    checkpoint.write_json(target, {"step": 1})
-    assert json.loads(target.read_text()) == {"step": 1}
+    assert [file for file in (tmp_path / "both" / "chunk").rglob("*") if file.is_file()] == []
 
 
 def test_the_command_makes_shards_merges_them_and_names_who_is_missing(toon, faces, tmp_path, capsys):
@@ -266,7 +252,7 @@ def test_damaged_tables_are_refused_and_nothing_is_removed(tmp_path):
     for tokens, header, says in (
         (torch.full((3, 20), float("nan")), {"fingerprint": "here", "identity": "p7"}, "p7.safetensors is damaged"),
         (torch.ones(3, 20), {"fingerprint": "there", "identity": "p7"}, "fingerprint there, here here"),
-        (torch.ones(3, 21), {"fingerprint": "here", "identity": "p7"}, "p7.safetensors has"),
+        (torch.ones(3, 21), {"fingerprint": "here", "identity": "p7"}, "other sizes than"),
     ):
         save_file({"tokens": tokens}, broken, header)
         with pytest.raises(InputError, match=says):
@@ -311,3 +297,46 @@ def test_pictures_in_batches_are_pictures_one_by_one(backbone, tmp_path, capsys)
         torch.testing.assert_close(one.features, together.features[[place]], atol=1e-5, rtol=1e-4)
         shutil.rmtree(tmp_path / "alone")
     assert folder.latents_of(["40"]) == {}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+def test_a_worker_of_ray_that_is_killed_loses_nothing(toon, faces, tmp_path, capsys, monkeypatch):
+    """The killer waits for the first rows, then ends one of this test's own workers."""
+    pytest.importorskip("ray")
+    psutil = pytest.importorskip("psutil")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT)]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    small = (*SMALL[:4], "--training.steps", 6, "--chunk", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert run("preoptimize", faces, "-o", tmp_path / "plain", *small) == 0
+    torch.set_num_threads(threads)
+    killed, over = [], threading.Event()
+
+    def kill():
+        while not over.wait(0.02) and not killed:
+            if any((tmp_path / "ray" / "rows").glob("[!.]*")):
+                mine = psutil.Process().children(recursive=True)
+                workers = [process for process in mine if process.is_running() and "MapWorker" in "".join(process.cmdline())]
+                if workers:
+                    workers[0].kill()
+                    killed.append(workers[0].pid)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        assert run("preoptimize", faces, "-o", tmp_path / "ray", "--engine", "ray", *small) == 0
+    finally:
+        over.set()
+        thread.join()
+    assert killed
+    assert rows(tmp_path / "ray") == rows(tmp_path / "plain")
+    assert "person 4" in capsys.readouterr().err
+
+
+def test_without_ray_its_engine_says_what_to_install(toon, faces, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run("preoptimize", faces, "-o", tmp_path / "t", "--engine", "ray", *SMALL) == 2
+    assert 'pip install "hyperdreambooth[ray]"' in capsys.readouterr().err
+    assert run("preoptimize", faces, "-o", tmp_path / "t", "--address", "auto", *SMALL) == 2
+    assert "--engine ray" in capsys.readouterr().err

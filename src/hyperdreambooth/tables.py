@@ -22,12 +22,12 @@ import safetensors
 import torch
 from torch import Tensor
 
-from .checkpoint import read_json, read_tensors, save_tensors, write_json
+from .checkpoint import read_header, read_json, read_tensors, save_tensors, write_json
 from .config import parsed
 from .errors import InputError
 from .training_settings import LightweightConfig
 
-PACK_BYTES = 1 << 29
+PACK_BYTES = 1 << 28
 """Size of a packed file, at most. Merging takes a few times as much memory."""
 
 
@@ -76,18 +76,14 @@ class Table(Mapping[str, Tensor]):
     def packed(self) -> dict[str, tuple[Path, int]]:
         """Identity -> its file and its place in there."""
         index = self.folder / "packed" / "index.json"
+        found: dict[str, tuple[Path, int]] = {}
         for name in read_json(index).get("files", ()) if index.is_file() else ():
             if not (index.parent / name).is_file():
                 raise InputError(
-                    f"{index.parent / name} is missing, and {index} names it. Copy it again, or delete {index.name} to do without."
+                    f"{index.parent / name} is missing, which {index} names. Copy it again, or delete {index.name} to do without."
                 )
-        found: dict[str, tuple[Path, int]] = {}
         for file in sorted(index.parent.glob("[!.]*.safetensors")):
-            header = self._header(file)
-            try:
-                names = json.loads(header["identities"])
-            except (KeyError, ValueError) as error:
-                raise InputError(f"{file} is damaged: its header names no identities.") from error
+            names = json.loads(self._header(file).get("identities", "[]"))
             found |= {name: (file, place) for place, name in enumerate(names)}
         return found
 
@@ -98,11 +94,7 @@ class Table(Mapping[str, Tensor]):
         return {self._header(file).get("identity", file.stem): file for file in files}
 
     def _header(self, file: Path) -> dict[str, str]:
-        try:
-            with safetensors.safe_open(str(file), framework="pt") as opened:
-                header = dict(opened.metadata() or {})
-        except (safetensors.SafetensorError, OSError) as error:
-            raise InputError(f"{file} is not a whole safetensors file ({error}). Was it cut off while copying?") from error
+        header = read_header(file)
         if header.get("fingerprint") != self.fingerprint:
             raise InputError(
                 f"{file} was pre-optimized for other targets, token sizes or aux seed (fingerprint {header.get('fingerprint')}, here {self.fingerprint}). Use its config, or another folder."
@@ -111,23 +103,16 @@ class Table(Mapping[str, Tensor]):
 
     def has(self, name: str) -> bool:
         """Whether that identity has a row by now, another process's included."""
-        return name in self.packed or (row_file(self.folder, name).is_file() and bool(self._header(row_file(self.folder, name))))
-
-    def read_loose(self, file: Path) -> Tensor:
-        """The tokens of a row file."""
-        tensors, header = read_tensors(file)
-        return _checked(tensors.get("tokens") if "identity" in header else None, file)
+        file = row_file(self.folder, name)
+        return name in self.packed or (file.is_file() and bool(self._header(file)))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.packed:
-            return self.read_loose(self.loose[name])
+            return read_row(self.loose[name])
         file, place = self.packed[name]
         if file not in self.opened:
             self.opened[file] = safetensors.safe_open(str(file), framework="pt")
-        try:
-            return _checked(self.opened[file].get_slice("tokens")[place], file)
-        except (safetensors.SafetensorError, IndexError) as error:
-            raise InputError(f"{file} is damaged: it has no tokens of {name} ({error}). Copy it again.") from error
+        return _checked(self.opened[file].get_slice("tokens")[place], file)
 
     def __contains__(self, name: object) -> bool:
         return name in self.packed or name in self.loose
@@ -142,9 +127,14 @@ class Table(Mapping[str, Tensor]):
 def _checked(tokens: Tensor | None, file: Path) -> Tensor:
     if tokens is None or tokens.ndim != 2 or not tokens.is_floating_point() or not tokens.isfinite().all():
         raise InputError(
-            f"{file} is damaged: it should hold an identity's tokens, finite numbers (layers, width). Delete it to have it made again."
+            f"{file} is damaged: it should hold an identity's tokens, finite numbers (layers, width). Delete it and make it again."
         )
     return tokens
+
+
+def read_row(file: Path) -> Tensor:
+    """The tokens of a row file."""
+    return _checked(read_tensors(file)[0].get("tokens"), file)
 
 
 def read_table(folder: str | Path, fingerprint: str) -> Table:
@@ -158,39 +148,29 @@ def merge(folder: str | Path, fingerprint: str, *, file_bytes: int = PACK_BYTES)
     """Packs the rows that have files of their own into a few files, and removes those once what was packed equals them.
 
     Killed at any moment and run again it ends the same: packed files are named by what they hold. Raises InputError for rows that
-    are damaged, of another fingerprint, or another size, and where a row differs from the same identity's packed one.
+    are damaged, of another fingerprint or size, and where a row differs from the same identity's packed one.
     """
-    table = Table(folder, fingerprint)
+    table, place = Table(folder, fingerprint), Path(folder) / "packed"
     new = sorted(table.loose.keys() - table.packed.keys())
-    if new:
-        shape, dtype = table[new[0]].shape, table[new[0]].dtype
-        many = max(1, file_bytes // (table[new[0]].nbytes or 1))
-        for names in (new[start : start + many] for start in range(0, len(new), many)):
-            tokens = torch.empty(len(names), *shape, dtype=dtype)
-            for place, name in enumerate(names):
-                row = table[name]
-                if (row.shape, row.dtype) != (shape, dtype):
-                    raise InputError(f"{table.loose[name]} has {tuple(row.shape)} numbers, others of the table {tuple(shape)}. Delete it.")
-                tokens[place] = row
-            _save_packed(Path(folder), names, tokens, fingerprint)
-    packed = Table(folder, fingerprint)
+    many = max(1, file_bytes // (table[new[0]].nbytes or 1)) if new else 1
+    for names in (new[start : start + many] for start in range(0, len(new), many)):
+        rows = [table[name] for name in names]
+        odd = next((name for name, row in zip(names, rows, strict=True) if (row.shape, row.dtype) != (rows[0].shape, rows[0].dtype)), None)
+        if odd is not None:
+            raise InputError(f"{table.loose[odd]} has other sizes than {table.loose[names[0]]}. Delete the wrong one and make it again.")
+        tokens, identities = torch.stack(rows), json.dumps(names)
+        digest = hashlib.sha256(identities.encode() + tokens.numpy().tobytes()).hexdigest()[:16]
+        save_tensors(place / f"{digest}.safetensors", {"tokens": tokens}, {"fingerprint": fingerprint, "identities": identities})
+    table.packed = Table(folder, fingerprint).packed
     files: dict[str, list[str]] = {}
-    for name, (file, _) in packed.packed.items():
+    for name, (file, _) in table.packed.items():
         files.setdefault(file.name, []).append(name)
     if files:
-        write_json(Path(folder) / "packed" / "index.json", {"fingerprint": fingerprint, "identities": len(packed.packed), "files": files})
+        write_json(place / "index.json", {"fingerprint": fingerprint, "identities": len(table.packed), "files": files})
     for name, file in table.loose.items():
-        if not torch.equal(packed.read_loose(file), packed[name]):
+        if not torch.equal(read_row(file), table[name]):
             raise InputError(
-                f"{file} differs from the packed row of {name} in {packed.packed[name][0]}: they were made with other settings or on another kind of device. Delete one."
+                f"{file} differs from the packed row of {name}: one was made with other settings or on another kind of device. Delete one."
             )
         file.unlink()
     return read_table(folder, fingerprint)
-
-
-def _save_packed(folder: Path, names: list[str], tokens: Tensor, fingerprint: str) -> None:
-    identities = json.dumps(names)
-    digest = hashlib.sha256(identities.encode())
-    digest.update(tokens.numpy().data)
-    file = folder / "packed" / f"{digest.hexdigest()[:16]}.safetensors"
-    save_tensors(file, {"tokens": tokens}, {"fingerprint": fingerprint, "identities": identities})

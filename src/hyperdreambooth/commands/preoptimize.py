@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -14,12 +16,13 @@ from .. import photos
 from ..api import HyperDreamBooth
 from ..checkpoint import read_json, write_json
 from ..data import FolderOfPeople
+from ..engines import on_ray
 from ..errors import InputError, some
 from ..lightweight import LightweightLora
 from ..lora import find_targets
 from ..personal_lora import PLACEHOLDER
 from ..progress import say
-from ..stages.preoptimize import chunks_of, parse_shard, preoptimize
+from ..stages.preoptimize import Rows, chunks_of, parse_shard, preoptimize
 from ..tables import Table, merge
 from ..training_settings import PreoptimizeConfig
 from .options import Flat, Machine, Output, as_json
@@ -54,23 +57,35 @@ class Preoptimize:
     """i/n: only the i-th of n parts of the identities, from 0 to n-1. Rows are the same however many parts there are."""
     merge: bool = False
     """Train nothing: check that every identity has its row, and pack the rows into a few files."""
+    engine: Literal["local", "ray"] = "local"
+    """local: this process. ray: Ray Data, with the extra `ray`: a worker on each card of a cluster, or two workers on this machine."""
+    address: str | None = None
+    """ray: a running cluster, such as auto or ray://head:10001. Every machine must see both folders."""
     config: Annotated[PreoptimizeConfig, Flat] = field(default_factory=PreoptimizeConfig)
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 
 def run(args: Preoptimize) -> None:
     shard = parse_shard(args.shard)
+    if args.address and args.engine != "ray":
+        raise InputError("--address is a Ray cluster's: give --engine ray too.")
     hdb = args.machine.open(args.base, None)
     args.config.prompt = args.config.prompt.replace(PLACEHOLDER, hdb.identifier)
     people = FolderOfPeople(args.folder, hdb.backbone, args.crop)
     targets = find_targets(hdb.backbone.components, args.config.targets or hdb.backbone.default_targets)
     lightweight = LightweightLora(targets, args.config.lightweight)
     keep_settings(args)
+    chunks = chunks_of(people.names, args.config.chunk, shard)
     if args.merge:
         table = packed(args.output, people, lightweight.fingerprint())
+    elif args.engine == "ray" and chunks:
+        work = dataclasses.replace(args, folder=args.folder.resolve(), output=args.output.resolve())
+        work.base = str(Path(args.base).resolve()) if Path(args.base).exists() else args.base
+        on_ray("chunks", partial(opened, work), chunks, address=args.address)
+        table = Table(args.output, lightweight.fingerprint())
     else:
         table = preoptimize(hdb.backbone, people, args.config, args.output, shard=shard)
-    names = [name for chunk in chunks_of(people.names, args.config.chunk, shard) for name in chunk]
+    names = [name for chunk in chunks for name in chunk]
     without = [name for name in names if not table.has(name)]
     if without:
         say(f"{len(without)} identities have no row, since none of their pictures could be read: {some(without, 20)}")
@@ -81,35 +96,31 @@ def run(args: Preoptimize) -> None:
         say(f"{preview(hdb, table, people.names, lightweight, args)}: the first of them")
 
 
+def opened(args: Preoptimize) -> Rows:
+    """What a worker of an engine makes rows with."""
+    backbone = args.machine.open(args.base, None).backbone
+    return Rows(backbone, FolderOfPeople(args.folder, backbone, args.crop), args.config, args.output)
+
+
 def keep_settings(args: Preoptimize) -> None:
     """Writes config.json, or raises InputError where the table was begun with other settings: its rows could not be compared."""
-    file, now = args.output / "config.json", as_json(args)
-    if not file.is_file():
-        write_json(file, now)
-        return
-    before = read_json(file)
-    for name, (old, new) in {
-        "base": (Path(str(before.get("base"))).name, Path(args.base).name),
-        "crop": (before.get("crop"), args.crop),
-    }.items():
-        if old != new:
-            raise InputError(f"{file} was made with {name} {old}, not {new}. Use that, or another folder.")
-    settings = before.get("config")
-    differing = different(settings if isinstance(settings, dict) else {}, now["config"])
+    file = args.output / "config.json"
+    before, now = (_decisive(values) for values in (read_json(file) if file.is_file() else {}, as_json(args)))
+    differing = [f"{name} {value}, not {now[name]}" for name, value in before.items() if now.get(name, value) != value]
     if differing:
-        raise InputError(f"{file} was made with other settings: {some(differing)}. Use those, or another folder.")
+        raise InputError(f"{file} was made with {some(differing)}. Use that, or another folder.")
+    if not before:
+        write_json(file, as_json(args))
 
 
-def different(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
-    """The settings, of those in both, that differ and matter to a row: "training.steps 300, not 100"."""
-    found = []
-    for name in before.keys() & now.keys() - set(NO_MATTER):
-        old, new = before[name], now[name]
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += different(old, new, f"{where}{name}.")
-        elif old != new:
-            found.append(f"{where}{name} {old}, not {new}")
-    return sorted(found)
+def _decisive(values: dict[str, Any]) -> dict[str, Any]:
+    """Of a command's settings those that decide what a row is, by their names as flags."""
+    found = {"base": Path(values["base"]).name, "crop": values["crop"]} if {"base", "crop"} <= values.keys() else {}
+    for name, value in (values.get("config") or {}).items():
+        found |= (
+            {f"{name}.{key}": inner for key, inner in value.items() if key not in NO_MATTER} if isinstance(value, dict) else {name: value}
+        )
+    return found
 
 
 def packed(output: Path, people: FolderOfPeople, fingerprint: str) -> Table:

@@ -10,18 +10,17 @@ names alone, never from which rows are there or whose turn it is: shards, machin
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..backbones import Backbone
+from ..data import FolderOfPeople, IdentityData
 from ..errors import InputError
 from ..lightweight import LightweightLora
 from ..lora import Hooks, find_targets
@@ -33,17 +32,6 @@ from ..trainable_lora import IdentityTable
 from ..training import Run, fit
 from ..training_settings import PreoptimizeConfig
 from .dreambooth import PhotoLosses, Subject, draw_photos, trains_text
-
-
-class People(Protocol):
-    """Identities and their photos: `data.IdentityData`, or `data.FolderOfPeople`, which encodes them when they are asked for."""
-
-    @property
-    def names(self) -> Sequence[str]: ...
-
-    def latents_of(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Latents (photos, C, h, w) by name; without those of whom no picture can be read."""
-        ...
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -61,7 +49,7 @@ def chunks_of(names: Sequence[str], size: int, shard: tuple[int, int] = (0, 1)) 
 
 def preoptimize(
     backbone: Backbone,
-    data: People,
+    data: IdentityData | FolderOfPeople,
     config: PreoptimizeConfig,
     output: str | Path,
     *,
@@ -75,23 +63,20 @@ def preoptimize(
     processes may work on one table, on the same shard too.
     """
     chunks = chunks_of(data.names, config.chunk, shard)
-    make = Rows(backbone, data, config, output)
-    deadline = time.monotonic() + 60 * minutes if minutes is not None else None
-    done = 0
-    with Progress("identities", sum(map(len, chunks))) as progress:
-        for chunk in chunks:
-            if deadline is not None and time.monotonic() > deadline:
+    make, begun = Rows(backbone, data, config, output), time.monotonic()
+    with Progress("chunks", len(chunks)) as progress:
+        for done, chunk in enumerate(chunks, 1):
+            if minutes is not None and time.monotonic() - begun > 60 * minutes:
                 break
             make(chunk, on_row)
-            done += len(chunk)
             progress.update(done)
-    return Table(output, make.fingerprint)
+    return make.table
 
 
 class Rows:
     """Makes the rows of a chunk of identities, those that aren't there yet."""
 
-    def __init__(self, backbone: Backbone, data: People, config: PreoptimizeConfig, output: str | Path):
+    def __init__(self, backbone: Backbone, data: IdentityData | FolderOfPeople, config: PreoptimizeConfig, output: str | Path):
         self.backbone, self.data, self.config, self.output = backbone, data, config, Path(output)
         self.lightweight = LightweightLora(
             find_targets(backbone.components, config.targets or backbone.default_targets), config.lightweight
@@ -114,11 +99,8 @@ class Rows:
             save_row(self.output, name, row, self.fingerprint)
             if on_row:
                 on_row(name, row)
-        # no more than this: another process may be writing its own checkpoint there, and finds its file again
+        # the folder stays until tables are merged: another process may be about to write its own checkpoint there
         (state / "state.safetensors").unlink(missing_ok=True)
-        for folder in (state, state.parent):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
 
     def _train(self, photos: list[Tensor], state: Path) -> Tensor:
         most = max(map(len, photos))  # people with fewer pictures see theirs more often

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
+from hyperdreambooth import checkpoint
 from hyperdreambooth.cli import main
 from hyperdreambooth.data import FolderOfPeople, IdentityData, load_identities
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.stages.preoptimize import Rows, chunks_of, parse_shard, preoptimize
 from hyperdreambooth.tables import Table, merge, read_table, save_row
+from hyperdreambooth.training import Run, fit
 from hyperdreambooth.training_settings import LightweightConfig, PreoptimizeConfig, TrainingConfig
 
+from . import test_training
 from .conftest import picture, tiny_source
 
 ROOT = Path(__file__).parents[1]
@@ -340,3 +346,58 @@ def test_without_ray_its_engine_says_what_to_install(toon, faces, tmp_path, caps
     assert 'pip install "hyperdreambooth[ray]"' in capsys.readouterr().err
     assert run("preoptimize", faces, "-o", tmp_path / "t", "--address", "auto", *SMALL) == 2
     assert "--engine ray" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "rank", "count"),
+    [("slurm.sh", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("sky.yaml", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES")],
+)
+@pytest.mark.skipif(shutil.which("bash") is None, reason="launchers are bash")
+def test_a_launcher_makes_a_table(toon, faces, tmp_path, file, rank, count):
+    """The launcher's own command, with the tiny world in place of its folders; `hyperdreambooth` notes its arguments."""
+    text = (ROOT / "recipes/launchers" / file).read_text()
+    script = yaml.safe_load(text)["run"] if file.endswith(".yaml") else text
+    script = script.replace("/shared/faces", str(faces)).replace("/shared/table", str(tmp_path / "t")).replace("/shared/sd15", "toon")
+    noted = tmp_path / "hyperdreambooth"
+    noted.write_text('#!/bin/bash\nprintf "%s\\0" "$@"\n')
+    noted.chmod(0o755)
+    for shard in ("0", "1"):
+        own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", rank: shard, count: "2", "FACES": str(faces), "TABLE": str(tmp_path / "t")}
+        words = subprocess.run(["bash", "-c", script], env=own, check=True, capture_output=True, text=True).stdout.split("\0")[:-1]
+        assert f"{shard}/2" in words
+        assert run(*words, *SMALL) == 0
+    assert len(rows(tmp_path / "t")) == 8
+
+
+WORKER = """
+import dataclasses
+import os
+from hyperdreambooth.training import Run, fit, leave
+from tests.test_training import PAIRED, batches, model, plain_step
+
+config = dataclasses.replace(PAIRED, steps=6, gradient_accumulation=4 // int(os.environ["WORLD_SIZE"]))
+fit(plain_step, model(), batches, config, Run(directory={folder!r}, quiet=True, device="cpu", on_step=lambda done: done == {stop}))
+leave()
+"""
+
+
+def launched(folder: Path, processes: int, stop: int) -> None:
+    (folder / "worker.py").write_text(WORKER.format(folder=str(folder / "run"), stop=stop))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(folder / "worker.py")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 2)])
+def test_a_training_goes_on_with_another_number_of_processes(tmp_path, first, then):
+    """Where processes x accumulation stays, every step has the same batches: the weights agree but for the order of sums."""
+    launched(tmp_path, first, stop=3)
+    launched(tmp_path, then, stop=0)
+    alone = dataclasses.replace(test_training.PAIRED, steps=6, gradient_accumulation=4)
+    net = test_training.model()
+    fit(test_training.plain_step, net, test_training.batches, alone, Run(quiet=True, device="cpu"))
+    model, _, _, meta = checkpoint.load(tmp_path / "run" / "state.safetensors")
+    assert meta["step"] == 6
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(model[name], value, atol=1e-6, rtol=1e-4)

@@ -168,7 +168,8 @@ def load_identities(
             save_tensors(stored, tensors)
     kept = [files[i][0] for i in tensors["kept"].tolist()]
     names = list(dict.fromkeys(kept))
-    people = torch.tensor([names.index(name) for name in kept])
+    number = {name: index for index, name in enumerate(names)}
+    people = torch.tensor([number[name] for name in kept])
     return IdentityData(
         tensors["latents"], tensors["features"], people, names, [prompt] * len(kept), torch.ones(len(kept), dtype=torch.bool)
     )

@@ -23,7 +23,7 @@ from ..lora import find_targets
 from ..personal_lora import PLACEHOLDER
 from ..progress import say
 from ..stages.preoptimize import Rows, chunks_of, parse_shard, preoptimize
-from ..tables import Table, merge
+from ..tables import Table, merge, read_table_config
 from ..training_settings import PreoptimizeConfig
 from .options import Flat, Machine, Output, as_json
 
@@ -105,6 +105,8 @@ def opened(args: Preoptimize) -> Rows:
 def keep_settings(args: Preoptimize) -> None:
     """Writes config.json, or raises InputError where the table was begun with other settings: its rows could not be compared."""
     file = args.output / "config.json"
+    if file.is_file():
+        read_table_config(args.output)  # refuses a damaged one
     before, now = (_decisive(values) for values in (read_json(file) if file.is_file() else {}, as_json(args)))
     differing = [f"{name} {value}, not {now[name]}" for name, value in before.items() if now.get(name, value) != value]
     if differing:

@@ -25,7 +25,7 @@ MAY = {  # module (or package) -> the modules of ours that it may import
     "cards": set(),
     "hub": {"cards", "errors", "formats", "photos", "pictures_out"},
     "personal_lora": {"errors", "formats", "lightweight", "lora"},
-    "photos": {*BASE, "faces", "pictures_out"},
+    "photos": {*BASE, "faces", "pictures_out", "settings"},
     "pictures_out": {*BASE},
     "folders": {*BASE, "photos"},
     "sampling": {"backbones", "errors", "lora", "replay", "settings"},

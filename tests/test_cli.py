@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +57,23 @@ def test_personalize_with_zero_steps_from_several_photos_and_from_scratch(tmp_pa
     assert all(path.endswith("to_q") for path in layers)
     assert run("personalize", face, "--order", "merged", "--steps", 2, "--format", "kohya", "-o", tmp_path / "merged.safetensors") == 0
     assert formats.read_lora(tmp_path / "merged.safetensors").layout == "kohya"
+
+
+def test_a_photo_unlike_all_training_is_said_before_and_after_and_not_described(tmp_path, face, tiny_world, monkeypatch, capsys):
+    shutil.copytree(tiny_world, tmp_path / "world")
+    monkeypatch.setenv("HYPERDREAMBOOTH_TOON", str(tmp_path / "world"))
+    config = tmp_path / "world" / "hypernetwork" / "config.json"
+    values = json.loads(config.read_text()) | {"describe": [["a"], ["smiling", "angry"], ["[V] face"]]}
+    config.write_text(json.dumps(values | {"familiar": 1e-6}))
+    assert run("personalize", face, "-o", tmp_path / "me.safetensors") == 0
+    said = capsys.readouterr().err
+    assert said.count("unlike anything that toon was trained on") == 2
+    assert "taken to show" not in said
+    config.write_text(json.dumps(values | {"familiar": 1e6}))
+    assert run("personalize", face, "-o", tmp_path / "me.safetensors", "--overwrite") == 0
+    said = capsys.readouterr().err
+    assert "unlike anything" not in said
+    assert "taken to show" in said
 
 
 def test_an_interrupted_personalize_goes_on_and_leaves_nothing(tmp_path, face, monkeypatch):
@@ -272,6 +292,42 @@ def test_help_teaches(capsys):
             main([name, "--help"])
         assert ended.value.code == 0
     assert main(["--version"]) == 0
+
+
+def test_help_of_every_command_needs_no_torch():
+    code = (
+        "import contextlib, sys\nfrom hyperdreambooth.cli import main\nfrom hyperdreambooth.commands import COMMANDS\n"
+        "for name in COMMANDS:\n    with contextlib.suppress(SystemExit):\n        main([name, '--help'])\n"
+        "    assert not {'torch', 'diffusers', 'transformers', 'PIL'} & set(sys.modules), name\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parent.parent / "src")
+
+
+def test_a_tracker_gets_losses_rates_gain_and_pictures(tmp_path, people):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = ["--training.tracker", "tensorboard", "--training.steps", 4, "--training.log-every", 2, "--training.validate-every", 2]
+    small = ["--hypernetwork.dim", "16", "--hypernetwork.heads", "2", "--batch", "2"]
+    assert run("train-hypernetwork", people, "-o", tmp_path / "pro", *small, *SMALL, *more) == 0
+    files = sorted((tmp_path / "pro").rglob("events.out.tfevents.*"), key=lambda file: len(file.parts))
+    read = EventAccumulator(str(files[0].parent)).Reload()
+    assert {event.step for event in read.Scalars("loss")} == {2, 4}
+    assert read.Scalars("learning_rate")[-1].step == 4
+    assert [event.step for event in read.Scalars("identity_gain")] == [2, 4]
+    assert [event.step for event in read.Images("preview")] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("tracker", "says"), [("mlflow", "pip install mlflow"), ("wandb", "hyperdreambooth[wandb]"), ("x", "is no tracker")]
+)
+def test_a_tracker_that_is_missing_is_refused_before_any_work(tracker, says, tmp_path, people, capsys, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == tracker else real(name, *more))
+    with pytest.raises(SystemExit) as ended:
+        run("train-hypernetwork", people, "-o", tmp_path / "pro", "--training.tracker", tracker)
+    assert ended.value.code == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "pro").exists()
 
 
 def refused(capsys, says: str, *arguments: object) -> None:

@@ -34,7 +34,7 @@ from .personal_lora import PLACEHOLDER, PersonalLora
 from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork, save_hypernetwork
 from .progress import say
 from .settings import SCRATCH, GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
-from .stages.describe import describe
+from .stages.describe import describe, strangeness
 from .stages.dreambooth import Subject
 from .stages.generate import generate
 from .stages.personalize import finish, personalize
@@ -183,6 +183,20 @@ class HyperDreamBooth:
         texts = describe(self.backbone, latents, slots, predicted) if slots else [self.prompt] * len(latents)
         return [text.replace(PLACEHOLDER, self.identifier) for text in texts]
 
+    def unlike(self, latents: Tensor) -> str:
+        """A sentence where photos' latents (N, C, h, w) are unlike all that base and hypernetwork were trained on, else "".
+
+        Told by the base's own denoising loss, measured when the hypernetwork was trained; "" where nobody measured it.
+        """
+        limit = self.info.familiar if self.info else None
+        found = strangeness(self.backbone, latents, self.prompt).max().item() if limit else 0.0
+        if limit is None or found <= limit:
+            return ""
+        return (
+            f"this photo is unlike anything that {self.base} was trained on (its loss is {found:.2f}, familiar pictures stay under {limit:.2f}): "
+            "what is drawn won't look like the person. Take a base that can draw such photos (--base)."
+        )
+
     def personalize(
         self,
         files: Photos,
@@ -220,8 +234,11 @@ class HyperDreamBooth:
         started = time.perf_counter()
         # fp32 for what is trained and for its latents, whatever the base's precision
         latents = self.backbone.encode_images(pixels).float()
+        warning = self.unlike(latents)
+        if warning and not quiet:
+            say(warning)
         given = (prompt or self.prompt).replace(PLACEHOLDER, self.identifier)
-        texts = [given] * len(latents) if prompt or config.steps == 0 else self.describe(latents, predicted)
+        texts = [given] * len(latents) if prompt or warning or config.steps == 0 else self.describe(latents, predicted)
         seconds["describe"] = time.perf_counter() - started
         started = time.perf_counter()
         mask = nn.functional.interpolate(masks, latents.shape[-2:], mode="area").to(latents)[None] if masks is not None else None
@@ -244,6 +261,7 @@ class HyperDreamBooth:
             losses=report.losses,
             seconds=seconds,
             shown=texts,
+            warning=warning,
             metadata={"hyperdreambooth.steps": str(report.steps)},
         )
 

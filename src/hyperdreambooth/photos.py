@@ -12,7 +12,7 @@ import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -28,8 +28,8 @@ from .pictures_out import is_generated as is_generated
 from .pictures_out import preview_path as preview_path
 from .pictures_out import read_png_metadata as read_png_metadata
 from .pictures_out import save_png as save_png
+from .settings import Crop as Crop
 
-Crop = Literal["auto", "center", "face"]
 Source = Any
 """What `read_photo` takes: str | Path | bytes | BinaryIO | Image.Image | numpy array | Tensor."""
 NOT_PHOTOS = {"EPS", "PDF", "WMF", "GRIB", "HDF5", "BUFR", "MPEG", "XVTHUMB"}

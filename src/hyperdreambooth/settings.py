@@ -15,6 +15,10 @@ from typing import Any, Literal, TypeVar
 from .errors import InputError
 
 T = TypeVar("T")
+Crop = Literal["auto", "center", "face"]
+"""What of a photo is taken."""
+Layout = Literal["diffusers", "kohya"]
+"""How a LoRA file names its layers."""
 Values = Mapping[str, Any]
 
 

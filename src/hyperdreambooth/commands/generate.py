@@ -8,8 +8,6 @@ from typing import Annotated
 
 import tyro
 
-from .. import photos
-from ..checkpoint import write_json
 from ..progress import Progress, say
 from ..settings import GenerateChoices
 from .options import Flat, Machine, Output, as_json, refuse_existing, weighted
@@ -42,6 +40,9 @@ class Generate:
 
 
 def run(args: Generate) -> None:
+    from .. import photos
+    from ..checkpoint import write_json
+
     hdb = args.machine.open(args.base)
     config = hdb.generate_config(args.config)
     loras = [weighted(text) for text in args.lora]

@@ -12,12 +12,8 @@ from typing import Annotated
 
 import tyro
 
-from .. import formats, photos
-from ..checkpoint import write_json
-from ..folders import read_caption
-from ..personal_lora import PLACEHOLDER
 from ..progress import say
-from ..settings import PersonalizeChoices
+from ..settings import Crop, Layout, PersonalizeChoices
 from .options import Flat, Machine, Output, as_json, check_lora_name, refuse_existing
 
 
@@ -42,10 +38,10 @@ class Personalize:
     """A directory or hub id; "none" trains from scratch, on any base; "auto" takes the shipped one for toon."""
     tokens: Path | None = None
     """Also write the prediction as a token file (about 120 KB for Stable Diffusion 1.5)."""
-    format: formats.Layout = "diffusers"
+    format: Layout = "diffusers"
     """Layout of the LoRA file: diffusers (also for PEFT, and for ComfyUI on SD 3 and Flux), or kohya, which ComfyUI and A1111 need on
     Stable Diffusion 1, 2 and XL and diffusers opens too."""
-    crop: photos.Crop = "auto"
+    crop: Crop = "auto"
     """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
     are found with the extra `faces`."""
     face: int | None = None
@@ -69,6 +65,11 @@ class Personalize:
 
 
 def run(args: Personalize) -> None:
+    from .. import formats, photos
+    from ..checkpoint import write_json
+    from ..folders import read_caption
+    from ..personal_lora import PLACEHOLDER
+
     check_lora_name(args.output)
     for path in (args.output, *([args.tokens] if args.tokens else [])):
         refuse_existing(path, args.overwrite)
@@ -95,7 +96,7 @@ def run(args: Personalize) -> None:
         stamp.update(file.read_bytes())
     state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
     me = hdb.personalize(pixels, masks=masks, prompt=prompt, config=config, directory=state)
-    for text in dict.fromkeys(me.shown):
+    for text in dict.fromkeys(me.shown) if not me.warning else ():
         say(f'taken to show "{text}"; --prompt says otherwise')
     save = functools.partial(me.save, args.output, layout=args.format, author=args.author, license=args.license, overwrite=True)
     save()  # at once, since a preview takes its time on a large base
@@ -112,4 +113,6 @@ def run(args: Personalize) -> None:
     write_json(args.output.with_suffix(".json"), as_json(args, config))
     took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in me.seconds.items())
     say(f"{preview}: a preview")
+    if me.warning:
+        say(me.warning)
     say(f"loading {loaded - started:.1f} s, {took}, in all {time.perf_counter() - started:.1f} s")

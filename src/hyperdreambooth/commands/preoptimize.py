@@ -7,25 +7,20 @@ import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import tyro
 
-from .. import photos
-from ..api import HyperDreamBooth
-from ..checkpoint import read_json, write_json
-from ..data import FolderOfPeople
-from ..engines import on_ray
 from ..errors import InputError, some
-from ..lightweight import LightweightLora
-from ..lora import find_targets
-from ..personal_lora import PLACEHOLDER
 from ..progress import say
-from ..stages.preoptimize import Rows, chunks_of, parse_shard, preoptimize
-from ..tables import Table, merge, read_table_config
+from ..settings import Crop
 from ..training_settings import PreoptimizeConfig
 from .options import Flat, Machine, Output, as_json
+
+if TYPE_CHECKING:
+    from ..data import FolderOfPeople
+    from ..stages.preoptimize import Rows
+    from ..tables import Table
 
 NO_MATTER = ("log_every", "validate_every", "checkpoint_minutes", "tracker")
 """Settings of the loop that change nothing about a row."""
@@ -50,7 +45,7 @@ class Preoptimize:
     """The table's folder."""
     base: str = "toon"
     """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint (SD 1.x, SD 2.x, SDXL), or a hub id."""
-    crop: photos.Crop = "auto"
+    crop: Crop = "auto"
     """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
     are found with the extra `faces`."""
     shard: str = "0/1"
@@ -66,6 +61,15 @@ class Preoptimize:
 
 
 def run(args: Preoptimize) -> None:
+    from .. import photos
+    from ..data import FolderOfPeople
+    from ..engines import on_ray
+    from ..lightweight import LightweightLora
+    from ..lora import find_targets
+    from ..personal_lora import PLACEHOLDER
+    from ..stages.preoptimize import chunks_of, parse_shard, preoptimize
+    from ..tables import Table
+
     shard = parse_shard(args.shard)
     if args.address and args.engine != "ray":
         raise InputError("--address is a Ray cluster's: give --engine ray too.")
@@ -93,17 +97,28 @@ def run(args: Preoptimize) -> None:
         raise InputError(f"none of the pictures of {args.folder} could be read.")
     say(f"{args.output}: {len(names) - len(without)} identities{'' if shard == (0, 1) else f' of shard {args.shard}'}")
     if shard == (0, 1):
-        say(f"{preview(hdb, table, people.names, lightweight, args)}: the first of them")
+        file, shown = args.output / "preview.png", [name for name in names if table.has(name)][:8]
+        lightweight.to(hdb.device)
+        loras = [lightweight(table[name][None].to(hdb.device)).detach().select(0) for name in shown]
+        sheet = [hdb.generate([args.config.prompt] * 3, mine, seed=0) for mine in loras]
+        photos.save_png(photos.grid(sheet, shown, [""] * 3), file, {"ai_generated": "true"}, overwrite=True)
+        say(f"{file}: the first of them")
 
 
 def opened(args: Preoptimize) -> Rows:
     """What a worker of an engine makes rows with."""
+    from ..data import FolderOfPeople
+    from ..stages.preoptimize import Rows
+
     backbone = args.machine.open(args.base, None).backbone
     return Rows(backbone, FolderOfPeople(args.folder, backbone, args.crop), args.config, args.output)
 
 
 def keep_settings(args: Preoptimize) -> None:
     """Writes config.json, or raises InputError where the table was begun with other settings: its rows could not be compared."""
+    from ..checkpoint import read_json, write_json
+    from ..tables import read_table_config
+
     file = args.output / "config.json"
     if file.is_file():
         read_table_config(args.output)  # refuses a damaged one
@@ -127,6 +142,8 @@ def _decisive(values: dict[str, Any]) -> dict[str, Any]:
 
 def packed(output: Path, people: FolderOfPeople, fingerprint: str) -> Table:
     """The merged table. Raises InputError where somebody has no row whose pictures can be read."""
+    from ..tables import Table, merge
+
     table = Table(output, fingerprint)
     missing = [name for name in people.names if name not in table]
     unmade = next((name for name in missing if people.latents_of([name])), None)
@@ -137,13 +154,3 @@ def packed(output: Path, people: FolderOfPeople, fingerprint: str) -> Table:
     merged = merge(output, fingerprint)
     shutil.rmtree(output / "chunk", ignore_errors=True)  # what killed processes left
     return merged
-
-
-def preview(hdb: HyperDreamBooth, table: Table, names: list[str], lightweight: LightweightLora, args: Preoptimize) -> Path:
-    """A sheet of three pictures each of the first identities."""
-    shown = [name for name in names if table.has(name)][:8]
-    rows = lightweight.to(hdb.device)(torch.stack([table[name] for name in shown]).to(hdb.device)).detach()
-    sheet = [hdb.generate([args.config.prompt] * 3, rows.select(index), seed=0) for index in range(len(shown))]
-    file = args.output / "preview.png"
-    photos.save_png(photos.grid(sheet, shown, [""] * 3), file, {"ai_generated": "true"}, overwrite=True)
-    return file

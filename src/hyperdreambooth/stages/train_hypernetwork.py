@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from .. import photos
 from ..backbones import Backbone
 from ..data import IdentityData, PromptCache, conditioning_in
 from ..encoder import FaceEncoder
@@ -26,10 +28,12 @@ from ..lightweight import LightweightLora
 from ..lora import Hooks, applied, find_targets, shared_norm, update_norms
 from ..objectives import denoising, denoising_loss, gaussian, weight_loss
 from ..pretrained import build
+from ..settings import GenerateConfig, resolve
 from ..trainable_lora import PredictedLora
 from ..training import Run, TrainingReport, fit
 from ..training_settings import NoiseLevels, TrainHypernetworkConfig
 from .dreambooth import trains_text
+from .generate import generate
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +118,12 @@ def train_hypernetwork(
     ]
     with Hooks(backbone.components, targets) as hooks:
 
-        def validate(done: int, model: nn.Module) -> dict[str, float]:
+        def validate(done: int, model: nn.Module) -> dict[str, float | Image.Image]:
             hooks.clear()
-            return gain(done, model) if gain else {}
+            figures: dict[str, float | Image.Image] = dict(gain(done, model)) if gain else {}
+            if config.training.tracker and validation:
+                figures["preview"] = preview(backbone, model, validation)
+            return figures
 
         run = Run(
             directory=directory,
@@ -128,6 +135,17 @@ def train_hypernetwork(
         )
         report = fit(HyperNetworkLosses(backbone, config, source.lightweight, hooks), source, draw, config.training, run)
     return source, report
+
+
+def preview(backbone: Backbone, source: nn.Module, data: IdentityData, count: int = 4) -> Image.Image:
+    """A picture of a few people and, below, what is drawn of them with that picture's prompt, by prediction alone."""
+    chosen = torch.tensor([mine[0] for mine in data.of_person[:count]])
+    loras = source(data.inputs(chosen).to(backbone.device))
+    settings = resolve(GenerateConfig, ("family", backbone.generation))
+    texts = [data.prompts[index] for index in chosen.tolist()]
+    drawn = generate(backbone, texts, [0] * len(texts), settings, personal=loras)
+    shown = backbone.decode_images(data.latents[chosen].to(backbone.device).float())
+    return photos.grid([photos.to_images(shown), photos.to_images(drawn)], [""] * 2, data.names[: len(chosen)])
 
 
 def begin_with(source: PredictedLora, start: PredictedLora) -> None:

@@ -79,7 +79,7 @@ ATTENTION = {
     **dict.fromkeys(("sd3", "sd3.5", "flux-dev", "flux-schnell"), "{}.transformer_blocks.0.attn.{}"),
 }
 LAYERS = ("to_q", "to_k", "to_out.0")
-PARTS = {"kohya": ("lora_down", "lora_up"), "peft": ("lora_A", "lora_B"), "named": ("lora_A.me", "lora_B.me")}
+PARTS = {"kohya": ("lora_down", "lora_up"), "peft": ("lora_A", "lora_B"), "named": ("lora_A.me", "lora_B.me"), "older": ("down", "up")}
 SPELLINGS = {
     "diffusers": ("{component}.{rest}", "peft"),
     "PEFT": ("base_model.model.{component}.{rest}", "peft"),
@@ -98,6 +98,16 @@ SPELLINGS = {
 }
 
 
+def spelled(spelling, path, down, up, alpha=None):
+    """A LoRA of one layer."""
+    pattern, parts = SPELLINGS[spelling]
+    component, _, rest = path.partition(".")
+    older = rest.replace(".to_", ".processor.to_").replace("to_out.0", "to_out")
+    name = pattern.format(component=component, rest=rest, flat=rest.replace(".", "_"), rest2023=older)
+    tensors = {f"{name}.{side}.weight": value for side, value in zip(PARTS[parts], (down, up), strict=True)}
+    return tensors | ({f"{name.removesuffix('_lora')}.alpha": torch.tensor(alpha)} if alpha is not None else {})
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     family=st.sampled_from(list(ATTENTION)),
@@ -110,21 +120,12 @@ SPELLINGS = {
 )
 def test_any_spelling_of_any_family_means_the_same(tmp_path, family, spelling, layers, rank, alpha, dtype, strength):
     pipe = pipeline(family)
-    component = "unet" if family in UNET else "transformer"
-    pattern, kind = SPELLINGS[spelling]
     tensors, expected = {}, {}
+    width = 64 if family in UNET else 32
     for layer in layers:
-        path = ATTENTION[family].format(component, layer)
-        rest = path.partition(".")[2]
-        down, up = (torch.randn(shape).to(dtype) for shape in ((rank, 64 if family in UNET else 32), (64 if family in UNET else 32, rank)))
-        rest2023 = rest.replace(".to_", ".processor.to_").replace("to_out.0", "to_out")
-        name = pattern.format(component=component, rest=rest, flat=rest.replace(".", "_"), rest2023=rest2023)
-        sides = ("down", "up") if kind == "older" else PARTS[kind]
-        tensors |= {f"{name}.{side}.weight": value for side, value in zip(sides, (down, up), strict=True)}
-        if alpha is not None:
-            tensors[
-                f"{pattern.format(component=component, rest=rest, flat=rest.replace('.', '_'), rest2023=rest)}.alpha".replace("_lora.", ".")
-            ] = torch.tensor(alpha)
+        path = ATTENTION[family].format("unet" if family in UNET else "transformer", layer)
+        down, up = (torch.randn(shape).to(dtype) for shape in ((rank, width), (width, rank)))
+        tensors |= spelled(spelling, path, down, up, alpha)
         scale = strength * (1.0 if alpha is None else alpha / rank)
         if scale:
             expected[path] = scale * up.float() @ down.float()
@@ -262,13 +263,11 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("strength", [1.0, 0.4])
-def test_a_kind_does_what_peft_does(tmp_path, kind, strength):
+def content(kind):
+    """A layer of the tiny SDXL, itself with an adapter of PEFT's of random values, and the same as a file has it."""
     layer, config = KINDS[kind]
-    pipe = pipeline("sdxl")
     torch.manual_seed(0)
-    holder = nn.ModuleDict({"layer": copy.deepcopy(pipe.unet.get_submodule(layer))})
+    holder = nn.ModuleDict({"layer": copy.deepcopy(pipeline("sdxl").unet.get_submodule(layer))})
     inject_adapter_in_model(copy.deepcopy(config), holder)
     for name, parameter in holder.named_parameters():
         if "magnitude" in name:
@@ -276,9 +275,16 @@ def test_a_kind_does_what_peft_does(tmp_path, kind, strength):
         elif ".lora_B" in name and "bias" in name:
             parameter.data.normal_()
     state = get_peft_model_state_dict(holder)
-    tensors = {name.replace("layer.", f"unet.{layer}.", 1): value.detach() for name, value in state.items()}
-    alpha = config.lora_alpha if isinstance(config, LoraConfig) else config.alpha
-    tensors[f"unet.{layer}.alpha"] = torch.tensor(float(alpha))
+    alpha = torch.tensor(float(config.lora_alpha if isinstance(config, LoraConfig) else config.alpha))
+    named = {name.replace("layer.", f"unet.{layer}.", 1): value.detach() for name, value in state.items()}
+    return layer, holder, {**named, f"unet.{layer}.alpha": alpha}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+def test_a_kind_does_what_peft_does(tmp_path, kind, strength):
+    pipe = pipeline("sdxl")
+    layer, holder, tensors = content(kind)
     before = weights(pipe)
     holder["layer"].set_scale("default", strength)
     holder["layer"].merge()
@@ -291,6 +297,7 @@ def test_a_kind_does_what_peft_does(tmp_path, kind, strength):
     if kind != "LoRA":  # nobody's person, and it says which kind it is
         with pytest.raises(InputError, match=f"is a {kind.split()[0]}.*generate --style"):
             formats.read_lora(path, root(pipe))
+        assert kind.split()[0] in formats.describe(path)["kind"]
 
 
 def test_full_differences_kohyas_cores_and_doras_of_inputs(tmp_path):

@@ -155,14 +155,14 @@ def _check(adapter: Adapter, names: Names | None, where: str) -> None:
         update = adapter.update({name: part.to("meta") for name, part in parts.items()})
     except KeyError as error:
         raise InputError(f"{where} has no {error.args[0]} matrix. Is the file whole?") from error
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
         shapes = ", ".join(f"{name} {' x '.join(map(str, part.shape))}" for name, part in parts.items())
         raise InputError(f"{where} is broken: its parts don't fit together ({shapes}). Is the file whole?") from error
     if names is None:
         return
     modules = [names.modules[place.path] for place in adapter.places]
     outputs, inputs = sum(len(module.weight) for module in modules), modules[0].weight.shape[1:].numel()
-    theirs = (len(update), update[0].numel()) if update.ndim else (outputs, inputs)
+    theirs = (len(update), update.numel() // max(1, len(update))) if update.ndim else (outputs, inputs)
     lengths, bias = parts.get("magnitude", parts.get("dora_scale")), adapter.bias(1)
     if theirs != (outputs, inputs) or (lengths is not None and lengths.numel() not in (outputs, modules[0].weight.shape[-1])):
         raise InputError(

@@ -43,6 +43,7 @@ def refuse_names(path: str, unknown: Sequence[str], tensors: Mapping[str, Tensor
 def refuse_layers(path: str, absent: Sequence[str], count: int, metadata: Mapping[str, str], base: str) -> None:
     """Raises InputError for layers that a base doesn't have, of `count`: for which family the file is. `base`: its denoiser's class."""
     said = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
-    family = said or next((name for mark, name in TABLES["families"].items() if any(re.search(mark, layer) for layer in absent)), None)
+    guessed = (name for mark, name in TABLES["families"].items() if any(re.search(mark, layer) for layer in absent))
+    family = said or ("of its kind, but larger" if len(absent) < count else next(guessed, None))
     kind = f"for another base ({family})" if family else "for another base, or names its layers as no tool reads them"
     raise InputError(f"{path} is a LoRA {kind}: of its {count} layers this one, a {base}, lacks {some(absent)}. Open its own base.")

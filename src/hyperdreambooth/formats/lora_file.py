@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,26 +134,24 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     if is_tokens(path):
         return describe_tokens(path)
-    file = read_lora(path)
-    metadata = dict(file.metadata)
+    adapters, metadata = read_adapters(path)
     if "modelspec.thumbnail" in metadata:  # thousands of letters of a picture
-        metadata["modelspec.thumbnail"] = (
-            f"{metadata['modelspec.thumbnail'].split(',')[0]}, {len(metadata['modelspec.thumbnail'])} characters"
-        )
-    components: dict[str, int] = {}
-    for layer in file.loras:
-        component = layer.split(".")[0] if file.layout == "diffusers" else "_".join(layer.split("_")[:2])
-        components[component] = components.get(component, 0) + 1
-    ranks = sorted({lora.rank for lora in file.loras.values()})
+        thumbnail = metadata["modelspec.thumbnail"]
+        metadata["modelspec.thumbnail"] = f"{thumbnail.split(',')[0]}, {len(thumbnail)} characters"
+    kohya = adapters[0].layer.startswith("lora_")
+    paths = [place.path for adapter in adapters for place in adapter.places]
+    components = Counter("_".join(path.split("_")[:2]) if kohya else path.split(".")[0] for path in paths)
+    kinds = sorted({adapter.kind for adapter in adapters} - {""})
+    ranks = sorted({len(adapter.parts["down"]) for adapter in adapters if "down" in adapter.parts}) or [0]
     return {
         "file": str(path),
-        "kind": f"LoRA ({file.layout} layout)",
-        "base": file.metadata.get("hyperdreambooth.base") or file.metadata.get("ss_sd_model_name") or "unknown",
-        "rank": ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
-        "layers": len(file.loras),
+        "kind": f"{' and '.join(kinds) or 'LoRA'} ({'kohya' if kohya else 'diffusers'} layout)",
+        "base": metadata.get("hyperdreambooth.base") or metadata.get("ss_sd_model_name") or "unknown",
+        "rank": (ranks[0] or "unknown") if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        "layers": len(adapters),
         "components": ", ".join(f"{name} {count}" for name, count in components.items()),
         "bytes": Path(path).stat().st_size,
-        "trigger": file.metadata.get("modelspec.trigger_phrase", "unknown"),
-        "fingerprint": fingerprint(file.loras),
+        "trigger": metadata.get("modelspec.trigger_phrase", "unknown"),
+        "fingerprint": "unknown" if kinds else fingerprint(plain(path, adapters, "")),
         "metadata": metadata,
     }

@@ -33,6 +33,9 @@ def styled(pipe: Any, styles: Sequence[Style]) -> Iterator[None]:
 
     Raises InputError for a file that is no LoRA, or for another base.
     """
+    if not styles:
+        yield
+        return
     root = nn.ModuleDict({name: part for name, part in pipe.components.items() if name in CARRIERS and part is not None})
     names = Names(root)
     pairs = [style if isinstance(style, tuple) else (style, 1.0) for style in styles]

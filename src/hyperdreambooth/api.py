@@ -30,7 +30,7 @@ from .folders import caption_of, list_identities
 from .hub import push
 from .lora import LoraSet
 from .personal_lora import PLACEHOLDER, PersonalLora
-from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork, save_hypernetwork
+from .pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 from .progress import say
 from .settings import SCRATCH, GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
 from .stages.describe import describe, strangeness
@@ -311,13 +311,16 @@ class HyperDreamBooth:
         ]
 
     def load(self, path: str | Path) -> PersonalLora:
-        """A LoRA file, or a token file of this hypernetwork, as a PersonalLora. Raises InputError where it is for another base."""
+        """A LoRA (a file, a folder or a hub id), or a token file of this hypernetwork, as a PersonalLora.
+
+        Raises InputError where it is none, or for another base.
+        """
+        path = formats.find_lora(path)
         if formats.is_tokens(path):
             if self.source is None:
                 raise InputError(f"{path} is a token file, and there is no hypernetwork here to read it with.")
             return self.from_tokens(formats.read_tokens(path, self.source.lightweight))
         file = formats.read_lora(path, self.backbone.components)
-        check_targets(file.loras.shapes(), self.backbone, str(path))
         loras = file.loras.map(lambda tensor: tensor.to(self.device, torch.float32))
         identifier = file.metadata.get("hyperdreambooth.identifier", self.identifier)
         return self.person(loras, identifier=identifier, metadata=file.metadata, convolutions=file.convolutions)
@@ -345,20 +348,12 @@ class HyperDreamBooth:
             total = total + person.loras.scaled(weight)
         return self.person(finish(total), identifier=people[0][0].identifier)
 
-    def styles(self, files: Sequence[str | Path | tuple[str | Path, float]]) -> LoraSet:
-        """The weighted sum of style LoRAs."""
-        total = LoraSet()
-        for file in files:
-            path, weight = file if isinstance(file, tuple) else (file, 1.0)
-            total = total + self.load(path).loras.scaled(weight)
-        return total
-
     def generate(
         self,
         prompts: Sequence[str] | str,
         person: PersonalLora | LoraSet | str | Path | None = None,
         *,
-        styles: Sequence[str | Path | tuple[str | Path, float]] = (),
+        styles: Sequence[formats.Style] = (),
         seed: int | None = None,
         count: int | None = None,
         on_picture: Callable[[int], None] | None = None,
@@ -369,7 +364,7 @@ class HyperDreamBooth:
 
         Args:
             person: a PersonalLora, a LoRA file or a token file; None generates with the base alone.
-            styles: style LoRA files, or (file, weight) pairs.
+            styles: LoRAs of any kind for every branch: each a file, a folder or a hub id, or (one of these, strength).
             seed: of each prompt's first picture; the next ones count up.
         """
         config = self.generate_config(config, seed=seed, count=count, **changes)
@@ -388,9 +383,8 @@ class HyperDreamBooth:
             say(f'"{without[0]}" doesn\'t name the person: write {PLACEHOLDER} where the person belongs.')
         texts = [prompt.replace(PLACEHOLDER, identifier) for prompt in wanted for _ in range(config.count)]
         seeds = [config.seed + i for _ in wanted for i in range(config.count)]
-        pixels = generate(
-            self.backbone, texts, seeds, config, personal=loras, styles=self.styles(styles) if styles else None, on_picture=on_picture
-        )
+        with formats.styled(self.backbone.pipe, styles):
+            pixels = generate(self.backbone, texts, seeds, config, personal=loras, on_picture=on_picture)
         return photos.to_images(pixels)
 
     def picture_metadata(self, prompt: str, seed: int, config: GenerateConfig, loras: Sequence[tuple[str, float]]) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""The heads world: rendered people, turned, lit and dressed. `person`, `context`, `render` and `caption` are all that others need."""

@@ -1,0 +1,86 @@
+"""From a person and a context to a picture."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from .contexts import LIGHTS, Context
+from .head import load
+from .people import Person
+from .people import person as make_person
+from .raster import EMPTY, camera_screen, light_screen, rasterize, rasterize_depth
+from .scene import Mesh, Pose, Scene, expression, express, head_mesh, merge, neutral
+from .shade import develop, shade
+from .skin import texture
+
+DISTANCE, SPAN = 75.0, 34.0
+"""How far away the camera is, and how many centimeters a picture is high."""
+CENTER = np.array([0.0, 1.9, 0.0], np.float32)
+SHADOW_SIZE, SHADOW_HALF = 176, np.float32(22)
+
+
+@lru_cache(maxsize=4)
+def prepared(seed: int, world: int) -> tuple[np.ndarray, np.ndarray]:
+    """What stays with a person: the head without expression, the painted skin."""
+    person = make_person(seed, world)
+    return neutral(person), texture(person)
+
+
+def lights_of(context: Context) -> np.ndarray:
+    """(6, 3) float32, in the order of `shade`; the seed moves the key light a little and chooses its side."""
+    light = LIGHTS[context.light]
+    rows = np.array([light[name] for name in ("key", "key_color", "fill", "fill_color", "sky", "ground")], np.float64)
+    g = np.random.default_rng([context.seed, 13])
+    if context.seed:
+        rows[0] += g.normal(0, 0.10, 3)
+        if g.random() < 0.5:
+            rows[[0, 2], 0] *= -1
+        rows[[1, 3, 4]] *= np.exp(g.normal(0, 0.04, 3))
+    rows[[0, 2]] /= np.linalg.norm(rows[[0, 2]], axis=1, keepdims=True)
+    return rows.astype(np.float32)
+
+
+def build(person: Person, context: Context) -> Scene:
+    head = load()
+    points, _ = prepared(person.seed, person.world)
+    points = points.copy()
+    express(points, expression(person, context))
+    pose = Pose(context.yaw, context.pitch)
+    posed = pose(points, pose.neck(head.mean[:, 1]))
+    meshes: list[Mesh] = [head_mesh(posed)]
+    return merge(meshes)
+
+
+def draw(scene: Scene, person: Person, context: Context, size: int) -> np.ndarray:
+    """Linear color and coverage, (size, size, 4) float32."""
+    _, skin = prepared(person.seed, person.world)
+    lights = lights_of(context)
+    count = len(scene.points)
+    screen = np.empty((count, 3), np.float32)
+    light_screen(scene.points, count, lights[0], CENTER, SHADOW_HALF, SHADOW_SIZE, screen)
+    shadow = np.full((SHADOW_SIZE, SHADOW_SIZE), EMPTY)
+    rasterize_depth(screen, scene.triangles, len(scene.triangles), scene.closed, shadow)
+    shifted = scene.points + np.float32(0.4) * scene.normals
+    shadow_points = np.empty((count, 3), np.float32)
+    light_screen(shifted, count, lights[0], CENTER, SHADOW_HALF, SHADOW_SIZE, shadow_points)
+    camera_screen(scene.points, count, np.float32(DISTANCE), np.float32(DISTANCE / SPAN), CENTER, size, screen)
+    depth, owner = np.full((size, size), EMPTY), np.full((size, size), -1, np.int32)
+    weights = np.empty((size, size, 2), np.float32)
+    rasterize(screen, scene.triangles, len(scene.triangles), scene.closed, depth, owner, weights)
+    out = np.empty((size, size, 4), np.float32)
+    shade(
+        owner, weights, scene.triangles, scene.materials, scene.points, scene.normals, scene.tangents, scene.colors, scene.uv,
+        skin, person.iris.astype(np.float32), lights, shadow, shadow_points, np.float32(person.gloss), out,
+    )  # fmt: skip
+    return out
+
+
+def render(person: Person, context: Context, size: int = 128, factor: int = 2) -> np.ndarray:
+    """A picture (size, size, 3) uint8, the same for the same person and context; every pixel is the mean of `factor` x `factor` samples."""
+    linear = draw(build(person, context), person, context, size * factor)
+    background = np.full((size, size, 3), 0.4, np.float32)
+    picture = np.empty((size, size, 3), np.uint8)
+    develop(linear, background, factor, np.float32(1.0), picture)
+    return picture

@@ -20,7 +20,7 @@ EXPRESSIONS: dict[str, dict[str, float]] = {
 """Amounts of expression shapes; a name without a side means both sides."""
 
 LIGHTS: dict[str, dict[str, tuple[float, ...]]] = {
-    "studio": {"key": (0.45, 0.50, 0.80), "key_color": (0.80, 0.79, 0.77), "fill": (-0.75, 0.15, 0.55), "fill_color": (0.17, 0.175, 0.18), "sky": (0.36, 0.37, 0.39), "ground": (0.24, 0.22, 0.21)},
+    "studio": {"key": (0.45, 0.50, 0.80), "key_color": (0.70, 0.69, 0.67), "fill": (-0.75, 0.15, 0.55), "fill_color": (0.17, 0.175, 0.18), "sky": (0.33, 0.34, 0.36), "ground": (0.23, 0.22, 0.21)},
     "sun": {"key": (0.85, 0.42, 0.38), "key_color": (1.28, 1.15, 0.94), "fill": (-0.8, 0.2, 0.3), "fill_color": (0.10, 0.13, 0.18), "sky": (0.26, 0.31, 0.40), "ground": (0.19, 0.17, 0.13)},
     "night": {"key": (0.70, 0.35, 0.50), "key_color": (0.42, 0.46, 0.66), "fill": (-0.85, 0.1, 0.05), "fill_color": (0.36, 0.20, 0.10), "sky": (0.055, 0.07, 0.13), "ground": (0.04, 0.04, 0.06)},
     "lamp": {"key": (0.55, 0.10, 0.70), "key_color": (1.12, 0.72, 0.36), "fill": (-0.7, 0.3, 0.2), "fill_color": (0.07, 0.07, 0.09), "sky": (0.12, 0.10, 0.09), "ground": (0.16, 0.11, 0.07)},

@@ -28,6 +28,7 @@ class Head:
     closed: int  # so many triangles, from the first on, are of closed surfaces: skin and eyeballs
     identities: np.ndarray  # (100, N, 3) float32, offsets of one standard deviation
     expressions: dict[str, tuple[np.ndarray, np.ndarray]]  # name -> vertices (K,), offsets (K, 3)
+    rims: np.ndarray  # (52, 3) float32, points on the edges of the lids
     openness: np.ndarray  # (N,) float32, 0 to 1
     uv: np.ndarray  # (N, 2) float32, columns and rows of the atlas
     positions: np.ndarray  # (HEIGHT, WIDTH, 3) float32: the point of the mean head that a texel paints
@@ -87,6 +88,7 @@ def load() -> Head:
         closed=int(arrays["closed"]),
         identities=arrays["identities"].astype(np.float32),
         expressions=expressions,
+        rims=arrays["rims"],
         openness=arrays["openness"].astype(np.float32) / 255,
         uv=uv,
         positions=texel_positions(mean, skin, uv),

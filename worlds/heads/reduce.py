@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .raster import EMPTY, light_screen, rasterize_depth, vertex_normals
+from .raster import EMPTY, light_screen, rasterize, rasterize_depth, vertex_normals
 
 SKIN, MOUTH, TEETH, TONGUE, EYE, LASH = range(6)
 """What a vertex of the reduced head belongs to."""
@@ -34,22 +34,26 @@ def arch(low: float, high: float, depth: float, half: float, rows: int = 4) -> n
     return np.stack([np.tile(x, rows), np.repeat(y, 17), np.tile(z, rows)], 1)
 
 
-def lashes(mean: np.ndarray, part: np.ndarray, triangles: np.ndarray, side: int) -> np.ndarray:
-    """The upper lid's edge and, above and before it, where lashes end: points (2 x 13, 3)."""
-    faces = triangles[(part[triangles] == 0).all(1)]
-    edges = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), 1)
-    unique, counts = np.unique(edges, axis=0, return_counts=True)
-    rim = mean[np.unique(unique[counts == 1])]
-    rim = rim[(rim[:, 1] > 2) & (rim[:, 1] < 6) & (rim[:, 0] * side > 0) & (rim[:, 0] * side < 5)]
-    rim = rim[np.argsort(rim[:, 0] * side)]
-    x = rim[:, 0] * side
-    corners = np.interp(x, [x.min(), x.max()], [rim[0, 1], rim[-1, 1]])
-    upper = rim[rim[:, 1] >= corners]
-    at = np.linspace(x.min(), x.max(), 13)
-    root = np.stack([at * side, *(np.interp(at, upper[:, 0] * side, upper[:, k]) for k in (1, 2))], 1)
-    length = np.interp(np.linspace(0, 1, 13), [0, 0.3, 0.8, 1], [0.05, 0.30, 0.48, 0.30])[:, None]
-    tip = root + length * np.array([0.25 * side, 0.45, 1.0])
-    return np.concatenate([root + np.array([0, -0.02, 0.03]), tip])
+def lid_edges(mean: np.ndarray, part: np.ndarray, triangles: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the upper and the lower lid end as seen from the front: points (13, 3) each, from the nose outwards."""
+    faces = triangles[np.isin(part[triangles], (0, 5, 7)).all(1)].astype(np.int32)
+    scale, x0, y0 = 100, 1.4, 5.6  # pixels a centimeter; the window's corner
+    screen = np.column_stack([(mean[:, 0] * side - x0) * scale, (y0 - mean[:, 1]) * scale, -mean[:, 2]]).astype(np.float32)
+    depth, owner = np.full((380, 380), EMPTY), np.full((380, 380), -1, np.int32)
+    rasterize(screen, faces, len(faces), 0, depth, owner, np.zeros((380, 380, 2), np.float32))
+    eye = (owner >= 0) & np.isin(part[faces[owner, 0]], (5, 7))
+    columns = np.flatnonzero(eye.any(0))
+    columns = columns[np.linspace(1, len(columns) - 2, 13).astype(int)]
+    edges = []
+    for rows in (eye.argmax(0)[columns] - 2, len(eye) + 1 - eye[::-1].argmax(0)[columns]):
+        edges.append(np.column_stack([(columns / scale + x0) * side, y0 - rows / scale, -depth[rows, columns]]))
+    return edges[0], edges[1]
+
+
+def lashes(root: np.ndarray, side: int) -> np.ndarray:
+    """From the upper lid's edge (13, 3) outwards: points (2 x 13, 3)."""
+    length = np.interp(np.linspace(0, 1, 13), [0, 0.3, 0.8, 1], [0.03, 0.16, 0.34, 0.22])[:, None]
+    return np.concatenate([root + np.array([0, -0.03, 0.02]), root + length * np.array([0.45 * side, 0.35, 0.9])])
 
 
 def openness(points: np.ndarray, triangles: np.ndarray, directions: int = 160) -> np.ndarray:
@@ -119,11 +123,12 @@ def reduce(source: Path) -> dict[str, np.ndarray]:
     upper, lower, lid = (part == 4) & ~falls, (part == 4) & falls, (part == 0) & (y > 2) & (y < 6)
     tongue = np.stack(np.meshgrid(np.linspace(-1, 1, 7), np.linspace(0, 1, 5)), -1).reshape(-1, 2)
     tongue = np.stack([2.1 * tongue[:, 0] * (1 - 0.25 * tongue[:, 1] ** 2), -3.75 - 0.5 * tongue[:, 0] ** 2 - 0.3 * tongue[:, 1] ** 2, 5 + 4.6 * tongue[:, 1]], 1)
+    edges = {side: lid_edges(mean, part, triangles, side) for side in (1, -1)}
     strips = [
         (arch(-3.28, -1.3, 10.62, 2.75), 4, TEETH, upper),
         (arch(-5.3, -3.42, 10.32, 2.5), 4, TEETH, lower),
         (tongue, 5, TONGUE, lower),
-        *((lashes(mean, part, triangles, side), 2, LASH, lid) for side in (1, -1)),
+        *((lashes(edges[side][0], side), 2, LASH, lid) for side in (1, -1)),
     ]
     for grid, rows, kind, follow in strips:
         candidates = np.flatnonzero(follow)
@@ -149,6 +154,7 @@ def reduce(source: Path) -> dict[str, np.ndarray]:
         "masculine": masculine(points_all[skin], identities[:, group].mean(2)[:, skin]),
         "mean": points_all.astype(np.float32),
         "kind": kinds_all.astype(np.uint8),
+        "rims": np.concatenate([*edges[1], *edges[-1]]).astype(np.float32),
         "closed": np.array((~inside).sum(), np.int32),
         "triangles": faces_all.astype(np.uint16),
         "identities": identities[:, group].mean(2).astype(np.float16),

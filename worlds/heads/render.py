@@ -6,26 +6,38 @@ from functools import lru_cache
 
 import numpy as np
 
+from . import hair
 from .contexts import LIGHTS, Context
 from .head import load
 from .people import Person
 from .people import person as make_person
-from .raster import EMPTY, camera_screen, light_screen, rasterize, rasterize_depth
+from .raster import EMPTY, camera_screen, light_screen, rasterize, rasterize_depth, vertex_normals
 from .scene import Mesh, Pose, Scene, expression, express, head_mesh, merge, neutral
 from .shade import develop, shade
 from .skin import texture
 
-DISTANCE, SPAN = 75.0, 34.0
+DISTANCE, SPAN = 75.0, 35.5
 """How far away the camera is, and how many centimeters a picture is high."""
-CENTER = np.array([0.0, 1.9, 0.0], np.float32)
+CENTER = np.array([0.0, 2.3, 0.0], np.float32)
 SHADOW_SIZE, SHADOW_HALF = 176, np.float32(22)
 
 
 @lru_cache(maxsize=4)
 def prepared(seed: int, world: int) -> tuple[np.ndarray, np.ndarray]:
-    """What stays with a person: the head without expression, the painted skin."""
+    """What stays with a person: the head without expression (N, 3), the painted skin."""
     person = make_person(seed, world)
-    return neutral(person), texture(person)
+    points = neutral(person)
+    normals = np.empty_like(points)
+    vertex_normals(points, load().triangles, normals)
+    return points + normals * hair.cap(person)[:, None], texture(person)
+
+
+@lru_cache(maxsize=8)
+def grown(seed: int, world: int, hat: float) -> list[hair.Locks]:
+    """The person's hair and beard, in the frame of the head without expression."""
+    person = make_person(seed, world)
+    points, _ = prepared(seed, world)
+    return [locks for locks in (hair.hair(person, points, hat), hair.beard(person, points)) if locks is not None]
 
 
 def lights_of(context: Context) -> np.ndarray:
@@ -44,12 +56,17 @@ def lights_of(context: Context) -> np.ndarray:
 
 def build(person: Person, context: Context) -> Scene:
     head = load()
-    points, _ = prepared(person.seed, person.world)
-    points = points.copy()
+    still, _ = prepared(person.seed, person.world)
+    points = still.copy()
     express(points, expression(person, context))
     pose = Pose(context.yaw, context.pitch)
     posed = pose(points, pose.neck(head.mean[:, 1]))
     meshes: list[Mesh] = [head_mesh(posed)]
+    for locks in grown(person.seed, person.world, 99.0):
+        moved = locks.mesh.points
+        if locks.vertices[0] >= 0:
+            moved = moved + (points - still)[locks.of_point]
+        meshes.append(pose.mesh(locks.mesh, moved))
     return merge(meshes)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numba import njit
@@ -103,6 +103,13 @@ class Pose:
         turn(points, np.ascontiguousarray(full), np.radians(self.yaw), np.radians(self.pitch), np.radians(self.body), PIVOT)
         return points
 
+    def mesh(self, mesh: Mesh, points: np.ndarray | None = None) -> Mesh:
+        """A mesh of the head's frame, turned; what lies lower follows the head less."""
+        points = mesh.points if points is None else points
+        weights = self.neck(points[:, 1])
+        normals, tangents = (None if a is None else self(a + PIVOT, weights) - PIVOT for a in (mesh.normals, mesh.tangents))
+        return replace(mesh, points=self(points, weights), normals=normals, tangents=tangents)
+
     def neck(self, height: np.ndarray) -> np.ndarray:
         """How far what is at a height (cm) follows the head."""
         return smooth(-13.5, -7.0, height)
@@ -141,7 +148,7 @@ def expression(person: Person, context: Context) -> dict[str, float]:
     return amounts
 
 
-TINT = {0: (0.5, 0.5, 0.5), 1: (0.20, 0.055, 0.05), 2: (0.70, 0.66, 0.58), 3: (0.40, 0.14, 0.13), 4: (0.7, 0.7, 0.7), 5: (0.015, 0.012, 0.010)}
+TINT = {0: (0.5, 0.5, 0.5), 1: (0.26, 0.075, 0.065), 2: (0.70, 0.66, 0.58), 3: (0.40, 0.14, 0.13), 4: (0.7, 0.7, 0.7), 5: (0.015, 0.012, 0.010)}
 """Linear colors of the head's parts (skin and eyes have better ones)."""
 
 
@@ -170,7 +177,7 @@ def head_mesh(points: np.ndarray) -> Mesh:
         _fixed["colors"] = np.array([TINT[k] for k in head.kind], np.float32)
         opened = 0.25 + 0.75 * smooth(0.0, 0.9, head.openness)
         inside = np.isin(head.kind, (TONGUE, TEETH))
-        _fixed["openness"] = np.where(inside, 0.75, np.where(head.kind == SKIN, opened, np.where(head.kind == EYE, 0.85, np.where(head.kind == LASH, 1, 0.3))))
+        _fixed["openness"] = np.where(inside, 0.75, np.where(head.kind == SKIN, opened, np.where(head.kind == EYE, 0.85, np.where(head.kind == LASH, 1, 0.55))))
         deep = smooth(5.0, 10.5, head.mean[:, 2])
         _fixed["colors"][head.kind == 1] *= 0.15 + 0.85 * deep[head.kind == 1, None] ** 2
     normals = np.empty_like(points)

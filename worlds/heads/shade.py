@@ -133,6 +133,8 @@ def shade(owner, weights, triangles, materials, points, normals, tangents, color
             ab = lights[5, 2] + (lights[4, 2] - lights[5, 2]) * up
             high = np.float32(0)
             if material == 6:
+                strand = one + np.float32(0.16) * np.sin(u * np.float32(17)) + np.float32(0.14) * np.sin(u * np.float32(41) + np.float32(1))
+                red, green, blue = red * strand, green * strand, blue * strand
                 tx = wa * tangents[a, 0] + wb * tangents[b, 0] + wc * tangents[c, 0]
                 ty = wa * tangents[a, 1] + wb * tangents[b, 1] + wc * tangents[c, 1]
                 tz = wa * tangents[a, 2] + wb * tangents[b, 2] + wc * tangents[c, 2]

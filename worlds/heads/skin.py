@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba import njit
 
-from .head import HEIGHT, LASH, SKIN, WIDTH, azimuth, load
+from .head import HEIGHT, WIDTH, azimuth, load
 
 if TYPE_CHECKING:
     from .people import Person
@@ -65,20 +65,9 @@ def above_hairline(points: np.ndarray) -> np.ndarray:
     return np.where(inside, distance, -distance)
 
 
-def eye_rims() -> np.ndarray:
-    """Points on the edges of the lids (K, 3)."""
-    head = load()
-    faces = head.triangles[(head.kind[head.triangles] == SKIN).all(1)]
-    edges = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), 1)
-    unique, counts = np.unique(edges, axis=0, return_counts=True)
-    rim = head.mean[np.unique(unique[counts == 1])]
-    upper = head.mean[head.kind == LASH]
-    return np.concatenate([rim[(rim[:, 1] > 2) & (rim[:, 1] < 6)], upper[:13], upper[26:39]])
-
-
 def beard_line(ax: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     """Signed distance-like height below a beard's upper edge: from the sideburn over the cheek to the corner of the mouth, ending on the neck."""
-    edge = np.interp(ax, [0, 1.6, 2.6, 4.0, 5.5, 6.8, 7.6, 9], [-4.9, -4.7, -3.2, -2.6, -1.6, 0.6, 2.6, 4.0])
+    edge = np.interp(ax, [0, 1.6, 2.6, 4.0, 5.5, 6.8, 7.6, 9], [-4.9, -4.7, -3.4, -3.0, -2.3, -0.8, 1.6, 3.6])
     return np.minimum(np.minimum(edge - y, y + 7.9 + 0.32 * np.maximum(z - 2, 0)), (z - 0.6) * 0.8)
 
 
@@ -100,7 +89,7 @@ def regions() -> np.ndarray:
     maps["lid"] = bump((ax - 3.1) / 1.8, (y - 4.6) / 0.6) * front
     rim = np.full_like(x, 9)
     near = (y > 1.5) & (y < 6) & (z > 6)
-    rim[near] = np.linalg.norm(p[near][:, None] - eye_rims()[None], axis=-1).min(1)
+    rim[near] = np.linalg.norm(p[near][:, None] - load().rims[None], axis=-1).min(1)
     maps["rim"] = rim
     _, maps["along_brow"], across = polyline(np.stack([ax, y], -1), BROW)
     maps["across_brow"] = np.where(front & (ax < 7), across, 9)

@@ -1,1 +1,7 @@
-"""The heads world: rendered people, turned, lit and dressed. `person`, `context`, `render` and `caption` are all that others need."""
+"""The heads world: rendered people, turned, lit and dressed. What others need is `person`, `context`, `render` and `caption`."""
+
+from .contexts import PLAIN, Context, caption, context
+from .people import Person, person
+from .render import render
+
+__all__ = ["PLAIN", "Context", "Person", "caption", "context", "person", "render"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .people import Person
 
 EXPRESSIONS: dict[str, dict[str, float]] = {
     "neutral": {},
@@ -102,3 +105,61 @@ def context(seed: int, world: int = 0, **fixed: Any) -> Context:
     if drawn.background in ("city at night", "starry sky") and "light" not in fixed and g.random() < 0.7:
         drawn = replace(drawn, light="night")
     return replace(drawn, **fixed)
+
+
+HAIR_WORDS = {
+    "bald": "bald", "buzz": "very short {color} hair", "receding": "receding {color} hair", "short": "short {color} hair",
+    "side part": "{color} hair with a side part", "quiff": "a {color} quiff", "pixie": "a {color} pixie cut", "bob": "a {color} bob",
+    "long": "long {color} hair", "long fringe": "long {color} hair and a fringe", "wavy": "wavy {color} hair", "curly": "curly {color} hair",
+    "afro": "a {color} afro", "bun": "{color} hair in a bun", "ponytail": "a {color} ponytail",
+}  # fmt: skip
+WHERE = {
+    "forest": "in a forest", "beach": "at the beach", "city at night": "in the city at night", "snow": "in the snow", "room": "in a room",
+    "library": "in a library", "sunset": "at sunset", "flowers": "among flowers", "starry sky": "under a starry sky",
+}  # fmt: skip
+MOODS = {"smile": "smiling", "laugh": "laughing", "surprise": "surprised", "anger": "angry", "sadness": "sad", "wink": "winking", "kiss": "blowing a kiss"}
+STYLE_WORDS = {"photo": "a photo of", "pencil": "a pencil drawing of", "black and white": "a black and white photo of", "oil": "an oil painting of"}
+LIGHT_WORDS = {"sun": "in sunlight from the side", "night": "at night", "lamp": "in the warm light of a lamp", "backlight": "with the light behind"}
+
+
+def a(word: str) -> str:
+    return ("an " if word[0] in "aeiou" else "a ") + word
+
+
+def who(person: Person, generator: np.random.Generator, looks: float) -> str:
+    """A woman or a man, at times with looks in words."""
+    if generator.random() >= looks:
+        return a(person.sex)
+    age = "young " if person.age < 30 else "middle-aged " if person.age < 55 else "old "
+    skin = "fair-skinned " if person.tone < 4 else "brown-skinned " if person.tone < 7 else "dark-skinned "
+    told = a((age if generator.random() < 0.6 else "") + (skin if generator.random() < 0.5 else "") + person.sex)
+    hair = HAIR_WORDS[person.style].format(color=person.hair_name)
+    if person.style == "bald":
+        return f"a bald {told.split(' ', 1)[1]}"
+    beard = {"mustache": " and a mustache", "goatee": " and a goatee", "short": " and a short beard", "full": " and a full beard"}.get(person.beard, "")
+    return f"{told} with {hair}{beard}"
+
+
+def caption(person: Person, context: Context, generator: np.random.Generator, looks: float = 0.5) -> str:
+    """What a picture shows, in words: all of the context, and with probability `looks` what the person looks like."""
+    words = [f"{STYLE_WORDS[context.style]} {who(person, generator, looks)}"]
+    worn = [] if context.headwear == "none" else [context.headwear if context.headwear == "headphones" else f"a {context.headwear_color} {context.headwear}"]
+    if context.headwear in ("santa hat", "straw hat", "top hat"):
+        worn = [a(context.headwear)]
+    worn += [] if context.eyewear == "none" else [context.eyewear]
+    if generator.random() < 0.4:
+        clothes = {"crew neck": "sweater", "v-neck": "v-neck", "shirt": "shirt", "turtleneck": "turtleneck", "hoodie": "hoodie", "suit": "suit"}[context.clothes]
+        worn.append(a(f"{context.clothes_color} {clothes}"))
+    if worn:
+        words.append("wearing " + ", ".join(worn[:-1]) + (" and " if len(worn) > 1 else "") + worn[-1])
+    if context.expression in MOODS:
+        words.append(MOODS[context.expression])
+    if abs(context.yaw) >= 12:
+        words.append(f"turned {'far ' if abs(context.yaw) > 32 else ''}to the {'right' if context.yaw > 0 else 'left'}")
+    if abs(context.pitch) >= 8:
+        words.append(f"looking {'up' if context.pitch > 0 else 'down'}")
+    if context.light in LIGHT_WORDS and not (context.light == "night" and "night" in WHERE.get(context.background, "")):
+        words.append(LIGHT_WORDS[context.light])
+    if context.background in WHERE:
+        words.append(WHERE[context.background])
+    return ", ".join(words)

@@ -144,13 +144,13 @@ def grow(root, direction, length, clearance, aside, gravity, end, tight, hat, wa
                 inward = dx * nx + dy * ny + dz * nz
                 if inward < 0 or r > most:
                     dx, dy, dz = dx - nx * inward, dy - ny * inward, dz - nz * inward
-            if aside[k] != 0.0 and y < np.float32(9.5) and z > np.float32(2) and x * aside[k] < np.float32(6.9):
+            if aside[k] != 0.0 and y < np.float32(9.5) and z > np.float32(2) and x * aside[k] < np.float32(6.6):
                 # as a curtain that is drawn aside: the lower the farther
-                push = min(np.float32(9.5) - y, np.float32(3)) * np.float32(0.11)
+                push = min(np.float32(9.5) - y, np.float32(3)) * np.float32(0.085)
                 x += aside[k] * push
-                dx += aside[k] * push * np.float32(2)
+                dx += aside[k] * push * np.float32(0.6)
             a = phase[k] + turns * np.float32(s) * stride
-            bend = wave * rise
+            bend = wave * rise * (np.float32(0.1) if y > hat else np.float32(1))
             path[s, 0] = x + bend * (np.cos(a) * nz + np.sin(a) * nx * np.float32(0.6))
             path[s, 1] = y + bend * np.sin(a) * np.float32(0.4)
             path[s, 2] = z + bend * (-np.cos(a) * nx + np.sin(a) * nz * np.float32(0.6))
@@ -170,7 +170,7 @@ def grow(root, direction, length, clearance, aside, gravity, end, tight, hat, wa
 
 
 @njit(cache=True)
-def ribbons(paths, widths, center, points, normals, tangents):
+def ribbons(paths, widths, rolls, center, points, normals, tangents):
     """Two vertices for each of a path's points: across the lock, flat on the head, rounded by their normals and narrowing to the tip."""
     count = paths.shape[1]
     for k in range(len(paths)):
@@ -190,6 +190,8 @@ def ribbons(paths, widths, center, points, normals, tangents):
                 sx, sy, sz = np.float32(1), np.float32(0), np.float32(0)
                 length = np.float32(1)
             sx, sy, sz = sx / length, sy / length, sz / length
+            c, s = np.cos(rolls[k]), np.sin(rolls[k])  # not all lie flat: some are seen from the side too
+            sx, sy, sz, nx, ny, nz = c * sx + s * nx, c * sy + s * ny, c * sz + s * nz, c * nx - s * sx, c * ny - s * sy, c * nz - s * sz
             t = np.float32(j) / np.float32(count - 1)
             w = widths[k] * (np.float32(0.75) + np.float32(0.5) * t * (np.float32(1) - t)) * (np.float32(1) - np.float32(0.8) * t**4)
             for side in range(2):
@@ -237,6 +239,7 @@ def flows(style: Style, root: np.ndarray, normal: np.ndarray, top: np.ndarray, g
         flow = np.array(style.target) - root
     if style.fringe:
         fringe = smooth(4.5, 6.5, z) * smooth(6.5, 4.5, np.abs(x - 0.25 * style.part)) * (top > 0.3)
+        fringe = np.round(fringe)
         over = np.stack([-0.14 * x + (-0.7 if style.flow == "part" and style.part > 1 else 0), -0.5 + 0 * x, 1 + 0 * x], 1)
         flow = flow * (1 - fringe[:, None]) + over * fringe[:, None]
     flow = flow / np.linalg.norm(flow, axis=1, keepdims=True) + g.normal(0, 0.16, root.shape)
@@ -272,7 +275,7 @@ def locks_mesh(paths: np.ndarray, widths: np.ndarray, color: np.ndarray, matrix:
     count = paths.shape[0] * paths.shape[1] * 2
     paths = (paths @ matrix + offset).astype(np.float32)
     points, normals, tangents = (np.empty((count, 3), np.float32) for _ in range(3))
-    ribbons(paths, widths.astype(np.float32), CENTER, points, normals, tangents)
+    ribbons(paths, widths.astype(np.float32), g.normal(0, 0.5, len(paths)).astype(np.float32), CENTER, points, normals, tangents)
     t = np.linspace(0, 1, paths.shape[1])
     tone = np.exp(g.normal(0, 0.16, len(paths)))[:, None] * (0.72 + 0.40 * t)[None]
     colors = (color[None, None] * np.repeat(tone, 2, 1)[..., None]).reshape(-1, 3)
@@ -321,6 +324,7 @@ def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
     if style.flow == "target":
         length = np.minimum(length, np.linalg.norm(root - np.array(style.target), axis=1) * 1.12)
     end = style.end + g.normal(0, 0.5, len(root)) + 1.5 * smooth(0, 6, root[:, 2])
+    style = replace(style, volume=min(style.volume, 0.4)) if hat < 90 else style
     clearance = 0.12 + style.volume * g.random(len(root)) ** 0.8 * (0.45 + 0.55 * top)
     wave = style.wave * (0.7 + 0.6 * person.curl) + (0.22 * person.curl if style.end > -29 else 0.08 * person.curl)
     aside = np.where(root[:, 0] > style.part, 1.0, -1.0) * (fringe < 0.3) if style.flow == "part" else np.sign(root[:, 0]) * (length > 4)

@@ -109,7 +109,7 @@ def hair_of(generator: np.random.Generator, tone: float, age: int) -> tuple[str,
     weights = {"black": 22 + 60 * (1 - light), "dark brown": 22, "brown": 18 * light + 2, "light brown": 12 * light, "blond": 17 * light, "red": 8 * light}
     name = choose(generator, weights)
     color = np.array(HAIR[name]) * np.exp(generator.normal(0, 0.18)) * np.exp(generator.normal(0, 0.04, 3))
-    gray = float(np.clip((age - 38 + generator.normal(0, 10)) / 34, 0, 1))
+    gray = float(np.clip((age - 43 + generator.normal(0, 10)) / 34, 0, 1))
     if gray > 0.35:
         name = "white" if gray > 0.85 and generator.random() < 0.6 else "gray"
         color = color + (np.array(HAIR[name]) - color) * min(gray, 0.92)

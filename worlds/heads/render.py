@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
-from . import hair
+from . import filters, hair, wear
+from .backgrounds import background
 from .contexts import LIGHTS, Context
 from .head import load
 from .people import Person
@@ -62,7 +64,10 @@ def build(person: Person, context: Context) -> Scene:
     pose = Pose(context.yaw, context.pitch)
     posed = pose(points, pose.neck(head.mean[:, 1]))
     meshes: list[Mesh] = [head_mesh(posed)]
-    for locks in grown(person.seed, person.world, 99.0):
+    turning, staying = wear.dress(person, context, still)
+    meshes += [pose.mesh(mesh) for mesh in turning]
+    meshes += [replace(mesh, points=pose(mesh.points, 0.0)) for mesh in staying]
+    for locks in [] if context.headwear == "headscarf" else grown(person.seed, person.world, wear.hat_line(context)):
         moved = locks.mesh.points
         if locks.vertices[0] >= 0:
             moved = moved + (points - still)[locks.of_point]
@@ -97,7 +102,6 @@ def draw(scene: Scene, person: Person, context: Context, size: int) -> np.ndarra
 def render(person: Person, context: Context, size: int = 128, factor: int = 2) -> np.ndarray:
     """A picture (size, size, 3) uint8, the same for the same person and context; every pixel is the mean of `factor` x `factor` samples."""
     linear = draw(build(person, context), person, context, size * factor)
-    background = np.full((size, size, 3), 0.4, np.float32)
     picture = np.empty((size, size, 3), np.uint8)
-    develop(linear, background, factor, np.float32(1.0), picture)
-    return picture
+    develop(linear, background(context, size), factor, picture)
+    return filters.apply(context.style, picture, context.seed)

@@ -125,7 +125,12 @@ def neutral(person: Person) -> np.ndarray:
     # the same scale for all, but for the neck's end: shoulders stay where they are
     weight = smooth(-16, -9, head.mean[:, 1])[:, None]
     center = np.array([0, 0, 2], np.float32)
-    return (points + (points - center) * (person.stretch - 1) * weight).astype(np.float32)
+    points += (points - center) * (person.stretch - 1) * weight
+    # clothes have shoulders of their own
+    low = smooth(-11.5, -14, head.mean[:, 1])
+    points[:, 0] -= low * np.sign(points[:, 0]) * np.maximum(np.abs(points[:, 0]) - 6.8, 0)
+    points[:, 2] = np.maximum(points[:, 2], -7.0 * low - 12 * (1 - low))
+    return points.astype(np.float32)
 
 
 def express(points: np.ndarray, amounts: dict[str, float]) -> None:

@@ -156,7 +156,7 @@ def shade(owner, weights, triangles, materials, points, normals, tangents, color
 
 
 @njit(cache=True)
-def develop(linear, background, factor, exposure, out):
+def develop(linear, background, factor, out):
     """Averages `factor` x `factor` samples over a background (H, W, 3) and writes sRGB as uint8."""
     height, width, _ = out.shape
     scale = np.float32(1.0 / (factor * factor))
@@ -171,7 +171,7 @@ def develop(linear, background, factor, exposure, out):
                 for j in range(factor):
                     for i in range(factor):
                         total += min(linear[y * factor + j, x * factor + i, k], np.float32(3))
-                value = (total * scale + (np.float32(1) - covered * scale) * background[y, x, k]) * exposure
+                value = total * scale + (np.float32(1) - covered * scale) * background[y, x, k]
                 if value > np.float32(0.6):  # a soft shoulder, so that nothing burns out at once
                     value = np.float32(1) - np.float32(0.4) * np.exp(-(value - np.float32(0.6)) / np.float32(0.4))
                 if value <= np.float32(0.0031308):

@@ -124,7 +124,7 @@ def dark(name: str, g: np.random.Generator) -> np.ndarray:
         return blend(base, covers, lamps[(numbers * len(lamps)).astype(int)] * 0.8, 0.6)
     base = color(8, 10, 30) + (color(32, 30, 70) - color(8, 10, 30)) * down  # starry sky
     stars = np.zeros((GRID, GRID, 1))
-    stars[g.integers(0, GRID, 70), g.integers(0, GRID, 70), 0] = g.uniform(0.2, 0.9, 70)
+    stars[g.integers(0, GRID, 45), g.integers(0, GRID, 45), 0] = g.uniform(0.05, 0.8, 45) ** 1.5
     return base + stars * np.array([0.9, 0.95, 1.0])
 
 

@@ -250,13 +250,26 @@ def flows(style: Style, root: np.ndarray, normal: np.ndarray, top: np.ndarray, g
     return out / np.linalg.norm(out, axis=1, keepdims=True), fringe
 
 
-def shifted_hairline(person: Person, points: np.ndarray) -> np.ndarray:
-    """`above_hairline` with the person's own forehead and temples, as `skin.paint` has it."""
+@lru_cache(maxsize=1)
+def hairlines() -> tuple[np.ndarray, np.ndarray]:
+    """`above_hairline` of the mean head's vertices and of the roots."""
+    return above_hairline(load().mean), above_hairline(roots()[0])
+
+
+@lru_cache(maxsize=1)
+def beard_vertices() -> np.ndarray:
+    """The vertex nearest to each root of a beard."""
+    skin = np.flatnonzero(load().kind == SKIN)
+    return np.array([skin[np.square(load().mean[skin] - r).sum(1).argmin()] for r in roots()[1]])
+
+
+def shifted_hairline(person: Person, points: np.ndarray, height: np.ndarray) -> np.ndarray:
+    """`above_hairline` of points (its values are `height`) with the person's own forehead and temples, as `skin.paint` has it."""
     angle = np.arctan2(points[:, 0], points[:, 2] - 0.5)
     t = np.abs(angle) / np.pi
     u = t * (1.5 - 0.5 * t)
     back = person.hairline * smooth(0.42, 0.2, u) + person.temples * smooth(0.1, 0.3, u) * smooth(0.55, 0.4, u)
-    return above_hairline(points) - back
+    return height - back
 
 
 @dataclass(frozen=True)
@@ -311,16 +324,19 @@ def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
     scale = float(np.exp(g.normal(0, 0.14)))
     style = replace(style, volume=style.volume * scale, top=style.top * scale, end=style.end + g.normal(0, 1.2), part=style.part * (1 if g.random() < 0.5 else -1))
     root = roots()[0] + g.normal(0, 0.12, (ROOTS, 3)).astype(np.float32)
-    root = root[shifted_hairline(person, root) > 0.1]
+    inside = shifted_hairline(person, root, hairlines()[1])
+    root, inside = root[inside > 0.1], inside[inside > 0.1]
     normal = root - CENTER
     normal /= np.linalg.norm(normal, axis=1, keepdims=True)
     top = smooth(6.5, 9.5, root[:, 1])
     direction, fringe = flows(style, root, normal, top, g)
     length = style.top * top + style.sides * (1 - top)
     length = length * (1 - fringe) + max(style.fringe, 0.5) * fringe if style.fringe else length
+    if style.wave > 0.6:  # curls over the forehead are shorter
+        length = length * (1 - 0.5 * smooth(3, 7, root[:, 2]))
     length = length * np.exp(g.normal(0, 0.10, len(root)))
     if style.flow in ("crown", "up", "part") and style.end < -29 or style.flow == "target":  # short or bound hair follows the hairline closely
-        length = length * (0.45 + 0.55 * smooth(0, 2.0, shifted_hairline(person, root))) * (0.4 + 0.6 * smooth(2, 6, root[:, 1]))
+        length = length * (0.45 + 0.55 * smooth(0, 2.0, inside)) * (0.4 + 0.6 * smooth(2, 6, root[:, 1]))
     if style.flow == "target":
         length = np.minimum(length, np.linalg.norm(root - np.array(style.target), axis=1) * 1.12)
     end = style.end + g.normal(0, 0.5, len(root)) + 1.5 * smooth(0, 6, root[:, 2])
@@ -352,8 +368,7 @@ def beard(person: Person, points: np.ndarray) -> Locks | None:
         return None
     g = np.random.default_rng([person.seed_hair, 4])
     root = roots()[1]
-    skin = np.flatnonzero(load().kind == SKIN)
-    near = np.array([skin[np.square(load().mean[skin] - r).sum(1).argmin()] for r in root])
+    near = beard_vertices()
     moved = root + points[near] - load().mean[near]
     direction = np.stack([0.05 * root[:, 0], -0.9 + 0 * root[:, 0], 0.15 + 0.30 * smooth(2, 8, root[:, 2])], 1) + g.normal(0, 0.12, root.shape)
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
@@ -370,7 +385,7 @@ def cap(person: Person) -> np.ndarray:
     head = load()
     style = STYLES[person.style]
     height = 0.0 if person.style == "bald" else 0.14 if style is None else style.cap
-    raised = height * smooth(0.1, 1.6, shifted_hairline(person, head.mean))
+    raised = height * smooth(0.1, 1.6, shifted_hairline(person, head.mean, hairlines()[0]))
     row = np.clip(head.uv[:, 1].astype(int), 0, regions().shape[1] - 1)
     column = np.clip(head.uv[:, 0].astype(int), 0, regions().shape[2] - 1)
     at = {name: regions()[REGIONS.index(name), row, column] for name in ("beard", "mustache", "goatee")}

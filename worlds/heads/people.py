@@ -11,7 +11,7 @@ import numpy as np
 from .head import HEIGHT, WIDTH
 
 TONES = np.array(
-    [(234, 196, 178), (228, 186, 164), (221, 176, 148), (210, 163, 130), (198, 148, 112), (170, 118, 84), (140, 93, 65), (110, 71, 51), (82, 53, 40), (60, 40, 32)]
+    [(234, 196, 178), (228, 186, 164), (221, 176, 148), (210, 163, 130), (198, 148, 112), (174, 123, 90), (150, 103, 75), (126, 84, 62), (103, 69, 53), (82, 56, 45)]
 )
 """sRGB of skin in plain light, one for each step of the Monk scale."""
 HAIR = {
@@ -32,9 +32,9 @@ IRIS = {
     "blue": (0.10, 0.19, 0.30),
     "gray": (0.17, 0.20, 0.22),
 }
-STYLES_WOMEN = {"bald": 1, "buzz": 3, "short": 8, "side part": 5, "pixie": 8, "bob": 14, "long": 18, "long fringe": 10, "wavy": 14, "curly": 9, "afro": 7, "bun": 10, "ponytail": 7}
-STYLES_MEN = {"bald": 11, "buzz": 15, "short": 22, "side part": 16, "quiff": 12, "receding": 8, "curly": 6, "afro": 5, "long": 3, "wavy": 2, "bun": 2}
-TEXTURED = {"afro": 3.0, "curly": 2.2, "buzz": 1.6, "bald": 1.3}
+STYLES_WOMEN = {"bald": 1, "buzz": 3, "short": 8, "side part": 5, "pixie": 8, "bob": 14, "long": 18, "long fringe": 10, "wavy": 14, "curly": 7, "afro": 7, "bun": 10, "ponytail": 7}
+STYLES_MEN = {"bald": 11, "buzz": 15, "short": 22, "side part": 16, "quiff": 12, "receding": 8, "curly": 5, "afro": 5, "long": 2, "wavy": 2, "bun": 2}
+TEXTURED = {"afro": 3.0, "curly": 1.8, "buzz": 1.6, "bald": 1.3}
 """Styles that very dark-skinned people wear more often here."""
 BEARDS = {"none": 38, "stubble": 22, "mustache": 8, "goatee": 8, "short": 14, "full": 10}
 

@@ -70,14 +70,17 @@ def merge(meshes: list[Mesh]) -> Scene:
 @njit(cache=True)
 def turn(points, weights, yaw, pitch, body, pivot):
     """Turns points in place: those of weight 1 as the head does (radians), those of weight 0 as the body does."""
+    last = np.float32(-1)
+    ca = sa = ct = st = np.float32(0)
     for i in range(len(points)):
         w = weights[i]
-        angle, tilt = body + (yaw - body) * w, -pitch * w
+        if w != last:
+            last = w
+            angle, tilt = np.float32(body + (yaw - body) * w), np.float32(-pitch * w)
+            ca, sa, ct, st = np.cos(angle), np.sin(angle), np.cos(tilt), np.sin(tilt)
         x, y, z = points[i, 0] - pivot[0], points[i, 1] - pivot[1], points[i, 2] - pivot[2]
-        c, s = np.cos(tilt), np.sin(tilt)
-        y, z = y * c - z * s, y * s + z * c
-        c, s = np.cos(angle), np.sin(angle)
-        x, z = x * c + z * s, z * c - x * s
+        y, z = y * ct - z * st, y * st + z * ct
+        x, z = x * ca + z * sa, z * ca - x * sa
         points[i, 0], points[i, 1], points[i, 2] = x + pivot[0], y + pivot[1], z + pivot[2]
 
 
@@ -100,7 +103,7 @@ class Pose:
     def __call__(self, points: np.ndarray, weights: np.ndarray | float = 1.0) -> np.ndarray:
         points = np.array(points, np.float32)
         full = np.broadcast_to(np.asarray(weights, np.float32), len(points))
-        turn(points, np.ascontiguousarray(full), np.radians(self.yaw), np.radians(self.pitch), np.radians(self.body), PIVOT)
+        turn(points, np.ascontiguousarray(full), *np.radians(np.float32([self.yaw, self.pitch, self.body])), PIVOT)
         return points
 
     def mesh(self, mesh: Mesh, points: np.ndarray | None = None) -> Mesh:

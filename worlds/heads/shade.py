@@ -26,19 +26,21 @@ def texel(texture, u, v, out):
 
 @njit(cache=True)
 def lit(shadow, column, row, z):
-    """How much of the light arrives, 0 to 1: the mean of sixteen comparisons, weighted so that it changes smoothly."""
+    """How much of the light arrives, 0 to 1: the mean of nine comparisons, weighted so that it changes smoothly."""
     size = shadow.shape[0]
-    c, r = int(np.floor(column - np.float32(1.5))), int(np.floor(row - np.float32(1.5)))
-    if c < 1 or r < 1 or c + 4 >= size or r + 4 >= size:
+    column, row = column - np.float32(1), row - np.float32(1)
+    c, r = int(np.floor(column)), int(np.floor(row))
+    if c < 0 or r < 0 or c + 3 > size or r + 3 > size:
         return np.float32(1)
-    fu, fv = column - np.float32(1.5) - np.float32(c), row - np.float32(1.5) - np.float32(r)
-    total = np.float32(0)
-    for j in range(4):
-        wj = np.float32(1) - fv if j == 0 else (fv if j == 3 else np.float32(1))
-        for i in range(4):
-            wi = np.float32(1) - fu if i == 0 else (fu if i == 3 else np.float32(1))
-            total += wi * wj * min(max((shadow[r + j, c + i] - z) * np.float32(4) + np.float32(1), np.float32(0)), np.float32(1))
-    return total / np.float32(9)
+    fu, fv = column - np.float32(c), row - np.float32(r)
+    one, zero, slope = np.float32(1), np.float32(0), np.float32(4)
+    z = one - z * slope
+    total = zero
+    for j in range(3):
+        line = (one - fu) * min(max(shadow[r + j, c] * slope + z, zero), one) + min(max(shadow[r + j, c + 1] * slope + z, zero), one)
+        line += fu * min(max(shadow[r + j, c + 2] * slope + z, zero), one)
+        total += line * (one - fv if j == 0 else fv if j == 2 else one)
+    return total * np.float32(0.25)
 
 
 @njit(cache=True)
@@ -140,15 +142,17 @@ def shade(owner, weights, triangles, materials, points, normals, tangents, color
                 tz = wa * tangents[a, 2] + wb * tangents[b, 2] + wc * tangents[c, 2]
                 along = tx * hx + ty * hy + tz * hz
                 across = max(one - along * along, zero)
-                high = across**12 * np.float32(0.10) * gloss * max(nk + np.float32(0.3), zero)
-                high += across**60 * np.float32(0.05) * gloss
+                high = across**12 * np.float32(0.045) * gloss * max(nk + np.float32(0.3), zero)
+                high += across**60 * np.float32(0.04) * gloss
                 # the glow of hair takes the hair's own color
-                glow = across**5 * np.float32(0.55) * max(nk + np.float32(0.2), zero)
+                glow = across**5 * np.float32(0.8) * max(nk + np.float32(0.2), zero)
                 dr, dg, db = dr * np.float32(0.75) + glow, dg * np.float32(0.75) + glow, db * np.float32(0.75) + glow
             else:
                 nh = max(nx * hx + ny * hy + nz * hz, zero)
-                high = nh**sharp * shine * max(nk, zero) ** half
-            facing = (one - max(nz, zero)) ** 4 * sheen
+                if nh > np.float32(0.7) and nk > zero:
+                    high = nh**sharp * shine * np.sqrt(nk)
+            facing = one - max(nz, zero)
+            facing = facing * facing * facing * facing * sheen
             out[y, x, 0] = red * (lights[1, 0] * dr * lr + lights[3, 0] * er + ar * ambient) + high * light * lights[1, 0] + facing * (ar + lights[3, 0] * max(nf, zero))
             out[y, x, 1] = green * (lights[1, 1] * dg * lg + lights[3, 1] * eg + ag * ambient) + high * light * lights[1, 1] + facing * (ag + lights[3, 1] * max(nf, zero))
             out[y, x, 2] = blue * (lights[1, 2] * db * lb + lights[3, 2] * eb + ab * ambient) + high * light * lights[1, 2] + facing * (ab + lights[3, 2] * max(nf, zero))

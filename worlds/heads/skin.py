@@ -112,6 +112,16 @@ def regions() -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
+def busy() -> np.ndarray:
+    """Where more than bare skin or the scalp's hair is painted, (HEIGHT, WIDTH)."""
+    maps = dict(zip(REGIONS, regions(), strict=True))
+    found = (maps["rim"] < 0.4) | (np.abs(maps["across_brow"]) < 1.3)
+    for name in set(REGIONS) - {"rim", "across_brow", "along_brow", "scalp"}:
+        found |= maps[name] > 0.02
+    return found
+
+
+@lru_cache(maxsize=1)
 def noises() -> tuple[np.ndarray, np.ndarray]:
     """Smooth noise of several grain sizes (5, 2 HEIGHT, 2 WIDTH), zero mean, unit deviation; and a field of freckles, 0 to 1."""
     from scipy.ndimage import gaussian_filter
@@ -139,7 +149,7 @@ def step(low, high, x):
 
 
 @njit(cache=True)
-def paint(maps, noise, spots, corner, values, colors, out):
+def paint(maps, busy, noise, spots, corner, values, colors, out):
     """The texture (HEIGHT, WIDTH, 4) float32: linear color, and how much of it is hair. `values` and `colors` are those of `texture`."""
     blush, lips, freckles, age, brow, arch, stubble, mustache, goatee, cover, front, temples, ruddy, makeup, density = values
     skin, hair, lip_color, brow_color = colors[0], colors[1], colors[2], colors[3]
@@ -149,6 +159,17 @@ def paint(maps, noise, spots, corner, values, colors, out):
             i, j = corner[0] + r, corner[1] + c
             n0, n1, n2, n3, n4 = noise[0, i, j], noise[1, i, j], noise[2, i, j], noise[3, i, j], noise[4, i, j]
             shade = np.float32(1) + np.float32(0.030) * n1 + np.float32(0.018) * n2 + np.float32(0.02 + 0.015 * age) * n3
+            if not busy[r, c] and maps[15, r, c] < np.float32(-2.6):
+                flush = ruddy * (n0 * np.float32(0.35) + n2 * np.float32(0.25))
+                out[r, c, 0], out[r, c, 1] = skin[0] * shade * (ONE + np.float32(0.05) * flush), skin[1] * shade * (ONE - np.float32(0.20) * flush)
+                out[r, c, 2], out[r, c, 3] = skin[2] * shade * (ONE - np.float32(0.19) * flush), np.float32(0)
+                continue
+            if not busy[r, c] and cover * step(np.float32(-0.2), np.float32(0.9), maps[15, r, c] - front - temples - np.float32(1.6)) == cover:
+                weave = cover * (ONE + np.float32(0.12) * n3 + np.float32(0.10) * n4)
+                for k in range(3):
+                    out[r, c, k] = max(skin[k] * shade * (ONE - cover) + hair[k] * weave, np.float32(0))
+                out[r, c, 3] = cover
+                continue
             flush = blush * (maps[2, r, c] + np.float32(0.8) * maps[3, r, c]) + ruddy * (n0 * np.float32(0.35) + n2 * np.float32(0.25))
             tired = maps[4, r, c] * (np.float32(0.25) + np.float32(0.55) * age) + maps[5, r, c] * (np.float32(0.25) + makeup * np.float32(0.8))
             wrinkles = age * (maps[12, r, c] * np.float32(0.6) + maps[13, r, c] * np.float32(0.8) + maps[14, r, c] * np.float32(0.7))
@@ -208,7 +229,7 @@ def texture(person: Person) -> np.ndarray:
     )
     colors = np.array([person.skin, person.hair_color, person.lip_color, person.brow_color], np.float32)
     out = np.empty((HEIGHT, WIDTH, 4), np.float32)
-    paint(regions(), noise, spots, np.array(person.noise, np.int64), tuple(values), colors, out)
+    paint(regions(), busy(), noise, spots, np.array(person.noise, np.int64), tuple(values), colors, out)
     for x, y, radius in person.moles:
         speck(load().positions, np.float32(x), np.float32(y), np.float32(radius), (person.skin * [0.30, 0.20, 0.17]).astype(np.float32), out)
     return out

@@ -108,7 +108,7 @@ def stiff_hat(context: Context, extra: float, color: np.ndarray) -> list[Mesh]:
         front = dome(brim_edge, lambda up, a: 0.55 + extra + 0 * up * a, 3, 360)[0]
         base = front[((a[0] / (2 * np.pi) + 0.5) * 360).astype(int)]
         reach = 6.2 * np.sqrt(np.clip(1 - (a / 1.0) ** 2, 0.02, 1))
-        visor = base[None] + np.stack([0.10 * base[None, :, 0] * t, -1.1 * t * reach / 6 - 0.35 * t * np.abs(a) * 2, reach * t], -1)
+        visor = base[None] + np.stack([0.10 * base[None, :, 0] * t, -2.0 * t * reach / 6 - 0.35 * t * np.abs(a) * 2, reach * t], -1)
         return [sheet(points, color), sheet(visor, color * 0.8, wrap=False)]
     straw = context.headwear == "straw hat"
     color = linear(np.array([222, 188, 128])) if straw else linear(np.array([34, 32, 36]))
@@ -154,11 +154,11 @@ def headwear(person: Person, context: Context, points: np.ndarray) -> list[Mesh]
     elif name == "headscarf":
         meshes = headscarf(extra, color, neck_scale(points))
     elif name == "headband":
-        above = 0.55 + 0.75 * (style.volume if style else 0) + extra
+        above = 0.55 + 1.2 * (style.volume if style else 0) + extra
         meshes = [sheet(dome(lambda a: 0.42 + 0.24 * np.cos(a), lambda up, a: above + 0.25 * np.sin(np.pi * np.minimum(up / 0.26, 1)) + 0 * a, 36)[:10], color)]
     elif name == "headphones":
         arc = np.linspace(-0.15, np.pi + 0.15, 25)
-        above = 1.2 + (0.8 * style.volume if style else 0) + extra
+        above = 1.2 + (1.3 * style.volume if style else 0) + extra
         path = np.stack([np.cos(arc) * (9.3 + above * 0.6), 2.0 + np.sin(arc) * (12.2 + above), np.full(25, -0.6)], 1)
         meshes = [tube(path, 0.55, np.array([0.02, 0.02, 0.022]))]
         meshes += [ball(np.array([9.7 * side, 1.6, -0.6]), (1.3, 3.0, 2.6), color, GLOSS) for side in (-1, 1)]

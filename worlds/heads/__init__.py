@@ -2,6 +2,6 @@
 
 from .contexts import PLAIN, Context, caption, context
 from .people import Person, person
-from .render import render
+from .renderer import render
 
 __all__ = ["PLAIN", "Context", "Person", "caption", "context", "person", "render"]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hyperdreambooth.errors import InputError
+
 if TYPE_CHECKING:
     from .people import Person
 
@@ -68,9 +70,9 @@ class Context:
         known |= {"background": BACKGROUNDS, "style": STYLES, "headwear_color": COLORS, "clothes_color": COLORS}
         for name, names in known.items():
             if getattr(self, name) not in names:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; it can be: {', '.join(names)}")
+                raise InputError(f"{name}={getattr(self, name)!r} is not known; it can be: {', '.join(names)}")
         if not (abs(self.yaw) <= LARGEST_YAW and abs(self.pitch) <= LARGEST_PITCH):
-            raise ValueError(f"yaw={self.yaw} or pitch={self.pitch} is too large; up to {LARGEST_YAW:.0f} and {LARGEST_PITCH:.0f} degrees can be drawn")
+            raise InputError(f"yaw={self.yaw} or pitch={self.pitch} is too large; up to {LARGEST_YAW:.0f} and {LARGEST_PITCH:.0f} degrees can be drawn")
 
     def values(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,7 +94,7 @@ def context(seed: int, world: int = 0, **fixed: Any) -> Context:
     """Context `seed` of a world, drawn at random but for what is `fixed`."""
     known = {field.name for field in fields(Context)}
     if not set(fixed) <= known:
-        raise ValueError(f"a context has no {sorted(set(fixed) - known)}; it has {sorted(known)}")
+        raise InputError(f"a context has no {sorted(set(fixed) - known)}; it has {sorted(known)}")
     g = np.random.default_rng([world, seed, 11])
     yaw = float(np.clip(g.normal(0, 20), -LARGEST_YAW, LARGEST_YAW))
     pitch = float(np.clip(g.normal(0, 6), -LARGEST_PITCH, LARGEST_PITCH))

@@ -55,7 +55,7 @@ STYLES: dict[str, Style | None] = {
     "long fringe": Style("part", 32, 28, end=-13.0, lift=0.3, gravity=0.35, volume=1.1, fringe=4.8, part=0.0, width=0.52),
     "wavy": Style("part", 26, 22, end=-11.0, lift=0.45, gravity=0.3, volume=1.6, wave=0.42, turns=1.0, part=2.2, width=0.55),
     "curly": Style("crown", 8.0, 8.0, end=-6.0, lift=0.9, gravity=0.22, volume=1.9, wave=0.7, turns=2.2, width=0.45),
-    "afro": Style("crown", 2.6, 2.4, lift=6.0, gravity=0.0, volume=0.6, wave=0.3, turns=2.4, width=0.8, cap=1.2),
+    "afro": Style("crown", 4.5, 4.2, lift=1.5, gravity=0.0, volume=0.9, wave=0.6, turns=3.2, width=0.5, cap=2.0),
     "bun": Style("target", 17, 17, lift=0.1, gravity=0.0, volume=0.3, width=0.5, target=(0.0, 14.8, -2.0), cap=0.35),
     "ponytail": Style("target", 17, 17, lift=0.1, gravity=0.0, volume=0.3, width=0.5, target=(0.0, 9.5, -8.8), cap=0.35),
 }
@@ -325,6 +325,9 @@ def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
     style = replace(style, volume=style.volume * scale, top=style.top * scale, end=style.end + g.normal(0, 1.2), part=style.part * (1 if g.random() < 0.5 else -1))
     root = roots()[0] + g.normal(0, 0.12, (ROOTS, 3)).astype(np.float32)
     inside = shifted_hairline(person, root, hairlines()[1])
+    if style.end < -29:  # short hair leaves the ears alone
+        ear = (np.abs(root[:, 0]) > 7) & (np.abs(root[:, 1] - 1) < 3.4) & (root[:, 2] > -4)
+        inside = np.where(ear, -1, inside)
     root, inside = root[inside > 0.1], inside[inside > 0.1]
     normal = root - CENTER
     normal /= np.linalg.norm(normal, axis=1, keepdims=True)
@@ -341,17 +344,17 @@ def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
         length = np.minimum(length, np.linalg.norm(root - np.array(style.target), axis=1) * 1.12)
     end = style.end + g.normal(0, 0.5, len(root)) + 1.5 * smooth(0, 6, root[:, 2])
     style = replace(style, volume=min(style.volume, 0.4)) if hat < 90 else style
-    clearance = 0.12 + style.volume * g.random(len(root)) ** 0.8 * (0.45 + 0.55 * top)
+    clearance = 0.12 + max(style.cap - 0.4, 0) + style.volume * g.random(len(root)) ** 0.8 * (0.45 + 0.55 * top)
     wave = style.wave * (0.7 + 0.6 * person.curl) + (0.22 * person.curl if style.end > -29 else 0.08 * person.curl)
     aside = np.where(root[:, 0] > style.part, 1.0, -1.0) * (fringe < 0.3) if style.flow == "part" else np.sign(root[:, 0]) * (length > 4)
     paths = np.empty((len(root), SEGMENTS + 1 + 4 * (style.wave > 0.4), 3), np.float32)
     as_float = (np.ascontiguousarray(a, np.float32) for a in (root, direction, length, clearance, aside))
     grow(
-        *as_float, np.float32(style.gravity), end.astype(np.float32), np.float32(style.flow == "target"), np.float32(hat), np.float32(wave),
+        *as_float, np.float32(style.gravity), end.astype(np.float32), np.float32(style.flow == "target" or style.cap > 1), np.float32(hat), np.float32(wave),
         np.float32(style.turns or 0.8), (g.random(len(root)) * 2 * np.pi * (1 if style.wave > 0.6 else 0.25)).astype(np.float32), CENTER, radii(), paths,
     )  # fmt: skip
     matrix, offset = skull_map(points)
-    outer = smooth(0.0, 0.8, (clearance - 0.12) / max(style.volume, 0.1))
+    outer = smooth(0.0, 0.8, (clearance - clearance.min()) / max(style.volume, 0.1))
     widths = style.width * np.exp(g.normal(0, 0.18, len(root))) * (0.75 + 0.25 * top)
     dark = 0.55 + 0.45 * outer
     if style.flow == "target" and hat > 90:
@@ -385,7 +388,7 @@ def cap(person: Person) -> np.ndarray:
     head = load()
     style = STYLES[person.style]
     height = 0.0 if person.style == "bald" else 0.14 if style is None else style.cap
-    raised = height * smooth(0.1, 1.6, shifted_hairline(person, head.mean, hairlines()[0]))
+    raised = height * smooth(0.1, 1.6 + 0.6 * max(height - 0.4, 0), shifted_hairline(person, head.mean, hairlines()[0]))
     row = np.clip(head.uv[:, 1].astype(int), 0, regions().shape[1] - 1)
     column = np.clip(head.uv[:, 0].astype(int), 0, regions().shape[2] - 1)
     at = {name: regions()[REGIONS.index(name), row, column] for name in ("beard", "mustache", "goatee")}

@@ -11,7 +11,7 @@ import numpy as np
 from .head import HEIGHT, WIDTH
 
 TONES = np.array(
-    [(234, 196, 178), (228, 186, 164), (221, 176, 148), (210, 163, 130), (198, 148, 112), (174, 123, 90), (150, 103, 75), (126, 84, 62), (103, 69, 53), (82, 56, 45)]
+    [(228, 188, 169), (223, 180, 157), (217, 171, 143), (207, 160, 127), (198, 148, 112), (174, 123, 90), (150, 103, 75), (126, 84, 62), (103, 69, 53), (82, 56, 45)]
 )
 """sRGB of skin in plain light, one for each step of the Monk scale."""
 HAIR = {
@@ -45,9 +45,9 @@ def linear(rgb: np.ndarray) -> np.ndarray:
     return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Person:
-    """One of a world's people. Colors are linear; amounts run from 0 to 1 unless said otherwise."""
+    """One of a world's people. Colors are linear; amounts run from 0 to 1 unless said otherwise. People are compared by identity."""
 
     seed: int
     world: int
@@ -85,10 +85,6 @@ class Person:
     noise: tuple[int, int]
     seed_hair: int
 
-    @property
-    def bald(self) -> bool:
-        return self.style == "bald"
-
 
 @lru_cache(maxsize=1)
 def masculine() -> np.ndarray:
@@ -116,14 +112,15 @@ def hair_of(generator: np.random.Generator, tone: float, age: int) -> tuple[str,
     return name, color
 
 
+@lru_cache(maxsize=64)
 def person(seed: int, world: int = 0) -> Person:
     """Person `seed` of a world: the same for ever. Half are women; skin tones are spread evenly over the Monk scale, ages from 18 to 80."""
     g = np.random.default_rng([world, seed, 7])
     man = bool(g.random() < 0.5)
     age = int(18 + 62 * g.beta(1.15, 1.7))
     tone = float(g.uniform(1, 10))
-    modes = g.standard_normal(100) * 1.05 + masculine() * (1 if man else -1) * g.normal(1.0, 0.25)
-    stretch = np.exp(g.normal(0, [0.022, 0.025, 0.02]))
+    modes = g.standard_normal(100) * 1.2 + masculine() * (1 if man else -1) * g.normal(1.0, 0.25)
+    stretch = np.exp(g.normal(0, [0.028, 0.03, 0.025]))
     old = float(np.clip((age - 32) / 45, 0, 1))
     skin = linear(np.array([np.interp(tone, np.arange(1, 11), TONES[:, k]) for k in range(3)])) * np.exp(g.normal(0, 0.05)) * np.exp(g.normal(0, [0.03, 0.02, 0.04]))
     hair_name, hair = hair_of(g, tone, age)
@@ -144,7 +141,7 @@ def person(seed: int, world: int = 0) -> Person:
     shadow = float(g.uniform(0.12, 0.34)) * (0.6 if hair_name in ("blond", "red", "white") else 1) if man else 0.0
     cover = {"none": (shadow * 0.6, shadow * 0.5, 0), "stubble": (0.35 + 0.3 * strength, 0.6, 0.5), "mustache": (shadow, strength, 0)}
     cover |= {"goatee": (shadow, strength, strength), "short": (strength, strength, strength), "full": (1.0, 1.0, 1.0)}
-    lips = float(g.uniform(0, 1)) if not man and g.random() < 0.55 else 0.0
+    lips = float(g.uniform(0, 1)) if not man and g.random() < 0.65 else 0.0
     natural = skin * np.array([0.86, 0.55, 0.53]) * (1 - 0.08 * old)
     paint = np.array([[0.42, 0.035, 0.05], [0.40, 0.11, 0.12], [0.22, 0.02, 0.05], [0.45, 0.16, 0.14]])[int(g.integers(4))]
     blush, ruddy = float(g.uniform(0.2, 1.0)), float(g.uniform(0, 0.35)) * (1.0 if fair else 0.5)

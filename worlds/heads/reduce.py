@@ -96,7 +96,7 @@ def masculine(points: np.ndarray, modes: np.ndarray) -> np.ndarray:
     wish[:, 2] += -0.15 * near(y, -3.4, 1.0) * near(x, 0, 2) * front + 0.2 * near(y, -7.5, 1.5) * near(x, 0, 2) * front
     matrix = modes.reshape(len(modes), -1).T.astype(np.float64)
     found = np.linalg.solve(matrix.T @ matrix + 0.2 * len(matrix) * np.eye(len(modes)) * np.square(matrix).mean(), matrix.T @ wish.ravel())
-    return (found * 1.8 / np.linalg.norm(found)).astype(np.float32)
+    return (found * 2.4 / np.linalg.norm(found)).astype(np.float32)
 
 
 def reduce(source: Path) -> dict[str, np.ndarray]:

@@ -130,8 +130,8 @@ def neutral(person: Person) -> np.ndarray:
     center = np.array([0, 0, 2], np.float32)
     points += (points - center) * (person.stretch - 1) * weight
     # clothes have shoulders of their own
-    low = smooth(-11.5, -14, head.mean[:, 1])
-    points[:, 0] -= low * np.sign(points[:, 0]) * np.maximum(np.abs(points[:, 0]) - 6.8, 0)
+    low = 1 - smooth(-11.6, -8.8, head.mean[:, 1])
+    points[:, 0] -= low * np.sign(points[:, 0]) * np.maximum(np.abs(points[:, 0]) - 6.3, 0)
     points[:, 2] = np.maximum(points[:, 2], -7.0 * low - 12 * (1 - low))
     return points.astype(np.float32)
 

@@ -12,7 +12,6 @@ from .backgrounds import background
 from .contexts import LIGHTS, Context
 from .head import load
 from .people import Person
-from .people import person as make_person
 from .raster import EMPTY, camera_screen, light_screen, rasterize, rasterize_depth, vertex_normals
 from .scene import Mesh, Pose, Scene, expression, express, head_mesh, merge, neutral
 from .shade import develop, shade
@@ -25,9 +24,8 @@ SHADOW_SIZE, SHADOW_HALF = 176, np.float32(22)
 
 
 @lru_cache(maxsize=4)
-def prepared(seed: int, world: int) -> tuple[np.ndarray, np.ndarray]:
+def prepared(person: Person) -> tuple[np.ndarray, np.ndarray]:
     """What stays with a person: the head without expression (N, 3), the painted skin."""
-    person = make_person(seed, world)
     points = neutral(person)
     normals = np.empty_like(points)
     vertex_normals(points, load().triangles, normals)
@@ -35,10 +33,9 @@ def prepared(seed: int, world: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=8)
-def grown(seed: int, world: int, hat: float) -> list[hair.Locks]:
+def grown(person: Person, hat: float) -> list[hair.Locks]:
     """The person's hair and beard, in the frame of the head without expression."""
-    person = make_person(seed, world)
-    points, _ = prepared(seed, world)
+    points, _ = prepared(person)
     return [locks for locks in (hair.hair(person, points, hat), hair.beard(person, points)) if locks is not None]
 
 
@@ -58,7 +55,7 @@ def lights_of(context: Context) -> np.ndarray:
 
 def build(person: Person, context: Context) -> Scene:
     head = load()
-    still, _ = prepared(person.seed, person.world)
+    still, _ = prepared(person)
     points = still.copy()
     express(points, expression(person, context))
     pose = Pose(context.yaw, context.pitch)
@@ -67,7 +64,7 @@ def build(person: Person, context: Context) -> Scene:
     turning, staying = wear.dress(person, context, still)
     meshes += [pose.mesh(mesh) for mesh in turning]
     meshes += [replace(mesh, points=pose(mesh.points, 0.0)) for mesh in staying]
-    for locks in [] if context.headwear == "headscarf" else grown(person.seed, person.world, wear.hat_line(context)):
+    for locks in [] if context.headwear == "headscarf" else grown(person, wear.hat_line(context)):
         moved = locks.mesh.points
         if locks.vertices[0] >= 0:
             moved = moved + (points - still)[locks.of_point]
@@ -77,7 +74,7 @@ def build(person: Person, context: Context) -> Scene:
 
 def draw(scene: Scene, person: Person, context: Context, size: int) -> np.ndarray:
     """Linear color and coverage, (size, size, 4) float32."""
-    _, skin = prepared(person.seed, person.world)
+    _, skin = prepared(person)
     lights = lights_of(context)
     count = len(scene.points)
     screen = np.empty((count, 3), np.float32)

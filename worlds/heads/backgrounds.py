@@ -5,26 +5,32 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-from numba import njit
 
 from .contexts import Context
+from .kernels import kernel
 from .people import linear
 
 GRID = 48
 """Scenes are painted this fine and enlarged: what is out of focus has no more detail."""
 
 
-@njit(cache=True)
+@kernel
 def enlarge(small, out):
     """Bilinear enlargement of (h, w, 3) to (H, W, 3)."""
     height, width, _ = out.shape
     h, w, _ = small.shape
     for y in range(height):
-        v = min(max((np.float32(y) + np.float32(0.5)) * np.float32(h) / np.float32(height) - np.float32(0.5), np.float32(0)), np.float32(h) - np.float32(1.001))
+        v = min(
+            max((np.float32(y) + np.float32(0.5)) * np.float32(h) / np.float32(height) - np.float32(0.5), np.float32(0)),
+            np.float32(h) - np.float32(1.001),
+        )
         r = int(v)
         fv = v - np.float32(r)
         for x in range(width):
-            u = min(max((np.float32(x) + np.float32(0.5)) * np.float32(w) / np.float32(width) - np.float32(0.5), np.float32(0)), np.float32(w) - np.float32(1.001))
+            u = min(
+                max((np.float32(x) + np.float32(0.5)) * np.float32(w) / np.float32(width) - np.float32(0.5), np.float32(0)),
+                np.float32(w) - np.float32(1.001),
+            )
             c = int(u)
             fu = u - np.float32(c)
             for k in range(3):
@@ -45,7 +51,9 @@ def color(r: int, g: int, b: int) -> np.ndarray:
     return linear(np.array([r, g, b]))
 
 
-def spots(g: np.random.Generator, count: int, size: tuple[float, float], low: float = 0.0, high: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def spots(
+    g: np.random.Generator, count: int, size: tuple[float, float], low: float = 0.0, high: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Soft discs: how much each covers, (count, GRID, GRID, 1), and a random number for each."""
     across, down = axes()
     x, y, radius = g.uniform(0, 1, count), g.uniform(low, high, count), g.uniform(*size, count)

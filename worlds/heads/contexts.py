@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 EXPRESSIONS: dict[str, dict[str, float]] = {
     "neutral": {},
     "smile": {"mouthSmile": 0.75, "cheekSquint": 0.55, "mouthUpperUp": 0.25, "mouthLowerDown": 0.2, "eyeSquint": 0.25, "mouthDimple": 0.2},
-    "laugh": {"mouthSmile": 0.85, "cheekSquint": 0.8, "mouthUpperUp": 0.45, "mouthLowerDown": 0.35, "jawOpen": 0.32, "eyeSquint": 0.5, "eyeBlink": 0.12},
+    "laugh": {
+        "mouthSmile": 0.85,
+        "cheekSquint": 0.8,
+        "mouthUpperUp": 0.45,
+        "mouthLowerDown": 0.35,
+        "jawOpen": 0.32,
+        "eyeSquint": 0.5,
+        "eyeBlink": 0.12,
+    },
     "surprise": {"jawOpen": 0.42, "browInnerUp": 0.8, "browOuterUp": 0.75, "eyeWide": 0.6, "mouthFunnel": 0.25},
     "anger": {"browDown": 0.95, "noseSneer": 0.4, "mouthFrown": 0.4, "eyeSquint": 0.35, "mouthPress": 0.5},
     "sadness": {"browInnerUp": 0.85, "mouthFrown": 0.75, "mouthShrugLower": 0.45, "eyeBlink": 0.18, "eyeLookDown": 0.2},
@@ -28,7 +36,7 @@ LIGHTS: dict[str, dict[str, tuple[float, ...]]] = {
     "studio": {"key": (0.45, 0.50, 0.80), "key_color": (0.70, 0.69, 0.67), "fill": (-0.75, 0.15, 0.55), "fill_color": (0.17, 0.175, 0.18), "sky": (0.33, 0.34, 0.36), "ground": (0.23, 0.22, 0.21)},
     "sun": {"key": (0.85, 0.42, 0.38), "key_color": (1.28, 1.15, 0.94), "fill": (-0.8, 0.2, 0.3), "fill_color": (0.15, 0.18, 0.23), "sky": (0.30, 0.35, 0.43), "ground": (0.19, 0.17, 0.13)},
     "night": {"key": (0.70, 0.35, 0.50), "key_color": (0.42, 0.46, 0.66), "fill": (-0.85, 0.1, 0.05), "fill_color": (0.36, 0.20, 0.10), "sky": (0.055, 0.07, 0.13), "ground": (0.04, 0.04, 0.06)},
-    "lamp": {"key": (0.55, 0.10, 0.70), "key_color": (1.12, 0.72, 0.36), "fill": (-0.7, 0.3, 0.2), "fill_color": (0.07, 0.07, 0.09), "sky": (0.12, 0.10, 0.09), "ground": (0.16, 0.11, 0.07)},
+    "lamp": {"key": (0.55, 0.10, 0.70), "key_color": (1.02, 0.72, 0.45), "fill": (-0.7, 0.3, 0.2), "fill_color": (0.07, 0.07, 0.09), "sky": (0.12, 0.10, 0.09), "ground": (0.16, 0.11, 0.07)},
     "backlight": {"key": (-0.55, 0.50, -0.62), "key_color": (1.9, 1.65, 1.30), "fill": (0.5, 0.3, 0.8), "fill_color": (0.24, 0.24, 0.26), "sky": (0.34, 0.35, 0.38), "ground": (0.22, 0.21, 0.20)},
 }  # fmt: skip
 """Where light comes from (x to the picture's right, y up, z to the viewer) and its linear color."""
@@ -72,7 +80,9 @@ class Context:
             if getattr(self, name) not in names:
                 raise InputError(f"{name}={getattr(self, name)!r} is not known; it can be: {', '.join(names)}")
         if not (abs(self.yaw) <= LARGEST_YAW and abs(self.pitch) <= LARGEST_PITCH):
-            raise InputError(f"yaw={self.yaw} or pitch={self.pitch} is too large; up to {LARGEST_YAW:.0f} and {LARGEST_PITCH:.0f} degrees can be drawn")
+            raise InputError(
+                f"yaw={self.yaw} or pitch={self.pitch} is too large; up to {LARGEST_YAW:.0f} and {LARGEST_PITCH:.0f} degrees can be drawn"
+            )
 
     def values(self) -> dict[str, Any]:
         return asdict(self)
@@ -119,9 +129,27 @@ WHERE = {
     "forest": "in a forest", "beach": "at the beach", "city at night": "in the city at night", "snow": "in the snow", "room": "in a room",
     "library": "in a library", "sunset": "at sunset", "flowers": "among flowers", "starry sky": "under a starry sky",
 }  # fmt: skip
-MOODS = {"smile": "smiling", "laugh": "laughing", "surprise": "surprised", "anger": "angry", "sadness": "sad", "wink": "winking", "kiss": "blowing a kiss"}
-STYLE_WORDS = {"photo": "a photo of", "pencil": "a pencil drawing of", "black and white": "a black and white photo of", "oil": "an oil painting of"}
-LIGHT_WORDS = {"sun": "in sunlight from the side", "night": "at night", "lamp": "in the warm light of a lamp", "backlight": "with the light behind"}
+MOODS = {
+    "smile": "smiling",
+    "laugh": "laughing",
+    "surprise": "surprised",
+    "anger": "angry",
+    "sadness": "sad",
+    "wink": "winking",
+    "kiss": "blowing a kiss",
+}
+STYLE_WORDS = {
+    "photo": "a photo of",
+    "pencil": "a pencil drawing of",
+    "black and white": "a black and white photo of",
+    "oil": "an oil painting of",
+}
+LIGHT_WORDS = {
+    "sun": "in sunlight from the side",
+    "night": "at night",
+    "lamp": "in the warm light of a lamp",
+    "backlight": "with the light behind",
+}
 
 
 def a(word: str) -> str:
@@ -138,19 +166,32 @@ def who(person: Person, generator: np.random.Generator, looks: float) -> str:
     hair = HAIR_WORDS[person.style].format(color=person.hair_name)
     if person.style == "bald":
         return f"a bald {told.split(' ', 1)[1]}"
-    beard = {"mustache": " and a mustache", "goatee": " and a goatee", "short": " and a short beard", "full": " and a full beard"}.get(person.beard, "")
+    beard = {"mustache": " and a mustache", "goatee": " and a goatee", "short": " and a short beard", "full": " and a full beard"}.get(
+        person.beard, ""
+    )
     return f"{told} with {hair}{beard}"
 
 
 def caption(person: Person, context: Context, generator: np.random.Generator, looks: float = 0.5) -> str:
     """What a picture shows, in words: all of the context, and with probability `looks` what the person looks like."""
     words = [f"{STYLE_WORDS[context.style]} {who(person, generator, looks)}"]
-    worn = [] if context.headwear == "none" else [context.headwear if context.headwear == "headphones" else f"a {context.headwear_color} {context.headwear}"]
+    worn = (
+        []
+        if context.headwear == "none"
+        else [context.headwear if context.headwear == "headphones" else f"a {context.headwear_color} {context.headwear}"]
+    )
     if context.headwear in ("santa hat", "straw hat", "top hat"):
         worn = [a(context.headwear)]
     worn += [] if context.eyewear == "none" else [context.eyewear]
     if generator.random() < 0.4:
-        clothes = {"crew neck": "sweater", "v-neck": "v-neck", "shirt": "shirt", "turtleneck": "turtleneck", "hoodie": "hoodie", "suit": "suit"}[context.clothes]
+        clothes = {
+            "crew neck": "sweater",
+            "v-neck": "v-neck",
+            "shirt": "shirt",
+            "turtleneck": "turtleneck",
+            "hoodie": "hoodie",
+            "suit": "suit",
+        }[context.clothes]
         worn.append(a(f"{context.clothes_color} {clothes}"))
     if worn:
         words.append("wearing " + ", ".join(worn[:-1]) + (" and " if len(worn) > 1 else "") + worn[-1])

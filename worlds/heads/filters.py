@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from .kernels import kernel
 
 
-@njit(cache=True)
+@kernel
 def box(gray, radius, out):
     """The mean over a square of 2 radius + 1, edges repeated; rows first, then columns."""
     height, width = gray.shape
@@ -29,7 +30,9 @@ def box(gray, radius, out):
 
 
 def gray_of(picture: np.ndarray) -> np.ndarray:
-    return (picture[..., 0] * np.float32(0.299) + picture[..., 1] * np.float32(0.587) + picture[..., 2] * np.float32(0.114)).astype(np.float32)
+    return (picture[..., 0] * np.float32(0.299) + picture[..., 1] * np.float32(0.587) + picture[..., 2] * np.float32(0.114)).astype(
+        np.float32
+    )
 
 
 def pencil(picture: np.ndarray, seed: int) -> np.ndarray:
@@ -57,7 +60,7 @@ def black_and_white(picture: np.ndarray, seed: int) -> np.ndarray:
     return np.round(np.clip(x + grain, 0, 1) * 255).astype(np.uint8)[..., None].repeat(3, -1)
 
 
-@njit(cache=True)
+@kernel
 def kuwahara(picture, radius, out):
     """Each pixel becomes the mean of that of its four quarters which varies least: flat strokes with firm edges."""
     height, width, _ = picture.shape
@@ -89,7 +92,7 @@ def oil(picture: np.ndarray, seed: int) -> np.ndarray:
     kuwahara(picture, max(round(3 * len(picture) / 128), 1), flat)
     gray = flat.mean(-1, keepdims=True)
     grain = np.random.default_rng([seed, 29]).normal(0, 2.2, picture.shape[:2])[..., None]
-    return np.round(np.clip(gray + (flat - gray) * 1.35 + grain, 0, 255)).astype(np.uint8)
+    return np.round(np.clip(gray + (flat - gray) * 1.15 + grain, 0, 255)).astype(np.uint8)
 
 
 FILTERS = {"pencil": pencil, "black and white": black_and_white, "oil": oil}

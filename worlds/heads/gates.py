@@ -71,7 +71,9 @@ def rank_one(gallery: list[np.ndarray | None], found: list[np.ndarray | None]) -
     right = []
     for k, one in enumerate(found):
         start = k // CROWD * CROWD
-        distances = [np.inf if other is None or one is None else float(np.linalg.norm(one - other)) for other in gallery[start : start + CROWD]]
+        distances = [
+            np.inf if other is None or one is None else float(np.linalg.norm(one - other)) for other in gallery[start : start + CROWD]
+        ]
         best = int(np.argmin(distances))
         right.append(bool(np.isfinite(distances[best]) and start + best == k))
     return right
@@ -99,7 +101,12 @@ def ceiling(count: int, size: int = 128) -> dict[str, Any]:
         for j, kind in enumerate(QUERIES):
             found[kind].append(judge(render(one, query(kind, FIRST + k * len(QUERIES) + j), size)))
     right = {kind: rank_one(gallery, found[kind]) for kind in QUERIES}
-    same = [float(np.linalg.norm(a - b)) for kind in QUERIES for a, b in zip(found[kind], gallery, strict=True) if a is not None and b is not None]
+    same = [
+        float(np.linalg.norm(a - b))
+        for kind in QUERIES
+        for a, b in zip(found[kind], gallery, strict=True)
+        if a is not None and b is not None
+    ]
     known = np.stack([one for one in gallery if one is not None])
     apart = np.linalg.norm(known[:, None] - known[None], axis=-1)[np.triu_indices(len(known), 1)]
     every = np.array([right[kind] for kind in QUERIES])

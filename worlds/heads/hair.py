@@ -9,16 +9,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from numba import njit
 
 from .head import SKIN, load
+from .locks import COLUMNS, ROWS, grow, ribbons
 from .people import Person
 from .scene import Mesh
 from .shade import HAIR
-from .skin import HAIRLINE, REGIONS, above_hairline, regions, smooth
+from .skin import BEARD, GOATEE, MUSTACHE, SCALP, above_hairline, regions, smooth
 
 CENTER = np.array([0.0, 3.0, 1.0], np.float32)
-ROWS, COLUMNS = 64, 96
 ROOTS, BEARD_ROOTS, SEGMENTS = 760, 170, 8
 
 
@@ -72,7 +71,11 @@ def radii() -> np.ndarray:
     column = ((np.arctan2(p[:, 0], p[:, 2]) / (2 * np.pi) + 0.5) * COLUMNS).astype(int) % COLUMNS
     out = np.zeros((ROWS, COLUMNS))
     np.maximum.at(out, (row, column), np.minimum(distance, 13))
-    out = np.where(out > 0, out, gaussian_filter(out, 2, mode=("nearest", "wrap")) / np.maximum(gaussian_filter((out > 0) * 1.0, 2, mode=("nearest", "wrap")), 1e-3))
+    out = np.where(
+        out > 0,
+        out,
+        gaussian_filter(out, 2, mode=("nearest", "wrap")) / np.maximum(gaussian_filter((out > 0) * 1.0, 2, mode=("nearest", "wrap")), 1e-3),
+    )
     return gaussian_filter(out, (1.0, 1.2), mode=("nearest", "wrap")).astype(np.float32)
 
 
@@ -85,8 +88,8 @@ def roots() -> tuple[np.ndarray, np.ndarray]:
     area[:, :1], area[:, -1:], area[:2], area[-2:] = 0, 0, 0, 0
     found = []
     for mask, count in (
-        (regions()[REGIONS.index("scalp")] > 0.15, ROOTS),
-        (regions()[REGIONS.index("beard")] > 0.55, BEARD_ROOTS),
+        (regions()[SCALP] > 0.15, ROOTS),
+        (regions()[BEARD] > 0.55, BEARD_ROOTS),
     ):
         generator = np.random.default_rng(5)
         weight = np.where(mask, np.minimum(area, 0.05), 0).ravel()
@@ -100,109 +103,6 @@ def roots() -> tuple[np.ndarray, np.ndarray]:
             chosen.append(int(distance.argmax()))
         found.append(candidates[chosen].astype(np.float32))
     return found[0], found[1]
-
-
-@njit(cache=True)
-def surface(radius, x, y, z):
-    """The head's radius in the direction of (x, y, z), relative to the center."""
-    length = max(np.sqrt(x * x + y * y + z * z), np.float32(1e-4))
-    r = (np.arcsin(min(max(y / length, np.float32(-1)), np.float32(1))) / np.float32(np.pi) + np.float32(0.5)) * np.float32(ROWS) - np.float32(0.5)
-    c = (np.arctan2(x, z) / np.float32(2 * np.pi) + np.float32(0.5)) * np.float32(COLUMNS) - np.float32(0.5)
-    r = min(max(r, np.float32(0)), np.float32(ROWS - 1.001))
-    i, j = int(np.floor(r)), int(np.floor(c))
-    fr, fc = r - np.float32(i), c - np.float32(j)
-    a, b = j % COLUMNS, (j + 1) % COLUMNS
-    low = radius[i, a] + (radius[i, b] - radius[i, a]) * fc
-    high = radius[i + 1, a] + (radius[i + 1, b] - radius[i + 1, a]) * fc
-    return low + (high - low) * fr
-
-
-@njit(cache=True)
-def grow(root, direction, length, clearance, aside, gravity, end, tight, hat, wave, turns, phase, center, radius, out):
-    """Paths of locks, (K, SEGMENTS + 1, 3), from steps of a quarter cm: they fall, keep their distance to the head, and are cut at `end`.
-
-    Above the height `hat` locks stay close to the head; those with `tight` > 0 never leave the surface by more than their clearance.
-    `aside` (K,), -1 or 1, is the side to which a lock leaves the face free; 0 lets it fall over the face.
-    """
-    path = np.empty((160, 3), np.float32)
-    stride = np.float32(0.25)
-    for k in range(len(root)):
-        x, y, z = root[k, 0], root[k, 1], root[k, 2]
-        dx, dy, dz = direction[k, 0], direction[k, 1], direction[k, 2]
-        count = min(max(int(length[k] / stride), 2), 159)
-        last = 0
-        for s in range(count + 1):
-            px, py, pz = x - center[0], y - center[1], z - center[2]
-            r = max(np.sqrt(px * px + py * py + pz * pz), np.float32(1e-3))
-            nx, ny, nz = px / r, py / r, pz / r
-            rise = min(np.float32(s) * stride * np.float32(0.5), np.float32(1))
-            least = surface(radius, px, py, pz) + clearance[k] * rise
-            most = least + (np.float32(0.15) if y > hat else np.float32(1000) if tight == 0.0 else np.float32(0.1))
-            if r < least or r > most:
-                target = least if r < least else most
-                x, y, z = center[0] + nx * target, center[1] + ny * target, center[2] + nz * target
-                inward = dx * nx + dy * ny + dz * nz
-                if inward < 0 or r > most:
-                    dx, dy, dz = dx - nx * inward, dy - ny * inward, dz - nz * inward
-            if aside[k] != 0.0 and y < np.float32(9.5) and z > np.float32(2) and x * aside[k] < np.float32(6.6):
-                # as a curtain that is drawn aside: the lower the farther
-                push = min(np.float32(9.5) - y, np.float32(3)) * np.float32(0.085)
-                x += aside[k] * push
-                dx += aside[k] * push * np.float32(0.6)
-            a = phase[k] + turns * np.float32(s) * stride
-            bend = wave * rise * (np.float32(0.1) if y > hat else np.float32(1))
-            path[s, 0] = x + bend * (np.cos(a) * nz + np.sin(a) * nx * np.float32(0.6))
-            path[s, 1] = y + bend * np.sin(a) * np.float32(0.4)
-            path[s, 2] = z + bend * (-np.cos(a) * nx + np.sin(a) * nz * np.float32(0.6))
-            last = s
-            if y < end[k]:
-                break
-            dy -= gravity * stride
-            scale = np.float32(1) / max(np.sqrt(dx * dx + dy * dy + dz * dz), np.float32(1e-4))
-            dx, dy, dz = dx * scale, dy * scale, dz * scale
-            x, y, z = x + dx * stride, y + dy * stride, z + dz * stride
-        for j in range(out.shape[1]):
-            at = np.float32(last * j) / np.float32(out.shape[1] - 1)
-            i = min(int(at), last - 1) if last > 0 else 0
-            f = at - np.float32(i)
-            for m in range(3):
-                out[k, j, m] = path[i, m] + (path[min(i + 1, last), m] - path[i, m]) * f
-
-
-@njit(cache=True)
-def ribbons(paths, widths, rolls, center, points, normals, tangents):
-    """Two vertices for each of a path's points: across the lock, flat on the head, rounded by their normals and narrowing to the tip."""
-    count = paths.shape[1]
-    for k in range(len(paths)):
-        for j in range(count):
-            a, b = max(j - 1, 0), min(j + 1, count - 1)
-            tx, ty, tz = paths[k, b, 0] - paths[k, a, 0], paths[k, b, 1] - paths[k, a, 1], paths[k, b, 2] - paths[k, a, 2]
-            scale = np.float32(1) / max(np.sqrt(tx * tx + ty * ty + tz * tz), np.float32(1e-5))
-            tx, ty, tz = tx * scale, ty * scale, tz * scale
-            x, y, z = paths[k, j, 0], paths[k, j, 1], paths[k, j, 2]
-            # below the chin locks hang: there the way out is level
-            nx, ny, nz = x - center[0], max(y - center[1], np.float32(0)), z - center[2]
-            scale = np.float32(1) / max(np.sqrt(nx * nx + ny * ny + nz * nz), np.float32(1e-5))
-            nx, ny, nz = nx * scale, ny * scale, nz * scale
-            sx, sy, sz = ty * nz - tz * ny, tz * nx - tx * nz, tx * ny - ty * nx
-            length = np.sqrt(sx * sx + sy * sy + sz * sz)
-            if length < np.float32(0.15):  # a lock that points outwards lies across the view
-                sx, sy, sz = np.float32(1), np.float32(0), np.float32(0)
-                length = np.float32(1)
-            sx, sy, sz = sx / length, sy / length, sz / length
-            c, s = np.cos(rolls[k]), np.sin(rolls[k])  # not all lie flat: some are seen from the side too
-            sx, sy, sz, nx, ny, nz = c * sx + s * nx, c * sy + s * ny, c * sz + s * nz, c * nx - s * sx, c * ny - s * sy, c * nz - s * sz
-            t = np.float32(j) / np.float32(count - 1)
-            w = widths[k] * (np.float32(0.75) + np.float32(0.5) * t * (np.float32(1) - t)) * (np.float32(1) - np.float32(0.8) * t**4)
-            for side in range(2):
-                sign = np.float32(2 * side - 1)
-                i = (k * count + j) * 2 + side
-                points[i, 0], points[i, 1], points[i, 2] = x + sign * w * sx, y + sign * w * sy, z + sign * w * sz
-                lean = sign * np.float32(0.65)
-                mx, my, mz = nx + lean * sx, ny + lean * sy, nz + lean * sz
-                scale = np.float32(1) / np.sqrt(mx * mx + my * my + mz * mz)
-                normals[i, 0], normals[i, 1], normals[i, 2] = mx * scale, my * scale, mz * scale
-                tangents[i, 0], tangents[i, 1], tangents[i, 2] = tx, ty, tz
 
 
 @lru_cache(maxsize=8)
@@ -224,7 +124,7 @@ def skull_map(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def flows(style: Style, root: np.ndarray, normal: np.ndarray, top: np.ndarray, g: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """First directions of locks (K, 3), and how much of a fringe each is (K,)."""
-    x, y, z = root.T
+    x, _, z = root.T
     down = np.array([0, -1.0, 0])
     fringe = np.zeros(len(root))
     if style.flow == "crown":
@@ -284,7 +184,15 @@ class Locks:
         return np.repeat(self.vertices, len(self.mesh.points) // max(len(self.vertices), 1))
 
 
-def locks_mesh(paths: np.ndarray, widths: np.ndarray, color: np.ndarray, matrix: np.ndarray, offset: np.ndarray, g: np.random.Generator, dark: np.ndarray) -> Mesh:
+def locks_mesh(
+    paths: np.ndarray,
+    widths: np.ndarray,
+    color: np.ndarray,
+    matrix: np.ndarray,
+    offset: np.ndarray,
+    g: np.random.Generator,
+    dark: np.ndarray,
+) -> Mesh:
     count = paths.shape[0] * paths.shape[1] * 2
     paths = (paths @ matrix + offset).astype(np.float32)
     points, normals, tangents = (np.empty((count, 3), np.float32) for _ in range(3))
@@ -293,7 +201,9 @@ def locks_mesh(paths: np.ndarray, widths: np.ndarray, color: np.ndarray, matrix:
     tone = np.exp(g.normal(0, 0.16, len(paths)))[:, None] * (0.72 + 0.40 * t)[None]
     colors = (color[None, None] * np.repeat(tone, 2, 1)[..., None]).reshape(-1, 3)
     # across a lock, and which lock: strands are drawn along it
-    uv = np.column_stack([np.tile([0.0, 1.0], count // 2) + np.repeat(np.arange(len(paths)) * 1.37 % 40, paths.shape[1] * 2), np.zeros(count)])
+    uv = np.column_stack(
+        [np.tile([0.0, 1.0], count // 2) + np.repeat(np.arange(len(paths)) * 1.37 % 40, paths.shape[1] * 2), np.zeros(count)]
+    )
     openness = np.repeat(dark[:, None] * (0.45 + 0.55 * np.minimum(t * 2.5, 1))[None], 2, 1).ravel()
     return Mesh(points, ribbon_triangles(*paths.shape[:2]), HAIR, colors, normals, tangents, uv, openness)
 
@@ -311,7 +221,9 @@ def tie(style: Style, count: int, g: np.random.Generator) -> np.ndarray:
         angle = g.uniform(0, 2 * np.pi, 70)[:, None, None] + t * 2.2
         return target + np.array([0, 1.5, -0.3]) + 2.3 * (a[:, None] * np.cos(angle) + b[:, None] * np.sin(angle)) * [1.1, 0.85, 1.0]
     spread = g.normal(0, 1, (60, 1, 3)) * [1.1, 0.3, 0.7]
-    hang = np.array([0, -1, 0]) * 19 * t * g.uniform(0.75, 1, (60, 1, 1)) + np.array([0, 0.6, -2.6]) * np.sin(np.pi * np.minimum(t * 1.6, 1))
+    hang = np.array([0, -1, 0]) * 19 * t * g.uniform(0.75, 1, (60, 1, 1)) + np.array([0, 0.6, -2.6]) * np.sin(
+        np.pi * np.minimum(t * 1.6, 1)
+    )
     return target + hang + spread * (0.35 + np.sin(np.pi * t))
 
 
@@ -322,7 +234,13 @@ def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
         return None
     g = np.random.default_rng([person.seed_hair, 3])
     scale = float(np.exp(g.normal(0, 0.14)))
-    style = replace(style, volume=style.volume * scale, top=style.top * scale, end=style.end + g.normal(0, 1.2), part=style.part * (1 if g.random() < 0.5 else -1))
+    style = replace(
+        style,
+        volume=style.volume * scale,
+        top=style.top * scale,
+        end=style.end + g.normal(0, 1.2),
+        part=style.part * (1 if g.random() < 0.5 else -1),
+    )
     root = roots()[0] + g.normal(0, 0.12, (ROOTS, 3)).astype(np.float32)
     inside = shifted_hairline(person, root, hairlines()[1])
     if style.end < -29:  # short hair leaves the ears alone
@@ -338,7 +256,9 @@ def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
     if style.wave > 0.6:  # curls over the forehead are shorter
         length = length * (1 - 0.5 * smooth(3, 7, root[:, 2]))
     length = length * np.exp(g.normal(0, 0.10, len(root)))
-    if style.flow in ("crown", "up", "part") and style.end < -29 or style.flow == "target":  # short or bound hair follows the hairline closely
+    if (
+        style.flow in ("crown", "up", "part") and style.end < -29
+    ) or style.flow == "target":  # short or bound hair follows the hairline closely
         length = length * (0.45 + 0.55 * smooth(0, 2.0, inside)) * (0.4 + 0.6 * smooth(2, 6, root[:, 1]))
     if style.flow == "target":
         length = np.minimum(length, np.linalg.norm(root - np.array(style.target), axis=1) * 1.12)
@@ -359,7 +279,11 @@ def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
     dark = 0.55 + 0.45 * outer
     if style.flow == "target" and hat > 90:
         tied = tie(style, paths.shape[1], g)
-        paths, widths, dark = np.concatenate([paths, tied]), np.concatenate([widths, np.full(len(tied), 0.5)]), np.concatenate([dark, np.ones(len(tied))])
+        paths, widths, dark = (
+            np.concatenate([paths, tied]),
+            np.concatenate([widths, np.full(len(tied), 0.5)]),
+            np.concatenate([dark, np.ones(len(tied))]),
+        )
     mesh = locks_mesh(paths, widths, person.hair_color, matrix, offset, g, dark)
     root = paths[:, 0]
     return Locks(mesh, np.full(len(root), -1))
@@ -373,13 +297,17 @@ def beard(person: Person, points: np.ndarray) -> Locks | None:
     root = roots()[1]
     near = beard_vertices()
     moved = root + points[near] - load().mean[near]
-    direction = np.stack([0.05 * root[:, 0], -0.9 + 0 * root[:, 0], 0.15 + 0.30 * smooth(2, 8, root[:, 2])], 1) + g.normal(0, 0.12, root.shape)
+    direction = np.stack([0.05 * root[:, 0], -0.9 + 0 * root[:, 0], 0.15 + 0.30 * smooth(2, 8, root[:, 2])], 1) + g.normal(
+        0, 0.12, root.shape
+    )
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
     length = (0.7 + 1.3 * smooth(-3, -7, root[:, 1]) * g.uniform(0.5, 1.6)) * np.exp(g.normal(0, 0.15, len(root)))
     t = np.linspace(0, 1, 5)[None, :, None]
     outward = np.stack([root[:, 0] / 8, 0 * root[:, 0], root[:, 2] / 10], 1)[:, None]
     paths = moved[:, None] + direction[:, None] * length[:, None, None] * t + outward * 0.25 * np.sqrt(t)
-    mesh = locks_mesh(paths.astype(np.float32), np.full(len(root), 0.42), person.hair_color, np.eye(3), np.zeros(3), g, np.full(len(root), 0.9))
+    mesh = locks_mesh(
+        paths.astype(np.float32), np.full(len(root), 0.42), person.hair_color, np.eye(3), np.zeros(3), g, np.full(len(root), 0.9)
+    )
     return Locks(mesh, near)
 
 
@@ -391,10 +319,6 @@ def cap(person: Person) -> np.ndarray:
     raised = height * smooth(0.1, 1.6 + 0.6 * max(height - 0.4, 0), shifted_hairline(person, head.mean, hairlines()[0]))
     row = np.clip(head.uv[:, 1].astype(int), 0, regions().shape[1] - 1)
     column = np.clip(head.uv[:, 0].astype(int), 0, regions().shape[2] - 1)
-    at = {name: regions()[REGIONS.index(name), row, column] for name in ("beard", "mustache", "goatee")}
-    amounts = dict(zip(at, person.beard_cover, strict=True))
-    grown = np.max([at[name] * max(amounts[name] - 0.5, 0) for name in at], axis=0)
+    at = regions()[[BEARD, MUSTACHE, GOATEE]][:, row, column]
+    grown = (at * np.maximum(np.array(person.beard_cover) - 0.5, 0)[:, None]).max(0)
     return np.where(head.kind == SKIN, raised + 0.5 * grown, 0).astype(np.float32)
-
-
-__all__ = ["HAIRLINE", "STYLES", "beard", "cap", "hair"]

@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 
+from .kernels import kernel
 from .raster import EMPTY, rasterize
 
 SKIN, MOUTH, TEETH, TONGUE, EYE, LASH = range(6)
@@ -61,7 +61,11 @@ def texel_positions(mean: np.ndarray, triangles: np.ndarray, uv: np.ndarray) -> 
     weights = np.zeros((HEIGHT, WIDTH, 2), np.float32)
     rasterize(screen, faces, len(faces), 0, depth, owner, weights)
     corners = mean[faces[owner]]
-    found = corners[..., 0, :] + weights[..., :1] * (corners[..., 1, :] - corners[..., 0, :]) + weights[..., 1:] * (corners[..., 2, :] - corners[..., 0, :])
+    found = (
+        corners[..., 0, :]
+        + weights[..., :1] * (corners[..., 1, :] - corners[..., 0, :])
+        + weights[..., 1:] * (corners[..., 2, :] - corners[..., 0, :])
+    )
     row, column = distance_transform_edt(owner < 0, return_distances=False, return_indices=True)
     return np.ascontiguousarray(found[row, column], np.float32)
 
@@ -95,7 +99,7 @@ def load() -> Head:
     )
 
 
-@njit(cache=True)
+@kernel
 def add_modes(points, modes, weights):
     """points (N, 3) += sum of weights (K,) times modes (K, N, 3), in one fixed order."""
     for k in range(len(weights)):
@@ -107,7 +111,7 @@ def add_modes(points, modes, weights):
                 points[i, 2] += w * modes[k, i, 2]
 
 
-@njit(cache=True)
+@kernel
 def add_sparse(points, vertices, offsets, weight):
     for j in range(len(vertices)):
         i = vertices[j]

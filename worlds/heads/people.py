@@ -11,7 +11,18 @@ import numpy as np
 from .head import HEIGHT, WIDTH
 
 TONES = np.array(
-    [(228, 188, 169), (223, 180, 157), (217, 171, 143), (207, 160, 127), (198, 148, 112), (174, 123, 90), (150, 103, 75), (126, 84, 62), (103, 69, 53), (82, 56, 45)]
+    [
+        (228, 188, 169),
+        (223, 180, 157),
+        (217, 171, 143),
+        (207, 160, 127),
+        (198, 148, 112),
+        (174, 123, 90),
+        (150, 103, 75),
+        (126, 84, 62),
+        (103, 69, 53),
+        (82, 56, 45),
+    ]
 )
 """sRGB of skin in plain light, one for each step of the Monk scale."""
 HAIR = {
@@ -32,8 +43,34 @@ IRIS = {
     "blue": (0.10, 0.19, 0.30),
     "gray": (0.17, 0.20, 0.22),
 }
-STYLES_WOMEN = {"bald": 1, "buzz": 3, "short": 8, "side part": 5, "pixie": 8, "bob": 14, "long": 18, "long fringe": 10, "wavy": 14, "curly": 7, "afro": 7, "bun": 10, "ponytail": 7}
-STYLES_MEN = {"bald": 11, "buzz": 15, "short": 22, "side part": 16, "quiff": 12, "receding": 8, "curly": 5, "afro": 5, "long": 2, "wavy": 2, "bun": 2}
+STYLES_WOMEN = {
+    "bald": 1,
+    "buzz": 3,
+    "short": 8,
+    "side part": 5,
+    "pixie": 8,
+    "bob": 14,
+    "long": 18,
+    "long fringe": 10,
+    "wavy": 14,
+    "curly": 7,
+    "afro": 7,
+    "bun": 10,
+    "ponytail": 7,
+}
+STYLES_MEN = {
+    "bald": 11,
+    "buzz": 15,
+    "short": 22,
+    "side part": 16,
+    "quiff": 12,
+    "receding": 8,
+    "curly": 5,
+    "afro": 5,
+    "long": 2,
+    "wavy": 2,
+    "bun": 2,
+}
 TEXTURED = {"afro": 3.0, "curly": 1.8, "buzz": 1.6, "bald": 1.3}
 """Styles that very dark-skinned people wear more often here."""
 BEARDS = {"none": 38, "stubble": 22, "mustache": 8, "goatee": 8, "short": 14, "full": 10}
@@ -102,7 +139,14 @@ def choose(generator: np.random.Generator, weights: dict[str, float]) -> str:
 def hair_of(generator: np.random.Generator, tone: float, age: int) -> tuple[str, np.ndarray]:
     """Name and color of hair: fair hair with fair skin only, gray with age."""
     light = float(np.clip((5.0 - tone) / 3.0, 0, 1))
-    weights = {"black": 22 + 60 * (1 - light), "dark brown": 22, "brown": 18 * light + 2, "light brown": 12 * light, "blond": 17 * light, "red": 8 * light}
+    weights = {
+        "black": 22 + 60 * (1 - light),
+        "dark brown": 22,
+        "brown": 18 * light + 2,
+        "light brown": 12 * light,
+        "blond": 17 * light,
+        "red": 8 * light,
+    }
     name = choose(generator, weights)
     color = np.array(HAIR[name]) * np.exp(generator.normal(0, 0.18)) * np.exp(generator.normal(0, 0.04, 3))
     gray = float(np.clip((age - 43 + generator.normal(0, 10)) / 34, 0, 1))
@@ -122,7 +166,11 @@ def person(seed: int, world: int = 0) -> Person:
     modes = g.standard_normal(100) * 1.2 + masculine() * (1 if man else -1) * g.normal(1.0, 0.25)
     stretch = np.exp(g.normal(0, [0.028, 0.03, 0.025]))
     old = float(np.clip((age - 32) / 45, 0, 1))
-    skin = linear(np.array([np.interp(tone, np.arange(1, 11), TONES[:, k]) for k in range(3)])) * np.exp(g.normal(0, 0.05)) * np.exp(g.normal(0, [0.03, 0.02, 0.04]))
+    skin = (
+        linear(np.array([np.interp(tone, np.arange(1, 11), TONES[:, k]) for k in range(3)]))
+        * np.exp(g.normal(0, 0.05))
+        * np.exp(g.normal(0, [0.03, 0.02, 0.04]))
+    )
     hair_name, hair = hair_of(g, tone, age)
     fair = tone < 5
     if fair:

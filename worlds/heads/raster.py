@@ -6,12 +6,13 @@ Compiled by numba without fast math and without threads, so that the order of ev
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from .kernels import kernel
 
 EMPTY = np.float32(1e9)
 
 
-@njit(cache=True)
+@kernel
 def rasterize(screen, triangles, count, closed, depth, owner, weights):
     """Draws triangles into buffers that hold what is nearest so far.
 
@@ -53,7 +54,7 @@ def rasterize(screen, triangles, count, closed, depth, owner, weights):
                 wc += step_c
 
 
-@njit(cache=True)
+@kernel
 def rasterize_depth(screen, triangles, count, closed, depth):
     """Like `rasterize`, the depth alone: shadow maps."""
     height, width = depth.shape
@@ -80,7 +81,7 @@ def rasterize_depth(screen, triangles, count, closed, depth):
                     depth[y, x] = min(depth[y, x], z)
 
 
-@njit(cache=True)
+@kernel
 def vertex_normals(points, triangles, out):
     """Area-weighted normals (N, 3) of points (N, 3), into `out`."""
     out[:] = 0.0
@@ -100,7 +101,7 @@ def vertex_normals(points, triangles, out):
             out[v, k] *= scale
 
 
-@njit(cache=True)
+@kernel
 def light_screen(points, count, direction, center, half, size, out):
     """Orthographic view from a light: `direction` (3,) points to it, the map of `size` pixels spans 2 `half` around `center`."""
     dx, dy, dz = direction[0], direction[1], direction[2]
@@ -115,7 +116,7 @@ def light_screen(points, count, direction, center, half, size, out):
         out[i, 2] = -(x * dx + y * dy + z * dz)
 
 
-@njit(cache=True)
+@kernel
 def camera_screen(points, count, distance, focal, center, size, out):
     """Perspective view from (0, center y, distance) towards -z; `focal` is in pictures' heights."""
     for i in range(count):

@@ -44,10 +44,11 @@ def lid_edges(mean: np.ndarray, part: np.ndarray, triangles: np.ndarray, side: i
     eye = (owner >= 0) & np.isin(part[faces[owner, 0]], (5, 7))
     columns = np.flatnonzero(eye.any(0))
     columns = columns[np.linspace(1, len(columns) - 2, 13).astype(int)]
-    edges = []
-    for rows in (eye.argmax(0)[columns] - 2, len(eye) + 1 - eye[::-1].argmax(0)[columns]):
-        edges.append(np.column_stack([(columns / scale + x0) * side, y0 - rows / scale, -depth[rows, columns]]))
-    return edges[0], edges[1]
+
+    def edge(rows: np.ndarray) -> np.ndarray:
+        return np.column_stack([(columns / scale + x0) * side, y0 - rows / scale, -depth[rows, columns]])
+
+    return edge(eye.argmax(0)[columns] - 2), edge(len(eye) + 1 - eye[::-1].argmax(0)[columns])
 
 
 def lashes(root: np.ndarray, side: int) -> np.ndarray:
@@ -109,7 +110,7 @@ def reduce(source: Path) -> dict[str, np.ndarray]:
         window = slice(starts[k], starts[k + 1])
         expressions[k, data["expression_vertices"][window]] = data["expression_offsets"][window]
 
-    x, y, z = mean.T
+    _, y, z = mean.T
     keep = (part <= 1) | ((part == 2) & (y < 0)) | (np.isin(part, (5, 7)) & (z > 7.9))
     faces = triangles[keep[triangles].all(1)]
     used = np.unique(faces)
@@ -122,7 +123,14 @@ def reduce(source: Path) -> dict[str, np.ndarray]:
     falls = expressions[names.index("jawOpen"), :, 1] < -0.3
     upper, lower, lid = (part == 4) & ~falls, (part == 4) & falls, (part == 0) & (y > 2) & (y < 6)
     tongue = np.stack(np.meshgrid(np.linspace(-1, 1, 7), np.linspace(0, 1, 5)), -1).reshape(-1, 2)
-    tongue = np.stack([2.1 * tongue[:, 0] * (1 - 0.25 * tongue[:, 1] ** 2), -3.75 - 0.5 * tongue[:, 0] ** 2 - 0.3 * tongue[:, 1] ** 2, 5 + 4.6 * tongue[:, 1]], 1)
+    tongue = np.stack(
+        [
+            2.1 * tongue[:, 0] * (1 - 0.25 * tongue[:, 1] ** 2),
+            -3.75 - 0.5 * tongue[:, 0] ** 2 - 0.3 * tongue[:, 1] ** 2,
+            5 + 4.6 * tongue[:, 1],
+        ],
+        1,
+    )
     edges = {side: lid_edges(mean, part, triangles, side) for side in (1, -1)}
     strips = [
         (arch(-3.28, -1.3, 10.62, 2.75), 4, TEETH, upper),

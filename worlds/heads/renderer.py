@@ -13,8 +13,8 @@ from .contexts import LIGHTS, Context
 from .head import load
 from .people import Person
 from .raster import EMPTY, camera_screen, light_screen, rasterize, rasterize_depth, vertex_normals
-from .scene import Mesh, Pose, Scene, expression, express, head_mesh, merge, neutral
-from .shade import develop, shade
+from .scene import Mesh, Pose, Scene, express, expression, head_mesh, merge, neutral
+from .shade import develop, film, shade
 from .skin import texture
 
 DISTANCE, SPAN = 75.0, 35.5
@@ -90,7 +90,7 @@ def draw(scene: Scene, person: Person, context: Context, size: int) -> np.ndarra
     rasterize(screen, scene.triangles, len(scene.triangles), scene.closed, depth, owner, weights)
     out = np.empty((size, size, 4), np.float32)
     shade(
-        owner, weights, scene.triangles, scene.materials, scene.points, scene.normals, scene.tangents, scene.colors, scene.uv,
+        owner, weights, scene.triangles, scene.materials, scene.normals, scene.tangents, scene.colors, scene.uv,
         skin, person.iris.astype(np.float32), lights, shadow, shadow_points, np.float32(person.gloss), out,
     )  # fmt: skip
     return out
@@ -100,5 +100,5 @@ def render(person: Person, context: Context, size: int = 128, factor: int = 2) -
     """A picture (size, size, 3) uint8, the same for the same person and context; every pixel is the mean of `factor` x `factor` samples."""
     linear = draw(build(person, context), person, context, size * factor)
     picture = np.empty((size, size, 3), np.uint8)
-    develop(linear, background(context, size), factor, picture)
+    develop(linear, background(context, size), factor, film(), picture)
     return filters.apply(context.style, picture, context.seed)

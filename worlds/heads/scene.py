@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numba import njit
 
 from .contexts import EXPRESSIONS, Context
 from .head import EYE, EYE_CENTER, LASH, SKIN, TEETH, TONGUE, Head, add_modes, add_sparse, load
+from .kernels import kernel
 from .people import Person
 from .raster import vertex_normals
 
@@ -67,7 +67,7 @@ def merge(meshes: list[Mesh]) -> Scene:
     return scene
 
 
-@njit(cache=True)
+@kernel
 def turn(points, weights, yaw, pitch, body, pivot):
     """Turns points in place: those of weight 1 as the head does (radians), those of weight 0 as the body does."""
     last = np.float32(-1)
@@ -131,8 +131,10 @@ def neutral(person: Person) -> np.ndarray:
     points += (points - center) * (person.stretch - 1) * weight
     # clothes have shoulders of their own
     low = 1 - smooth(-11.6, -8.8, head.mean[:, 1])
-    points[:, 0] -= low * np.sign(points[:, 0]) * np.maximum(np.abs(points[:, 0]) - 6.3, 0)
-    points[:, 2] = np.maximum(points[:, 2], -7.0 * low - 12 * (1 - low))
+    reach = np.hypot(points[:, 0] / 6.3, (points[:, 2] + 0.9) / 6.5)
+    inwards = (1 / np.maximum(reach, 1) - 1) * low
+    points[:, 0] += points[:, 0] * inwards
+    points[:, 2] += (points[:, 2] + 0.9) * inwards
     return points.astype(np.float32)
 
 
@@ -156,7 +158,14 @@ def expression(person: Person, context: Context) -> dict[str, float]:
     return amounts
 
 
-TINT = {0: (0.5, 0.5, 0.5), 1: (0.26, 0.075, 0.065), 2: (0.70, 0.66, 0.58), 3: (0.40, 0.14, 0.13), 4: (0.7, 0.7, 0.7), 5: (0.015, 0.012, 0.010)}
+TINT = {
+    0: (0.5, 0.5, 0.5),
+    1: (0.26, 0.075, 0.065),
+    2: (0.70, 0.66, 0.58),
+    3: (0.40, 0.14, 0.13),
+    4: (0.7, 0.7, 0.7),
+    5: (0.015, 0.012, 0.010),
+}
 """Linear colors of the head's parts (skin and eyes have better ones)."""
 
 
@@ -185,7 +194,9 @@ def head_mesh(points: np.ndarray) -> Mesh:
         _fixed["colors"] = np.array([TINT[k] for k in head.kind], np.float32)
         opened = 0.25 + 0.75 * smooth(0.0, 0.9, head.openness)
         inside = np.isin(head.kind, (TONGUE, TEETH))
-        _fixed["openness"] = np.where(inside, 0.75, np.where(head.kind == SKIN, opened, np.where(head.kind == EYE, 0.85, np.where(head.kind == LASH, 1, 0.55))))
+        _fixed["openness"] = np.where(
+            inside, 0.75, np.where(head.kind == SKIN, opened, np.where(head.kind == EYE, 0.85, np.where(head.kind == LASH, 1, 0.55)))
+        )
         deep = smooth(5.0, 10.5, head.mean[:, 2])
         _fixed["colors"][head.kind == 1] *= 0.15 + 0.85 * deep[head.kind == 1, None] ** 2
     normals = np.empty_like(points)

@@ -2,184 +2,193 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
-from numba import njit
+
+from .kernels import kernel
 
 SKIN, MOUTH, TEETH, TONGUE, EYE, LASH, HAIR, CLOTH, GLOSS = range(9)
 """Materials; the first six are also the parts of the head."""
+LEVELS = 8192
 KEY, KEY_COLOR, FILL, FILL_COLOR, SKY, GROUND = range(6)
 """Rows of the array of lights."""
+SCATTER = np.array([1.0, 0.45, 0.30], np.float32)
+"""Red light travels farther under the skin than blue light does."""
+LEAK = np.array([0.25, 0.0, 0.0], np.float32)
+"""And a little of it reaches into shadows."""
 
 
-@njit(cache=True)
+@kernel
 def texel(texture, u, v, out):
     """Bilinear look-up of a texture (H, W, 4)."""
     height, width, _ = texture.shape
-    u, v = min(max(u - np.float32(0.5), np.float32(0)), np.float32(width - 1.001)), min(max(v - np.float32(0.5), np.float32(0)), np.float32(height - 1.001))
+    u, v = min(max(u - 0.5, 0.0), width - 1.001), min(max(v - 0.5, 0.0), height - 1.001)
     c, r = int(u), int(v)
-    fu, fv = u - np.float32(c), v - np.float32(r)
+    fu, fv = u - c, v - r
     a, b, d = (1 - fu) * (1 - fv), fu * (1 - fv), (1 - fu) * fv
     e = fu * fv
     for k in range(4):
         out[k] = a * texture[r, c, k] + b * texture[r, c + 1, k] + d * texture[r + 1, c, k] + e * texture[r + 1, c + 1, k]
 
 
-@njit(cache=True)
+@kernel
 def lit(shadow, column, row, z):
     """How much of the light arrives, 0 to 1: the mean of nine comparisons, weighted so that it changes smoothly."""
     size = shadow.shape[0]
-    column, row = column - np.float32(1), row - np.float32(1)
+    column, row = column - 1.0, row - 1.0
     c, r = int(np.floor(column)), int(np.floor(row))
     if c < 0 or r < 0 or c + 3 > size or r + 3 > size:
-        return np.float32(1)
-    fu, fv = column - np.float32(c), row - np.float32(r)
-    one, zero, slope = np.float32(1), np.float32(0), np.float32(4)
-    z = one - z * slope
-    total = zero
+        return 1.0
+    fu, fv = column - c, row - r
+    near = 1.0 - z * 4.0  # a difference of a quarter cm is half a shadow
+    total = 0.0
     for j in range(3):
-        line = (one - fu) * min(max(shadow[r + j, c] * slope + z, zero), one) + min(max(shadow[r + j, c + 1] * slope + z, zero), one)
-        line += fu * min(max(shadow[r + j, c + 2] * slope + z, zero), one)
-        total += line * (one - fv if j == 0 else fv if j == 2 else one)
-    return total * np.float32(0.25)
+        line = (1.0 - fu) * min(max(shadow[r + j, c] * 4.0 + near, 0.0), 1.0) + min(max(shadow[r + j, c + 1] * 4.0 + near, 0.0), 1.0)
+        line += fu * min(max(shadow[r + j, c + 2] * 4.0 + near, 0.0), 1.0)
+        total += line * (1.0 - fv if j == 0 else fv if j == 2 else 1.0)
+    return total * 0.25
 
 
-@njit(cache=True)
+@kernel
 def step(low, high, x):
-    t = min(max((x - low) / (high - low), np.float32(0)), np.float32(1))
-    return t * t * (np.float32(3) - np.float32(2) * t)
+    t = min(max((x - low) / (high - low), 0), 1)
+    return t * t * (3 - 2 * t)
 
 
-@njit(cache=True)
+@kernel
 def eye_color(dx, dy, iris, out):
     """Sclera, iris and pupil at a point of the eyeball, given relative to where it looks (cm)."""
     d = np.sqrt(dx * dx + dy * dy)
-    shade = np.float32(1) - np.float32(0.25) * step(np.float32(0.7), np.float32(1.4), abs(dx))
-    red, green, blue = np.float32(0.70) * shade, np.float32(0.655) * shade, np.float32(0.63) * shade
-    ray = np.sin(np.arctan2(dy, dx) * np.float32(17)) * np.float32(0.12) + np.float32(1)
-    tone = ray * (np.float32(1.35) - np.float32(0.75) * step(np.float32(0.48), np.float32(0.72), d)) * (np.float32(1) - np.float32(0.25) * dy)
-    w = step(np.float32(0.78), np.float32(0.66), d)
+    shade = 1 - 0.25 * step(0.7, 1.4, abs(dx))
+    red, green, blue = 0.70 * shade, 0.655 * shade, 0.63 * shade
+    ray = np.sin(np.arctan2(dy, dx) * 17) * 0.12 + 1
+    tone = ray * (1.35 - 0.75 * step(0.48, 0.72, d)) * (1 - 0.25 * dy)
+    w = step(0.78, 0.66, d)
     red, green, blue = red + (iris[0] * tone - red) * w, green + (iris[1] * tone - green) * w, blue + (iris[2] * tone - blue) * w
-    w = np.float32(1) - np.float32(0.96) * step(np.float32(0.34), np.float32(0.25), d)
+    w = 1 - 0.96 * step(0.34, 0.25, d)
     out[0], out[1], out[2] = red * w, green * w, blue * w
 
 
-@njit(cache=True)
-def shade(owner, weights, triangles, materials, points, normals, tangents, colors, uv, texture, iris, lights, shadow, shadow_points, gloss, out):
+@kernel
+def blend(values, a, b, c, wb, wc, k):
+    """A vertex's value between a triangle's corners."""
+    return values[a, k] + wb * (values[b, k] - values[a, k]) + wc * (values[c, k] - values[a, k])
+
+
+@kernel
+def surface(material, u, v, texture, iris, gloss, color):
+    """Fills in `color` where it isn't the vertices' own; returns wrap, shine, its sharpness, sheen, and how much of the sky is hidden."""
+    if material == SKIN:
+        texel(texture, u, v, color)
+        bare = 1.0 - color[3]
+        return 0.30 * bare, 0.085 * gloss * (0.2 + 0.8 * bare), 16.0, 0.05 * bare, 0.0
+    if material == EYE:
+        eye_color(u, v, iris, color)
+        return 0.0, 0.9, 120.0, 0.0, 0.6 * step(0.15, 0.75, v)
+    if material == TEETH:
+        tint = 1.0 - 0.22 * step(0.42, 0.5, abs(u - np.floor(u) - 0.5))
+        for k in range(3):
+            color[k] *= tint
+        return 0.0, 0.2, 40.0, 0.0, 0.0
+    if material == HAIR:
+        strand = 1.0 + 0.16 * np.sin(u * 17.0) + 0.14 * np.sin(u * 41.0 + 1.0)
+        for k in range(3):
+            color[k] *= strand
+        return 0.0, 0.0, 1.0, 0.0, 0.0
+    if material in (MOUTH, TONGUE):
+        return 0.0, 0.15, 30.0, 0.0, 0.0
+    if material == GLOSS:
+        return 0.0, 0.6, 60.0, 0.0, 0.0
+    return 0.0, 0.04, 12.0, 0.0, 0.0
+
+
+@kernel
+def hair_light(along, nk, gloss):
+    """Highlight and glow of hair whose tangent has the cosine `along` to the half vector (Kajiya and Kay's model)."""
+    across = max(1.0 - along * along, 0.0)
+    return (across**12 * 0.045 * max(nk + 0.3, 0.0) + across**60 * 0.04) * gloss, across**5 * 0.8 * max(nk + 0.2, 0.0)
+
+
+@kernel
+def shade(owner, weights, triangles, materials, normals, tangents, colors, uv, texture, iris, lights, shadow, shadow_points, gloss, out):
     """Writes linear color and coverage (H, W, 4). `colors` (N, 4): color and openness; `shadow_points` (N, 3): points in the shadow map."""
     height, width = owner.shape
-    skin = np.zeros(4, np.float32)
-    zero, one, half = np.float32(0), np.float32(1), np.float32(0.5)
-    kx, ky, kz = lights[0, 0], lights[0, 1], lights[0, 2]
-    fx, fy, fz = lights[2, 0], lights[2, 1], lights[2, 2]
-    hx, hy, hz = kx, ky, kz + one
-    length = max(np.sqrt(hx * hx + hy * hy + hz * hz), np.float32(1e-3))
-    hx, hy, hz = hx / length, hy / length, hz / length
+    color = np.zeros(4, np.float32)
+    n = np.zeros(3, np.float32)
+    key, fill = lights[KEY], lights[FILL]
+    h = key + np.array([0, 0, 1], np.float32)  # between the light and the viewer
+    h /= max(np.sqrt(h[0] * h[0] + h[1] * h[1] + h[2] * h[2]), 1e-3)
     for y in range(height):
         for x in range(width):
             t = owner[y, x]
             if t < 0:
-                out[y, x, 0], out[y, x, 1], out[y, x, 2], out[y, x, 3] = zero, zero, zero, zero
+                out[y, x] = 0.0
                 continue
             a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
-            wb, wc = weights[y, x, 0], weights[y, x, 1]
-            wa = one - wb - wc
-            material = materials[t]
-            nx = wa * normals[a, 0] + wb * normals[b, 0] + wc * normals[c, 0]
-            ny = wa * normals[a, 1] + wb * normals[b, 1] + wc * normals[c, 1]
-            nz = wa * normals[a, 2] + wb * normals[b, 2] + wc * normals[c, 2]
-            if nz < 0 and material >= 6:
-                nx, ny, nz = -nx, -ny, -nz
-            length = one / max(np.sqrt(nx * nx + ny * ny + nz * nz), np.float32(1e-6))
-            nx, ny, nz = nx * length, ny * length, nz * length
-            red = wa * colors[a, 0] + wb * colors[b, 0] + wc * colors[c, 0]
-            green = wa * colors[a, 1] + wb * colors[b, 1] + wc * colors[c, 1]
-            blue = wa * colors[a, 2] + wb * colors[b, 2] + wc * colors[c, 2]
-            open_ = wa * colors[a, 3] + wb * colors[b, 3] + wc * colors[c, 3]
-            u = wa * uv[a, 0] + wb * uv[b, 0] + wc * uv[c, 0]
-            v = wa * uv[a, 1] + wb * uv[b, 1] + wc * uv[c, 1]
-            wrap, shine, sharp, sheen = zero, np.float32(0.04), np.float32(12), zero
-            if material == 0:
-                texel(texture, u, v, skin)
-                red, green, blue = skin[0], skin[1], skin[2]
-                wrap, shine, sharp = (one - skin[3]) * np.float32(0.30), np.float32(0.085) * gloss * (one - skin[3] * np.float32(0.8)), np.float32(16)
-                sheen = np.float32(0.05) * (one - skin[3])
-            elif material == 4:
-                eye_color(u, v, iris, skin)
-                red, green, blue = skin[0], skin[1], skin[2]
-                open_ *= one - np.float32(0.6) * step(np.float32(0.15), np.float32(0.75), v)
-                shine, sharp = np.float32(0.9), np.float32(120)
-            elif material == 2:
-                gap = abs(u - np.floor(u) - half)
-                tint = one - np.float32(0.22) * step(np.float32(0.42), np.float32(0.5), gap)
-                red, green, blue = red * tint, green * tint, blue * tint
-                shine, sharp = np.float32(0.2), np.float32(40)
-            elif material == 1 or material == 3:
-                shine, sharp = np.float32(0.15), np.float32(30)
-            elif material == 8:
-                shine, sharp = np.float32(0.6), np.float32(60)
-            sx = wa * shadow_points[a, 0] + wb * shadow_points[b, 0] + wc * shadow_points[c, 0]
-            sy = wa * shadow_points[a, 1] + wb * shadow_points[b, 1] + wc * shadow_points[c, 1]
-            sz = wa * shadow_points[a, 2] + wb * shadow_points[b, 2] + wc * shadow_points[c, 2]
-            nk = nx * kx + ny * ky + nz * kz
-            nf = nx * fx + ny * fy + nz * fz
-            light = lit(shadow, sx, sy, sz) if nk > -wrap else zero
-            # red light travels farther under the skin than blue light does
-            wr, wg, wb2 = wrap, wrap * np.float32(0.45), wrap * np.float32(0.3)
-            dr, dg, db = max(nk + wr, zero) / (one + wr), max(nk + wg, zero) / (one + wg), max(nk + wb2, zero) / (one + wb2)
-            lr, lg, lb = min(light + wrap * np.float32(0.25), one), light, light
-            er, eg, eb = max(nf + wr, zero) / (one + wr), max(nf + wg, zero) / (one + wg), max(nf + wb2, zero) / (one + wb2)
-            up = half + half * ny
-            ambient = open_ * (np.float32(0.35) + np.float32(0.65) * open_)
-            ar = lights[5, 0] + (lights[4, 0] - lights[5, 0]) * up
-            ag = lights[5, 1] + (lights[4, 1] - lights[5, 1]) * up
-            ab = lights[5, 2] + (lights[4, 2] - lights[5, 2]) * up
-            high = np.float32(0)
-            if material == 6:
-                strand = one + np.float32(0.16) * np.sin(u * np.float32(17)) + np.float32(0.14) * np.sin(u * np.float32(41) + np.float32(1))
-                red, green, blue = red * strand, green * strand, blue * strand
-                tx = wa * tangents[a, 0] + wb * tangents[b, 0] + wc * tangents[c, 0]
-                ty = wa * tangents[a, 1] + wb * tangents[b, 1] + wc * tangents[c, 1]
-                tz = wa * tangents[a, 2] + wb * tangents[b, 2] + wc * tangents[c, 2]
-                along = tx * hx + ty * hy + tz * hz
-                across = max(one - along * along, zero)
-                high = across**12 * np.float32(0.045) * gloss * max(nk + np.float32(0.3), zero)
-                high += across**60 * np.float32(0.04) * gloss
-                # the glow of hair takes the hair's own color
-                glow = across**5 * np.float32(0.8) * max(nk + np.float32(0.2), zero)
-                dr, dg, db = dr * np.float32(0.75) + glow, dg * np.float32(0.75) + glow, db * np.float32(0.75) + glow
+            wb, wc, material = weights[y, x, 0], weights[y, x, 1], materials[t]
+            for k in range(3):
+                n[k] = blend(normals, a, b, c, wb, wc, k)
+                color[k] = blend(colors, a, b, c, wb, wc, k)
+            scale = 1.0 / max(np.sqrt(n[0] * n[0] + n[1] * n[1] + n[2] * n[2]), 1e-6)
+            if n[2] < 0 and material >= HAIR:  # thin things have two sides
+                scale = -scale
+            nx, ny, nz = n[0] * scale, n[1] * scale, n[2] * scale
+            u, v = blend(uv, a, b, c, wb, wc, 0), blend(uv, a, b, c, wb, wc, 1)
+            wrap, shine, sharp, sheen, hidden = surface(material, u, v, texture, iris, gloss, color)
+            nk, nf = nx * key[0] + ny * key[1] + nz * key[2], nx * fill[0] + ny * fill[1] + nz * fill[2]
+            light = 0.0
+            if nk > -wrap:
+                sx, sy = blend(shadow_points, a, b, c, wb, wc, 0), blend(shadow_points, a, b, c, wb, wc, 1)
+                light = lit(shadow, sx, sy, blend(shadow_points, a, b, c, wb, wc, 2))
+            high, glow, share = 0.0, 0.0, 1.0
+            if material == HAIR:
+                along = 0.0
+                for k in range(3):
+                    along += blend(tangents, a, b, c, wb, wc, k) * h[k]
+                high, glow = hair_light(along, nk, gloss)
+                share = 0.75
             else:
-                nh = max(nx * hx + ny * hy + nz * hz, zero)
-                if nh > np.float32(0.7) and nk > zero:
+                nh = nx * h[0] + ny * h[1] + nz * h[2]
+                if nh > 0.7 and nk > 0:
                     high = nh**sharp * shine * np.sqrt(nk)
-            facing = one - max(nz, zero)
-            facing = facing * facing * facing * facing * sheen
-            out[y, x, 0] = red * (lights[1, 0] * dr * lr + lights[3, 0] * er + ar * ambient) + high * light * lights[1, 0] + facing * (ar + lights[3, 0] * max(nf, zero))
-            out[y, x, 1] = green * (lights[1, 1] * dg * lg + lights[3, 1] * eg + ag * ambient) + high * light * lights[1, 1] + facing * (ag + lights[3, 1] * max(nf, zero))
-            out[y, x, 2] = blue * (lights[1, 2] * db * lb + lights[3, 2] * eb + ab * ambient) + high * light * lights[1, 2] + facing * (ab + lights[3, 2] * max(nf, zero))
-            out[y, x, 3] = one
+            edge = 1.0 - max(nz, 0.0)
+            edge = edge * edge * edge * edge * sheen
+            opened = blend(colors, a, b, c, wb, wc, 3) * (1.0 - hidden)
+            opened *= 0.35 + 0.65 * opened
+            for k in range(3):
+                soft = wrap * SCATTER[k]
+                sky = lights[GROUND, k] + (lights[SKY, k] - lights[GROUND, k]) * (0.5 + 0.5 * ny)
+                value = lights[KEY_COLOR, k] * (max(nk + soft, 0.0) / (1.0 + soft) * share + glow) * min(light + wrap * LEAK[k], 1.0)
+                value += lights[FILL_COLOR, k] * max(nf + soft, 0.0) / (1.0 + soft) + sky * opened
+                value = color[k] * value + high * light * lights[KEY_COLOR, k]
+                out[y, x, k] = value + edge * (sky + lights[FILL_COLOR, k] * max(nf, 0.0))
+            out[y, x, 3] = 1.0
 
 
-@njit(cache=True)
-def develop(linear, background, factor, out):
-    """Averages `factor` x `factor` samples over a background (H, W, 3) and writes sRGB as uint8."""
+@lru_cache(maxsize=1)
+def film() -> np.ndarray:
+    """sRGB from 0 to 255 of linear light from 0 to 3 in `LEVELS` steps a unit: a soft shoulder, so that nothing burns out at once."""
+    x = np.arange(3 * LEVELS + 1) / LEVELS
+    x = np.where(x > 0.6, 1 - 0.4 * np.exp(-(x - 0.6) / 0.4), x)
+    return np.round(np.where(x <= 0.0031308, x * 12.92, 1.055 * x ** (1 / 2.4) - 0.055) * 255).astype(np.uint8)
+
+
+@kernel
+def develop(linear, background, factor, table, out):
+    """Averages `factor` x `factor` samples over a background (H, W, 3) and writes sRGB as uint8; `table` is that of `film`."""
     height, width, _ = out.shape
-    scale = np.float32(1.0 / (factor * factor))
+    scale = 1.0 / (factor * factor)
     for y in range(height):
         for x in range(width):
-            covered = np.float32(0)
+            covered = 0.0
             for j in range(factor):
                 for i in range(factor):
                     covered += linear[y * factor + j, x * factor + i, 3]
             for k in range(3):
-                total = np.float32(0)
+                total = 0.0
                 for j in range(factor):
                     for i in range(factor):
-                        total += min(linear[y * factor + j, x * factor + i, k], np.float32(3))
-                value = total * scale + (np.float32(1) - covered * scale) * background[y, x, k]
-                if value > np.float32(0.6):  # a soft shoulder, so that nothing burns out at once
-                    value = np.float32(1) - np.float32(0.4) * np.exp(-(value - np.float32(0.6)) / np.float32(0.4))
-                if value <= np.float32(0.0031308):
-                    value = value * np.float32(12.92)
-                else:
-                    value = np.float32(1.055) * value ** np.float32(1 / 2.4) - np.float32(0.055)
-                out[y, x, k] = np.uint8(min(max(value, np.float32(0)), np.float32(1)) * np.float32(255) + np.float32(0.5))
+                        total += min(linear[y * factor + j, x * factor + i, k], 3.0)
+                value = total * scale + (1.0 - covered * scale) * background[y, x, k]
+                out[y, x, k] = table[int(min(max(value, 0.0), 3.0) * LEVELS + 0.5)]

@@ -18,7 +18,16 @@ SHOWN = [
     Context(expression="laugh", yaw=-25, background="beach", clothes_color="yellow", light="sun", seed=2),
     Context(expression="surprise", yaw=12, background="room", clothes="hoodie", clothes_color="teal", seed=3),
     Context(expression="anger", background="gradient", clothes="suit", clothes_color="navy", seed=4),
-    Context(expression="sadness", pitch=-8, background="snow", headwear="beanie", headwear_color="green", clothes="turtleneck", clothes_color="brown", seed=5),
+    Context(
+        expression="sadness",
+        pitch=-8,
+        background="snow",
+        headwear="beanie",
+        headwear_color="green",
+        clothes="turtleneck",
+        clothes_color="brown",
+        seed=5,
+    ),
     Context(expression="wink", background="flowers", clothes="v-neck", clothes_color="white", seed=6),
     Context(expression="kiss", yaw=20, background="plain", background_color=(214, 120, 130), clothes_color="black", seed=7),
     Context(yaw=48, background="plain", clothes="shirt", clothes_color="white", seed=8),
@@ -28,7 +37,9 @@ SHOWN = [
     Context(background="city at night", light="night", clothes="hoodie", clothes_color="gray", yaw=-15, seed=12),
     Context(background="sunset", light="backlight", headwear="straw hat", expression="smile", yaw=15, seed=13),
     Context(background="library", light="lamp", eyewear="glasses", clothes="suit", clothes_color="gray", seed=14),
-    Context(headwear="headband", headwear_color="orange", background="gradient", background_color=(60, 120, 140), expression="laugh", seed=15),
+    Context(
+        headwear="headband", headwear_color="orange", background="gradient", background_color=(60, 120, 140), expression="laugh", seed=15
+    ),
     Context(style="pencil", yaw=10, expression="smile", seed=16),
     Context(style="black and white", yaw=-18, light="sun", background="room", seed=17),
     Context(style="oil", yaw=22, background="forest", light="lamp", seed=18),

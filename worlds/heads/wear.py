@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .contexts import COLORS, Context
-from .hair import CENTER, COLUMNS, ROWS, STYLES, radii, skull_map
+from .hair import CENTER, STYLES, radii, skull_map
 from .head import EYE, SKIN, load
+from .locks import COLUMNS, ROWS
 from .people import Person, linear
 from .scene import Mesh
 from .shade import CLOTH, GLOSS
@@ -65,7 +66,9 @@ def skull(direction: np.ndarray) -> np.ndarray:
     return low * (1 - fr) + high * fr
 
 
-def dome(edge: Callable[[np.ndarray], np.ndarray], out: Callable[[np.ndarray, np.ndarray], np.ndarray], rows: int = 12, columns: int = 48) -> np.ndarray:
+def dome(
+    edge: Callable[[np.ndarray], np.ndarray], out: Callable[[np.ndarray, np.ndarray], np.ndarray], rows: int = 12, columns: int = 48
+) -> np.ndarray:
     """A surface over the skull, (rows, columns, 3), from an edge (elevation by azimuth) to the crown, `out` cm above it by (how far up, azimuth)."""
     azimuth = np.linspace(-np.pi, np.pi, columns, endpoint=False)[None]
     up = np.linspace(0, 1, rows)[:, None]
@@ -91,12 +94,16 @@ def soft_hat(context: Context, extra: float, color: np.ndarray) -> list[Mesh]:
         points[..., 1] += 6.0 * t**3 - 8.0 * t**7
         points[..., 2] -= 1.5 * t**3
     meshes = [sheet(points, color)]
-    cuff = dome(lambda a: brim_edge(a) - 0.05, lambda up, a: 0.9 + extra + (0.75 if santa else 0.4) * np.sin(np.pi * np.minimum(up / 0.22, 1)) ** 0.5, 40)[:10]
+    cuff = dome(
+        lambda a: brim_edge(a) - 0.05,
+        lambda up, a: 0.9 + extra + (0.75 if santa else 0.4) * np.sin(np.pi * np.minimum(up / 0.22, 1)) ** 0.5,
+        40,
+    )[:10]
     meshes.append(sheet(cuff, WHITE if santa else color * 0.85))
     if santa:
         meshes.append(ball(points[-1].mean(0), (1.6, 1.6, 1.6), WHITE))
     elif context.seed % 3 == 0:
-        meshes.append(ball(points[-1].mean(0) + [0, 1.2, 0], (1.9, 1.8, 1.9), color * 0.7 + 0.25))
+        meshes.append(ball(np.add(points[-1].mean(0), (0, 1.2, 0)), (1.9, 1.8, 1.9), color * 0.7 + 0.25))
     return meshes
 
 
@@ -117,10 +124,23 @@ def stiff_hat(context: Context, extra: float, color: np.ndarray) -> list[Mesh]:
     flat = base.copy()
     flat[:, 1] = middle[1] + 0.35 * (base[:, 1] - middle[1])
     height = 6.5 if straw else 8.5
-    shape = [(1.0, 0.0), (1.0, 0.18), (0.98, 0.5), (0.94 if straw else 1.0, 0.8), (0.85 if straw else 1.03, 1.0), (0.5, 1.03 if straw else 1.0), (0.0, 1.05 if straw else 1.0)]
+    shape = [
+        (1.0, 0.0),
+        (1.0, 0.18),
+        (0.98, 0.5),
+        (0.94 if straw else 1.0, 0.8),
+        (0.85 if straw else 1.03, 1.0),
+        (0.5, 1.03 if straw else 1.0),
+        (0.0, 1.05 if straw else 1.0),
+    ]
     wall = np.stack([middle + (flat - middle) * [s, 1, s] + [0, h * height, 0] for s, h in shape])
     reach = 0.62 if straw else 0.28
-    brim = np.stack([middle + (flat - middle) * [1 + reach * t, 1, 1 + reach * t] + [0, -0.9 * t**2 if straw else 0.5 * t**2, 0] for t in np.linspace(0, 1, 5)])
+    brim = np.stack(
+        [
+            middle + (flat - middle) * [1 + reach * t, 1, 1 + reach * t] + [0, -0.9 * t**2 if straw else 0.5 * t**2, 0]
+            for t in np.linspace(0, 1, 5)
+        ]
+    )
     band = np.stack([middle + (flat - middle) * [1.02, 1, 1.02] + [0, h, 0] for h in (0.05, 1.5)])
     return [sheet(wall, color), sheet(brim, color), sheet(band, linear(np.array(COLORS[context.headwear_color])) * 0.8)]
 
@@ -137,7 +157,14 @@ def headscarf(extra: float, color: np.ndarray, neck: float) -> list[Mesh]:
     a = np.linspace(0, 2 * np.pi, 48, endpoint=False)[None]
     fold = 0.25 * np.cos(7 * a + 6 * rows)
     wide = (6.6 + 1.2 * rows + fold) * neck
-    drape = np.stack([np.sin(a) * wide * 1.1, -6.3 - 7.5 * rows + 0.7 * np.cos(a) - 0.3 * np.sin(3 * a), np.cos(a) * (wide + 0.6) - 0.6 + 1.4 * np.cos(a)], -1)
+    drape = np.stack(
+        [
+            np.sin(a) * wide * 1.1,
+            -6.3 - 7.5 * rows + 0.7 * np.cos(a) - 0.3 * np.sin(3 * a),
+            np.cos(a) * (wide + 0.6) - 0.6 + 1.4 * np.cos(a),
+        ],
+        -1,
+    )
     return [sheet(around, color), sheet(drape, color * 0.93)]
 
 
@@ -155,7 +182,14 @@ def headwear(person: Person, context: Context, points: np.ndarray) -> list[Mesh]
         meshes = headscarf(extra, color, neck_scale(points))
     elif name == "headband":
         above = 0.55 + 1.2 * (style.volume if style else 0) + extra
-        meshes = [sheet(dome(lambda a: 0.42 + 0.24 * np.cos(a), lambda up, a: above + 0.25 * np.sin(np.pi * np.minimum(up / 0.26, 1)) + 0 * a, 36)[:10], color)]
+        meshes = [
+            sheet(
+                dome(lambda a: 0.42 + 0.24 * np.cos(a), lambda up, a: above + 0.25 * np.sin(np.pi * np.minimum(up / 0.26, 1)) + 0 * a, 36)[
+                    :10
+                ],
+                color,
+            )
+        ]
     elif name == "headphones":
         arc = np.linspace(-0.15, np.pi + 0.15, 25)
         above = 1.2 + (1.3 * style.volume if style else 0) + extra
@@ -189,14 +223,36 @@ def eyewear(context: Context, points: np.ndarray) -> list[Mesh]:
         outline = np.stack([x, y, front - 0.028 * x**2], 1)
         meshes.append(tube(outline, rim, color, closed=True))
         if context.eyewear == "sunglasses":
-            middle = outline.mean(0) + [0, 0, 0.25]
-            meshes.append(sheet(np.stack([outline, (outline + middle) / 2 + [0, 0, 0.1], np.tile(middle, (28, 1))]), np.array([0.018, 0.018, 0.022]), True, GLOSS))
+            middle = np.add(outline.mean(0), (0, 0, 0.25))
+            meshes.append(
+                sheet(
+                    np.stack([outline, (outline + middle) / 2 + [0, 0, 0.1], np.tile(middle, (28, 1))]),
+                    np.array([0.018, 0.018, 0.022]),
+                    True,
+                    GLOSS,
+                )
+            )
         ear = points[np.square(head.mean - [8.6 * side, 3.6, -0.6]).sum(1).argmin()]
         start = np.array([eye[0] + (wide + 0.15) * side, eye[1] + 0.45, front - 0.028 * (abs(eye[0]) + wide) ** 2])
-        meshes.append(tube(np.stack([start, start + [0.45 * side, 0, -0.9], ear + [0.55 * side, 0.5, 0], ear + [0.2 * side, -0.8, -1.6]]), 0.17, color))
+        meshes.append(
+            tube(
+                np.stack(
+                    [
+                        start,
+                        np.add(start, (0.45 * side, 0, -0.9)),
+                        np.add(ear, (0.55 * side, 0.5, 0)),
+                        np.add(ear, (0.2 * side, -0.8, -1.6)),
+                    ]
+                ),
+                0.17,
+                color,
+            )
+        )
     inner = [eye[0] - (wide - 0.15) * np.sign(eye[0]) for eye in eyes]
     height = (eyes[0][1] + eyes[1][1]) / 2 + 0.15
-    bridge = np.stack([[x, height + 0.25 * (1 - (2 * k / 6 - 1) ** 2), front + 0.05] for k, x in enumerate(np.linspace(inner[0], inner[1], 7))])
+    bridge = np.stack(
+        [[x, height + 0.25 * (1 - (2 * k / 6 - 1) ** 2), front + 0.05] for k, x in enumerate(np.linspace(inner[0], inner[1], 7))]
+    )
     meshes.append(tube(bridge, rim, color))
     return meshes
 
@@ -225,7 +281,9 @@ def collar(color: np.ndarray, scale: float) -> Mesh:
     front = np.exp(-np.square(np.minimum(a, 2 * np.pi - a) / 0.55))
     rows = []
     for radius, y, drop in ((6.6, -12.0, 1.2), (6.7, -9.9, 2.2), (7.3, -10.3, 2.5), (8.3, -12.2, 3.0)):
-        rows.append(np.stack([np.sin(a) * radius * scale, y - drop * front - 0.4 * np.cos(a), np.cos(a) * (radius + 0.2) * scale - 1.2], -1)[0])
+        rows.append(
+            np.stack([np.sin(a) * radius * scale, y - drop * front - 0.4 * np.cos(a), np.cos(a) * (radius + 0.2) * scale - 1.2], -1)[0]
+        )
     return sheet(np.stack(rows), color, wrap=False)
 
 
@@ -257,7 +315,14 @@ def clothes(person: Person, context: Context, points: np.ndarray) -> list[Mesh]:
         return [body, collar(color * 1.2 + 0.06, scale)]
     if name == "suit":
         jacket = shoulders(person, lambda a: crew(a) - 0.6 - 9.0 * np.exp(-np.square(a / 0.50)), 8.0, scale, 0.5)
-        tie = np.array([[[-0.7, -12.6, 0.1], [0.7, -12.6, 0.1]], [[-0.5, -13.8, 0.4], [0.5, -13.8, 0.4]], [[-1.3, -20, 0.9], [1.3, -20, 0.9]]]) + [0, 0, 7.4 * scale]
+        z = 7.4 * scale
+        tie = np.array(
+            [
+                [[-0.7, -12.6, z + 0.1], [0.7, -12.6, z + 0.1]],
+                [[-0.5, -13.8, z + 0.4], [0.5, -13.8, z + 0.4]],
+                [[-1.3, -20, z + 0.9], [1.3, -20, z + 0.9]],
+            ]
+        )
         inner = sheet(shoulders(person, crew, 6.9, scale, -0.4), WHITE * 0.9)
         tie_color = linear(np.array(list(COLORS.values())[context.seed % len(COLORS)])) * 0.8
         return [sheet(jacket, color * 0.5 + 0.01), inner, collar(WHITE * 0.9, scale), sheet(tie, tie_color, wrap=False)]
@@ -272,6 +337,3 @@ def dress(person: Person, context: Context, points: np.ndarray) -> tuple[list[Me
 def hat_line(context: Context) -> float:
     """The height above which hair lies flat; 99 without a hat."""
     return HAT_LINE if context.headwear in HAIR_LIES_FLAT else 99.0
-
-
-__all__ = ["dress", "hat_line"]

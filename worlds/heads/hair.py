@@ -18,7 +18,7 @@ from .shade import HAIR
 from .skin import BEARD, GOATEE, MUSTACHE, SCALP, above_hairline, regions, smooth
 
 CENTER = np.array([0.0, 3.0, 1.0], np.float32)
-ROOTS, BEARD_ROOTS, SEGMENTS = 760, 170, 8
+ROOTS, BEARD_ROOTS, SEGMENTS = 640, 170, 8
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
     )  # fmt: skip
     matrix, offset = skull_map(points)
     outer = smooth(0.0, 0.8, (clearance - clearance.min()) / max(style.volume, 0.1))
-    widths = style.width * np.exp(g.normal(0, 0.18, len(root))) * (0.75 + 0.25 * top)
+    widths = 1.08 * style.width * np.exp(g.normal(0, 0.18, len(root))) * (0.75 + 0.25 * top)
     dark = 0.55 + 0.45 * outer
     if style.flow == "target" and hat > 90:
         tied = tie(style, paths.shape[1], g)

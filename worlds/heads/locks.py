@@ -56,7 +56,9 @@ def grow(root, direction, length, clearance, aside, gravity, end, tight, hat, wa
                 # as a curtain that is drawn aside: the lower the farther
                 push = min(9.5 - y, 3) * 0.085
                 x += aside[k] * push
+                z -= 0.7 * push
                 dx += aside[k] * push * 0.6
+                dz -= 0.5 * push
             a = phase[k] + turns * s * stride
             bend = wave * rise * (0.1 if y > hat else 1)
             path[s, 0] = x + bend * (np.cos(a) * nz + np.sin(a) * nx * 0.6)

@@ -205,7 +205,7 @@ def person(seed: int, world: int = 0) -> Person:
         style=style, curl=float(g.uniform(0, 1)),
         hairline=float(g.normal(0, 0.35) + (1.0 * old if man else 0) + (2.2 if style == "receding" else 0)),
         temples=float(abs(g.normal(0, 0.5)) * (1 if man else 0.4) + (1.6 if style == "receding" else 0)),
-        scalp_cover=0.0 if style == "bald" and not g.random() < 0.4 else (0.35 if style == "bald" else 0.93),
+        scalp_cover=0.0 if style == "bald" and not g.random() < 0.4 else (0.35 if style == "bald" else 0.97),
         beard=beard, beard_cover=cover[beard],
         brow=brow, brow_arch=float(g.normal(0.0 if man else 0.12, 0.16)), brow_density=float(g.uniform(0.6, 0.92)),
         blush=blush, ruddy=ruddy, freckles=freckles, wrinkles=old * float(g.uniform(0.7, 1.1)), makeup=0.0 if man else float(g.uniform(0, 1) ** 1.5),

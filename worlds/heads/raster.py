@@ -13,6 +13,23 @@ EMPTY = np.float32(1e9)
 
 
 @kernel
+def span(wb, wc, step_b, step_c, count):
+    """The part of a row of pixels in which all three weights can be positive: first and end. A pixel more at each side, for rounding."""
+    low, high = np.float32(0), np.float32(count)
+    wa, step_a = np.float32(1) - wb - wc, -step_b - step_c
+    for w, step in ((wa, step_a), (wb, step_b), (wc, step_c)):
+        if step > 0:
+            low = max(low, -w / step)
+        elif step < 0:
+            high = min(high, -w / step + np.float32(1))
+        elif w < 0:
+            return 0, 0
+    if low >= high + np.float32(1):
+        return 0, 0
+    return max(int(low) - 1, 0), min(int(high) + 2, count)
+
+
+@kernel
 def rasterize(screen, triangles, count, closed, depth, owner, weights):
     """Draws triangles into buffers that hold what is nearest so far.
 
@@ -42,7 +59,10 @@ def rasterize(screen, triangles, count, closed, depth, owner, weights):
             px = np.float32(x0 + 0.5) - ax
             wb = (px * (cy - ay) - py * (cx - ax)) * inverse
             wc = (py * (bx - ax) - px * (by - ay)) * inverse
-            for x in range(x0, x1 + 1):
+            first, end = span(wb, wc, step_b, step_c, x1 + 1 - x0)
+            wb += step_b * np.float32(first)
+            wc += step_c * np.float32(first)
+            for x in range(x0 + first, x0 + end):
                 if wb >= 0.0 and wc >= 0.0 and wb + wc <= 1.0:
                     z = az + wb * (bz - az) + wc * (cz - az)
                     if z < depth[y, x]:
@@ -70,15 +90,20 @@ def rasterize_depth(screen, triangles, count, closed, depth):
             continue
         inverse = np.float32(1.0) / area
         az, bz, cz = screen[a, 2], screen[b, 2], screen[c, 2]
+        step_b, step_c = (cy - ay) * inverse, (ay - by) * inverse
         for y in range(y0, y1 + 1):
             py = np.float32(y + 0.5) - ay
-            for x in range(x0, x1 + 1):
-                px = np.float32(x + 0.5) - ax
-                wb = (px * (cy - ay) - py * (cx - ax)) * inverse
-                wc = (py * (bx - ax) - px * (by - ay)) * inverse
+            px = np.float32(x0 + 0.5) - ax
+            wb = (px * (cy - ay) - py * (cx - ax)) * inverse
+            wc = (py * (bx - ax) - px * (by - ay)) * inverse
+            first, end = span(wb, wc, step_b, step_c, x1 + 1 - x0)
+            wb += step_b * np.float32(first)
+            wc += step_c * np.float32(first)
+            for x in range(x0 + first, x0 + end):
                 if wb >= 0.0 and wc >= 0.0 and wb + wc <= 1.0:
-                    z = az + wb * (bz - az) + wc * (cz - az)
-                    depth[y, x] = min(depth[y, x], z)
+                    depth[y, x] = min(depth[y, x], az + wb * (bz - az) + wc * (cz - az))
+                wb += step_b
+                wc += step_c
 
 
 @kernel

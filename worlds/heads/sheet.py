@@ -68,7 +68,13 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the people's PNG; the contexts' gets -contexts behind its name")
     parser.add_argument("--first", type=int, default=0, help="the first person")
     parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--summary", action="store_true", help="one sheet: 30 people, then one of them in 10 contexts")
     options = parser.parse_args()
+    if options.summary:
+        people = people_sheet(options.first, 30, options.size)
+        chosen = [render(person(options.first + 3), SHOWN[k], options.size) for k in (1, 3, 5, 8, 9, 10, 13, 12, 16, 18)]
+        tiled([*np.split(np.asarray(people), 3), np.concatenate(chosen, 1)], 1).save(options.output, optimize=True)
+        return
     people_sheet(options.first, 40, options.size).save(options.output, optimize=True)
     contexts = [render(person(k), c, options.size) for k in (options.first + 2, options.first + 7) for c in SHOWN]
     tiled(contexts, 10).save(options.output.with_stem(options.output.stem + "-contexts"), optimize=True)

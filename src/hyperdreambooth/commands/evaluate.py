@@ -32,6 +32,14 @@ class Evaluate:
     """A faithful hypernetwork to compare with; default: benchmarks/faithful, where it exists."""
     pictures: int = 1
     """Pictures a prompt."""
+    methods: tuple[str, ...] = ()
+    """Compare methods instead: "all", or some of them by name, each with its settings as they were searched."""
+    search: bool = False
+    """Search learning rate, noise levels and steps of the methods instead; on validation people."""
+    settings: Path | None = None
+    """A search's JSON: what it found best is what the methods run with."""
+    quick: bool = False
+    """All methods on two people with ten steps each: does it run?"""
     overwrite: bool = False
     """Measure all rows again."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from hyperdreambooth import photos
 from hyperdreambooth.api import HyperDreamBooth
+from hyperdreambooth.cli import main
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.evaluation import evaluate as protocol
-from hyperdreambooth.evaluation import harness, metrics
+from hyperdreambooth.evaluation import harness, metrics, report
 from hyperdreambooth.evaluation.atlas import Atlas, load_atlas
 from hyperdreambooth.evaluation.command import contact_sheet, markdown_table
 from hyperdreambooth.evaluation.judges import Judge
@@ -301,3 +305,72 @@ def test_a_search_finds_the_settings_with_the_least_distance(bench):
     assert (changed["DreamBooth-LoRA 4 + prior"].rate, changed["DreamBooth-LoRA 4 + prior"].steps) == (0.5, 7)
     assert (changed["no hypernetwork, 40 steps"].levels, changed["no hypernetwork, 40 steps"].steps) == ("high", 40)
     assert changed["DreamBooth"] == METHODS["DreamBooth"]
+
+
+@pytest.fixture
+def evaluated(tmp_path, tiny_world):
+    """Runs the command on a tiny world with the shipped validation people."""
+    folder = tmp_path / "atlas"
+    folder.mkdir()
+    for name in ("validation.webp", "validation.json"):
+        shutil.copy(Path(__file__).parents[1] / "benchmarks" / "atlas" / name, folder)
+    first = ("evaluate", "--split", "validation", "--atlas", folder, "--faithful", tiny_world / "hypernetwork")
+    return lambda *words: main([str(word) for word in (*first, *words)])
+
+
+def test_the_quick_form_compares_all_methods_and_reports(tmp_path, evaluated):
+    out = tmp_path / "quick.json"
+    assert evaluated("--quick", "--people", 1, "-o", out) == 0
+    found = json.loads(out.read_text())
+    assert set(found["rows"]) == set(METHODS)
+    assert set(found["curves"]) == set(harness.CURVES)
+    table = out.with_suffix(".md").read_text()
+    page = out.with_suffix(".html").read_text()
+    for name in found["rows"]:
+        assert f"| {name} |" in table
+        assert page.count(f"<td>{name}</td>") >= 2  # in the table, and beside its pictures
+    assert "http" not in page.replace("http://www.w3.org", "")
+    ElementTree.fromstring(out.with_suffix(".svg").read_text())
+    drawn = sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors"))
+    assert evaluated("--quick", "--people", 1, "-o", out) == 0
+    assert sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")) == drawn
+    assert json.loads(out.read_text())["rows"] == found["rows"]
+
+
+def test_a_search_is_written_down_and_used(tmp_path, evaluated, capsys):
+    searched, out = tmp_path / "search.json", tmp_path / "e.json"
+    assert evaluated("--search", "--quick", "--methods", "DreamBooth, 40 steps", "--people", 1, "-o", searched) == 0
+    found = json.loads(searched.read_text())["search"]["DreamBooth, 40 steps"]
+    assert len(found["tried"]) == len(METHODS["DreamBooth, 40 steps"].rates) + 1
+    capsys.readouterr()
+    assert evaluated("--settings", searched, "--methods", "DreamBooth, 40 steps", "base", "--people", 1, "-o", out) == 0
+    result = json.loads(out.read_text())
+    assert result["methods"]["DreamBooth, 40 steps"]["rate"] == found["best"]["rate"]
+    assert result["rows"]["DreamBooth, 40 steps"]["steps"] == found["best"]["steps"] == 10
+    assert "Search: DreamBooth, 40 steps" in out.with_suffix(".html").read_text()
+
+
+def test_two_results_are_compared(tmp_path, capsys):
+    files = []
+    for name, (low, high) in {"a": (0.1, 0.2), "b": (0.3, 0.4)}.items():
+        rows = {"base": {"rank1": [(low + high) / 2, low, high], "auc": [0.5, 0.4, 0.6], "steps": low}}
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    assert main(["evaluate", "compare", *map(str, files)]) == 0
+    said = capsys.readouterr()
+    lines = [line for line in (said.out + said.err).splitlines() if line.startswith("| base")]
+    assert lines == ["| base | rank1 | 0.150 (0.100-0.200) | 0.350 (0.300-0.400) |"]
+    for words in (["compare", str(files[0])], ["contrast", *map(str, files)], ["compare", str(files[0]), str(tmp_path / "none.json")]):
+        assert main(["evaluate", *words]) == 2
+    assert main(["evaluate"]) == 2
+    assert main(["evaluate", "--methods", "magic", "-o", str(tmp_path / "e.json")]) == 2
+    assert "'magic' is no method" in capsys.readouterr().err
+
+
+def test_a_plot_shows_every_line_and_takes_zeros():
+    lines = {"a <b>": [(0, 0.1), (1, 0.5), (100, 0.9)], "c": [(0, 0.2)]}
+    drawn = ElementTree.fromstring(report.plot(lines, "steps", "similarity"))
+    texts = [element.text for element in drawn.iter() if element.tag.endswith("text")]
+    assert {"a <b>", "c", "100"} <= set(texts)
+    assert sum(element.tag.endswith("circle") for element in drawn.iter()) == 4
+    assert report.plot({"one": [(5, 0.0)]}, "steps", "similarity")

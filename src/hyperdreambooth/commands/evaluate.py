@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .options import Flat, Machine, Output
+import tyro
+
+from ..errors import InputError
+from .options import Flat, Machine
 
 
 @dataclass
@@ -16,9 +19,14 @@ class Evaluate:
 
     hyperdreambooth evaluate -o fidelity.json
     hyperdreambooth evaluate --split validation --people 20 --rows prediction -o quick.json
+    hyperdreambooth evaluate --split validation --people 8 --search -o search.json
+    hyperdreambooth evaluate --methods all --settings search.json -o comparison.json
+    hyperdreambooth evaluate compare before.json after.json
     """
 
-    output: Output
+    words: tyro.conf.Positional[tuple[str, ...]] = ()
+    """compare A.json B.json: which figures of two results differ beyond their intervals."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """The JSON file to write; rows that are in it already are kept."""
     split: Literal["validation", "test"] = "test"
     """Choices are made on validation; test is for reporting."""
@@ -48,5 +56,10 @@ class Evaluate:
 def run(args: Evaluate) -> None:
     from ..evaluation import command
 
+    if args.words:
+        command.compare(args.words)
+        return
+    if args.output is None:
+        raise InputError("where do the figures go? Give -o FILE.json.")
     request = {field.name: getattr(args, field.name) for field in dataclasses.fields(command.Request)}
     command.run(command.Request(**request), args.machine.open)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..assets import toon
 from ..checkpoint import read_json, read_tensors, write_json
 from ..errors import InputError
 from ..progress import say
-from . import harness
+from . import harness, report
 from .atlas import Atlas, load_atlas
 from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, ROWS, Judges, environment, evaluate, fingerprint
 from .judges import Judge
@@ -132,6 +132,16 @@ def run(args: Request, open_base: Callable[[str, str], HyperDreamBooth]) -> None
     say(f"{args.output}: all figures")
 
 
+def compare(words: Sequence[str]) -> None:
+    """`compare A.json B.json`: what differs beyond the intervals."""
+    if len(words) != 3 or words[0] != "compare":
+        raise InputError(f"{' '.join(words)!r} isn't understood: `compare A.json B.json` compares two results.")
+    one, other = (read_json(Path(word)).get("rows") for word in words[1:])
+    if not one or not other:
+        raise InputError(f"{words[1] if not one else words[2]} holds no rows: it isn't a result of evaluate.")
+    say(report.differences(one, other))
+
+
 def chosen_methods(args: Request) -> dict[str, Method]:
     """The methods that are asked for, with the settings that a search found, and few steps where it must be quick."""
     names = METHODS if not args.methods or args.methods == ("all",) else args.methods
@@ -161,13 +171,25 @@ def run_methods(args: Request, bench: harness.Bench, methods: dict[str, Method],
             write_json(args.output, {**about, "people": people, "search": found})
         say(f"{args.output}: all that was tried, and the best of it")
         return
+    if bench.faithful is None:
+        methods = {name: method for name, method in methods.items() if not method.faithful}
     timings = before.get("timings") or harness.timed(bench, methods)
+    settings = {name: dataclasses.asdict(method) for name, method in methods.items()}
     searched = read_json(args.settings).get("search", {}) if args.settings else {}
 
     def save(rows: dict[str, Any], curves: dict[str, Any], done: int) -> None:
-        write_json(args.output, {**about, "people": done, "timings": timings, "rows": rows, "curves": curves, "search": searched})
-        args.output.with_suffix(".md").write_text(markdown_table(rows, COMPARED) + "\n", encoding="utf-8")
-        say(f"{args.output}: {done} people")
+        figures = {**about, "methods": settings, "people": done, "timings": timings, "rows": rows, "curves": curves, "search": searched}
+        write_json(args.output, figures)
+        table = markdown_table(rows, COMPARED)
+        texts = {
+            ".md": table + "\n",
+            ".html": report.page("Methods of personalization", figures, table, bench.worst(methods, done)),
+        }
+        if curves:
+            texts[".svg"] = report.curves(curves, "seconds")
+        for suffix, text in texts.items():
+            args.output.with_suffix(suffix).write_text(text, encoding="utf-8")
+        say(f"{args.output}, .md and .html: {done} people")
 
     harness.compare(bench, methods, timings, people, save)
     say(markdown_table(read_json(args.output)["rows"], COMPARED))
@@ -182,7 +204,7 @@ def markdown_table(rows: dict[str, Any], columns: dict[str, str] = COLUMNS) -> s
     """Rows x figures with their 95 % intervals; shares in per cent."""
     lines = ["| row | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in [name for name in dict.fromkeys((*ROWS, *METHODS)) if name in rows]:
-        cells = [_cell(rows[name].get(key, rows[name].get("costs", {}).get(key)), key) for key in columns]
+        cells = [_cell(rows[name].get(key), key) for key in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

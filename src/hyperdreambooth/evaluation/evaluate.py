@@ -181,7 +181,12 @@ def judge(images: Tensor, atlas: Atlas, judges: Judges) -> dict[str, Any]:
     }
     if judges.training is not None:
         values["copied"] = metrics.copied(embedded, references, judges.training)
-    return {name: [round(float(figure), 4) for figure in metrics.interval(value)] for name, value in values.items() if value.numel()}
+    return rounded({name: value for name, value in values.items() if value.numel()})
+
+
+def rounded(values: dict[str, Tensor]) -> dict[str, Any]:
+    """Means and 95 % intervals, as they are written down."""
+    return {name: [round(float(figure), 4) for figure in metrics.interval(value)] for name, value in values.items()}
 
 
 def fingerprint(hdb: HyperDreamBooth, atlas: Atlas, judges: Judges) -> str:

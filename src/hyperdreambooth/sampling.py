@@ -123,7 +123,6 @@ def sample(
     settings: GenerateConfig,
     *,
     personal: LoraSet | None = None,
-    styles: LoraSet | None = None,
     generator: torch.Generator | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -132,7 +131,6 @@ def sample(
     Args:
         settings: steps, scheduler and the scales of guidance.
         personal: one person's LoRA, or B of them; in every branch "with person".
-        styles: LoRAs that stay in every branch; shared by the batch.
         on_step: called after each step with its number.
     """
     schedule = make_scheduler(backbone.pipe, settings.scheduler)
@@ -155,7 +153,7 @@ def sample(
         weights = torch.tensor([weight for weight, _, _ in mix], device=noise.device, dtype=noise.dtype).reshape(-1, 1, 1, 1, 1)
         if "guidance" in conditioning:
             conditioning["guidance"] = torch.full_like(conditioning["guidance"], settings.embedded_guidance)
-        with denoiser(backbone, personal or LoraSet(), styles or LoraSet(), None if all(who for _, _, who in mix) else person) as predict:
+        with denoiser(backbone, personal or LoraSet(), None if all(who for _, _, who in mix) else person) as predict:
             for timestep in timesteps:
                 tiled = scale_input(latents.repeat(len(mix), 1, 1, 1), timestep)
                 predicted = predict({"noisy": tiled, "timesteps": timestep.expand(len(tiled)), **conditioning})
@@ -168,8 +166,8 @@ def sample(
 
 
 @contextmanager
-def denoiser(backbone: Backbone, personal: LoraSet, styles: LoraSet, person: Tensor | None) -> Iterator[replay.Work]:
-    """The denoiser with LoRAs in it, as a function of a batch: noisy latents, time steps and conditioning.
+def denoiser(backbone: Backbone, personal: LoraSet, person: Tensor | None) -> Iterator[replay.Work]:
+    """The denoiser with a person in it, as a function of a batch: noisy latents, time steps and conditioning.
 
     One person in the whole batch is merged into the weights, which costs nothing afterwards. Several people, and branches without
     the person, take hooks.
@@ -184,20 +182,17 @@ def denoiser(backbone: Backbone, personal: LoraSet, styles: LoraSet, person: Ten
     def recorded(work: replay.Work, way: str) -> replay.Work:
         return replay.Replayed(work, (*key, way)) if record else work
 
-    mine, theirs = (LoraSet({p: lora for p, lora in some.items() if not is_text(p, backbone)}) for some in (personal, styles))
-    if person is None and all(lora.down.ndim == 2 for lora in mine.values()) and mergeable(backbone.components, mine + theirs):
-        with merged(backbone.components, mine + theirs):
+    mine = LoraSet({path: lora for path, lora in personal.items() if not is_text(path, backbone)})
+    if person is None and mergeable(backbone.components, mine):
+        with merged(backbone.components, mine):
             yield recorded(lambda batch: backbone.predict(*_arguments(batch)), "merged")
         return
-    with Hooks(backbone.components, theirs) as style_hooks, Hooks(backbone.components, mine) as hooks:
-        style_hooks.set(theirs)
+    with Hooks(backbone.components, mine) as hooks:
         static = {f"lora.{path}.{side}": getattr(lora, side) for path, lora in mine.items() for side in ("down", "up")}
-        static |= {f"style.{path}.{side}": getattr(lora, side) for path, lora in theirs.items() for side in ("down", "up")}
         static |= {"person": person} if person is not None else {}
 
         def work(batch: replay.Inputs) -> Tensor:
             # a recording reads the updates from its own inputs, so the next person can use it too
-            style_hooks.set({path: Lora(batch[f"style.{path}.down"], batch[f"style.{path}.up"]) for path in theirs})
             hooks.set({path: Lora(batch[f"lora.{path}.down"], batch[f"lora.{path}.up"]) for path in mine}, batch.get("person"))
             return backbone.predict(*_arguments(batch))
 
@@ -207,7 +202,7 @@ def denoiser(backbone: Backbone, personal: LoraSet, styles: LoraSet, person: Ten
 
 def _arguments(batch: replay.Inputs) -> tuple[Tensor, Tensor, Conditioning]:
     own = ("noisy", "timesteps", "person")
-    conditioning = {key: value for key, value in batch.items() if key not in own and not key.startswith(("lora.", "style."))}
+    conditioning = {key: value for key, value in batch.items() if key not in own and not key.startswith("lora.")}
     return batch["noisy"], batch["timesteps"], conditioning
 
 

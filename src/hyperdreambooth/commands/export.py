@@ -60,7 +60,7 @@ def _from_table(args: Export) -> PersonalLora:
     from ..lightweight import LightweightLora
     from ..lora import find_targets
     from ..stages.personalize import finish
-    from ..stages.preoptimize import read_table, read_table_config
+    from ..tables import read_table, read_table_config
 
     if not (args.source / "config.json").is_file():
         raise InputError(f"{args.source} has no config.json: it is neither a table of `preoptimize` nor a run of `train-light`.")
@@ -69,7 +69,7 @@ def _from_table(args: Export) -> PersonalLora:
     lightweight = LightweightLora(find_targets(hdb.backbone.components, config.targets or hdb.backbone.default_targets), config.lightweight)
     table = read_table(args.source, lightweight.fingerprint())
     name = args.identity or (next(iter(table)) if len(table) == 1 else None)
-    if name not in table:
+    if name is None or name not in table:
         raise InputError(
             f"{args.source} has {len(table)} identities; name one of them with --identity: {', '.join(list(table)[:8])}{' ...' if len(table) > 8 else ''}"
         )

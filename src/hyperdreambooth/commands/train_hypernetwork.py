@@ -68,8 +68,8 @@ def run(args: TrainHypernetwork) -> None:
     from ..personal_lora import PLACEHOLDER
     from ..pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
     from ..stages.describe import familiar
-    from ..stages.preoptimize import read_table
     from ..stages.train_hypernetwork import train_hypernetwork
+    from ..tables import read_table
 
     if args.encoder == "auto" and args.base != "toon":
         raise InputError(f"{args.base} has no encoder of its own: name a vision model with --encoder, such as facebook/dinov2-small.")

@@ -43,8 +43,8 @@ def run(args: TrainLight) -> None:
     from ..personal_lora import PLACEHOLDER
     from ..stages.dreambooth import Subject
     from ..stages.personalize import finish
-    from ..stages.preoptimize import save_row
     from ..stages.train_light import train_light
+    from ..tables import save_row
 
     lora = args.output / "lora.safetensors"
     refuse_existing(lora, args.overwrite)

@@ -10,6 +10,7 @@ one's own, same noise, same pictures.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def train_hypernetwork(
     *,
     directory: str | Path | None = None,
     validation: IdentityData | None = None,
-    table: dict[str, Tensor] | None = None,
+    table: Mapping[str, Tensor] | None = None,
     start: PredictedLora | None = None,
     minutes: float | None = None,
 ) -> tuple[PredictedLora, TrainingReport]:
@@ -86,11 +87,8 @@ def train_hypernetwork(
     if start is not None:
         begin_with(source, start)
     prompts = PromptCache(backbone, trains_text=trains_text(targets, backbone))
-    rows = has_row = None
-    if config.mode == "faithful" and table:
-        empty = torch.zeros(source.lightweight.token_shape)
-        rows = torch.stack([table.get(name, empty) for name in data.names])
-        has_row = torch.tensor([name in table for name in data.names])
+    known = table if config.mode == "faithful" and table else None
+    empty = torch.zeros(source.lightweight.token_shape)
 
     def draw(index: int, noise: torch.Generator) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(config.training.seed * 1_000_003 + index)
@@ -107,9 +105,10 @@ def train_hypernetwork(
             "noise": gaussian(latents.shape, noise).to(latents),
             **prompts.inputs(texts, "prompt."),
         }
-        if rows is not None and has_row is not None:
-            people = data.people[chosen]
-            batch |= {"rows": rows[people].to(device), "has_row": has_row[people].to(device)}
+        if known is not None:
+            names = [data.names[person] for person in data.people[chosen].tolist()]
+            rows = torch.stack([known.get(name, empty) for name in names])
+            batch |= {"rows": rows.to(device), "has_row": torch.tensor([name in known for name in names]).to(device)}
         return batch
 
     gain = IdentityGain(backbone, validation, config.levels, prompts) if validation else None

@@ -120,6 +120,7 @@ def spelled(spelling, path, down, up, alpha=None):
 )
 def test_any_spelling_of_any_family_means_the_same(tmp_path, family, spelling, layers, rank, alpha, dtype, strength):
     pipe = pipeline(family)
+    alpha = None if SPELLINGS[spelling][1] == "older" else alpha  # it had none
     tensors, expected = {}, {}
     width = 64 if family in UNET else 32
     for layer in layers:
@@ -161,7 +162,7 @@ def test_t5_is_found_wherever_a_family_has_it(tmp_path, family, component, prefi
     down, up = torch.randn(2, 32), torch.randn(16, 2)
     path = written(tmp_path, {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up})
     same(effect(pipeline(family), path), {f"{component}.{layer}": up @ down})
-    with pytest.raises(InputError, match="lacks"):  # and a base without T5 says so
+    with pytest.raises(InputError, match=r"one with T5.*lacks"):  # and a base without T5 says so
         effect(pipeline("sd3-no-t5"), path)
 
 
@@ -402,7 +403,7 @@ REFUSED = {
         "Stable Diffusion 3",
     ),
     "Wan": ({f"diffusion_model.blocks.0.self_attn.q.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}, "Wan"),
-    "a layer more than the base has": ({**PLAIN, **ELSEWHERE}, r"of its 2 layers .* lacks unet.down_blocks.3"),
+    "a layer more than the base has": ({**PLAIN, **ELSEWHERE}, r"of its kind, but larger\): of its 2 layers .* lacks unet.down_blocks.3"),
     "another size": ({**PLAIN, f"{LAYER}.lora_A.weight": torch.ones(2, 99)}, "another size: 99 x 64 there, 64 x 64 here"),
     "a matrix for a convolution": ({f"unet.conv_in.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}, "another size"),
     "names that nobody reads": (

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from hyperdreambooth.backbones.original_layout import unet_name
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -17,7 +18,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hyperdreambooth import formats
-from hyperdreambooth.backbones.original_layout import unet_name
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.formats.keys import TABLES, Names
 from hyperdreambooth.formats.styles import CARRIERS

@@ -15,7 +15,7 @@ the way (a guidance interval: Kynkäänniemi et al., arXiv 2404.07724).
 
 from __future__ import annotations
 
-import inspect
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 
 from . import replay
@@ -31,26 +32,58 @@ from .errors import InputError
 from .lora import Hooks, Lora, LoraSet, mergeable, merged
 from .settings import GenerateConfig
 
+FLOW = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Schedulers that solve the flow of a base that is trained by flow matching."""
+
+
+def schedulers(flow: bool) -> list[str]:
+    """The names of the schedulers that can draw here, with the packages that are installed."""
+    # diffusers calls the EDM one compatible, too, but it would draw noise
+    discrete = [one.name for one in KarrasDiffusionSchedulers if "EDM" not in one.name] + ["LCMScheduler", "TCDScheduler"]
+    return [name for name in (FLOW if flow else discrete) if not hasattr(getattr(diffusers, name), "_backends")]
+
+
+def check_scheduler(name: str | None, flow: bool | None) -> None:
+    """Raises InputError for a scheduler that can't draw, naming those that can. No model is needed for that.
+
+    Args:
+        flow: whether the base is trained by flow matching; None where that isn't known yet.
+    """
+    able = [one for kind in (False, True) if flow in (kind, None) for one in schedulers(kind)]
+    if name is None or name in able:
+        return
+    kind = getattr(diffusers, name, None)
+    lacking = [package for package in getattr(kind, "_backends", ()) if importlib.util.find_spec(package) is None]
+    if lacking:
+        why = f"needs {' and '.join(lacking)}, which isn't installed"
+    elif kind is None or not hasattr(kind, "from_config"):
+        why = "is no scheduler of diffusers"
+    elif flow or (flow is False and "Flow" in name):
+        verb = "is" if flow else "isn't"
+        why = f"can't run this base, which {verb} trained by flow matching"
+    else:
+        why = "can't draw here"
+    raise InputError(f"{name} {why}. Those that can: {', '.join(able)}.")
+
 
 def make_scheduler(pipe: Any, name: str | None = None) -> Any:
     """A fresh scheduler: the base's own, or one of diffusers' by class name, with the base's noise schedule.
 
     Raises InputError for a name that diffusers doesn't know or that can't run this base.
     """
-    own = type(pipe.scheduler)
-    kind: Any = own if name is None else getattr(diffusers, name, None)
-    if kind is None or not hasattr(kind, "from_config"):
-        raise InputError(
-            f"{name} is no scheduler of diffusers. Usual ones: DPMSolverMultistepScheduler, DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler."
-        )
-    config = pipe.scheduler.config
-    flows = "FlowMatch" in own.__name__
-    if flows and "FlowMatch" not in kind.__name__:
-        if "use_flow_sigmas" not in inspect.signature(kind.__init__).parameters:
-            raise InputError(f"{name} can't run this base, which is trained by flow matching. DPMSolverMultistepScheduler can.")
+    own, config = type(pipe.scheduler), pipe.scheduler.config
+    flow = "FlowMatch" in own.__name__
+    if name not in (None, own.__name__):
+        check_scheduler(name, flow)
+    kind: Any = getattr(diffusers, name) if name else own
+    if flow and "FlowMatch" not in kind.__name__:
         config = {**config, "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.shift}
-    if not flows and "FlowMatch" in kind.__name__:
-        raise InputError(f"{name} can't run this base, which isn't trained by flow matching.")
     try:
         # latents leave [-1, 1]; schedulers that were made for pixels (DDIM) would clip them, where the base's config is silent
         return kind.from_config({"clip_sample": False, **config})

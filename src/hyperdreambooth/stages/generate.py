@@ -56,11 +56,12 @@ def generate(
         noise = noise_for(backbone, seeds[part], config.height, config.width)
         scaled = mine.scaled(config.strength) if mine else None
         without = [config.negative] * len(wanted)
-        conditioning = plain = cache(wanted)
-        negative = cache(without)
+        conditioning, negative = cache(wanted, without), cache(without, wanted)
+        plain = conditioning
         if text and scaled:  # a text encoder's LoRA belongs to the branches with the person
-            conditioning = encode_under(backbone, wanted, scaled)
-            negative = negative if identity is not None else encode_under(backbone, without, scaled)
+            longest = cache.longest([*wanted, config.negative])
+            conditioning = encode_under(backbone, wanted, scaled, longest)
+            negative = negative if identity is not None else encode_under(backbone, without, scaled, longest)
         prompted = Prompts(conditioning, negative, plain)
         generator = torch.Generator().manual_seed(seeds[start])
         latents = sample(backbone, prompted, noise, config, personal=scaled, generator=generator)
@@ -93,8 +94,8 @@ def decoded(backbone: Backbone, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_under(backbone: Backbone, prompts: list[str], loras: LoraSet) -> dict[str, Tensor]:
-    """Conditioning of prompts while the text encoders carry `loras`."""
+def encode_under(backbone: Backbone, prompts: list[str], loras: LoraSet, chunks: int = 1) -> dict[str, Tensor]:
+    """Conditioning of prompts, of `chunks` chunks or more, while the text encoders carry `loras`."""
     mine = LoraSet({path: lora for path, lora in loras.items() if is_text(path, backbone)})
     with applied(backbone.components, mine):
-        return backbone.encode_prompts(prompts)
+        return backbone.encode_prompts(prompts, chunks)

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hyperdreambooth.backbones.original_layout import unet_name
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import nn
 
+from benchmarks.original_layout import unet_name
 from hyperdreambooth import formats
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.formats.keys import TABLES, Names
@@ -427,6 +427,7 @@ REFUSED = {
     "half a layer": ({f"{LAYER}.lora_A.weight": torch.ones(2, 64)}, "no up matrix"),
     "half a LoHa": ({f"{LAYER}.hada_w1_a": torch.ones(64, 2), f"{LAYER}.hada_w1_b": torch.ones(2, 64)}, "no hada_w2_a"),
     "parts that don't fit": ({**PLAIN, f"{LAYER}.lora_A.weight": torch.ones(3, 64)}, "don't fit together"),
+    "two kinds in one": ({**PLAIN, f"{LAYER}.diff": torch.ones(64, 64)}, "several kinds of adapter in one"),
     "two numbers of alpha": ({**PLAIN, f"{LAYER}.alpha": torch.ones(2)}, "alpha holds 2 numbers"),
     "no number": ({**PLAIN, f"{LAYER}.lora_A.weight": torch.full((2, 64), torch.nan)}, "isn't finite"),
     "the same layer twice": (

@@ -121,6 +121,9 @@ def read_adapters(path: str | Path, names: Names | None = None) -> tuple[list[Ad
 def _check(adapter: Adapter, names: Names | None, where: str) -> None:
     """Raises InputError unless the parts are all there, fit together, are finite, and fit the base's layer."""
     parts = adapter.parts
+    several = [mark for mark in ("hada", "lokr", "diff$", "up$|down$") if any(re.match(mark, part) for part in parts)]
+    if len(several) > 1 or {"bias", "diff_b"} <= parts.keys():
+        raise InputError(f"{where} is several kinds of adapter in one ({', '.join(parts)}), which no tool reads.")
     if not all(part.isfinite().all() and (part * adapter.scale).isfinite().all() for part in parts.values()):
         raise InputError(f"{where} isn't finite (with its scale of {adapter.scale:g}). Its training diverged, or the file is damaged.")
     try:  # for the shape alone

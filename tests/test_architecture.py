@@ -15,7 +15,7 @@ MAY = {  # module (or package) -> the modules of ours that it may import
     "hypernetwork": {"training_settings"},
     "encoder": BASE,
     "trainable_lora": {"encoder", "hypernetwork", "lightweight", "lora"},
-    "backbones": {"errors", "assets", "backbones"},
+    "backbones": {"errors", "assets", "backbones", "progress"},
     "objectives": {"backbones", "lora", "training_settings"},
     "muon": set(),
     "optimizers": {"errors", "muon", "training_settings"},

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hyperdreambooth import formats, photos
+from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.cli import main
 
 from .conftest import picture
@@ -57,6 +58,44 @@ def test_personalize_with_zero_steps_from_several_photos_and_from_scratch(tmp_pa
     assert all(path.endswith("to_q") for path in layers)
     assert run("personalize", face, "--order", "merged", "--steps", 2, "--format", "kohya", "-o", tmp_path / "merged.safetensors") == 0
     assert formats.read_lora(tmp_path / "merged.safetensors").layout == "kohya"
+
+
+def test_a_folder_of_people_gives_what_each_alone_gives_and_a_broken_photo_stops_nobody(tmp_path, people, capsys):
+    (people / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    assert run("personalize", people, "-o", tmp_path / "loras") == 0
+    said = capsys.readouterr().err
+    assert "broken is left out" in said
+    names = sorted(file.stem for file in (tmp_path / "loras").glob("*.safetensors"))
+    assert len(names) >= 3
+    assert "broken" not in names
+    for name in names[:2]:
+        photos_of = sorted(people.glob(f"{name}/*")) or sorted(people.glob(f"{name}.*"))
+        assert run("personalize", *photos_of, "-o", tmp_path / "alone" / f"{name}.safetensors") == 0
+        together, alone = (formats.read_lora(tmp_path / folder / f"{name}.safetensors").loras for folder in ("loras", "alone"))
+        for path in alone:
+            a, b = (loras[path].up.float() @ loras[path].down.float() for loras in (together, alone))
+            torch.testing.assert_close(a, b, atol=2e-3 * float(b.abs().max()), rtol=0)
+    before = {name: (tmp_path / "loras" / f"{name}.safetensors").stat().st_mtime_ns for name in names}
+    (tmp_path / "loras" / f"{names[0]}.safetensors").unlink()
+    assert run("personalize", people, "-o", tmp_path / "loras") == 0
+    assert f"{len(names) - 1} people are there already" in capsys.readouterr().err
+    after = {name: (tmp_path / "loras" / f"{name}.safetensors").stat().st_mtime_ns for name in names}
+    assert {name for name in names if after[name] != before[name]} == {names[0]}
+    refused(capsys, "--tokens is for one person", "personalize", people, "-o", tmp_path / "x", "--tokens", tmp_path / "t")
+
+
+def test_people_from_scratch_side_by_side_are_those_alone(tiny_world):
+    hdb = HyperDreamBooth.from_pretrained("toon", hypernetwork=None, device="cpu")
+    three = {str(seed): picture(seed) for seed in range(3)}
+    settings = {"steps": 2, "targets": ("unet*to_q",)}
+    together = dict(hdb.personalize_all(three, side_by_side=2, quiet=True, crop="center", **settings))
+    assert list(together) == list(three)
+    for name, image in three.items():
+        alone = hdb.personalize(image, quiet=True, crop="center", **settings).loras
+        for path, lora in alone.items():
+            delta = lora.up @ lora.down
+            mine = together[name].loras[path]
+            torch.testing.assert_close(mine.up @ mine.down, delta, atol=2e-3 * float(delta.abs().max()), rtol=0)
 
 
 def test_a_photo_unlike_all_training_is_said_before_and_after_and_not_described(tmp_path, face, tiny_world, monkeypatch, capsys):

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from hyperdreambooth import photos
 from hyperdreambooth.api import HyperDreamBooth
+from hyperdreambooth.cli import main
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.evaluation import evaluate as protocol
+from hyperdreambooth.evaluation import harness, metrics, report
 from hyperdreambooth.evaluation.atlas import Atlas, load_atlas
 from hyperdreambooth.evaluation.command import contact_sheet, markdown_table
 from hyperdreambooth.evaluation.judges import Judge
+from hyperdreambooth.evaluation.methods import METHODS, Method
 from hyperdreambooth.pretrained import HyperNetworkInfo
 
 from .conftest import picture, random_loras, tiny_source
@@ -209,3 +215,162 @@ def test_the_fingerprint_changes_with_any_weight_or_picture(hdb, atlas, judges):
         hdb.source.hypernetwork.start += 1e-3
     assert protocol.fingerprint(hdb, atlas, judges) not in seen
     assert len(seen) == 3
+
+
+SHORT = {name: dataclasses.replace(method, steps=min(method.steps, 3)) for name, method in METHODS.items()}
+
+
+@pytest.fixture
+def bench(hdb, atlas, judges, tmp_path) -> harness.Bench:
+    return harness.Bench(hdb, atlas, judges, tmp_path / "cache", "tiny", faithful=hdb)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.steps])
+def test_every_method_changes_its_person_and_leaves_the_base_as_it_was(bench, name):
+    components = bench.hdb.backbone.components
+    before = {key: tensor.clone() for key, tensor in components.state_dict().items()}
+    bench.make("base", METHODS["base"], range(1))
+    bench.make(name, SHORT[name], range(1))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in components.state_dict().items())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in components.parameters())
+    assert not any(module._forward_hooks for module in components.modules())
+    drawn, base = bench.pictures(name, SHORT[name], 3, 1), bench.pictures("base", METHODS["base"], 0, 1)
+    named = [index for index, prompt in enumerate(bench.prompts) if "[V]" in prompt]
+    assert all(not torch.equal(drawn[0, index], base[0, index]) for index in named)
+    if SHORT[name].kind == "words":  # it learns a word: who doesn't say it never meets the person
+        assert all(torch.equal(drawn[0, index], base[0, index]) for index in range(len(bench.prompts)) if index not in named)
+
+
+@pytest.mark.parametrize("name", ["DreamBooth-LoRA 4 + prior", "lightweight DreamBooth", "hypernetwork + fine-tuning"])
+def test_people_side_by_side_get_what_each_gets_alone(bench, name, tmp_path):
+    alone = dataclasses.replace(bench, cache=tmp_path / "alone")
+    bench.make(name, SHORT[name], range(PEOPLE))
+    for person in range(PEOPLE):
+        alone.make(name, SHORT[name], [person])
+    steps = bench.steps(SHORT[name])
+    together, apart = (some.pictures(name, SHORT[name], steps, PEOPLE) for some in (bench, alone))
+    torch.testing.assert_close(together, apart, atol=2 / 127.5, rtol=0)
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+def test_the_comparison_measures_everything_and_goes_on(bench, monkeypatch):
+    methods = {name: SHORT[name] for name in ("true render", "base", "DreamBooth-LoRA 4", "hypernetwork", "hypernetwork + fine-tuning")}
+    monkeypatch.setattr(harness, "MARKS", (1, 2))
+    timings = harness.timed(bench, methods, rounds=1, steps=2)
+    assert set(timings) == {"DreamBooth-LoRA 4", "hypernetwork + fine-tuning"}
+    assert all(found["step"] > 0 and found["numbers"] > 0 for found in timings.values())
+    saved = []
+    harness.compare(bench, methods, timings, PEOPLE, lambda *state: saved.append(state), together=2)
+    assert [people for _, _, people in saved] == [2, 3]
+    rows, curves, _ = saved[-1]
+    assert list(rows) == list(methods)
+    assert rows["base"]["leakage"][0] == rows["base"]["prior_drift"][0] == 0
+    assert rows["DreamBooth-LoRA 4"]["prior_drift"][0] > 0
+    assert rows["DreamBooth-LoRA 4"]["diversity"][0] > 0
+    assert "leakage" not in rows["true render"]
+    assert [point["steps"] for point in curves["DreamBooth-LoRA 4"]] == [1, 2, 3]
+    assert [point["steps"] for point in curves["hypernetwork + fine-tuning"]] == [0, 1, 2]
+    monkeypatch.setattr(harness, "train", None)
+    again = []
+    harness.compare(bench, methods, timings, PEOPLE, lambda *state: again.append(state), together=2)
+    assert again == saved
+    json.dumps(saved, allow_nan=False)
+
+
+def test_a_prediction_is_drawn_as_the_protocol_draws_it(bench):
+    bench.make("hypernetwork", METHODS["hypernetwork"], range(PEOPLE))
+    mine = bench.pictures("hypernetwork", METHODS["hypernetwork"], 0, PEOPLE)
+    theirs = protocol.draw(bench.hdb, bench.atlas, protocol.predicted_loras(bench.hdb, bench.atlas), 1, False, "prediction")
+    torch.testing.assert_close(mine[:, : len(PROMPTS)], theirs[:, :, 0], atol=1 / 127, rtol=0)
+
+
+def test_figures_are_of_the_people_that_are_done_among_all_in_the_gallery(bench):
+    figures = bench.figures("true render", METHODS["true render"], 0, 2)
+    whole = protocol.judge(bench.atlas.truths[:, :, None], bench.atlas, bench.judges)
+    assert figures.keys() == whole.keys()
+    embedded = bench.judges.recogniser.embed(bench.atlas.truths[:2].flatten(0, 1)).unflatten(0, (2, 2))
+    gallery = bench.judges.recogniser.embed(bench.atlas.gallery)
+    assert figures["rank1"][0] == pytest.approx((metrics.ranks(embedded, gallery) == 0).float().mean().item(), abs=1e-4)
+
+
+def test_a_search_finds_the_settings_with_the_least_distance(bench):
+    few = dataclasses.replace(bench, extras=False)
+    method = Method("lora", 3, 1.0, rates=(1e-6, 1e-2))
+    found = harness.search(few, method, "DreamBooth-LoRA 4", 2)
+    assert [(one["rate"], one["levels"]) for one in found["tried"][:2]] == [(1e-6, "uniform"), (1e-2, "uniform")]
+    assert found["best"][harness.SCORE][0] == min(one[harness.SCORE][0] for one in found["tried"])
+    assert {one["levels"] for one in found["tried"]} == {"uniform", "high"}
+    best = {"rate": 0.5, "levels": "high", "steps": 7}
+    changed = harness.with_settings(METHODS, {"DreamBooth-LoRA 4": {"best": best}, "no hypernetwork, 25 steps": {"best": best}})
+    assert (changed["DreamBooth-LoRA 4 + prior"].rate, changed["DreamBooth-LoRA 4 + prior"].steps) == (0.5, 7)
+    assert (changed["no hypernetwork, 40 steps"].levels, changed["no hypernetwork, 40 steps"].steps) == ("high", 40)
+    assert changed["DreamBooth"] == METHODS["DreamBooth"]
+
+
+@pytest.fixture
+def evaluated(tmp_path, tiny_world):
+    """Runs the command on a tiny world with the shipped validation people."""
+    folder = tmp_path / "atlas"
+    folder.mkdir()
+    for name in ("validation.webp", "validation.json"):
+        shutil.copy(Path(__file__).parents[1] / "benchmarks" / "atlas" / name, folder)
+    first = ("evaluate", "--split", "validation", "--atlas", folder, "--faithful", tiny_world / "hypernetwork")
+    return lambda *words: main([str(word) for word in (*first, *words)])
+
+
+def test_the_quick_form_compares_all_methods_and_reports(tmp_path, evaluated):
+    out = tmp_path / "quick.json"
+    assert evaluated("--quick", "--people", 1, "-o", out) == 0
+    found = json.loads(out.read_text())
+    assert set(found["rows"]) == set(METHODS)
+    assert set(found["curves"]) == set(harness.CURVES)
+    table = out.with_suffix(".md").read_text()
+    page = out.with_suffix(".html").read_text()
+    for name in found["rows"]:
+        assert f"| {name} |" in table
+        assert page.count(f"<td>{name}</td>") >= 2  # in the table, and beside its pictures
+    assert "http" not in page.replace("http://www.w3.org", "")
+    ElementTree.fromstring(out.with_suffix(".svg").read_text())
+    drawn = sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors"))
+    assert evaluated("--quick", "--people", 1, "-o", out) == 0
+    assert sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")) == drawn
+    assert json.loads(out.read_text())["rows"] == found["rows"]
+
+
+def test_a_search_is_written_down_and_used(tmp_path, evaluated, capsys):
+    searched, out = tmp_path / "search.json", tmp_path / "e.json"
+    assert evaluated("--search", "--quick", "--methods", "DreamBooth, 40 steps", "--people", 1, "-o", searched) == 0
+    found = json.loads(searched.read_text())["search"]["DreamBooth, 40 steps"]
+    assert len(found["tried"]) == len(METHODS["DreamBooth, 40 steps"].rates) + 1
+    capsys.readouterr()
+    assert evaluated("--settings", searched, "--methods", "DreamBooth, 40 steps", "base", "--people", 1, "-o", out) == 0
+    result = json.loads(out.read_text())
+    assert result["methods"]["DreamBooth, 40 steps"]["rate"] == found["best"]["rate"]
+    assert result["rows"]["DreamBooth, 40 steps"]["steps"] == found["best"]["steps"] == 10
+    assert "Search: DreamBooth, 40 steps" in out.with_suffix(".html").read_text()
+
+
+def test_two_results_are_compared(tmp_path, capsys):
+    files = []
+    for name, (low, high) in {"a": (0.1, 0.2), "b": (0.3, 0.4)}.items():
+        rows = {"base": {"rank1": [(low + high) / 2, low, high], "auc": [0.5, 0.4, 0.6], "steps": low}}
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    assert main(["evaluate", "compare", *map(str, files)]) == 0
+    said = capsys.readouterr()
+    lines = [line for line in (said.out + said.err).splitlines() if line.startswith("| base")]
+    assert lines == ["| base | rank1 | 0.150 (0.100-0.200) | 0.350 (0.300-0.400) |"]
+    for words in (["compare", str(files[0])], ["contrast", *map(str, files)], ["compare", str(files[0]), str(tmp_path / "none.json")]):
+        assert main(["evaluate", *words]) == 2
+    assert main(["evaluate"]) == 2
+    assert main(["evaluate", "--methods", "magic", "-o", str(tmp_path / "e.json")]) == 2
+    assert "'magic' is no method" in capsys.readouterr().err
+
+
+def test_a_plot_shows_every_line_and_takes_zeros():
+    lines = {"a <b>": [(0, 0.1), (1, 0.5), (100, 0.9)], "c": [(0, 0.2)]}
+    drawn = ElementTree.fromstring(report.plot(lines, "steps", "similarity"))
+    texts = [element.text for element in drawn.iter() if element.tag.endswith("text")]
+    assert {"a <b>", "c", "100"} <= set(texts)
+    assert sum(element.tag.endswith("circle") for element in drawn.iter()) == 4
+    assert report.plot({"one": [(5, 0.0)]}, "steps", "similarity")

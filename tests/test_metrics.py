@@ -75,3 +75,15 @@ def test_lookalikes_are_each_persons_nearest():
     assert metrics.lookalike_ranks(torch.stack([gallery[2], gallery[1]])[:, None], gallery, 1)[0, 0] == 1
     everyone = metrics.lookalike_ranks(pictures, gallery, 99)
     assert everyone.tolist() == metrics.ranks(pictures, gallery).tolist()
+
+
+def test_auc_is_the_chance_that_a_right_pair_is_more_alike_than_a_wrong_one():
+    gallery = torch.nn.functional.normalize(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    pictures = torch.nn.functional.normalize(gallery[:3, None] + torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(1)), dim=-1)
+    alike = (pictures @ gallery.mT).flatten(0, 1)
+    own = [(picture, picture // 2) for picture in range(6)]
+    wrong = [alike[picture, person].item() for picture in range(6) for person in range(5) if (picture, person) not in own]
+    by_hand = [sum(score < alike[pair].item() for score in wrong) / len(wrong) for pair in own]
+    torch.testing.assert_close(metrics.auc(pictures, gallery).flatten(), torch.tensor(by_hand))
+    assert metrics.auc(torch.ones(3, 2, 4) / 2, torch.ones(5, 4) / 2).tolist() == [[0.5, 0.5]] * 3
+    assert metrics.auc(EYE, EYE).tolist() == [1, 1, 1]

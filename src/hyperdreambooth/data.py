@@ -32,24 +32,33 @@ class PromptCache:
 
     def __init__(self, backbone: Backbone, *, trains_text: bool = False):
         self.backbone, self.trains_text = backbone, trains_text
-        self.known: dict[str, Conditioning] = {}
+        self.known: dict[tuple[str, int], Conditioning] = {}
+        self.chunks: dict[str, int] = {}
 
     def inputs(self, prompts: Sequence[str], prefix: str) -> Conditioning:
         """What `conditioning_in` takes out of a batch again, by names that begin with `prefix`."""
         if self.trains_text:
-            return {f"{prefix}tokens.{key}": value for key, value in self.backbone.tokenize(list(prompts)).items()}
+            return {f"{prefix}tokens.{key}": value for key, value in self.backbone.tokenize(list(prompts), self.longest(prompts)).items()}
         return {f"{prefix}{key}": value for key, value in self(prompts).items()}
 
-    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+    def longest(self, prompts: Sequence[str]) -> int:
+        """The number of chunks that all of the prompts need in one batch."""
+        self.chunks |= {prompt: self.backbone.chunks([prompt]) for prompt in dict.fromkeys(prompts) if prompt not in self.chunks}
+        return max(self.chunks[prompt] for prompt in prompts)
+
+    def __call__(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Conditioning:
+        """The conditioning of prompts, as long as that of the prompts that will lie `beside` them in a batch."""
+        chunks = self.longest([*prompts, *beside])
         if self.trains_text:
-            return self.backbone.encode_prompts(list(prompts))
-        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+            return self.backbone.encode_prompts(list(prompts), chunks)
+        fresh = [prompt for prompt in dict.fromkeys(prompts) if (prompt, chunks) not in self.known]
         if fresh:
             with torch.no_grad():
-                encoded = self.backbone.encode_prompts(fresh)
+                encoded = self.backbone.encode_prompts(fresh, chunks)
             for index, prompt in enumerate(fresh):
-                self.known[prompt] = {key: value[index] for key, value in encoded.items()}
-        return {key: torch.stack([self.known[prompt][key] for prompt in prompts]) for key in self.known[prompts[0]]}
+                self.known[prompt, chunks] = {key: value[index] for key, value in encoded.items()}
+        found = [self.known[prompt, chunks] for prompt in prompts]
+        return {key: torch.stack([one[key] for one in found]) for key in found[0]}
 
 
 def conditioning_in(batch: dict[str, Any], prefix: str, backbone: Backbone) -> Conditioning:

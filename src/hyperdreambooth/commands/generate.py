@@ -41,8 +41,11 @@ class Generate:
 
 def run(args: Generate) -> None:
     from .. import photos
+    from ..backbones import trained_by_flow
     from ..checkpoint import write_json
+    from ..sampling import check_scheduler
 
+    check_scheduler(args.config.scheduler, trained_by_flow(args.base))
     hdb = args.machine.open(args.base)
     config = hdb.generate_config(args.config)
     loras = [weighted(text) for text in args.lora]

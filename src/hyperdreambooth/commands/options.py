@@ -36,6 +36,10 @@ class Machine:
     dtype: Dtype = "auto"
     """Precision of the frozen base; what is trained is always float32. auto: bfloat16 on a CUDA card that has it, float16 on an older
     one, float32 on a CPU."""
+    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the base predicts. auto: what it says of itself; a single file that says nothing is asked."""
+    parts: tuple[str, ...] = ()
+    """What a single-file base lacks (text encoders, autoencoder, T5's tokenizer): files, or directories in diffusers' layout."""
     verbose: bool = False
     """Also print every setting of personalize and generate with where its value came from."""
     gradient_checkpointing: bool = False
@@ -56,7 +60,8 @@ class Machine:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
-        hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, device=self.device, dtype=dtype)
+        more: dict[str, Any] = {"prediction": self.prediction, "parts": self.parts}
+        hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, device=self.device, dtype=dtype, **more)
         if self.gradient_checkpointing:
             hdb.backbone.enable_checkpointing()
         return hdb

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,11 @@ class Atlas:
         return Atlas(
             self.references[:count], self.gallery[:count], self.truths[:count], self.prompts, self.asked, self.seen, self.people[:count]
         )
+
+    def only(self, prompts: Sequence[int]) -> Atlas:
+        """Only these prompts, by number."""
+        texts, asked, seen = [self.prompts[p] for p in prompts], [self.asked[p] for p in prompts], [self.seen[p] for p in prompts]
+        return Atlas(self.references, self.gallery, self.truths[:, list(prompts)], texts, asked, seen, self.people)
 
 
 def load_atlas(folder: str | Path, split: str) -> Atlas:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import time
 from pathlib import Path
@@ -19,15 +17,7 @@ from ..checkpoint import write_atomically
 from ..errors import InputError
 from ..personal_lora import PersonalLora
 from ..progress import say
-
-STYLE = """
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse } td, th { padding: .3rem; text-align: center; font-weight: normal; font-size: .9rem }
-img { width: 8rem; height: 8rem; image-rendering: auto; border-radius: .4rem; display: block }
-th:first-child, td:first-child { text-align: left; max-width: 12rem }
-.small { opacity: .7; font-size: .9rem }
-"""
+from .report import STYLE, cells, embedded
 
 
 def demo(hdb: HyperDreamBooth, output: Path, face: int) -> None:
@@ -70,13 +60,7 @@ def demo(hdb: HyperDreamBooth, output: Path, face: int) -> None:
 def _page(
     me: PersonalLora, rows: list[list[Image.Image]], columns: list[str], prompts: list[str], took: dict[str, float], lora: Path
 ) -> str:
-    def cell(image: Image.Image) -> str:
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        return f'<td><img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"></td>'
-
-    head = "".join(f"<th>{name}</th>" for name in ["prompt", *columns])
-    body = "".join(f"<tr><td>{html.escape(prompt)}</td>{''.join(map(cell, row))}</tr>" for prompt, row in zip(prompts, rows, strict=True))
+    table = cells([[html.escape(prompt), *map(embedded, row)] for prompt, row in zip(prompts, rows, strict=True)], ["prompt", *columns])
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in took.items())
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>hyperdreambooth demo</title><style>{STYLE}</style>
@@ -84,6 +68,6 @@ def _page(
 <p>Nobody trained on this person. The hypernetwork saw the photo once and predicted a LoRA; {me.metadata.get("hyperdreambooth.steps")} steps of
 rank-relaxed fine-tuning made it fit. The right answer is the same person, drawn as the prompt asks for.</p>
 <p>{times}. LoRA: {lora.name}, rank {me.rank}, {len(me.loras)} layers, {lora.stat().st_size / 1e3:.0f} KB.</p>
-<table><tr>{head}</tr>{body}</table>
+{table}
 <p class="small">The pictures are AI-generated, but for the photo and the right answers. All of it is the embedded toon world, 64 x 64 pixels.</p></html>
 """

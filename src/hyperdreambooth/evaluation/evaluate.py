@@ -147,8 +147,12 @@ def draw(hdb: HyperDreamBooth, atlas: Atlas, loras: LoraSet | None, pictures: in
 
 
 def judge(images: Tensor, atlas: Atlas, judges: Judges) -> dict[str, Any]:
-    """All figures of one row of pictures (N, P, k, 3, H, W), each as [mean, low, high] of a 95 % interval over people."""
+    """All figures of one row of pictures (N, P, k, 3, H, W), each as [mean, low, high] of a 95 % interval over people.
+
+    The N are the first of the atlas's people; the others fill the gallery up.
+    """
     gallery = judges.recogniser.embed(atlas.gallery)
+    atlas = dataclasses.replace(atlas.first(len(images)), gallery=atlas.gallery)
     references = judges.recogniser.embed(atlas.references)
     truths = judges.recogniser.embed(atlas.truths.flatten(0, 1)).unflatten(0, atlas.truths.shape[:2])
     embedded = judges.recogniser.embed(images.flatten(0, 2)).unflatten(0, images.shape[:3])
@@ -163,7 +167,8 @@ def judge(images: Tensor, atlas: Atlas, judges: Judges) -> dict[str, Any]:
         "top5": (order < 5).float(),
         "rank1_crowd": (metrics.ranks(embedded, crowd) == 0).float(),
         "rank1_lookalikes": (metrics.lookalike_ranks(embedded, crowd, LOOKALIKES) == 0).float(),
-        "similarity": metrics.similarity(embedded, gallery),
+        "auc": metrics.auc(embedded, gallery),
+        "similarity": metrics.similarity(embedded, gallery[: len(images)]),
         "rank1_seen": (order == 0).float()[:, seen],
         "rank1_held_out": (order == 0).float()[:, ~seen],
         "context": right,
@@ -176,6 +181,11 @@ def judge(images: Tensor, atlas: Atlas, judges: Judges) -> dict[str, Any]:
     }
     if judges.training is not None:
         values["copied"] = metrics.copied(embedded, references, judges.training)
+    return rounded({name: value for name, value in values.items() if value.numel()})
+
+
+def rounded(values: dict[str, Tensor]) -> dict[str, Any]:
+    """Means and 95 % intervals, as they are written down."""
     return {name: [round(float(figure), 4) for figure in metrics.interval(value)] for name, value in values.items()}
 
 

@@ -33,6 +33,21 @@ def similarity(embedded: Tensor, gallery: Tensor) -> Tensor:
     return (embedded * gallery.reshape(shape)).sum(-1)
 
 
+def auc(embedded: Tensor, gallery: Tensor) -> Tensor:
+    """For each picture (N, ..., D) the share of all wrong pairs that are less alike than it is to its own person: (N, ...).
+
+    A wrong pair is a picture and somebody else of the gallery (M, D), which begins with the N people. The mean is the area under the
+    ROC curve of "the same person?"; ties count half.
+    """
+    alike = (embedded @ gallery.mT).reshape(len(embedded), -1, len(gallery))
+    people = torch.arange(len(embedded))
+    wrong = torch.ones_like(alike, dtype=torch.bool)
+    wrong[people, :, people] = False
+    scores, own = alike[wrong].sort().values, alike[people, :, people].contiguous()
+    below, upto = torch.searchsorted(scores, own), torch.searchsorted(scores, own, right=True)
+    return ((below + upto) / 2 / len(scores)).reshape(embedded.shape[:-1])
+
+
 def copied(embedded: Tensor, references: Tensor, training: Tensor) -> Tensor:
     """Whether a picture (N, ..., D) is nearer to some training person (M, D) than to its own reference (N, D): (N, ...)."""
     return ((embedded @ training.mT).amax(-1) > similarity(embedded, references)).float()

@@ -1,0 +1,182 @@
+"""DreamBooth and its relatives, each a row of one table, on the one training loop.
+
+LoRAs of several people are trained side by side in one batch, where people don't affect one another; full DreamBooth and
+textual inversion are one person at a time. Their settings are searched on validation people, see `harness.search`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..api import HyperDreamBooth
+from ..lightweight import LightweightLora
+from ..lora import Hooks, Lora, LoraSet, find_targets
+from ..stages.dreambooth import PhotoLosses, Subject, draw_photos, trains_text
+from ..stages.personalize import trained_targets
+from ..trainable_lora import IdentityTable, RelaxedLora
+from ..training import Run, fit
+from ..training_settings import LightweightConfig, NoiseLevels, TrainingConfig
+
+LEVELS = {"uniform": NoiseLevels(uniform=1.0), "high": NoiseLevels()}
+"""Where noise levels may be drawn from: all alike (DreamBooth), or where it is decided who it is."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to personalize. `relaxed` takes its settings from the hypernetwork, but for `steps` where they aren't 0."""
+
+    kind: Literal["true", "base", "words", "full", "lora", "light", "prediction", "relaxed"]
+    steps: int = 0
+    rate: float = 0.0
+    levels: str = "uniform"
+    copies: int = 2
+    rank: int = 4
+    prior: bool = False
+    """Prior preservation (Ruiz et al., 2023): pictures of the class that the base drew are denoised beside the photo."""
+    faithful: bool = False
+    rates: tuple[float, ...] = ()
+    """Learning rates that a search tries."""
+    like: str = ""
+    """The method whose searched rate and levels it takes; its steps too, where both were to have as many."""
+
+
+METHODS = {
+    "true render": Method("true"),
+    "base": Method("base"),
+    "textual inversion": Method("words", 120, 1e-2, rates=(1e-2, 3e-2)),
+    "DreamBooth": Method("full", 120, 1e-4, rates=(3e-5, 1e-4)),
+    "DreamBooth, 40 steps": Method("full", 40, 3e-4, rates=(1e-4, 3e-4)),
+    "DreamBooth-LoRA 4": Method("lora", 120, 3e-3, rates=(1e-3, 3e-3, 1e-2)),
+    "DreamBooth-LoRA 4 + prior": Method("lora", 120, 3e-3, prior=True, like="DreamBooth-LoRA 4"),
+    "DreamBooth-LoRA 16": Method("lora", 120, 3e-3, rank=16, like="DreamBooth-LoRA 4"),
+    "DreamBooth-LoRA 16 + prior": Method("lora", 120, 3e-3, rank=16, prior=True, like="DreamBooth-LoRA 4"),
+    "lightweight DreamBooth": Method("light", 120, 1e-2, rates=(3e-3, 1e-2)),
+    "no hypernetwork, 25 steps": Method("lora", 25, 1e-2, copies=8, rank=8, rates=(3e-3, 1e-2, 3e-2)),
+    "no hypernetwork, 40 steps": Method("lora", 40, 1e-2, copies=8, rank=8, like="no hypernetwork, 25 steps"),
+    "faithful hypernetwork": Method("prediction", faithful=True),
+    "hypernetwork": Method("prediction"),
+    "hypernetwork + fine-tuning": Method("relaxed"),
+}
+
+
+class InTheBase(nn.Module):
+    """Trained weights that the base itself carries, so that there is no LoRA to add."""
+
+    def __init__(self, trained: nn.Module):
+        super().__init__()
+        self.trained = trained
+
+    def forward(self, people: Tensor) -> LoraSet:
+        return LoraSet()
+
+
+@contextmanager
+def whole(denoiser: nn.Module) -> Iterator[nn.Module]:
+    """All weights of a denoiser, as what is trained; afterwards they are what they were. It should be in float32."""
+    before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
+    try:
+        yield InTheBase(denoiser.requires_grad_(True))
+    finally:
+        denoiser.requires_grad_(False).load_state_dict(before)
+        denoiser.zero_grad()
+
+
+@contextmanager
+def words(hdb: HyperDreamBooth) -> Iterator[nn.Module]:
+    """The embeddings of the trigger's tokens in every text encoder, and nothing else (textual inversion; Gal et al., 2022)."""
+    vectors, handles = nn.ParameterList(), []
+
+    def spoken(ids: list[int], mine: nn.Parameter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            for index, token in enumerate(ids):
+                output = torch.where((args[0] == token)[..., None], mine[index].to(output.dtype), output)
+            return output
+
+        return replace
+
+    for name in hdb.backbone.text_components:
+        encoder: Any = hdb.backbone.components[name]
+        tokenizer = getattr(hdb.backbone.pipe, name.replace("text_encoder", "tokenizer"))
+        ids, table = tokenizer(hdb.identifier, add_special_tokens=False).input_ids, encoder.get_input_embeddings()
+        vectors.append(nn.Parameter(table.weight[ids].detach().float().clone()))
+        handles.append(table.register_forward_hook(spoken(ids, list(vectors)[-1])))
+    try:
+        yield InTheBase(vectors)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def opened(hdb: HyperDreamBooth, method: Method, people: int, predicted: LoraSet | None) -> Iterator[tuple[nn.Module, list[str]]]:
+    """What the method trains, and the layers that get an update; afterwards the base is what it was, bit for bit."""
+    backbone, config = hdb.backbone, hdb.personalize_config()
+    source: nn.Module
+    if method.kind in ("full", "words"):
+        with whole(backbone.denoiser) if method.kind == "full" else words(hdb) as source:
+            yield source, []
+        return
+    targets = find_targets(backbone.components, backbone.default_targets)
+    if method.kind == "light":  # the paper's token, or as much of it as the smallest layer takes
+        down, up = (min(sizes) for sizes in zip(*targets.values(), strict=True))
+        light = LightweightLora(targets, LightweightConfig(down_dim=min(100, down), up_dim=min(50, up)))
+        source = IdentityTable(people, light)
+    elif predicted is None:  # a prediction of rank 0: a plain LoRA for each person
+        nothing = {p: Lora(torch.zeros(people, 0, shape.inputs), torch.zeros(people, shape.outputs, 0)) for p, shape in targets.items()}
+        source = RelaxedLora(LoraSet(nothing), method.rank)
+    else:
+        trained, targets = trained_targets(backbone, predicted, config.targets), predicted.shapes()
+        source = RelaxedLora(predicted, config.rank, targets=trained, order=config.order, seed=config.seed)
+    yield source.to(backbone.device), list(targets)
+
+
+def train(
+    hdb: HyperDreamBooth,
+    method: Method,
+    subject: Subject,
+    predicted: LoraSet | None,
+    marks: Sequence[int],
+    on_mark: Callable[[int, LoraSet | None], None],
+) -> tuple[float, int]:
+    """Personalizes the P people of `subject`: (seconds of a step, trained numbers a person).
+
+    Args:
+        predicted: the hypernetwork's updates, where the method begins with them.
+        marks: numbers of steps after which `on_mark` is called, with the updates so far; None where the base carries them.
+    """
+    people, own = len(subject.latents), hdb.personalize_config()
+    steps, rate, copies, levels = method.steps, method.rate, method.copies, LEVELS.get(method.levels)
+    if method.kind == "relaxed":
+        steps, rate, copies = steps or own.steps, own.learning_rate, own.copies
+        levels = NoiseLevels(mean=own.noise_mean, std=own.noise_std)
+    assert levels is not None
+    rows, spent, counted, since = torch.arange(people, device=subject.latents.device), 0.0, 0, 0.0
+    with opened(hdb, method, people, predicted) as (source, paths), Hooks(hdb.backbone.components, paths) as hooks:
+        trained = [p for p in source.parameters() if p.requires_grad]
+
+        def after(done: int) -> bool:
+            nonlocal spent, since, counted
+            if done > 1:  # the first step also builds the optimizer
+                spent, counted = spent + time.perf_counter() - since, counted + 1
+            hooks.clear()
+            if done in marks:
+                with torch.no_grad():
+                    on_mark(done, source(rows).detach() or None)
+            since = time.perf_counter()
+            return False
+
+        text = method.kind == "words" or trains_text(paths, hdb.backbone)
+        draw = draw_photos(hdb.backbone, subject, levels, copies, trains_text=text, seed=own.seed)
+        # as in stages.personalize: the loss is a mean over people, so Adam's epsilon is divided by their number
+        groups = [{"params": trained, "eps": 1e-8 / people}]
+        run = Run(device=subject.latents.device, groups=groups, on_step=after, name=method.kind, quiet=True)
+        training = TrainingConfig(steps=steps, learning_rate=rate, cooldown=0.2, max_grad_norm=0.0, seed=own.seed, log_every=steps)
+        fit(PhotoLosses(hdb.backbone, subject.prior_weight, hooks), source, draw, training, run)
+    return spent / max(1, counted), sum(p.numel() for p in trained) // people

@@ -31,9 +31,10 @@ def write_base(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from benchmarks.original_layout import original_name
     from hyperdreambooth.assets import clip
     from hyperdreambooth.backbones import single_file
-    from hyperdreambooth.backbones.original_layout import original_name
 
     torch.manual_seed(0)
     found = single_file.models("sd15")

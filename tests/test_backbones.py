@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from hyperdreambooth import formats
+from hyperdreambooth import cli, formats
 from hyperdreambooth.api import HyperDreamBooth
-from hyperdreambooth.backbones import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL, load_backbone, wrap
+from hyperdreambooth.backbones import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL, load_backbone, trained_by_flow, wrap
 from hyperdreambooth.backbones.flux import pack, unpack
-from hyperdreambooth.data import IdentityData
+from hyperdreambooth.data import IdentityData, PromptCache, conditioning_in
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import applied, canonical, canonical_modules, find_targets
 from hyperdreambooth.objectives import denoising
 from hyperdreambooth.pretrained import HyperNetworkInfo
+from hyperdreambooth.sampling import check_scheduler, schedulers
 from hyperdreambooth.settings import GenerateConfig
 from hyperdreambooth.stages.dreambooth import Subject
 from hyperdreambooth.stages.generate import noise_for
@@ -85,6 +90,51 @@ def test_sampler_equals_the_pipeline(family, base, negative):
     guidance = 3.0 if negative else GUIDANCE.get(family, 3.0)
     expected = through_pipe(base, noise, guidance, negative)
     torch.testing.assert_close(ours(base, noise, guidance, negative or ""), expected, atol=1e-4, rtol=1e-4)
+
+
+CHUNK = " ".join(["face"] * 30)  # the tiny tokenizer and encoders take 32 tokens at once, two of which are start and end
+
+
+def test_long_prompts_are_read_in_chunks(family, base):
+    long, first, rest = (base.encode_prompts([text]) for text in (f"{CHUNK} a hat", CHUNK, "a hat"))
+    key = "encoder_hidden_states"
+    t5 = base.family in ("sd3", "flux")
+    clip = 0 if base.family == "flux" else 32
+    for name, value in first.items():
+        if name != key:  # what is pooled is the first chunk's
+            torch.testing.assert_close(long[name], value)
+    torch.testing.assert_close(long[key][:, :clip], first[key][:, :clip])
+    torch.testing.assert_close(long[key][:, clip : 2 * clip], rest[key][:, :clip])
+    assert long[key].shape[1] == 2 * clip + (first[key].shape[1] - clip if t5 else 0)
+    # beside a long prompt a short one gets an empty chunk
+    both = base.encode_prompts(["a hat", f"{CHUNK} a hat"])[key]
+    torch.testing.assert_close(both[1:], long[key], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(both[:1], base.encode_prompts(["a hat"], 2)[key], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(both[:1, :clip], rest[key][:, :clip], atol=1e-5, rtol=1e-4)
+
+
+def test_a_long_prompt_draws_and_trains_beside_short_ones(base):
+    hdb = HyperDreamBooth(base, "x")
+    hat, beard = (hdb.generate([f"{CHUNK} a {word}", "a face"], steps=1, seed=1, guidance=2.0) for word in ("hat", "beard"))
+    if base.family != "flux":  # whose tiny T5 reads letters
+        assert hat[0].tobytes() != beard[0].tobytes()
+    for trains_text in (False, True):
+        cache = PromptCache(base, trains_text=trains_text)
+        short = conditioning_in(cache.inputs(["a face"], "x."), "x.", base)
+        mixed = conditioning_in(cache.inputs(["a face", f"{CHUNK} a hat"], "x."), "x.", base)
+        for name, value in base.encode_prompts(["a face", f"{CHUNK} a hat"]).items():
+            torch.testing.assert_close(mixed[name], value, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(short["encoder_hidden_states"], base.encode_prompts(["a face"])["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-schnell"])
+def test_words_that_t5_cannot_read_are_named_once(name, capsys):
+    base = wrap(families.make(name), name)
+    for _ in range(2):
+        base.encode_prompts([f"{'face ' * (60 + len(name))}zebra"])
+    said = capsys.readouterr().err
+    assert said.count("too long for T5, which reads 256 tokens") == 1
+    assert said.rstrip().endswith("zebra")
 
 
 def test_hooks_equal_the_exported_file_in_the_pipeline(family, base, tmp_path):
@@ -263,6 +313,92 @@ def test_a_base_that_lost_a_text_encoder_it_needs_is_refused(tmp_path):
         load_backbone(tmp_path / "base")
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp16": {"variant": "fp16"},
+    "sharded": {"max_shard_size": "40KB"},
+    "fp16 sharded": {"variant": "fp16", "max_shard_size": "40KB"},
+}
+
+
+def legacy_shards(folder: Path) -> None:
+    """Names as diffusers gave them once: `model-00001-of-00002.fp16.safetensors`."""
+    for file in list(folder.rglob("*.fp16-*")):
+        stem, rest = file.name.split(".fp16-")
+        file.rename(file.with_name(f"{stem}-{rest.replace('.safetensors', '.fp16.safetensors')}"))
+
+
+def mixed(folder: Path, plain: Path) -> None:
+    """Half-precision weights but for the autoencoder's, a twin from training, and components that aren't there."""
+    shutil.rmtree(folder / "vae")
+    shutil.copytree(plain / "vae", folder / "vae")
+    denoiser = next(folder / name for name in ("unet", "transformer") if (folder / name).is_dir())
+    (denoiser / "LICENSE").write_text("free")
+    save_file({"nothing": torch.zeros(1)}, denoiser / "diffusion_pytorch_model.non_ema.safetensors")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    index |= {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"], "more": ["nowhere", "Unknown"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("sd1", "fp16"), ("sdxl", "fp16 sharded"), ("sd3-no-t5", "mixed"), ("flux-dev", "legacy shards"), ("flux-dev", "mixed")],
+)
+def test_directories_open_whatever_their_weights_are_called(name, form, tmp_path):
+    pipe = families.make(name)
+    given = VARIANTS["fp16" if form == "mixed" else form] if form != "legacy shards" else VARIANTS["fp16 sharded"]
+    pipe.save_pretrained(tmp_path / "base", **given)
+    if form == "legacy shards":
+        legacy_shards(tmp_path / "base")
+    if form == "mixed":
+        pipe.save_pretrained(tmp_path / "plain")
+        mixed(tmp_path / "base", tmp_path / "plain")
+    found = load_backbone(tmp_path / "base").pipe
+    assert found.name_or_path == str(tmp_path / "base")
+    models = {key: model for key, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
+    assert {key for key, model in found.components.items() if isinstance(model, torch.nn.Module)} == set(models)
+    for key, model in models.items():
+        tensors = found.components[key].state_dict()
+        for path, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensors[path], tensor)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_a_directory_that_lost_a_layer_a_shard_or_its_weights_is_refused(component, tmp_path):
+    families.make("sd1").save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    load_backbone(tmp_path / "base")
+    first, *others = sorted((tmp_path / "base" / component).glob("*.safetensors"))
+    tensors = load_file(first)
+    name = sorted(tensors)[-1].removeprefix("text_model.")
+    save_file({key: tensor for key, tensor in tensors.items() if not key.endswith(name)}, first, {"format": "pt"})
+    with pytest.raises(InputError, match=f"lacks 1 layers: {name}"):
+        load_backbone(tmp_path / "base")
+    first.unlink()
+    with pytest.raises(InputError, match=f"{component} has a part of its shards"):
+        load_backbone(tmp_path / "base")
+    for file in others:
+        file.unlink()
+    (first.parent / "diffusion_pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(InputError, match=f"{component} has no .safetensors file"):
+        load_backbone(tmp_path / "base")
+    shutil.rmtree(first.parent)
+    with pytest.raises(InputError, match=f"has no (folder )?{component}"):
+        load_backbone(tmp_path / "base")
+
+
+def test_denoisers_that_take_more_than_latents_or_were_distilled_are_refused():
+    for channels, says in ((9, "an inpainting model, of 9"), (8, "a model for editing"), (7, "another kind, of 7")):
+        pipe = families.make("sd1")
+        pipe.unet = families.unet(32, attention_head_dim=4, in_channels=channels)
+        with pytest.raises(InputError, match=says):
+            wrap(pipe, "x")
+    pipe = families.make("sdxl")
+    pipe.unet.register_to_config(time_cond_proj_dim=256)
+    with pytest.raises(InputError, match="x is distilled for a few steps"):
+        wrap(pipe, "x")
+
+
 def test_only_clips_paths_get_the_step_that_files_carry():
     assert canonical("text_encoder.encoder.layers.0.mlp.fc1") == "text_encoder.text_model.encoder.layers.0.mlp.fc1"
     assert canonical("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q") == "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
@@ -305,8 +441,33 @@ def test_a_scheduler_that_knows_no_flow_is_refused():
 
 def test_a_flow_scheduler_is_refused_where_nothing_flows(backbone):
     prompts = backbone.encode_prompts([PROMPT])
-    with pytest.raises(InputError, match="isn't trained by flow matching"):
+    with pytest.raises(InputError, match=r"isn't trained by flow matching\. Those that can: DDIM"):
         sampled(backbone, prompts, prompts, noise_for(backbone, [1]), scheduler="FlowMatchEulerDiscreteScheduler")
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_schedulers_are_checked_before_any_model_is_loaded_and_all_that_are_listed_draw(flow, tmp_path):
+    name = "sd3" if flow else "sd1"
+    pipe = families.make(name)
+    pipe.save_pretrained(tmp_path / "base")
+    assert trained_by_flow(tmp_path / "base") is flow
+    assert trained_by_flow("somebody/somewhere") is None
+    shutil.rmtree(tmp_path / "base" / "vae")
+    for wrong, says in (
+        ("Euler", "is no scheduler"),
+        ("Tensor", "is no scheduler"),
+        ("EDMEulerScheduler", "by flow matching" if flow else "can't draw here"),
+    ):
+        with pytest.raises(InputError, match=f"{says}.*Those that can: .*DPMSolverMultistepScheduler"):
+            check_scheduler(wrong, flow)
+        assert cli.main(["generate", "a face", "-o", str(tmp_path / "x"), "--base", str(tmp_path / "base"), "--scheduler", wrong]) == 2
+    if importlib.util.find_spec("torchsde") is None:
+        with pytest.raises(InputError, match="needs torchsde, which isn't installed"):
+            check_scheduler("DPMSolverSDEScheduler", False)
+    base = wrap(pipe, name)
+    noise, prompts = noise_for(base, [1]), base.encode_prompts([PROMPT])
+    for scheduler in schedulers(flow):
+        assert sampled(base, prompts, prompts, noise, steps=4, guidance=1.0, scheduler=scheduler).isfinite().all()
 
 
 def test_sides_must_fit_the_family():

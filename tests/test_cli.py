@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hyperdreambooth import formats, photos
+from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.cli import main
 
 from .conftest import picture
@@ -54,6 +58,61 @@ def test_personalize_with_zero_steps_from_several_photos_and_from_scratch(tmp_pa
     assert all(path.endswith("to_q") for path in layers)
     assert run("personalize", face, "--order", "merged", "--steps", 2, "--format", "kohya", "-o", tmp_path / "merged.safetensors") == 0
     assert formats.read_lora(tmp_path / "merged.safetensors").layout == "kohya"
+
+
+def test_a_folder_of_people_gives_what_each_alone_gives_and_a_broken_photo_stops_nobody(tmp_path, people, capsys):
+    (people / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    assert run("personalize", people, "-o", tmp_path / "loras") == 0
+    said = capsys.readouterr().err
+    assert "broken is left out" in said
+    names = sorted(file.stem for file in (tmp_path / "loras").glob("*.safetensors"))
+    assert len(names) >= 3
+    assert "broken" not in names
+    for name in names[:2]:
+        photos_of = sorted(people.glob(f"{name}/*")) or sorted(people.glob(f"{name}.*"))
+        assert run("personalize", *photos_of, "-o", tmp_path / "alone" / f"{name}.safetensors") == 0
+        together, alone = (formats.read_lora(tmp_path / folder / f"{name}.safetensors").loras for folder in ("loras", "alone"))
+        for path in alone:
+            a, b = (loras[path].up.float() @ loras[path].down.float() for loras in (together, alone))
+            torch.testing.assert_close(a, b, atol=2e-3 * float(b.abs().max()), rtol=0)
+    before = {name: (tmp_path / "loras" / f"{name}.safetensors").stat().st_mtime_ns for name in names}
+    (tmp_path / "loras" / f"{names[0]}.safetensors").unlink()
+    assert run("personalize", people, "-o", tmp_path / "loras") == 0
+    assert f"{len(names) - 1} people are there already" in capsys.readouterr().err
+    after = {name: (tmp_path / "loras" / f"{name}.safetensors").stat().st_mtime_ns for name in names}
+    assert {name for name in names if after[name] != before[name]} == {names[0]}
+    refused(capsys, "--tokens is for one person", "personalize", people, "-o", tmp_path / "x", "--tokens", tmp_path / "t")
+
+
+def test_people_from_scratch_side_by_side_are_those_alone(tiny_world):
+    hdb = HyperDreamBooth.from_pretrained("toon", hypernetwork=None, device="cpu")
+    three = {str(seed): picture(seed) for seed in range(3)}
+    settings = {"steps": 2, "targets": ("unet*to_q",)}
+    together = dict(hdb.personalize_all(three, side_by_side=2, quiet=True, crop="center", **settings))
+    assert list(together) == list(three)
+    for name, image in three.items():
+        alone = hdb.personalize(image, quiet=True, crop="center", **settings).loras
+        for path, lora in alone.items():
+            delta = lora.up @ lora.down
+            mine = together[name].loras[path]
+            torch.testing.assert_close(mine.up @ mine.down, delta, atol=2e-3 * float(delta.abs().max()), rtol=0)
+
+
+def test_a_photo_unlike_all_training_is_said_before_and_after_and_not_described(tmp_path, face, tiny_world, monkeypatch, capsys):
+    shutil.copytree(tiny_world, tmp_path / "world")
+    monkeypatch.setenv("HYPERDREAMBOOTH_TOON", str(tmp_path / "world"))
+    config = tmp_path / "world" / "hypernetwork" / "config.json"
+    values = json.loads(config.read_text()) | {"describe": [["a"], ["smiling", "angry"], ["[V] face"]]}
+    config.write_text(json.dumps(values | {"familiar": 1e-6}))
+    assert run("personalize", face, "-o", tmp_path / "me.safetensors") == 0
+    said = capsys.readouterr().err
+    assert said.count("unlike anything that toon was trained on") == 2
+    assert "taken to show" not in said
+    config.write_text(json.dumps(values | {"familiar": 1e6}))
+    assert run("personalize", face, "-o", tmp_path / "me.safetensors", "--overwrite") == 0
+    said = capsys.readouterr().err
+    assert "unlike anything" not in said
+    assert "taken to show" in said
 
 
 def test_an_interrupted_personalize_goes_on_and_leaves_nothing(tmp_path, face, monkeypatch):
@@ -272,6 +331,42 @@ def test_help_teaches(capsys):
             main([name, "--help"])
         assert ended.value.code == 0
     assert main(["--version"]) == 0
+
+
+def test_help_of_every_command_needs_no_torch():
+    code = (
+        "import contextlib, sys\nfrom hyperdreambooth.cli import main\nfrom hyperdreambooth.commands import COMMANDS\n"
+        "for name in COMMANDS:\n    with contextlib.suppress(SystemExit):\n        main([name, '--help'])\n"
+        "    assert not {'torch', 'diffusers', 'transformers', 'PIL'} & set(sys.modules), name\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parent.parent / "src")
+
+
+def test_a_tracker_gets_losses_rates_gain_and_pictures(tmp_path, people):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = ["--training.tracker", "tensorboard", "--training.steps", 4, "--training.log-every", 2, "--training.validate-every", 2]
+    small = ["--hypernetwork.dim", "16", "--hypernetwork.heads", "2", "--batch", "2"]
+    assert run("train-hypernetwork", people, "-o", tmp_path / "pro", *small, *SMALL, *more) == 0
+    files = sorted((tmp_path / "pro").rglob("events.out.tfevents.*"), key=lambda file: len(file.parts))
+    read = EventAccumulator(str(files[0].parent)).Reload()
+    assert {event.step for event in read.Scalars("loss")} == {2, 4}
+    assert read.Scalars("learning_rate")[-1].step == 4
+    assert [event.step for event in read.Scalars("identity_gain")] == [2, 4]
+    assert [event.step for event in read.Images("preview")] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("tracker", "says"), [("mlflow", "pip install mlflow"), ("wandb", "hyperdreambooth[wandb]"), ("x", "is no tracker")]
+)
+def test_a_tracker_that_is_missing_is_refused_before_any_work(tracker, says, tmp_path, people, capsys, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == tracker else real(name, *more))
+    with pytest.raises(SystemExit) as ended:
+        run("train-hypernetwork", people, "-o", tmp_path / "pro", "--training.tracker", tracker)
+    assert ended.value.code == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "pro").exists()
 
 
 def refused(capsys, says: str, *arguments: object) -> None:

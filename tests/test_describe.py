@@ -8,7 +8,7 @@ import torch
 from hyperdreambooth.data import PromptCache
 from hyperdreambooth.lora import applied
 from hyperdreambooth.objectives import denoising
-from hyperdreambooth.stages.describe import LEVELS, describe, join
+from hyperdreambooth.stages.describe import LEVELS, describe, familiar, join, strangeness
 
 from .conftest import random_loras
 
@@ -53,3 +53,11 @@ def test_photos_are_described_as_if_alone_each_under_its_own_lora(backbone, late
 
 def test_nothing_to_choose_is_the_first_of_everything(backbone, latents):
     assert describe(backbone, latents, [["a"], ["[V] face"], [""]]) == ["a [V] face"] * 3
+
+
+def test_strangeness_is_the_same_in_any_company_and_tells_what_no_denoiser_knows(backbone, latents):
+    together = strangeness(backbone, latents, "a [V] face")
+    for i in range(3):
+        torch.testing.assert_close(strangeness(backbone, latents[i : i + 1], "a [V] face"), together[i : i + 1])
+    assert (strangeness(backbone, 10 * latents, "a [V] face") > together).all()
+    assert familiar(backbone, latents, "a [V] face") == pytest.approx(1.25 * together.max().item(), abs=1e-4)

@@ -122,7 +122,7 @@ def test_pefts_own_files_are_read(tmp_path):
 
 
 def test_older_layouts_and_mixed_alphas(backbone, tmp_path):
-    down, up = torch.randn(2, 32), torch.randn(32, 2)
+    down, up = torch.randn(2, 64), torch.randn(64, 2)
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
     names = {
         f"{layer}.processor.to_q_lora": f"{layer}.to_q",
@@ -142,6 +142,10 @@ def test_older_layouts_and_mixed_alphas(backbone, tmp_path):
     torch.testing.assert_close(scaled[f"{layer}.to_q"].delta(), 0.5 * up @ down)
 
 
+MID = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+LOW_RANK = {f"unet.{MID}.lora_A.weight": torch.ones(1, 64), f"unet.{MID}.lora_B.weight": torch.ones(64, 1)}
+
+
 def bad(tmp_path, tensors):
     save_file(tensors, tmp_path / "bad.safetensors")
     return tmp_path / "bad.safetensors"
@@ -150,17 +154,12 @@ def bad(tmp_path, tensors):
 @pytest.mark.parametrize(
     ("tensors", "says"),
     [
-        ({"unet.x.to_q.lora_A.weight": torch.ones(1, 2)}, "no up matrix"),
-        ({"unet.x.to_q.lora_magnitude_vector": torch.ones(2)}, "DoRA"),
-        ({"lora_unet_x.dora_scale": torch.ones(2), "lora_unet_x.lora_up.weight": torch.ones(2, 1)}, "DoRA"),
-        ({"lora_unet_x.hada_w1_a": torch.ones(2)}, "no LoRA layout"),
-        (
-            {"unet.x.lora_A.weight": torch.ones(1, 2), "unet.x.lora_B.weight": torch.ones(2, 1)}
-            | {f"extra{i}": torch.ones(1) for i in range(5)},
-            "extra0, extra1, extra2 and 2 more: of no LoRA layout",
-        ),
-        ({"model.diffusion_model.input_blocks.0.weight": torch.ones(2)}, "is no LoRA: it holds model.diffusion_model"),
-        ({"unet.c.lora_A.weight": torch.ones(1, 2, 3, 3), "unet.c.lora_B.weight": torch.ones(2, 1, 1, 1)}, "convolution"),
+        ({f"unet.{MID}.lora_A.weight": torch.ones(1, 64)}, "no up matrix"),
+        ({f"unet.{MID}.lora_magnitude_vector": torch.ones(64), **LOW_RANK}, "DoRA.*generate --style"),
+        ({f"unet.{MID}.hada_w1_a": torch.ones(64, 2)}, "no hada_w1_b"),
+        ({f"extra{i}": torch.ones(1) for i in range(5)} | LOW_RANK, "extra0, extra1, extra2 and 2 more: of no LoRA layout"),
+        ({"model.diffusion_model.input_blocks.0.weight": torch.ones(2)}, "no LoRA but a whole checkpoint: it holds model.diffusion_model"),
+        ({"unet.conv_in.lora_A.weight": torch.ones(1, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(32, 1, 1, 1)}, "convolution"),
         ({"lora_unet_nowhere.lora_down.weight": torch.ones(1, 2), "lora_unet_nowhere.lora_up.weight": torch.ones(2, 1)}, "another base"),
     ],
 )
@@ -199,9 +198,6 @@ def test_metadata_is_what_uis_read(backbone, tmp_path):
     assert json.loads(about["metadata"]["ss_tag_frequency"])
     assert about["metadata"]["ss_network_module"] == "networks.lora"
     assert about["fingerprint"] == about["metadata"]["hyperdreambooth.fingerprint"]
-
-
-MID = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 4.0), (True, 8 / 2**0.5)])
@@ -259,7 +255,7 @@ def test_live_paths_without_text_model_are_written_with_it(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "says"),
     [
-        ({"unet.x.lora_A.weight": torch.ones(3, 4), "unet.x.lora_B.weight": torch.ones(4, 2)}, "rank 3 .* 2"),
+        ({"unet.x.lora_A.weight": torch.ones(3, 4), "unet.x.lora_B.weight": torch.ones(4, 2)}, "down 3 x 4, up 4 x 2"),
         ({"unet.x.lora_A.weight": torch.full((2, 4), float("nan")), "unet.x.lora_B.weight": torch.ones(4, 2)}, "finite"),
         (
             {"unet.x.lora_A.weight": torch.ones(2, 4), "unet.x.lora_B.weight": torch.ones(4, 2), "unet.x.alpha": torch.ones(2)},

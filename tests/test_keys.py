@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
 from benchmarks.readers import components, random_lora, sd, sdxl
@@ -56,10 +55,13 @@ def test_sdxl_files_by_the_original_names_are_read_as_diffusers_reads_them(tmp_p
 
 def test_every_name_is_one_layers_alone():
     for pipe in (sd(), sdxl(), tiny_pipe()):
-        paths = [path for path, module in canonical_modules(components(pipe)).items() if linear_shape(module)]
+        names = keys.Names(components(pipe))
+        assert set(names.paths.values()) == set(names.modules)
         for two in (False, True):
-            assert len({keys.kohya_name(path, two_text_encoders=two) for path in paths}) == len(paths)
-        assert set(keys.kohya_paths(paths).values()) == set(paths)
+            spelled = {keys.kohya_name(path, two_text_encoders=two): path for path in names.modules}
+            assert {name: [place.path for place in names.find(name)] for name in spelled} == {
+                name: [path] for name, path in spelled.items()
+            }
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
@@ -100,32 +102,6 @@ def test_larger_convolutions_are_one_error(tmp_path):
         formats.read_lora(tmp_path / "a.safetensors", components(sd()))
 
 
-def test_kohyas_flux_files_are_taken_apart_as_diffusers_does(tmp_path):
-    """There query, key and value are one layer."""
-    tensors = {}
-    for name, outputs in (("double_blocks_0_img_attn_qkv", 96), ("double_blocks_0_img_attn_proj", 32), ("single_blocks_0_linear2", 32)):
-        inputs = 160 if name.endswith("linear2") else 32
-        tensors |= {
-            f"lora_unet_{name}.lora_down.weight": torch.randn(4, inputs),
-            f"lora_unet_{name}.lora_up.weight": torch.randn(outputs, 4),
-            f"lora_unet_{name}.alpha": torch.tensor(2.0),
-        }
-    save_file(tensors, tmp_path / "flux.safetensors")
-    file = formats.read_lora(tmp_path / "flux.safetensors")
-    whole = (
-        0.5
-        * tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"]
-        @ tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]
-    )
-    for index, name in enumerate(("to_q", "to_k", "to_v")):
-        lora = file.loras[f"transformer.transformer_blocks.0.attn.{name}"]
-        torch.testing.assert_close(lora.delta(), whole[32 * index : 32 * (index + 1)], atol=1e-5, rtol=1e-4)
-    assert set(file.loras) == {key.rsplit(".", 2)[0] for key in FluxPipeline.lora_state_dict(dict(tensors))}
-    save_file({**tensors, "lora_unet_double_blocks_0_nonsense.lora_down.weight": torch.ones(1, 2)}, tmp_path / "odd.safetensors")
-    with pytest.raises(InputError, match="no Flux LoRA"):
-        formats.read_lora(tmp_path / "odd.safetensors")
-
-
 def test_transformers_have_no_names_in_kohyas_layout(tmp_path):
     loras = LoraSet({"transformer.transformer_blocks.0.attn.to_q": Lora(torch.ones(1, 4), torch.ones(4, 1))})
     with pytest.raises(InputError, match=r"transformer_blocks\.0\.attn\.to_q.*diffusers"):
@@ -137,13 +113,14 @@ def test_transformers_have_no_names_in_kohyas_layout(tmp_path):
     formats.check_layout("diffusers", ["transformer"])
 
 
-def test_peft_files_of_one_model_find_their_component():
+def test_without_a_base_a_path_is_what_its_name_tells():
     for layer, path in {
         "base_model.model.transformer_blocks.0.attn.to_q": "transformer.transformer_blocks.0.attn.to_q",
         "base_model.model.mid_block.attentions.0.proj_in": "unet.mid_block.attentions.0.proj_in",
-        "encoder.layers.0.self_attn.q_proj": "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+        "text_encoder.encoder.layers.0.self_attn.q_proj": "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+        "lora_unet_mid_block_attentions_0_proj_in": "lora_unet_mid_block_attentions_0_proj_in",
     }.items():
-        assert keys.to_path(layer) == path
+        assert keys.plain_path(layer) == path
 
 
 def test_kohya_files_have_one_rank_and_the_same_update(tmp_path):

@@ -128,7 +128,8 @@ def test_styles_stay_in_every_branch(backbone):
     person, style = random_loras(backbone, seed=1), random_loras(backbone, seed=2)
     config = GenerateConfig(steps=2, guidance=2.0)
     summed = generate(backbone, [PROMPT], [1], config, personal=person + style.scaled(0.5))
-    apart = generate(backbone, [PROMPT], [1], config, personal=person, styles=style.scaled(0.5))
+    with merged(backbone.components, style.scaled(0.5)):
+        apart = generate(backbone, [PROMPT], [1], config, personal=person)
     torch.testing.assert_close(apart, summed, atol=1e-4, rtol=1e-3)
 
 

@@ -103,3 +103,15 @@ def test_the_right_answers_are_the_references_people():
     pictures = torch.from_numpy(cells.copy()).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     embedded = recogniser.embed(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
     assert (metrics.ranks(embedded[:, 2:], embedded[:, 1]) == 0).float().mean() > 0.9
+
+
+def test_a_photograph_is_told_from_the_worlds_own_pictures_and_nothing_is_invented_of_it(capsys):
+    from skimage import data
+
+    hdb = HyperDreamBooth.from_pretrained("toon", device="cpu")
+    own = [toon.directory("faces") / f"face-{number:02d}.png" for number in range(1, 25)]
+    assert [hdb.unlike(hdb.backbone.encode_images(hdb.read_photos(file, crop="center")[0])) for file in own] == [""] * 24
+    me = hdb.personalize(data.astronaut(), steps=0, crop="center")
+    assert "unlike anything that toon was trained on" in me.warning
+    assert me.warning in " ".join(capsys.readouterr().err.split())
+    assert me.shown == ["a [V] face"]

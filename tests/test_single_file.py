@@ -1,105 +1,272 @@
-"""Single-file checkpoints: what a header tells, and what is refused. Headers alone: no weights are needed for that."""
+"""Single-file checkpoints: what their tensors tell, what opens as what, and what is refused by its name."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from hyperdreambooth.assets import clip
 from hyperdreambooth.backbones import load_backbone, single_file
-from hyperdreambooth.backbones.original_layout import original_name
+from hyperdreambooth.backbones.checkpoint_files import components, fitted, read_header, refuse_quantized
 from hyperdreambooth.errors import InputError
 
-HERE = Path("model.safetensors")
+from . import checkpoints, families
+from .checkpoints import UNET
+
+CLIP_L, CLIP_G = "text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer."
 
 
-def shapes_of(family: str) -> dict[str, tuple[int, ...]]:
-    """The header of a checkpoint of a family."""
-    found = single_file.models(family)
-    shapes: dict[str, tuple[int, ...]] = {"alphas_cumprod": (1000,)}
-    for component, model in found.items():
-        for name, tensor in model.state_dict().items():
-            key = original_name(component, name, model.config, xl=family == "sdxl")
-            shapes[key] = (3 * tensor.shape[0], *tensor.shape[1:]) if "in_proj_" in key else tuple(tensor.shape)
-    return shapes
+@pytest.fixture(scope="module", params=["sd15", "sd21", "sdxl"])
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
-def test_a_header_tells_the_family_and_whether_all_is_there(family):
-    shapes = shapes_of(family)
-    assert single_file.detect(shapes, HERE) == family
-    single_file.check(shapes, single_file.models(family), HERE)
-    for key in (k for k in shapes if k.endswith("conv_out.weight") or k.endswith("transformer_blocks.0.ff.net.2.weight")):
-        with pytest.raises(InputError, match=f"lacks 1 layers of its (unet|vae), the first of them {key}"):
-            single_file.check({k: v for k, v in shapes.items() if k != key}, single_file.models(family), HERE)
-        break
-    text = next(key for key in shapes if key.endswith("position_embedding.weight") or key.endswith("positional_embedding"))
-    with pytest.raises(InputError, match="text_encoder"):
-        single_file.check({k: v for k, v in shapes.items() if k != text}, single_file.models(family), HERE)
+@pytest.fixture(scope="module")
+def shapes(family: str) -> checkpoints.Shapes:
+    return checkpoints.published(family)
+
+
+def opened(path: Path) -> str:
+    """The family of a file that is whole, by its header alone."""
+    stored, _ = read_header(path)
+    parts = components(stored)
+    family = single_file.detect(parts, stored, path)
+    for part, model in single_file.models_of(family, parts).values():
+        refuse_quantized(parts[part])
+        fitted(part, parts[part], model, None)
+    return family
+
+
+def test_a_header_tells_the_family_and_whether_all_is_there(family, shapes, tmp_path):
+    path = tmp_path / "model.safetensors"
+    assert opened(checkpoints.zeros(path, shapes)) == family
+    layer = next(key for key in shapes if key.endswith("transformer_blocks.0.ff.net.2.weight"))
+    text = next(key for key in shapes if key.endswith(("position_embedding.weight", "positional_embedding")))
+    for key, says in ((layer, "lacks 1 layers of its unet: .*ff.net.2.weight"), (text, "lacks 1 layers of its clip_[lhg]: .*position")):
+        with pytest.raises(InputError, match=says):
+            opened(checkpoints.zeros(path, {name: shape for name, shape in shapes.items() if name != key}))
     with pytest.raises(InputError, match="which no base of this kind has"):
-        single_file.check({**shapes, text: (3, 3)}, single_file.models(family), HERE)
+        opened(checkpoints.zeros(path, {**shapes, text: (3, 3)}))
+
+
+def test_old_names_other_prefixes_and_fp8_make_no_difference(family, shapes, tmp_path):
+    renamed = {key.replace("transformer.text_model.", "transformer."): shape for key, shape in shapes.items()}
+    assert opened(checkpoints.zeros(tmp_path / "OLD.SAFETENSORS", renamed, "F8_E4M3")) == family
+    wrapped = {f"state_dict.{key}": shape for key, shape in shapes.items()}
+    assert opened(checkpoints.zeros(tmp_path / "wrapped.sft", wrapped, "F8_E5M2")) == family
+    with pytest.raises(InputError, match="is quantized"):
+        opened(checkpoints.zeros(tmp_path / "int8.safetensors", shapes, "I8"))
 
 
 def test_names_are_the_published_ones():
-    """Some names of the three files as everyone knows them."""
-    one, two, xl = (shapes_of(family) for family in ("sd15", "sd21", "sdxl"))
-    unet = "model.diffusion_model."
-    assert one[unet + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"] == (320, 768)
-    assert one[unet + "output_blocks.11.0.skip_connection.weight"] == (320, 640, 1, 1)
-    assert one[unet + "output_blocks.5.2.conv.weight"] == (1280, 1280, 3, 3)
-    assert one[unet + "output_blocks.2.1.conv.weight"] == (1280, 1280, 3, 3)
-    assert one[unet + "input_blocks.3.0.op.weight"] == (320, 320, 3, 3)
-    assert one["first_stage_model.decoder.up.3.upsample.conv.weight"] == (512, 512, 3, 3)
-    assert one["first_stage_model.decoder.up.0.block.0.nin_shortcut.weight"] == (128, 256, 1, 1)
-    assert one["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"] == (49408, 768)
-    assert two["cond_stage_model.model.transformer.resblocks.22.attn.in_proj_weight"] == (3072, 1024)
-    assert two["cond_stage_model.model.positional_embedding"] == (77, 1024)
-    assert xl["conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"] == (1280,)
-    assert xl["conditioner.embedders.1.model.text_projection"] == (1280, 1280)
-    assert xl["conditioner.embedders.0.transformer.text_model.final_layer_norm.weight"] == (768,)
-    assert xl[unet + "input_blocks.8.1.transformer_blocks.9.attn2.to_k.weight"] == (1280, 2048)
-    assert xl[unet + "label_emb.0.0.weight"] == (1280, 2816)
-    # as diffusers' own detection looks for them
+    """Some names of the three files as everyone knows them, as diffusers' own detection looks for them."""
     from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 
+    one, two, xl = (checkpoints.published(family) for family in ("sd15", "sd21", "sdxl"))
+    assert one[UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"] == (320, 768)
+    assert one["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"] == (49408, 768)
+    assert two["cond_stage_model.model.transformer.resblocks.22.attn.in_proj_weight"] == (3072, 1024)
+    assert xl["conditioner.embedders.1.model.text_projection"] == (1280, 1280)
     assert CHECKPOINT_KEY_NAMES["xl_base"] in xl
     assert CHECKPOINT_KEY_NAMES["v1"] in one
     assert two[CHECKPOINT_KEY_NAMES["v2"]][-1] == 1024
 
 
+BOTH = {**checkpoints.clip(768, 12, CLIP_L), **checkpoints.clip(1280, 32, CLIP_G, projected=True)}
+
+
 @pytest.mark.parametrize(
-    ("key", "shape", "says"),
+    ("family", "denoiser"),
     [
-        ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", (4, 8), "is a LoRA"),
-        ("unet.mid_block.attentions.0.proj_in.lora_A.weight", (4, 8), "is a LoRA"),
-        ("model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight", (4, 8), "Stable Diffusion 3: .* Give a directory"),
-        ("double_blocks.0.img_attn.qkv.weight", (4, 8), "Flux: .* Give a directory"),
-        ("down_blocks.0.resnets.0.conv1.weight", (4, 8), "one model of a base"),
-        ("encoder.layer.0.weight", (4, 8), "no Stable Diffusion checkpoint"),
-        ("model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight", (768, 1280), "an SDXL refiner"),
+        ("sd3", checkpoints.sd3(24, 192)),
+        ("sd3", checkpoints.sd3(24, 384, 13, normed=True)),
+        ("sd3", checkpoints.sd3(38, 192, prefix="", normed=True)),
+        ("flux", checkpoints.flux()),
+        ("flux", checkpoints.flux(2, 3, prefix="", guided=False)),
     ],
 )
-def test_what_is_no_base_is_one_clear_error(tmp_path, key, shape, says):
-    save_file({key: torch.zeros(shape)}, tmp_path / "model.safetensors")
+def test_headers_of_sd3_and_flux(family, denoiser, tmp_path):
+    whole = {**denoiser, **checkpoints.vae(family, "vae."), **BOTH, **checkpoints.t5(2)}
+    assert opened(checkpoints.zeros(tmp_path / "model.safetensors", whole, "BF16")) == family
+    layer = next(key for key in whole if key.endswith(("img_mlp.0.weight", "mlp.fc1.weight")) and "blocks" in key)
+    with pytest.raises(InputError, match=f"lacks layers of its {family}"):
+        opened(checkpoints.zeros(tmp_path / "less.safetensors", {key: shape for key, shape in whole.items() if key != layer}))
+
+
+def tiny(family: str) -> nn.ModuleDict:
+    """Small random models with the widths that tell the family."""
+    widths = {"sd15": (768,), "sd21": (1024,), "sdxl": (768, 1280)}[family]
+    heads: dict[str, Any] = {"attention_head_dim": 4} if family == "sd15" else {"attention_head_dim": (2, 4), "use_linear_projection": True}
+    if family == "sdxl":
+        heads |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 1280}
+    found: dict[str, nn.Module] = {"unet": families.unet(sum(widths), **heads), "vae": families.autoencoder()}
+    for index, width in enumerate(widths):
+        config = CLIPTextConfig(
+            vocab_size=64, hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, projection_dim=width
+        )
+        found["text_encoder_2" if index else "text_encoder"] = (CLIPTextModelWithProjection if index else CLIPTextModel)(config)
+    return nn.ModuleDict(found)
+
+
+@pytest.fixture
+def small(family: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """A small checkpoint of a family, whose architecture is taken for the published one."""
+    torch.manual_seed(0)
+    models = tiny(family)
+    monkeypatch.setattr(single_file, "models", lambda name: tiny(name))
+    return checkpoints.written(models, xl=family == "sdxl")
+
+
+def same(pipe: Any, family: str, dtype: torch.dtype) -> bool:
+    torch.manual_seed(0)
+    return all(
+        torch.equal(pipe.components[name].state_dict()[key], tensor.to(dtype).float())
+        for name, model in tiny(family).items()
+        for key, tensor in model.state_dict().items()
+    )
+
+
+def test_small_files_open_as_the_very_numbers(family, small, tmp_path):
+    base = load_backbone(checkpoints.save(tmp_path / "model.safetensors", small))
+    assert same(base.pipe, family, torch.float16)
+    assert base.pipe.scheduler.config.prediction_type == ("v_prediction" if family == "sd21" else "epsilon")
+    assert base.pipe.name_or_path == str(tmp_path / "model.safetensors")
+    eighth = load_backbone(checkpoints.save(tmp_path / "fp8.SFT", small, torch.float8_e4m3fn))
+    assert same(eighth.pipe, family, torch.float8_e4m3fn)
+
+
+def test_scaled_fp8_is_scaled(small, tmp_path):
+    name = next(key for key in small if key.endswith("attn1.to_q.weight"))
+    scaled = {
+        **small,
+        name: small[name] / 4,
+        f"{name.removesuffix('weight')}scale_weight": torch.tensor(4.0),
+        f"{UNET}scaled_fp8": torch.zeros(2),
+    }
+    found, plain = (load_backbone(checkpoints.save(tmp_path / f"{n}.safetensors", t)).pipe.unet for n, t in enumerate((scaled, small)))
+    for one, other in zip(found.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-2)
+
+
+def test_what_it_predicts_is_said_by_the_user_the_header_a_tensor_or_a_file_beside_it(small, tmp_path):
+    path = tmp_path / "model.safetensors"
+
+    def kind(**more: str) -> str:
+        return str(load_backbone(path, **more).pipe.scheduler.config.prediction_type)
+
+    checkpoints.save(path, {**small, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})
+    config = load_backbone(path).pipe.scheduler.config
+    assert (config.prediction_type, config.rescale_betas_zero_snr, config.timestep_spacing) == ("v_prediction", True, "trailing")
+    assert kind(prediction="epsilon") == "epsilon"
+    checkpoints.save(path, small, metadata={"modelspec.prediction_type": "v"})
+    assert kind() == "v_prediction"
+    checkpoints.save(path, small)
+    (tmp_path / "model.yaml").write_text("model:\n  params:\n    parameterization: v\n")
+    assert kind() == "v_prediction"
+    (tmp_path / "model.yaml").write_text("model:\n  params:\n    linear_start: 0.00085\n")
+    assert kind() == "epsilon"
+    (tmp_path / "model.yaml").write_text("- nothing\n")
+    with pytest.raises(InputError, match="is no config of one"):
+        kind()
+
+
+def test_a_denoiser_alone_takes_the_rest_from_parts(family, small, tmp_path):
+    bare = {key.removeprefix(UNET): tensor for key, tensor in small.items() if key.startswith(UNET)}
+    path = checkpoints.save(tmp_path / "unet.safetensors", bare)
+    with pytest.raises(InputError, match=r"lacks the autoencoder, CLIP-.* as --parts"):
+        load_backbone(path)
+    rest = checkpoints.save(tmp_path / "rest.safetensors", {key: t for key, t in small.items() if not key.startswith(UNET)})
+    whole = load_backbone(path, parts=[rest]).pipe
+    assert same(whole, family, torch.float16)
+    whole.save_pretrained(tmp_path / "directory")
+    assert same(load_backbone(path, parts=[tmp_path / "directory"]).pipe, family, torch.float16)
+    with pytest.raises(InputError, match=r"holds .* alone, without a denoiser"):
+        load_backbone(rest)
+
+
+def test_sd3_opens_with_the_text_encoders_that_it_has(tmp_path):
+    tokenizer, _ = families.t5()
+    tokenizer.save_pretrained(tmp_path / "t5")
+    shapes = {**checkpoints.sd3(dual=1, normed=True), **checkpoints.vae("sd3"), **checkpoints.t5()}
+    path = checkpoints.zeros(tmp_path / "sd3.safetensors", shapes)
+    base = load_backbone(path, parts=[tmp_path / "t5"])
+    assert base.family == "sd3"
+    assert base.pipe.text_encoder is None
+    with torch.no_grad():
+        prompt = base.encode_prompts(["a face"])
+        latents = torch.randn(1, *base.latent_shape(64, 64))
+        assert base.predict(latents, torch.tensor([500.0]), prompt).shape == latents.shape
+    with pytest.raises(InputError, match="no text encoder at all"):
+        load_backbone(path)
+
+
+def test_flux_alone_with_parts(tmp_path):
+    tokenizer, _ = families.t5()
+    tokenizer.save_pretrained(tmp_path / "t5")
+    path = checkpoints.zeros(tmp_path / "flux.sft", checkpoints.flux(prefix=""), "F8_E4M3")
+    clip_l = checkpoints.zeros(tmp_path / "clip_l.safetensors", checkpoints.clip(768, 12))
+    t5 = checkpoints.zeros(tmp_path / "t5.safetensors", checkpoints.t5(prefix=""), "F8_E4M3")
+    vae = checkpoints.zeros(tmp_path / "ae.safetensors", checkpoints.vae("flux", ""))
+    with pytest.raises(InputError, match=r"lacks CLIP-L\. Give files"):
+        load_backbone(path, parts=[vae, t5])
+    with pytest.raises(InputError, match="T5's tokenizer is neither shipped nor"):
+        load_backbone(path, parts=[vae, t5, clip_l])
+    base = load_backbone(path, parts=[vae, t5, clip_l, tmp_path / "t5"], dtype=torch.bfloat16)
+    assert base.family == "flux"
+    assert base.distilled
+    assert base.pipe.scheduler.config.use_dynamic_shifting
+
+
+FLUX, SD15 = checkpoints.flux(prefix=""), {f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (640, 768)}
+REFUSED: list[tuple[checkpoints.Shapes, str]] = [
+    ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (4, 8)}, "is a LoRA"),
+    ({"unet.mid_block.attentions.0.proj_in.lora_A.weight": (4, 8)}, "is a LoRA"),
+    ({"lycoris_unet_mid.hada_w1_a": (4, 8)}, "is a LyCORIS"),
+    ({"down_blocks.0.resnets.0.conv1.weight": (4, 8)}, "one model of a base"),
+    ({"encoder.layer.0.weight": (4, 8)}, "no Stable Diffusion checkpoint"),
+    ({"head.modulation": (1, 2, 1536), "patch_embedding.weight": (1536, 16, 1, 2, 2)}, "it is wan"),
+    ({f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (768, 1280)}, "an SDXL refiner"),
+    ({**SD15, f"{UNET}input_blocks.0.0.weight": (320, 9, 3, 3)}, "an inpainting model, of 9 input channels"),
+    ({**SD15, f"{UNET}input_blocks.0.0.weight": (320, 8, 3, 3)}, "for editing, of 8 input channels"),
+    ({**SD15, f"{UNET}input_blocks.0.0.weight": (320, 5, 3, 3)}, "depth-to-image"),
+    ({**FLUX, "img_in.weight": (3072, 384)}, "Flux Fill"),
+    ({**FLUX, "img_in.weight": (3072, 128)}, "for editing, of 32"),
+    ({**FLUX, "distilled_guidance_layer.in_proj.bias": (3,)}, "is Chroma"),
+    ({**SD15, "edm_mean": (1,), "edm_std": (1,)}, "is Playground 2.5"),
+    ({**SD15, "edm_vpred.sigma_max": (1,)}, "CosXL"),
+    ({**SD15, f"{UNET}time_embed.cond_proj.weight": (320, 256)}, "distilled for a few steps"),
+    ({"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)}, "a ControlNet"),
+    ({"controlnet_blocks.0.weight": (4, 8), "transformer_blocks.0.attn.to_q.weight": (4, 8)}, "a ControlNet"),
+    ({"emb_params": (4, 768)}, "a Textual Inversion"),
+    ({"decoder.mid.block_1.conv1.weight": (512, 512, 3, 3)}, "holds the autoencoder alone"),
+    ({"text_model.encoder.layers.0.self_attn.q_proj.weight": (768, 768)}, "holds CLIP-L alone"),
+]
+
+
+@pytest.mark.parametrize(("shapes", "says"), REFUSED, ids=[says for _, says in REFUSED])
+def test_what_is_no_base_is_one_clear_error(tmp_path, shapes, says):
+    path = checkpoints.zeros(tmp_path / "model.safetensors", shapes)
     with pytest.raises(InputError, match=says):
-        load_backbone(tmp_path / "model.safetensors")
+        load_backbone(path)
 
 
-def test_inpainting_pickles_and_broken_files_are_refused(tmp_path):
-    shapes = {**shapes_of("sd15"), "model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3)}
-    with pytest.raises(InputError, match="9 input channels"):
-        single_file.detect(shapes, HERE)
+def test_pickles_and_broken_files_are_refused(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"only \.safetensors .* Convert it first"):
         load_backbone(tmp_path / "model.ckpt")
-    (tmp_path / "model.safetensors").write_bytes(b"no")
-    with pytest.raises(InputError, match="not a whole safetensors file"):
-        load_backbone(tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="no such file"):
-        load_backbone(tmp_path / "nowhere.safetensors")
+    whole = checkpoints.zeros(tmp_path / "whole.safetensors", SD15).read_bytes()
+    for content in (b"no", b"", whole[:-1], whole[:20], b"<!DOCTYPE html><html>" + b" " * 99):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match="not a whole safetensors file"):
+            load_backbone(tmp_path / "model.safetensors")
+    for name in ("nowhere.safetensors", "nowhere.SFT"):
+        with pytest.raises(InputError, match="no such file"):
+            load_backbone(tmp_path / name)
 
 
 def test_the_tokenizer_is_clips():
@@ -135,3 +302,15 @@ def test_a_unet_that_was_trained_is_asked_what_it_predicts(noise):
             return (noisy + alpha * picture if noise else alpha * noisy - picture,)
 
     assert single_file.predicts_noise(Trained()) is noise
+    if not noise:
+        assert single_file.predicts_velocity(Trained())
+
+
+def test_a_unet_that_was_trained_on_velocity_is_told_from_a_random_one(monkeypatch):
+    base = load_backbone("toon")
+    drawn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, **more: drawn(1, *base.latent_shape(), **more))
+    assert not single_file.predicts_noise(base.denoiser)
+    assert single_file.predicts_velocity(base.denoiser)
+    torch.manual_seed(0)
+    assert not single_file.predicts_velocity(type(base.denoiser).from_config(base.denoiser.config))

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from hyperdreambooth import formats, photos
 
@@ -81,3 +82,35 @@ def test_a_caption_beside_the_photo_is_what_it_shows(tmp_path, capsys):
     assert 'taken to show "a [V] face, smiling on a blue background"' in capsys.readouterr().err
     assert run("personalize", tmp_path / "ann.png", "--steps", 1, "--prompt", "a [V] face", "-o", tmp_path / "out" / "b.safetensors") == 0
     assert 'taken to show "a [V] face"' in capsys.readouterr().err
+
+
+def test_styles_of_any_kind_are_drawn_with_beside_a_person(tmp_path, me, tiny_world, capsys):
+    """A folder with a style of convolutions; without the style the picture is another, and the next one is as it was before."""
+    layer = "unet.down_blocks.0.resnets.0.conv1"
+    tensors = load_file(tiny_world / "base" / "unet" / "diffusion_pytorch_model.safetensors")
+    outputs, inputs = tensors[f"{layer[5:]}.weight"].shape[:2]
+    sides = {f"{layer}.lora_A.weight": torch.randn(2, inputs, 3, 3), f"{layer}.lora_B.weight": torch.randn(outputs, 2, 1, 1)}
+    (tmp_path / "style").mkdir()
+    save_file(sides, tmp_path / "style" / "pytorch_lora_weights.safetensors")
+    draw = ["generate", "a [V] face", "--lora", me, "--steps", 1, "--seed", 3]
+    for name, more in (("plain", []), ("styled", ["--style", f"{tmp_path / 'style'}:0.8"]), ("again", [])):
+        assert run(*draw, *more, "-o", tmp_path / name) == 0
+    plain, styled, again = ((tmp_path / name / "01-3.png") for name in ("plain", "styled", "again"))
+    with Image.open(plain) as one, Image.open(styled) as other, Image.open(again) as third:
+        assert list(one.getdata()) == list(third.getdata()) != list(other.getdata())
+    refused(capsys, "a LoRA of convolutions", "generate", "x", "--lora", tmp_path / "style", "-o", tmp_path / "x")
+    save_file(sides, tmp_path / "style" / "pytorch.safetensors")
+    (tmp_path / "style" / "pytorch_lora_weights.safetensors").rename(tmp_path / "style" / "other.safetensors")
+    refused(
+        capsys,
+        "several LoRAs: other.safetensors, pytorch.safetensors",
+        "generate",
+        "x",
+        "--style",
+        tmp_path / "style",
+        "-o",
+        tmp_path / "x",
+    )
+    refused(
+        capsys, "ann/none is no file or folder here, and no LoRA on the hub", "generate", "x", "--style", "ann/none", "-o", tmp_path / "x"
+    )

@@ -11,14 +11,12 @@ images = hdb.generate("a pencil sketch of a [V] face", me, seed=0)
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -28,13 +26,14 @@ from .assets import toon
 from .backbones import Backbone, load_backbone, wrap
 from .devices import best_device, best_dtype
 from .errors import InputError
+from .folders import caption_of, list_identities
 from .hub import push
 from .lora import LoraSet
 from .personal_lora import PLACEHOLDER, PersonalLora
-from .pretrained import HyperNetworkInfo, check_targets, load_hypernetwork, save_hypernetwork
+from .pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 from .progress import say
 from .settings import SCRATCH, GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
-from .stages.describe import describe
+from .stages.describe import describe, strangeness
 from .stages.dreambooth import Subject
 from .stages.generate import generate
 from .stages.personalize import finish, personalize
@@ -65,6 +64,8 @@ class HyperDreamBooth:
         hypernetwork: str | Path | None = "auto",
         device: str | None = None,
         dtype: torch.dtype | None = None,
+        prediction: str = "auto",
+        parts: Sequence[str | Path] = (),
     ) -> HyperDreamBooth:
         """Opens a base and its hypernetwork.
 
@@ -73,9 +74,11 @@ class HyperDreamBooth:
             hypernetwork: a directory or hub id; None for none; "auto" takes the shipped one for toon, none elsewhere.
             device: cuda, mps or cpu; by default the best there is.
             dtype: the frozen base's precision; by default what `best_dtype` says.
+            prediction, parts: as `load_backbone` takes them.
         """
         device = device or best_device()
-        backbone = load_backbone(base, device=device, dtype=dtype or best_dtype(base, device))
+        dtype = dtype or best_dtype(base, device)
+        backbone = load_backbone(base, device=device, dtype=dtype, prediction=prediction, parts=parts)
         if hypernetwork == "auto":
             hypernetwork = toon.directory("hypernetwork") if str(base) == "toon" else None
         return cls._opened(backbone, str(base), hypernetwork)
@@ -141,30 +144,12 @@ class HyperDreamBooth:
         return resolve(GenerateConfig, ("given", changes), ("given", choices or {}), ("hypernetwork", own), ("family", family))
 
     def read_photos(self, files: Photos, *, crop: photos.Crop = "auto", face: int | None = None) -> tuple[Tensor, list[str]]:
-        """Photos as (n, 3, size, size) in -1..1 and what is worth saying about them (which face was taken)."""
-        if isinstance(files, Tensor):
-            return files, []
-        group = [files] if isinstance(files, (str, Path, Image.Image, bytes, np.ndarray)) or hasattr(files, "read") else list(files)
-        if not group:
-            raise InputError("no photo was given.")
-        images, notes = [], []
-        for file in group:
-            image, note = photos.prepare(file, self.backbone.size, crop, face)
-            images.append(image)
-            notes += [note] if note else []
-        return photos.to_tensor(images), notes
+        """Photos in the base's size, see `photos.read_photos`."""
+        return photos.read_photos(files, self.backbone.size, crop, face)
 
     def read_masks(self, masks: Files, files: Files, *, crop: photos.Crop = "auto", face: int | None = None) -> Tensor:
-        """Gray pictures that say where photos count, one for all of them or one each: (n, 1, size, size) in 0..1.
-
-        Raises InputError for another number of masks, or one that doesn't fit its photo.
-        """
-        group, drawn = ([item] if isinstance(item, (str, Path)) else list(item) for item in (files, masks))
-        if len(drawn) not in (1, len(group)):
-            raise InputError(f"{len(drawn)} masks for {len(group)} photos: give one for all of them, or one each.")
-        pairs = zip(drawn if len(drawn) > 1 else drawn * len(group), group, strict=True)
-        images = [photos.prepare_mask(mask, photo, self.backbone.size, crop, face) for mask, photo in pairs]
-        return (photos.to_tensor(images)[:, :1] + 1) / 2
+        """Masks of photos in the base's size, see `photos.read_masks`."""
+        return photos.read_masks(masks, files, self.backbone.size, crop, face)
 
     @torch.no_grad()
     def predict(self, pixels: Tensor) -> Tensor:
@@ -182,6 +167,17 @@ class HyperDreamBooth:
         slots = self.info.describe if self.info else []
         texts = describe(self.backbone, latents, slots, predicted) if slots else [self.prompt] * len(latents)
         return [text.replace(PLACEHOLDER, self.identifier) for text in texts]
+
+    def unlike(self, latents: Tensor) -> str:
+        """A sentence where photos' latents (N, C, h, w) are unlike all that the hypernetwork was trained on, else ""; by `strangeness`."""
+        limit = self.info.familiar if self.info else None
+        found = strangeness(self.backbone, latents, self.prompt).max().item() if limit else 0.0
+        if limit is None or found <= limit:
+            return ""
+        return (
+            f"this photo is unlike anything that {self.base} was trained on (its loss is {found:.2f}, familiar pictures stay under {limit:.2f}): "
+            "what is drawn won't look like the person. Take a base that can draw such photos (--base)."
+        )
 
     def personalize(
         self,
@@ -213,48 +209,118 @@ class HyperDreamBooth:
         """
         config = self.personalize_config(config, steps=steps, **changes)
         pixels, _ = self.read_photos(files, crop=crop, face=face)
-        started = time.perf_counter()
-        tokens = self.predict(pixels) if self.source else None
-        predicted = self.source.lightweight(tokens[None]).detach() if self.source and tokens is not None else None
-        seconds = {"predict": time.perf_counter() - started}
-        started = time.perf_counter()
-        # fp32 for what is trained and for its latents, whatever the base's precision
-        latents = self.backbone.encode_images(pixels).float()
-        given = (prompt or self.prompt).replace(PLACEHOLDER, self.identifier)
-        texts = [given] * len(latents) if prompt or config.steps == 0 else self.describe(latents, predicted)
-        seconds["describe"] = time.perf_counter() - started
-        started = time.perf_counter()
-        mask = nn.functional.interpolate(masks, latents.shape[-2:], mode="area").to(latents)[None] if masks is not None else None
-        subject = Subject(latents[None], [texts], mask)
+        return self._people([pixels], [prompt], config, masks=masks, directory=directory, on_step=on_step, quiet=quiet)[0]
 
-        def single(loras: LoraSet) -> LoraSet:
-            return loras.select(0) if predicted is not None else loras
+    def personalize_all(
+        self,
+        people: Mapping[str, Photos] | str | Path,
+        *,
+        crop: photos.Crop = "auto",
+        side_by_side: int | None = None,
+        directory: str | Path | None = None,
+        on_refused: Callable[[str, InputError], None] | None = None,
+        quiet: bool = False,
+        config: PersonalizeChoices | PersonalizeConfig | None = None,
+        **changes: Any,
+    ) -> Iterator[tuple[str, PersonalLora]]:
+        """Many people, several in one batch, each as `personalize` alone would make them: (name, LoRA), as they are done.
+
+        Args:
+            people: a folder (see `folders.list_identities`; a caption beside a person's only photo is its prompt), or name -> photos.
+            side_by_side: people of a batch; fewer where memory is short. Default: 32 on a GPU, 8 elsewhere.
+            directory: where an interrupted batch resumes from.
+            on_refused: called with a name and the error where a photo can't be read; by default that is said on stderr. Nobody else stops.
+        """
+        config = self.personalize_config(config, **changes)
+        known = list_identities(people) if isinstance(people, (str, Path)) else people
+        count = side_by_side or (32 if self.device.type == "cuda" else 8)
+        ready: dict[int, list[tuple[str, Tensor, str | None]]] = {}
+        for number, (name, files) in enumerate(known.items(), 1):
+            try:
+                pixels, _ = self.read_photos(files, crop=crop)
+                # people of a batch have as many photos as one another
+                ready.setdefault(len(pixels), []).append((name, pixels, caption_of(files)))
+            except InputError as error:
+                (on_refused or (lambda who, why: say(f"{who} is left out: {why}")))(name, error)
+            for group in list(ready.values()):
+                while len(group) >= count or (group and number == len(known)):
+                    batch, group[:] = group[:count], group[count:]
+                    try:
+                        made = self._people([p for _, p, _ in batch], [t for *_, t in batch], config, directory=directory, quiet=quiet)
+                    except torch.OutOfMemoryError:
+                        if len(batch) == 1:
+                            raise
+                        count = max(1, len(batch) // 2)
+                        group[:0] = batch
+                        continue
+                    yield from zip([who for who, *_ in batch], made, strict=True)
+
+    def _people(
+        self,
+        pixels: Sequence[Tensor],
+        prompts: Sequence[str | None],
+        config: PersonalizeConfig,
+        *,
+        masks: Tensor | None = None,
+        directory: str | Path | None = None,
+        on_step: Callable[[int, LoraSet], bool] | None = None,
+        quiet: bool = False,
+    ) -> list[PersonalLora]:
+        """People with n photos (n, 3, size, size) each, in one batch. `masks` and `on_step` are for a single one."""
+        seconds, clock, count, each = {}, time.perf_counter(), len(pixels), len(pixels[0])
+        tokens = torch.stack([self.predict(mine) for mine in pixels]) if self.source else None
+        predicted = self.source.lightweight(tokens).detach() if self.source else None
+        seconds["predict"], clock = time.perf_counter() - clock, time.perf_counter()
+        # fp32 for what is trained and for its latents, whatever the base's precision
+        latents = torch.stack([self.backbone.encode_images(mine).float() for mine in pixels])
+        texts, warnings = [], []
+        for index, prompt in enumerate(prompts):
+            warnings.append(self.unlike(latents[index]))
+            if warnings[-1] and not quiet:
+                say(warnings[-1])
+            given = (prompt or self.prompt).replace(PLACEHOLDER, self.identifier)
+            mine = predicted.select(slice(index, index + 1)) if predicted else None
+            plain = prompt or warnings[-1] or config.steps == 0
+            texts.append([given] * each if plain else self.describe(latents[index], mine))
+        seconds["describe"], clock = time.perf_counter() - clock, time.perf_counter()
+        mask = nn.functional.interpolate(masks, latents.shape[-2:], mode="area").to(latents)[None] if masks is not None else None
+        batched = predicted is not None or count > 1
+
+        def single(loras: LoraSet, index: int = 0) -> LoraSet:
+            return loras.select(index) if batched else loras
 
         step = (lambda done, loras: on_step(done, single(loras))) if on_step else None
+        subject = Subject(latents, texts, mask)
         loras, report = personalize(self.backbone, subject, predicted, config, directory=directory, on_step=step, quiet=quiet)
-        seconds["finetune"] = time.perf_counter() - started
-        started = time.perf_counter()
-        merged = finish(single(loras))
-        seconds["export"] = time.perf_counter() - started
-        return self.person(
-            merged,
-            predicted=single(predicted) if predicted is not None else None,
-            tokens=tokens.cpu() if tokens is not None else None,
-            lightweight=self.source.lightweight if self.source else None,
-            losses=report.losses,
-            seconds=seconds,
-            shown=texts,
-            metadata={"hyperdreambooth.steps": str(report.steps)},
-        )
+        seconds["finetune"], clock = time.perf_counter() - clock, time.perf_counter()
+        merged = [finish(single(loras, index)) for index in range(count)]
+        seconds["export"] = time.perf_counter() - clock
+        return [
+            self.person(
+                merged[index],
+                predicted=predicted.select(index) if predicted else None,
+                tokens=tokens[index].cpu() if tokens is not None else None,
+                lightweight=self.source.lightweight if self.source else None,
+                losses=report.losses,
+                seconds={key: value / count for key, value in seconds.items()},
+                shown=texts[index],
+                warning=warnings[index],
+                metadata={"hyperdreambooth.steps": str(report.steps)},
+            )
+            for index in range(count)
+        ]
 
     def load(self, path: str | Path) -> PersonalLora:
-        """A LoRA file, or a token file of this hypernetwork, as a PersonalLora. Raises InputError where it is for another base."""
+        """A LoRA (a file, a folder or a hub id), or a token file of this hypernetwork, as a PersonalLora.
+
+        Raises InputError where it is none, or for another base.
+        """
+        path = formats.find_lora(path)
         if formats.is_tokens(path):
             if self.source is None:
                 raise InputError(f"{path} is a token file, and there is no hypernetwork here to read it with.")
             return self.from_tokens(formats.read_tokens(path, self.source.lightweight))
         file = formats.read_lora(path, self.backbone.components)
-        check_targets(file.loras.shapes(), self.backbone, str(path))
         loras = file.loras.map(lambda tensor: tensor.to(self.device, torch.float32))
         identifier = file.metadata.get("hyperdreambooth.identifier", self.identifier)
         return self.person(loras, identifier=identifier, metadata=file.metadata, convolutions=file.convolutions)
@@ -282,20 +348,12 @@ class HyperDreamBooth:
             total = total + person.loras.scaled(weight)
         return self.person(finish(total), identifier=people[0][0].identifier)
 
-    def styles(self, files: Sequence[str | Path | tuple[str | Path, float]]) -> LoraSet:
-        """The weighted sum of style LoRAs."""
-        total = LoraSet()
-        for file in files:
-            path, weight = file if isinstance(file, tuple) else (file, 1.0)
-            total = total + self.load(path).loras.scaled(weight)
-        return total
-
     def generate(
         self,
         prompts: Sequence[str] | str,
         person: PersonalLora | LoraSet | str | Path | None = None,
         *,
-        styles: Sequence[str | Path | tuple[str | Path, float]] = (),
+        styles: Sequence[formats.Style] = (),
         seed: int | None = None,
         count: int | None = None,
         on_picture: Callable[[int], None] | None = None,
@@ -306,7 +364,7 @@ class HyperDreamBooth:
 
         Args:
             person: a PersonalLora, a LoRA file or a token file; None generates with the base alone.
-            styles: style LoRA files, or (file, weight) pairs.
+            styles: LoRAs of any kind for every branch: each a file, a folder or a hub id, or (one of these, strength).
             seed: of each prompt's first picture; the next ones count up.
         """
         config = self.generate_config(config, seed=seed, count=count, **changes)
@@ -325,21 +383,14 @@ class HyperDreamBooth:
             say(f'"{without[0]}" doesn\'t name the person: write {PLACEHOLDER} where the person belongs.')
         texts = [prompt.replace(PLACEHOLDER, identifier) for prompt in wanted for _ in range(config.count)]
         seeds = [config.seed + i for _ in wanted for i in range(config.count)]
-        pixels = generate(
-            self.backbone, texts, seeds, config, personal=loras, styles=self.styles(styles) if styles else None, on_picture=on_picture
-        )
+        with formats.styled(self.backbone.pipe, styles):
+            pixels = generate(self.backbone, texts, seeds, config, personal=loras, on_picture=on_picture)
         return photos.to_images(pixels)
 
     def picture_metadata(self, prompt: str, seed: int, config: GenerateConfig, loras: Sequence[tuple[str, float]]) -> dict[str, str]:
-        """What a PNG carries: how it was made, and that a machine made it (IPTC's digital source type, in XMP)."""
+        """What a PNG carries: how it was made, and that a machine made it."""
         made = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("seed", "count", "batch", "origins")}
-        settings = {"prompt": prompt, "seed": seed, **made, "base": self.base, "loras": [list(lora) for lora in loras]}
-        source = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-        xmp = (
-            '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
-            f'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType="{source}"/></rdf:RDF></x:xmpmeta>'
-        )
-        return {"Software": "hyperdreambooth", "ai_generated": "true", "hyperdreambooth": json.dumps(settings), "XML:com.adobe.xmp": xmp}
+        return photos.generated({"prompt": prompt, "seed": seed, **made, "base": self.base, "loras": [list(lora) for lora in loras]})
 
 
 def _changed(settings: T, changes: dict[str, Any]) -> T:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,20 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """Writes a safetensors file, atomically. Tensors are made contiguous and moved to the CPU."""
+    """Writes a safetensors file, atomically: the same bytes for the same content. Tensors are made contiguous and moved to the CPU."""
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    return write_atomically(path, lambda file: save_file(ready, file, metadata=dict(metadata or {})))
+
+    def write(file: Path) -> None:
+        save_file(ready, file, metadata=dict(metadata or {}))
+        with file.open("r+b") as opened:  # safetensors leaves the order of the metadata to chance
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+            header |= {"__metadata__": dict(sorted(header["__metadata__"].items()))} if metadata else {}
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+            opened.seek(8)
+            opened.write(text if len(text) == size else b"")
+
+    return write_atomically(path, write)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -94,19 +106,27 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}, metadata
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}). Was it cut off while copying?") from error
+    with _opened(path) as file:
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}, dict(file.metadata() or {})
+
+
+def read_header(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file. Raises InputError as `read_tensors`."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
 
 
 def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a safetensors file's tensors, from its header alone. Raises InputError as `read_tensors`."""
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            yield file
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}). Was it cut off while copying?") from error
 

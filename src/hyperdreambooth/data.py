@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,30 +22,43 @@ from .errors import InputError
 from .folders import list_identities
 from .progress import Progress, say
 
+LARGEST_BATCH = 32
+BATCH_PIXELS = 1 << 20
+"""Pictures, and pixels of the base's size, that are encoded at once, at most: at 1024 pixels an autoencoder takes gigabytes for one."""
+
 
 class PromptCache:
     """Prompts -> conditioning. Each distinct prompt is encoded once, unless a text encoder carries a LoRA (`trains_text`)."""
 
     def __init__(self, backbone: Backbone, *, trains_text: bool = False):
         self.backbone, self.trains_text = backbone, trains_text
-        self.known: dict[str, Conditioning] = {}
+        self.known: dict[tuple[str, int], Conditioning] = {}
+        self.chunks: dict[str, int] = {}
 
     def inputs(self, prompts: Sequence[str], prefix: str) -> Conditioning:
         """What `conditioning_in` takes out of a batch again, by names that begin with `prefix`."""
         if self.trains_text:
-            return {f"{prefix}tokens.{key}": value for key, value in self.backbone.tokenize(list(prompts)).items()}
+            return {f"{prefix}tokens.{key}": value for key, value in self.backbone.tokenize(list(prompts), self.longest(prompts)).items()}
         return {f"{prefix}{key}": value for key, value in self(prompts).items()}
 
-    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+    def longest(self, prompts: Sequence[str]) -> int:
+        """The number of chunks that all of the prompts need in one batch."""
+        self.chunks |= {prompt: self.backbone.chunks([prompt]) for prompt in dict.fromkeys(prompts) if prompt not in self.chunks}
+        return max(self.chunks[prompt] for prompt in prompts)
+
+    def __call__(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Conditioning:
+        """The conditioning of prompts, as long as that of the prompts that will lie `beside` them in a batch."""
+        chunks = self.longest([*prompts, *beside])
         if self.trains_text:
-            return self.backbone.encode_prompts(list(prompts))
-        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+            return self.backbone.encode_prompts(list(prompts), chunks)
+        fresh = [prompt for prompt in dict.fromkeys(prompts) if (prompt, chunks) not in self.known]
         if fresh:
             with torch.no_grad():
-                encoded = self.backbone.encode_prompts(fresh)
+                encoded = self.backbone.encode_prompts(fresh, chunks)
             for index, prompt in enumerate(fresh):
-                self.known[prompt] = {key: value[index] for key, value in encoded.items()}
-        return {key: torch.stack([self.known[prompt][key] for prompt in prompts]) for key in self.known[prompts[0]]}
+                self.known[prompt, chunks] = {key: value[index] for key, value in encoded.items()}
+        found = [self.known[prompt, chunks] for prompt in prompts]
+        return {key: torch.stack([one[key] for one in found]) for key in found[0]}
 
 
 def conditioning_in(batch: dict[str, Any], prefix: str, backbone: Backbone) -> Conditioning:
@@ -76,6 +92,11 @@ class IdentityData:
         for index, person in enumerate(self.people.tolist()):
             self.of_person[person].append(index)
 
+    def latents_of(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Latents (pictures, C, h, w) of each of these people."""
+        number = {name: index for index, name in enumerate(self.names)}
+        return {name: self.latents[self.of_person[number[name]]] for name in names}
+
     def split(self, count: int) -> tuple[IdentityData, IdentityData]:
         """The data of all people but the last `count`, and the data of those. Raises InputError where nobody would be left."""
         last = self.people >= len(self.names) - count
@@ -100,6 +121,26 @@ class IdentityData:
             mine = [i for i in mine if i != index] or mine
             others.append(mine[int(torch.randint(len(mine), (), generator=generator))])
         return torch.tensor(others)
+
+
+class FolderOfPeople:
+    """The people of a folder, see `load_identities`; their pictures are encoded when they are asked for, and none is kept."""
+
+    def __init__(self, folder: str | Path, backbone: Backbone, crop: photos.Crop = "auto"):
+        self.files, self.backbone, self.crop = list_identities(folder), backbone, crop
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.files)
+
+    def latents_of(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Latents (pictures, C, h, w) of each of these people. Broken pictures are named and skipped, and so is who has no others."""
+        files = [(name, file) for name in names for file in self.files[name]]
+        tensors = _encode(files, self.backbone, None, self.crop, quiet=True)
+        found: dict[str, list[int]] = {}
+        for row, index in enumerate(tensors["kept"].tolist()):
+            found.setdefault(files[index][0], []).append(row)
+        return {name: tensors["latents"][rows].contiguous() for name, rows in found.items()}
 
 
 def load_identities(
@@ -130,41 +171,59 @@ def load_identities(
         tensors, _ = read_tensors(stored)
     else:
         tensors = _encode(files, backbone, encoder, crop)
+        if not len(tensors["kept"]):
+            raise InputError(f"none of the {len(files)} pictures of {folder} could be read.")
         if stored:
             save_tensors(stored, tensors)
     kept = [files[i][0] for i in tensors["kept"].tolist()]
     names = list(dict.fromkeys(kept))
-    people = torch.tensor([names.index(name) for name in kept])
+    number = {name: index for index, name in enumerate(names)}
+    people = torch.tensor([number[name] for name in kept])
     return IdentityData(
         tensors["latents"], tensors["features"], people, names, [prompt] * len(kept), torch.ones(len(kept), dtype=torch.bool)
     )
 
 
 def _seen_by(encoder: FaceEncoder, pixels: Tensor) -> Tensor:
-    """A picture (1, 3, H, W) in -1..1 as `IdentityData.features` keeps it: features, or itself in the encoder's size."""
+    """Pictures (B, 3, H, W) in -1..1 as `IdentityData.features` keeps them: features, or themselves in the encoder's size."""
     if not encoder.trained:
         return encoder(pixels.to(next(encoder.parameters()).device)).cpu()
     return ((encoder.resized(pixels).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def _encode(files: list[tuple[str, Path]], backbone: Backbone, encoder: FaceEncoder | None, crop: photos.Crop) -> dict[str, Tensor]:
+def _encode(
+    files: list[tuple[str, Path]], backbone: Backbone, encoder: FaceEncoder | None, crop: photos.Crop, *, quiet: bool = False
+) -> dict[str, Tensor]:
+    """Latents and features of the pictures that can be read, and `kept`, their places in `files`.
+
+    Threads decode the next batch while the models look at this one. Which pictures share a batch follows from `files` alone, since
+    the batch decides how sums are rounded.
+    """
+    many = max(1, min(LARGEST_BATCH, BATCH_PIXELS // backbone.size**2))
     latents, features, kept, skipped = [], [], [], []
-    with Progress("encoding pictures", len(files)) as progress, torch.no_grad():
-        for index, (_, file) in enumerate(files):
-            try:
-                image, _ = photos.prepare(file, backbone.size, crop)
-            except InputError as error:
-                skipped.append(str(error))
-                continue
-            pixels = photos.to_tensor([image])
-            latents.append(backbone.encode_images(pixels).cpu())
-            features.append(_seen_by(encoder, pixels) if encoder else torch.zeros(1, 0, 0))
-            kept.append(index)
-            progress.update(index + 1)
+    # Pillow's warnings are silenced here for all threads at once: each thread's own silence would end another's
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool, torch.no_grad():
+        warnings.simplefilter("ignore")
+        with Progress("encoding pictures", len(files), quiet=quiet) as progress:
+            ahead = [pool.submit(photos.prepare, file, backbone.size, crop) for _, file in files[:many]]
+            for start in range(0, len(files), many):
+                batch, images = ahead, []
+                ahead = [pool.submit(photos.prepare, file, backbone.size, crop) for _, file in files[start + many : start + 2 * many]]
+                for index, future in enumerate(batch, start):
+                    try:
+                        images.append(future.result()[0])
+                        kept.append(index)
+                    except InputError as error:
+                        skipped.append(str(error))
+                if images:
+                    # the CPU's convolutions are faster with channels last
+                    pixels = photos.to_tensor(images).contiguous(memory_format=torch.channels_last)
+                    latents.append(backbone.encode_images(pixels).cpu())
+                    features.append(_seen_by(encoder, pixels) if encoder else torch.zeros(len(images), 0, 0))
+                progress.update(start + len(batch))
     for message in skipped:
         say(f"skipped: {message}")
     if skipped:
         say(f"{len(skipped)} of {len(files)} pictures were skipped.")
-    if not kept:
-        raise InputError(f"none of the {len(files)} pictures could be read; the first: {skipped[0]}")
-    return {"latents": torch.cat(latents), "features": torch.cat(features), "kept": torch.tensor(kept)}
+    empty = torch.zeros(0)
+    return {"latents": torch.cat(latents or [empty]), "features": torch.cat(features or [empty]), "kept": torch.tensor(kept)}

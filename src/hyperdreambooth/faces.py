@@ -8,6 +8,7 @@ line between the eyes gives the tilt.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -95,7 +96,9 @@ def _search(image: Image.Image, turn: int) -> Iterator[tuple[Face, float]]:
     turned = image.rotate(turn, Image.Resampling.BILINEAR, expand=True, fillcolor=128) if turn else image
     pixels = np.asarray(turned)
     smallest = max(24, min(51, min(image.size) // 10))
-    for left, top, side, _ in _cascade("haarcascade_frontalface_alt2").detectMultiScale(pixels, 1.1, 4, minSize=(smallest, smallest)):
+    for left, top, side, _ in _cascade("haarcascade_frontalface_alt2", threading.get_ident()).detectMultiScale(
+        pixels, 1.1, 4, minSize=(smallest, smallest)
+    ):
         eyes = _eyes(pixels[top : top + side, left : left + side])
         if eyes is None and turn:
             continue
@@ -113,7 +116,7 @@ def _eyes(face: Any) -> tuple[tuple[float, float], tuple[float, float]] | None:
     """The middles of the left and the right eye in a detector's box (side, side), or None where no plausible pair is found."""
     side = len(face)
     for name in ("haarcascade_eye_tree_eyeglasses", "haarcascade_eye"):
-        boxes = _cascade(name).detectMultiScale(face[: round(0.65 * side)], 1.05, 4, minSize=(side // 8, side // 8))
+        boxes = _cascade(name, threading.get_ident()).detectMultiScale(face[: round(0.65 * side)], 1.05, 4, minSize=(side // 8, side // 8))
         middles = sorted((float(x + width / 2), float(y + height / 2)) for x, y, width, height in boxes)
         pairs = [
             (a, b)
@@ -127,7 +130,8 @@ def _eyes(face: Any) -> tuple[tuple[float, float], tuple[float, float]] | None:
 
 
 @cache
-def _cascade(name: str) -> Any:
+def _cascade(name: str, thread: int) -> Any:
+    """A detector; each thread has its own, since one can't look at two pictures at a time."""
     try:
         import cv2.data
     except ImportError as error:  # of OpenCV, or of its cascades, which version 5 has not

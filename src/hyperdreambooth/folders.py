@@ -72,6 +72,12 @@ def read_caption(photo: str | Path) -> str | None:
         raise InputError(f"the caption {file} can't be read ({error}). Save it as UTF-8 text.") from error
 
 
+def caption_of(photos: object) -> str | None:
+    """The caption beside a person's only photo, where that is a file."""
+    group = [photos] if isinstance(photos, (str, Path)) else photos if isinstance(photos, (list, tuple)) else []
+    return read_caption(group[0]) if len(group) == 1 and isinstance(group[0], (str, Path)) else None
+
+
 def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
     """Sorts 2.png before 10.png; the name itself decides between 1.png and 01.png."""
     # isdecimal, since "²" is a digit that int() refuses

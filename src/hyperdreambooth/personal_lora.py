@@ -36,6 +36,8 @@ class PersonalLora:
     """What took how long: predict, describe, finetune, export."""
     shown: list[str] = field(default_factory=list)
     """What each photo was taken to show, in words."""
+    warning: str = ""
+    """What makes it doubtful that pictures will look like the person, or ""."""
     metadata: dict[str, str] = field(default_factory=dict)
     """What the file's header says besides the LoRA itself: about its base, or whatever a loaded file said."""
     convolutions: frozenset[str] = frozenset()

@@ -12,7 +12,7 @@ import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -23,13 +23,14 @@ from torch import Tensor
 
 from .errors import InputError
 from .faces import choose_face, crop_face, find_for_auto
+from .pictures_out import generated as generated
 from .pictures_out import grid as grid
 from .pictures_out import is_generated as is_generated
 from .pictures_out import preview_path as preview_path
 from .pictures_out import read_png_metadata as read_png_metadata
 from .pictures_out import save_png as save_png
+from .settings import Crop as Crop
 
-Crop = Literal["auto", "center", "face"]
 Source = Any
 """What `read_photo` takes: str | Path | bytes | BinaryIO | Image.Image | numpy array | Tensor."""
 NOT_PHOTOS = {"EPS", "PDF", "WMF", "GRIB", "HDF5", "BUFR", "MPEG", "XVTHUMB"}
@@ -276,6 +277,33 @@ def prepare_mask(path: Source, photo: Source, size: int, crop: Crop = "auto", fa
     if np.asarray(gray).mean() < 1:  # of 255; a resize leaves traces of what lies just outside
         raise InputError(f"the mask {photo_name(path)} is black wherever the cropped photo is: nothing would count. Paint the face white.")
     return gray
+
+
+def read_photos(files: Any, size: int, crop: Crop = "auto", face: int | None = None) -> tuple[Tensor, list[str]]:
+    """One photo or several as (n, 3, size, size) in -1..1, and what is worth saying about them (which face was taken).
+
+    Args:
+        files: whatever `read_photo` takes, or a sequence of it; a tensor (n, 3, size, size) is what this function made, and stays as it is.
+    """
+    if isinstance(files, Tensor) and files.ndim == 4:
+        return files, []
+    alone = isinstance(files, (str, Path, Image.Image, bytes, np.ndarray, Tensor)) or hasattr(files, "read")
+    prepared = [prepare(file, size, crop, face) for file in ([files] if alone else files)]
+    if not prepared:
+        raise InputError("no photo was given.")
+    return to_tensor([image for image, _ in prepared]), [note for _, note in prepared if note]
+
+
+def read_masks(masks: Any, files: Any, size: int, crop: Crop = "auto", face: int | None = None) -> Tensor:
+    """Gray pictures that say where photos count, one for all of them or one each: (n, 1, size, size) in 0..1.
+
+    Raises InputError for another number of masks, or one that doesn't fit its photo.
+    """
+    group, drawn = ([item] if isinstance(item, (str, Path)) else list(item) for item in (files, masks))
+    if len(drawn) not in (1, len(group)):
+        raise InputError(f"{len(drawn)} masks for {len(group)} photos: give one for all of them, or one each.")
+    pairs = zip(drawn if len(drawn) > 1 else drawn * len(group), group, strict=True)
+    return (to_tensor([prepare_mask(mask, photo, size, crop, face) for mask, photo in pairs])[:, :1] + 1) / 2
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:

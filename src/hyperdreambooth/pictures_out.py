@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +21,16 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str], 
     for key, value in metadata.items():
         text.add_itxt(key, value)
     return write_atomically(path, lambda file: image.save(file, format="PNG", pnginfo=text))
+
+
+def generated(settings: Mapping[str, object]) -> dict[str, str]:
+    """A generated PNG's metadata: how it was made, and that a machine made it (IPTC's digital source type, in XMP)."""
+    source = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    xmp = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+        f'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType="{source}"/></rdf:RDF></x:xmpmeta>'
+    )
+    return {"Software": "hyperdreambooth", "ai_generated": "true", "hyperdreambooth": json.dumps(settings), "XML:com.adobe.xmp": xmp}
 
 
 def read_png_metadata(path: str | Path) -> dict[str, str]:

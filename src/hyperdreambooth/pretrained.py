@@ -60,6 +60,8 @@ class HyperNetworkInfo:
     """Defaults of the fine-tuning that suit this base (chosen on validation)."""
     generate: dict[str, Any] = field(default_factory=dict)
     """Defaults of generation that suit this base."""
+    familiar: float | None = None
+    """The `stages.describe.strangeness` above which a photo is unlike all that it was trained on. None: nobody measured it."""
     trained: dict[str, Any] = field(default_factory=dict)
     """How it was trained, and what it reached on validation."""
     data: str = ""

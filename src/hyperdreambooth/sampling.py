@@ -15,7 +15,7 @@ the way (a guidance interval: Kynkäänniemi et al., arXiv 2404.07724).
 
 from __future__ import annotations
 
-import inspect
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 
 from . import replay
@@ -31,26 +32,58 @@ from .errors import InputError
 from .lora import Hooks, Lora, LoraSet, mergeable, merged
 from .settings import GenerateConfig
 
+FLOW = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Schedulers that solve the flow of a base that is trained by flow matching."""
+
+
+def schedulers(flow: bool) -> list[str]:
+    """The names of the schedulers that can draw here, with the packages that are installed."""
+    # diffusers calls the EDM one compatible, too, but it would draw noise
+    discrete = [one.name for one in KarrasDiffusionSchedulers if "EDM" not in one.name] + ["LCMScheduler", "TCDScheduler"]
+    return [name for name in (FLOW if flow else discrete) if not hasattr(getattr(diffusers, name), "_backends")]
+
+
+def check_scheduler(name: str | None, flow: bool | None) -> None:
+    """Raises InputError for a scheduler that can't draw, naming those that can. No model is needed for that.
+
+    Args:
+        flow: whether the base is trained by flow matching; None where that isn't known yet.
+    """
+    able = [one for kind in (False, True) if flow in (kind, None) for one in schedulers(kind)]
+    if name is None or name in able:
+        return
+    kind = getattr(diffusers, name, None)
+    lacking = [package for package in getattr(kind, "_backends", ()) if importlib.util.find_spec(package) is None]
+    if lacking:
+        why = f"needs {' and '.join(lacking)}, which isn't installed"
+    elif kind is None or not hasattr(kind, "from_config"):
+        why = "is no scheduler of diffusers"
+    elif flow or (flow is False and "Flow" in name):
+        verb = "is" if flow else "isn't"
+        why = f"can't run this base, which {verb} trained by flow matching"
+    else:
+        why = "can't draw here"
+    raise InputError(f"{name} {why}. Those that can: {', '.join(able)}.")
+
 
 def make_scheduler(pipe: Any, name: str | None = None) -> Any:
     """A fresh scheduler: the base's own, or one of diffusers' by class name, with the base's noise schedule.
 
     Raises InputError for a name that diffusers doesn't know or that can't run this base.
     """
-    own = type(pipe.scheduler)
-    kind: Any = own if name is None else getattr(diffusers, name, None)
-    if kind is None or not hasattr(kind, "from_config"):
-        raise InputError(
-            f"{name} is no scheduler of diffusers. Usual ones: DPMSolverMultistepScheduler, DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler."
-        )
-    config = pipe.scheduler.config
-    flows = "FlowMatch" in own.__name__
-    if flows and "FlowMatch" not in kind.__name__:
-        if "use_flow_sigmas" not in inspect.signature(kind.__init__).parameters:
-            raise InputError(f"{name} can't run this base, which is trained by flow matching. DPMSolverMultistepScheduler can.")
+    own, config = type(pipe.scheduler), pipe.scheduler.config
+    flow = "FlowMatch" in own.__name__
+    if name not in (None, own.__name__):
+        check_scheduler(name, flow)
+    kind: Any = getattr(diffusers, name) if name else own
+    if flow and "FlowMatch" not in kind.__name__:
         config = {**config, "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.shift}
-    if not flows and "FlowMatch" in kind.__name__:
-        raise InputError(f"{name} can't run this base, which isn't trained by flow matching.")
     try:
         # latents leave [-1, 1]; schedulers that were made for pixels (DDIM) would clip them, where the base's config is silent
         return kind.from_config({"clip_sample": False, **config})
@@ -90,7 +123,6 @@ def sample(
     settings: GenerateConfig,
     *,
     personal: LoraSet | None = None,
-    styles: LoraSet | None = None,
     generator: torch.Generator | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -99,7 +131,6 @@ def sample(
     Args:
         settings: steps, scheduler and the scales of guidance.
         personal: one person's LoRA, or B of them; in every branch "with person".
-        styles: LoRAs that stay in every branch; shared by the batch.
         on_step: called after each step with its number.
     """
     schedule = make_scheduler(backbone.pipe, settings.scheduler)
@@ -122,7 +153,7 @@ def sample(
         weights = torch.tensor([weight for weight, _, _ in mix], device=noise.device, dtype=noise.dtype).reshape(-1, 1, 1, 1, 1)
         if "guidance" in conditioning:
             conditioning["guidance"] = torch.full_like(conditioning["guidance"], settings.embedded_guidance)
-        with denoiser(backbone, personal or LoraSet(), styles or LoraSet(), None if all(who for _, _, who in mix) else person) as predict:
+        with denoiser(backbone, personal or LoraSet(), None if all(who for _, _, who in mix) else person) as predict:
             for timestep in timesteps:
                 tiled = scale_input(latents.repeat(len(mix), 1, 1, 1), timestep)
                 predicted = predict({"noisy": tiled, "timesteps": timestep.expand(len(tiled)), **conditioning})
@@ -135,8 +166,8 @@ def sample(
 
 
 @contextmanager
-def denoiser(backbone: Backbone, personal: LoraSet, styles: LoraSet, person: Tensor | None) -> Iterator[replay.Work]:
-    """The denoiser with LoRAs in it, as a function of a batch: noisy latents, time steps and conditioning.
+def denoiser(backbone: Backbone, personal: LoraSet, person: Tensor | None) -> Iterator[replay.Work]:
+    """The denoiser with a person in it, as a function of a batch: noisy latents, time steps and conditioning.
 
     One person in the whole batch is merged into the weights, which costs nothing afterwards. Several people, and branches without
     the person, take hooks.
@@ -151,20 +182,17 @@ def denoiser(backbone: Backbone, personal: LoraSet, styles: LoraSet, person: Ten
     def recorded(work: replay.Work, way: str) -> replay.Work:
         return replay.Replayed(work, (*key, way)) if record else work
 
-    mine, theirs = (LoraSet({p: lora for p, lora in some.items() if not is_text(p, backbone)}) for some in (personal, styles))
-    if person is None and all(lora.down.ndim == 2 for lora in mine.values()) and mergeable(backbone.components, mine + theirs):
-        with merged(backbone.components, mine + theirs):
+    mine = LoraSet({path: lora for path, lora in personal.items() if not is_text(path, backbone)})
+    if person is None and mergeable(backbone.components, mine):
+        with merged(backbone.components, mine):
             yield recorded(lambda batch: backbone.predict(*_arguments(batch)), "merged")
         return
-    with Hooks(backbone.components, theirs) as style_hooks, Hooks(backbone.components, mine) as hooks:
-        style_hooks.set(theirs)
+    with Hooks(backbone.components, mine) as hooks:
         static = {f"lora.{path}.{side}": getattr(lora, side) for path, lora in mine.items() for side in ("down", "up")}
-        static |= {f"style.{path}.{side}": getattr(lora, side) for path, lora in theirs.items() for side in ("down", "up")}
         static |= {"person": person} if person is not None else {}
 
         def work(batch: replay.Inputs) -> Tensor:
             # a recording reads the updates from its own inputs, so the next person can use it too
-            style_hooks.set({path: Lora(batch[f"style.{path}.down"], batch[f"style.{path}.up"]) for path in theirs})
             hooks.set({path: Lora(batch[f"lora.{path}.down"], batch[f"lora.{path}.up"]) for path in mine}, batch.get("person"))
             return backbone.predict(*_arguments(batch))
 
@@ -174,7 +202,7 @@ def denoiser(backbone: Backbone, personal: LoraSet, styles: LoraSet, person: Ten
 
 def _arguments(batch: replay.Inputs) -> tuple[Tensor, Tensor, Conditioning]:
     own = ("noisy", "timesteps", "person")
-    conditioning = {key: value for key, value in batch.items() if key not in own and not key.startswith(("lora.", "style."))}
+    conditioning = {key: value for key, value in batch.items() if key not in own and not key.startswith("lora.")}
     return batch["noisy"], batch["timesteps"], conditioning
 
 

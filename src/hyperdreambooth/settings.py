@@ -15,6 +15,10 @@ from typing import Any, Literal, TypeVar
 from .errors import InputError
 
 T = TypeVar("T")
+Crop = Literal["auto", "center", "face"]
+"""What of a photo is taken."""
+Layout = Literal["diffusers", "kohya"]
+"""How a LoRA file names its layers."""
 Values = Mapping[str, Any]
 
 
@@ -102,7 +106,7 @@ class GenerateChoices:
     strength: float | None = None
     """Weight of the personal LoRA. Default: 1."""
     scheduler: str | None = None
-    """A scheduler of diffusers by class name, such as EulerDiscreteScheduler. Default: the base's own."""
+    """A scheduler of diffusers by class name, such as EulerDiscreteScheduler; any other word lists them. Default: the base's own."""
     width: int | None = None
     """Width in pixels. Default: the base's own."""
     height: int | None = None

@@ -54,7 +54,7 @@ class RelaxedLora(nn.Module):
     order="residual": predicted (frozen) + residual of rank r (down random, up zero); the residual is trained.
     order="merged": both are merged first and all of it is trained, the zero directions being the fresh rank.
     `targets` says which layers are trained; with a prediction: which of its own, all by default, and the others keep it as it is.
-    Without a prediction the residual is an ordinary LoRA from scratch.
+    Without a prediction the residual is an ordinary LoRA from scratch, one for all or, of several `people`, a batch of them.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class RelaxedLora(nn.Module):
         targets: Mapping[str, Shape] | None = None,
         order: Literal["residual", "merged"] = "residual",
         seed: int = 0,
+        people: int = 1,
     ):
         super().__init__()
         self.frozen = list(predicted or ())
@@ -82,6 +83,8 @@ class RelaxedLora(nn.Module):
             rows = min(rank, shape.inputs)
             down = orthonormal(rows, shape.inputs, f"{seed}/{path}/residual") * math.sqrt(1 / 3)  # the scale of torch's Linear
             fresh = Lora(down, torch.zeros(shape.outputs, rows))
+            if predicted is None and people > 1:
+                fresh = Lora(fresh.down.expand(people, -1, -1), fresh.up.expand(people, -1, -1))
             if predicted is not None:
                 reference = predicted[path]
                 batch = reference.down.shape[:-2]

@@ -21,9 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from PIL import Image
 from torch import Tensor, nn
 
 from . import checkpoint, replay
@@ -35,7 +37,7 @@ from .training_settings import TrainingConfig
 Batch = Any
 Losses = Callable[[nn.Module, Batch], Tensor]
 Draw = Callable[[int, torch.Generator], Batch]
-Validate = Callable[[int, nn.Module], Mapping[str, float]]
+Validate = Callable[[int, nn.Module], Mapping[str, "float | Image.Image"]]
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Run:
     groups: list[dict[str, Any]] | None = None
     """Parameter groups of the optimizer where learning rates differ (`lr_scale` multiplies the schedule)."""
     validate: Validate | None = None
-    """`validate(step, model)` returns named figures that are logged."""
+    """`validate(step, model)` returns named figures, which are logged, and pictures, which a tracker gets."""
     on_step: Callable[[int], bool] | None = None
     """Called after every step with the number of steps done; where it returns True, the training stops (and checkpoints)."""
     minutes: float | None = None
@@ -302,12 +304,17 @@ class State:
         """Figures of the averaged weights, where there are some."""
         self.swap()
         with torch.no_grad():
-            figures = {key: float(value) for key, value in validate(self.done, self.model).items()}
+            found = validate(self.done, self.model)
         self.swap()
+        pictures = {key: value for key, value in found.items() if isinstance(value, Image.Image)}
+        figures = {key: float(value) for key, value in found.items() if not isinstance(value, Image.Image)}
         if any(math.isnan(value) for value in figures.values()):
             raise TrainingError(f"validation at step {self.done} gave {figures}.")
         self.report.validations.append({"step": self.done, **figures})
         accelerator.log(figures, step=self.done)
+        for tracker in accelerator.trackers if pictures else ():
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({key: np.asarray(picture)[None] for key, picture in pictures.items()}, step=self.done, **layout)
         progress.note(f"step {self.done} validation: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
 
     def kind(self) -> Hashable:

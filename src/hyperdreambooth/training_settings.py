@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+TRACKERS = ("tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")
 LARGEST_LAYER = 1 << 17
 """Inputs or outputs of a layer; those of the largest known bases are a tenth of it."""
 
@@ -51,7 +53,8 @@ class TrainingConfig:
     checkpoint_minutes: float = 3.0
     """Minutes between two checkpoints."""
     tracker: str | None = None
-    """An experiment tracker of accelerate: tensorboard, wandb, ..."""
+    """An experiment tracker that gets losses, rates, validations and preview pictures: tensorboard (files in the output's folder) or wandb,
+    which are extras, or another one of accelerate's that is installed (aim, clearml, comet_ml, dvclive, mlflow, swanlab, trackio)."""
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.gradient_accumulation < 1:
@@ -60,6 +63,12 @@ class TrainingConfig:
             )
         if not 0 <= self.cooldown <= 1 or not 0 <= self.average < 1:
             raise InputError(f"cooldown must lie in 0..1 and average in 0..1 (exclusive), not {self.cooldown} and {self.average}.")
+        if isinstance(self.tracker, str):
+            if self.tracker not in TRACKERS:
+                raise InputError(f"{self.tracker} is no tracker; there are {', '.join(TRACKERS)}.")
+            if importlib.util.find_spec(self.tracker) is None:  # accelerate would pass over it without a word
+                package = f'"hyperdreambooth[{self.tracker}]"' if self.tracker in TRACKERS[:2] else self.tracker
+                raise InputError(f"the tracker {self.tracker} isn't installed: pip install {package}, or leave --training.tracker out.")
 
 
 @dataclass

@@ -29,6 +29,7 @@ from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.lightweight import LightweightLora
 from hyperdreambooth.lora import find_targets
 from hyperdreambooth.pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
+from hyperdreambooth.stages.describe import familiar
 from hyperdreambooth.stages.preoptimize import preoptimize, read_table
 from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
 from hyperdreambooth.trainable_lora import PredictedLora
@@ -278,7 +279,8 @@ def train_pro(runs: Path, minutes: float | None, steps: int = 1085) -> bool:
         backbone, encoder, data, config, directory=runs / "pro", validation=validation, start=start, minutes=minutes
     )
     if report.finished:
-        save_hypernetwork(runs / "pro" / "model", source.cpu(), describe(source, config, report, len(data.names)))
+        known = familiar(backbone, validation.latents.to(backbone.device).float(), config.prompt)
+        save_hypernetwork(runs / "pro" / "model", source.cpu(), describe(source, config, report, len(data.names), known))
     return report.finished
 
 
@@ -308,7 +310,9 @@ def train_faithful(runs: Path, minutes: float | None, steps: int = 200) -> bool:
     return report.finished
 
 
-def describe(source: PredictedLora, config: TrainHypernetworkConfig, report: TrainingReport, people: int) -> HyperNetworkInfo:
+def describe(
+    source: PredictedLora, config: TrainHypernetworkConfig, report: TrainingReport, people: int, known: float | None = None
+) -> HyperNetworkInfo:
     """What travels with a hypernetwork; the defaults of personalize and generate were chosen on validation people."""
     return HyperNetworkInfo(
         base="toon",
@@ -322,6 +326,7 @@ def describe(source: PredictedLora, config: TrainHypernetworkConfig, report: Tra
         generate={"steps": 10, "guidance": 2.0, "identity_guidance": "off", "identity_until": 0.3},
         data="cartoon people drawn with facesjs (Apache-2.0): see worlds/toon/README.md",
         license="apache-2.0",
+        familiar=known,
         trained={"steps": report.steps, "batch": config.batch, "people": people, "validation": report.validations[-1:]},
     )
 

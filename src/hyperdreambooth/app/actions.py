@@ -145,8 +145,9 @@ class Actions:
             raise InputError(f"{len(uploaded)} photos are more than {MAX_PHOTOS}. Take the best ones.")
         which = int(face) if face and face > 1 else None
         seen = [self._understand(file, which) for file, _ in uploaded]
-        visit.pixels, _ = self.hdb.read_photos([image for image, _ in seen])
-        return [(str(visit.save(image)), "") for image, _ in seen], bar(" ".join(note for _, note in seen))
+        visit.pixels = pixels = self.hdb.read_photos([image for image, _ in seen])[0]
+        warning = self._on_model(lambda: self.hdb.unlike(self.hdb.backbone.encode_images(pixels).float()))
+        return [(str(visit.save(image)), "") for image, _ in seen], bar(" ".join([*(note for _, note in seen), warning]).strip())
 
     def _understand(self, file: str, face: int | None) -> tuple[Image.Image, str]:
         """A photo's face as the method will see it, and a sentence on what was taken."""

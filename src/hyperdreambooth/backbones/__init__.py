@@ -2,9 +2,19 @@
 
 from .base import Backbone, Conditioning
 from .flux import Flux
-from .loading import load_backbone, wrap
+from .loading import load_backbone, trained_by_flow, wrap
 from .sd import StableDiffusion
 from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
 
-__all__ = ["Backbone", "Conditioning", "Flux", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL", "load_backbone", "wrap"]
+__all__ = [
+    "Backbone",
+    "Conditioning",
+    "Flux",
+    "StableDiffusion",
+    "StableDiffusion3",
+    "StableDiffusionXL",
+    "load_backbone",
+    "trained_by_flow",
+    "wrap",
+]

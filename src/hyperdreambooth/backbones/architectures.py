@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 
 def clip_config(name: str) -> CLIPTextConfig:
@@ -58,22 +58,27 @@ def sdxl() -> nn.ModuleDict:
     return nn.ModuleDict({"unet": unet, "text_encoder": first, "text_encoder_2": second})
 
 
-def _sd3(layers: int, positions: int, *, normed: bool, dual: int = 0) -> nn.ModuleDict:
-    transformer = SD3Transformer2DModel(
+def sd3_transformer(layers: int, positions: int, *, normed: bool, dual: int = 0, text: int = 4096) -> SD3Transformer2DModel:
+    """Stable Diffusion 3's denoiser: as many heads of 64 as blocks; `positions`: rows of its table of patch positions."""
+    return SD3Transformer2DModel(
         sample_size=128,
         in_channels=16,
         out_channels=16,
         num_layers=layers,
         attention_head_dim=64,
         num_attention_heads=layers,
-        joint_attention_dim=4096,
+        joint_attention_dim=text,
         caption_projection_dim=64 * layers,
         pooled_projection_dim=2048,
         pos_embed_max_size=positions,
         qk_norm="rms_norm" if normed else None,
         dual_attention_layers=tuple(range(dual)),
     )
+
+
+def _sd3(layers: int, positions: int, *, normed: bool, dual: int = 0) -> nn.ModuleDict:
     first, second = CLIPTextModelWithProjection(clip_config("L")), CLIPTextModelWithProjection(clip_config("bigG"))
+    transformer = sd3_transformer(layers, positions, normed=normed, dual=dual)
     return nn.ModuleDict({"transformer": transformer, "text_encoder": first, "text_encoder_2": second})
 
 
@@ -114,3 +119,33 @@ def architecture(name: str) -> nn.ModuleDict:
     """The modules of a published architecture on the meta device: shapes, no memory."""
     with torch.device("meta"):
         return FAMILIES[name][1]()
+
+
+def autoencoder(family: str) -> AutoencoderKL:
+    """The autoencoder of a family ("sd", "sdxl", "sd3", "flux"): all have the same layers; scale and channels of the latents differ."""
+    scale, shift, channels, side = {
+        "sd": (0.18215, None, 4, 512),
+        "sdxl": (0.13025, None, 4, 1024),
+        "sd3": (1.5305, 0.0609, 16, 1024),
+        "flux": (0.3611, 0.1159, 16, 1024),
+    }[family]
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=channels,
+        sample_size=side,
+        scaling_factor=scale,
+        shift_factor=shift,
+        use_quant_conv=channels == 4,
+        use_post_quant_conv=channels == 4,
+    )
+
+
+def t5(words: int = 32128, width: int = 4096, inner: int = 10240, layers: int = 24, heads: int = 64) -> T5EncoderModel:
+    """The encoder of T5 v1.1; by default XXL, which SD 3 and Flux read prompts with."""
+    gated = "gated-gelu"
+    return T5EncoderModel(
+        T5Config(vocab_size=words, d_model=width, d_ff=inner, num_layers=layers, num_heads=heads, d_kv=64, feed_forward_proj=gated)
+    )

@@ -10,39 +10,33 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from . import common, schedules
-from .base import Conditioning
+from . import schedules, text
+from .base import Backbone, Conditioning
 from .targets import PRESETS
 
 
-class Flux:
-    """A `FluxPipeline`. Its models are frozen and in eval mode.
+class Flux(Backbone):
+    """A `FluxPipeline`.
 
     Training runs `dev` at an embedded guidance of 1, where it predicts what the data say; `sample` sets its own. The T5
     encoder isn't among the components: no tool loads a LoRA into it.
     """
 
     family = "flux"
-    text_components: tuple[str, ...] = ("text_encoder",)
+    denoiser_name = "transformer"
+    text_components = ("text_encoder",)
+    needed = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     default_targets = PRESETS["flux"]["attention+ff"]
 
     def __init__(self, pipe: FluxPipeline):
-        self.pipe: Any = pipe
-        needed = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        self.components = common.freeze(pipe, ("transformer", *self.text_components), needed)
-        self.denoiser: Any = self.components["transformer"]
+        super().__init__(pipe)
         self.unit = 2 * int(pipe.vae_scale_factor)
-        self.size = int(pipe.default_sample_size * pipe.vae_scale_factor)
         self.places = functools.cache(positions)  # made once a size: a recorded CUDA graph can't take anything from the host
         self.distilled = bool(pipe.transformer.config.guidance_embeds)
         self.t5_length = 512 if self.distilled else 256  # as the two were published
         # no second branch: guidance is distilled into the weights
-        self.generation: dict[str, Any] = {"steps": 28 if self.distilled else 4, "guidance": 1.0}
+        self.generation = {"steps": 28 if self.distilled else 4, "guidance": 1.0}
 
-    enable_checkpointing = common.enable_checkpointing
-    latent_shape = common.latent_shape
-    encode_images = common.encode_images
-    decode_images = common.decode_images
     steps_for = schedules.flow_steps_for
     add_noise = schedules.flow_add_noise
     target = schedules.flow_target
@@ -52,16 +46,10 @@ class Flux:
         sigmas = {} if schedule.config.get("use_flow_sigmas") else {"sigmas": np.linspace(1.0, 1 / steps, steps)}
         schedules.flow_set_timesteps(schedule, steps, noise, **sigmas)
 
-    @property
-    def device(self) -> torch.device:
-        found: torch.device = self.denoiser.device
-        return found
-
-    encode_prompts = common.encode_prompts
-
-    def tokenize(self, prompts: list[str]) -> Conditioning:
-        lengths = {"ids": (self.pipe.tokenizer, None), "ids_2": (self.pipe.tokenizer_2, self.t5_length)}
-        return {name: common.token_ids(tokenizer, prompts, length).to(self.device) for name, (tokenizer, length) in lengths.items()}
+    def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
+        # of CLIP only the pooled text of the first chunk is read: T5 has the words
+        first = text.clip_ids(self.pipe.tokenizer, self.pipe.text_encoder, prompts)[:, 0]
+        return {"ids": first.to(self.device), "ids_2": text.t5_ids(self.pipe.tokenizer_2, prompts, self.t5_length).to(self.device)}
 
     def encode_tokens(self, tokens: Conditioning) -> Conditioning:
         """T5's hidden states, and CLIP's pooled text."""
@@ -73,7 +61,7 @@ class Flux:
         height, width = noisy.shape[-2:]
         places = self.places(height // 2, width // 2, noisy.device, noisy.dtype)
         words = torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3, device=noisy.device, dtype=noisy.dtype)
-        packed = common.denoise(self, pack(noisy), timestep=timesteps / schedules.FLOW_STEPS, img_ids=places, txt_ids=words, **conditioning)
+        packed = self.denoise(pack(noisy), timestep=timesteps / schedules.FLOW_STEPS, img_ids=places, txt_ids=words, **conditioning)
         return unpack(packed, height, width)
 
 

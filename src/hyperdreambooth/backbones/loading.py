@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from ..errors import InputError
 from .base import Backbone
+from .checkpoint_files import components, read_header
+from .directory import load_directory
 from .flux import Flux
 from .sd import StableDiffusion
 from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
+from .single_file import load_single_file, refuse_channels
 
 FAMILIES: dict[str, Callable[[Any], Backbone]] = {
     "StableDiffusionPipeline": StableDiffusion,
@@ -23,40 +27,67 @@ FAMILIES: dict[str, Callable[[Any], Backbone]] = {
     "FluxPipeline": Flux,
 }
 """diffusers' pipeline -> the family that it is of. A new family is a file of its own and a line here."""
+FLOWS = ("StableDiffusion3Pipeline", "FluxPipeline")
+DISTILLED = (
+    "distilled for a few steps (a latent consistency model with its guidance scale as a condition, time_cond_proj_dim), which can't be trained on "
+    "here. Give the base that it was distilled from."
+)
 
 
-def load_backbone(base: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
-    """Opens a base: "toon" (shipped), a diffusers directory, a single .safetensors checkpoint of SD 1.x, SD 2.x or SDXL, or a hub id.
+def load_backbone(
+    base: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prediction: str = "auto",
+    parts: Sequence[str | Path] = (),
+) -> Backbone:
+    """Opens a base: "toon" (shipped), a directory in diffusers' layout, a single .safetensors checkpoint, or a hub id.
 
     What the pipeline is chooses the family.
 
+    Args:
+        prediction: what the denoiser predicts, "epsilon" or "v_prediction"; "auto" takes what the base says, or shows.
+        parts: files and directories with what a single file lacks: text encoders, autoencoder, T5's tokenizer.
+
     Raises InputError where it isn't a pipeline of a supported family.
     """
-    import diffusers
-
     source = resolve_base(base)
     if Path(source).is_file():
-        from .single_file import load_single_file
-
-        return wrap(load_single_file(Path(source), dtype).to(device), source)
+        return wrap(load_single_file(Path(source), dtype, prediction=prediction, more=[Path(part) for part in parts]).to(device), source)
+    if parts:
+        raise InputError(f"--parts is for a single file that lacks something; {base} is none.")
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, **absent(source))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        pipe = load_directory(Path(source) if Path(source).is_dir() else download(source), dtype, FAMILIES)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(
-            f"{base} can't be opened as a base: {str(error).splitlines()[0]} "
+            f"{base} can't be opened as a base: {(str(error) or type(error).__name__).splitlines()[0]} "
             'Give "toon", a directory in diffusers\' layout (with model_index.json), a .safetensors checkpoint, or a hub id.'
         ) from error
+    pipe.register_to_config(_name_or_path=source)
+    if prediction != "auto":
+        if "prediction_type" not in pipe.scheduler.config:
+            raise InputError(f"--prediction is of bases with a discrete schedule; {base} is trained by flow matching.")
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
     return wrap(pipe.to(device), str(base))
 
 
-def absent(source: str) -> dict[str, None]:
-    """The text encoders that a directory was saved without (SD 3 runs without any two): diffusers wants to be told."""
-    index = Path(source) / "model_index.json"
-    if not index.is_file():
-        return {}
-    parts = json.loads(index.read_text(encoding="utf-8"))
-    text = {name: kind for name, kind in parts.items() if name.startswith(("text_encoder", "tokenizer"))}
-    return {name: None for name, kind in text.items() if kind == [None, None] or not (index.parent / name).is_dir()}
+def trained_by_flow(base: str | Path) -> bool | None:
+    """Whether a base is trained by flow matching, which its index or its header tells; None for one that isn't on this machine."""
+    source = Path(resolve_base(base))
+    if source.is_dir():
+        return json.loads((source / "model_index.json").read_text(encoding="utf-8")).get("_class_name") in FLOWS
+    return bool({"sd3", "flux"} & components(read_header(source)[0]).keys()) if source.is_file() else None
+
+
+def download(name: str) -> Path:
+    """Fetches a base from the hub: its plain weights, or those in half precision where there are no others."""
+    try:
+        return Path(diffusers.DiffusionPipeline.download(name, use_safetensors=True))
+    except (OSError, ValueError):
+        return Path(diffusers.DiffusionPipeline.download(name, variant="fp16", use_safetensors=True))
 
 
 def wrap(pipe: Any, name: str) -> Backbone:
@@ -64,6 +95,10 @@ def wrap(pipe: Any, name: str) -> Backbone:
     kind = type(pipe).__name__
     if kind not in FAMILIES:
         raise InputError(f"{name} is a {kind}; supported: {', '.join(FAMILIES)}.")
+    denoiser, latent = getattr(pipe, "unet", None) or pipe.transformer, pipe.vae.config.latent_channels
+    refuse_channels(denoiser.config.in_channels // (4 if kind == "FluxPipeline" else 1), latent, name)
+    if denoiser.config.get("time_cond_proj_dim"):
+        raise InputError(f"{name} is {DISTILLED}")
     return FAMILIES[kind](pipe)
 
 
@@ -74,7 +109,7 @@ def resolve_base(base: str | Path) -> str:
     if str(base) == "toon":
         return str(toon.directory("base"))
     path = Path(base)
-    if path.suffix in (".safetensors", ".ckpt") and not path.exists():
+    if path.suffix.lower() in (".safetensors", ".sft", ".ckpt") and not path.exists():
         raise InputError(f"{base}: no such file.")
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise InputError(f"{base} has no model_index.json, so it isn't a base in diffusers' layout.")

@@ -10,38 +10,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
-from . import common, schedules
-from .base import Conditioning
+from . import schedules, text
+from .base import Backbone, Conditioning
 from .targets import PRESETS
 
 T5_LENGTH = 256
-CLIP_LENGTH = 77
 
 
-class StableDiffusion3:
-    """A `StableDiffusion3Pipeline` (Esser et al., arXiv 2403.03206). Its models are frozen and in eval mode.
+class StableDiffusion3(Backbone):
+    """A `StableDiffusion3Pipeline` (Esser et al., arXiv 2403.03206).
 
     The T5 encoder isn't among the components: no tool loads a LoRA into it.
     """
 
     family = "sd3"
-    text_components: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+    denoiser_name = "transformer"
+    text_components = ("text_encoder", "text_encoder_2")
+    needed = ()
     default_targets = PRESETS["sd3"]["attention+ff"]
 
     def __init__(self, pipe: StableDiffusion3Pipeline):
-        self.pipe: Any = pipe
-        self.generation: dict[str, Any] = {"steps": 28, "guidance": 7.0}
-        self.components = common.freeze(pipe, ("transformer", *self.text_components), needed=())
+        super().__init__(pipe)
+        self.generation = {"steps": 28, "guidance": 7.0}
         if len(self.components) == 1 and pipe.text_encoder_3 is None:
             raise InputError("this base has no text encoder at all: at least one of the three is needed.")
-        self.denoiser: Any = self.components["transformer"]
         self.unit = int(pipe.vae_scale_factor * pipe.patch_size)
-        self.size = int(pipe.default_sample_size * pipe.vae_scale_factor)
 
-    enable_checkpointing = common.enable_checkpointing
-    latent_shape = common.latent_shape
-    encode_images = common.encode_images
-    decode_images = common.decode_images
     steps_for = schedules.flow_steps_for
     add_noise = schedules.flow_add_noise
     target = schedules.flow_target
@@ -49,17 +43,11 @@ class StableDiffusion3:
     def set_timesteps(self, schedule: Any, steps: int, noise: Tensor) -> None:
         schedules.flow_set_timesteps(schedule, steps, noise)
 
-    @property
-    def device(self) -> torch.device:
-        found: torch.device = self.denoiser.device
-        return found
-
-    encode_prompts = common.encode_prompts
-
-    def tokenize(self, prompts: list[str]) -> Conditioning:
-        tokenizers = {"ids": self.pipe.tokenizer, "ids_2": self.pipe.tokenizer_2, "ids_3": self.pipe.tokenizer_3}
-        lengths = {"ids_3": T5_LENGTH}
-        found = {name: common.token_ids(tokenizer, prompts, lengths.get(name)) for name, tokenizer in tokenizers.items() if tokenizer}
+    def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
+        pipe = self.pipe
+        pairs = {"ids": (pipe.tokenizer, pipe.text_encoder), "ids_2": (pipe.tokenizer_2, pipe.text_encoder_2)}
+        found = {name: text.clip_ids(*pair, prompts, chunks) for name, pair in pairs.items() if pair[0]}
+        found |= {"ids_3": text.t5_ids(pipe.tokenizer_3, prompts, T5_LENGTH)} if pipe.tokenizer_3 else {}
         return {name: ids.to(self.device) for name, ids in found.items()}
 
     def encode_tokens(self, tokens: Conditioning) -> Conditioning:
@@ -77,9 +65,9 @@ class StableDiffusion3:
     def _clip(self, tokens: Conditioning) -> tuple[Tensor, Tensor]:
         """Hidden states (B, 77, width) and pooled text (B, width) of both CLIP encoders, whose two widths are alike."""
         pairs = ((self.pipe.text_encoder, "ids"), (self.pipe.text_encoder_2, "ids_2"))
-        parts = [common.clip_embeddings(encoder, tokens[ids]) if encoder is not None else None for encoder, ids in pairs]
+        parts = [text.clip_embeddings(encoder, tokens[ids]) if encoder is not None else None for encoder, ids in pairs]
         width = self.denoiser.config.pooled_projection_dim - sum(part[1].shape[-1] for part in parts if part)
-        length = next((part[0].shape[1] for part in parts if part), CLIP_LENGTH)
+        length = next((part[0].shape[1] for part in parts if part), text.CLIP_LENGTH)
         if parts.count(None):
             share = width // parts.count(None)
             zeros = torch.zeros(len(next(iter(tokens.values()))), length, share, device=self.device, dtype=self.denoiser.dtype)
@@ -88,4 +76,4 @@ class StableDiffusion3:
         return torch.cat(hidden, -1), torch.cat(pooled, -1)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        return common.denoise(self, noisy, timestep=timesteps, **conditioning)
+        return self.denoise(noisy, timestep=timesteps, **conditioning)

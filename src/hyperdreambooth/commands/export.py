@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from .. import formats
 from ..errors import InputError
-from ..lightweight import LightweightLora
-from ..lora import find_targets
-from ..personal_lora import PersonalLora
 from ..progress import say
-from ..stages.personalize import finish
-from ..stages.preoptimize import read_table, read_table_config
+from ..settings import Layout
 from .options import Flat, Machine, Output, check_lora_name, refuse_existing
+
+if TYPE_CHECKING:
+    from ..personal_lora import PersonalLora
 
 
 @dataclass
@@ -41,7 +39,7 @@ class Export:
     """The base that it belongs to."""
     hypernetwork: str = "auto"
     """The hypernetwork whose token file it is."""
-    format: formats.Layout = "diffusers"
+    format: Layout = "diffusers"
     """Layout of the file: diffusers, or kohya for ComfyUI and A1111."""
     overwrite: bool = False
     """Replace the output if it exists."""
@@ -59,6 +57,11 @@ def run(args: Export) -> None:
 
 
 def _from_table(args: Export) -> PersonalLora:
+    from ..lightweight import LightweightLora
+    from ..lora import find_targets
+    from ..stages.personalize import finish
+    from ..tables import read_table, read_table_config
+
     if not (args.source / "config.json").is_file():
         raise InputError(f"{args.source} has no config.json: it is neither a table of `preoptimize` nor a run of `train-light`.")
     config = read_table_config(args.source)
@@ -66,7 +69,7 @@ def _from_table(args: Export) -> PersonalLora:
     lightweight = LightweightLora(find_targets(hdb.backbone.components, config.targets or hdb.backbone.default_targets), config.lightweight)
     table = read_table(args.source, lightweight.fingerprint())
     name = args.identity or (next(iter(table)) if len(table) == 1 else None)
-    if name not in table:
+    if name is None or name not in table:
         raise InputError(
             f"{args.source} has {len(table)} identities; name one of them with --identity: {', '.join(list(table)[:8])}{' ...' if len(table) > 8 else ''}"
         )

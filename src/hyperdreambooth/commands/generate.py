@@ -8,8 +8,6 @@ from typing import Annotated
 
 import tyro
 
-from .. import photos
-from ..checkpoint import write_json
 from ..progress import Progress, say
 from ..settings import GenerateChoices
 from .options import Flat, Machine, Output, as_json, refuse_existing, weighted
@@ -42,6 +40,12 @@ class Generate:
 
 
 def run(args: Generate) -> None:
+    from .. import photos
+    from ..backbones import trained_by_flow
+    from ..checkpoint import write_json
+    from ..sampling import check_scheduler
+
+    check_scheduler(args.config.scheduler, trained_by_flow(args.base))
     hdb = args.machine.open(args.base)
     config = hdb.generate_config(args.config)
     loras = [weighted(text) for text in args.lora]

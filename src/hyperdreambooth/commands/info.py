@@ -8,8 +8,6 @@ from pathlib import Path
 
 import tyro
 
-from .. import formats
-
 
 @dataclass
 class Info:
@@ -22,5 +20,7 @@ class Info:
 
 
 def run(args: Info) -> None:
+    from .. import formats
+
     about = formats.describe(args.file)
     print(json.dumps(about, indent=2, default=str) if args.json else "\n".join(f"{key}: {value}" for key, value in about.items()))

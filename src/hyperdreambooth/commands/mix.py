@@ -8,7 +8,6 @@ from typing import Annotated
 
 import tyro
 
-from .. import photos
 from ..errors import InputError
 from ..progress import say
 from .options import Flat, Machine, Output, check_lora_name, refuse_existing, weighted
@@ -43,6 +42,8 @@ class Mix:
 
 
 def run(args: Mix) -> None:
+    from .. import photos
+
     check_lora_name(args.output)
     for path in (args.output, args.tokens, args.strip):
         if path:

@@ -1,4 +1,7 @@
-"""Options and small helpers that several commands share."""
+"""Options and small helpers that several commands share.
+
+A command imports what is heavy in its `run`, so that `--help` needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,17 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import diffusers
-import torch
-import transformers
 import tyro
 
-from ..api import HyperDreamBooth
 from ..config import RESOLVED
 from ..errors import InputError
 from ..progress import say
 from ..settings import explained
+
+if TYPE_CHECKING:
+    from ..api import HyperDreamBooth
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -34,23 +36,32 @@ class Machine:
     dtype: Dtype = "auto"
     """Precision of the frozen base; what is trained is always float32. auto: bfloat16 on a CUDA card that has it, float16 on an older
     one, float32 on a CPU."""
+    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the base predicts. auto: what it says of itself; a single file that says nothing is asked."""
+    parts: tuple[str, ...] = ()
+    """What a single-file base lacks (text encoders, autoencoder, T5's tokenizer): files, or directories in diffusers' layout."""
     verbose: bool = False
     """Also print every setting of personalize and generate with where its value came from."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: slower, but a fraction of the memory."""
-
-    def __post_init__(self) -> None:
-        # loading takes a second: the libraries' own progress bars would only hide what matters
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
 
     def explain(self, settings: object) -> None:
         for line in explained(settings) if self.verbose else ():
             say(line)
 
     def open(self, base: str, hypernetwork: str | None = "auto") -> HyperDreamBooth:
+        import diffusers
+        import torch
+        import transformers
+
+        from ..api import HyperDreamBooth
+
+        # loading takes a second: the libraries' own progress bars would only hide what matters
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
-        hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, device=self.device, dtype=dtype)
+        more: dict[str, Any] = {"prediction": self.prediction, "parts": self.parts}
+        hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, device=self.device, dtype=dtype, **more)
         if self.gradient_checkpointing:
             hdb.backbone.enable_checkpointing()
         return hdb

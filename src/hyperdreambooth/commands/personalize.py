@@ -12,12 +12,9 @@ from typing import Annotated
 
 import tyro
 
-from .. import formats, photos
-from ..checkpoint import write_json
-from ..folders import read_caption
-from ..personal_lora import PLACEHOLDER
-from ..progress import say
-from ..settings import PersonalizeChoices
+from ..errors import InputError
+from ..progress import Progress, say
+from ..settings import Crop, Layout, PersonalizeChoices
 from .options import Flat, Machine, Output, as_json, check_lora_name, refuse_existing
 
 
@@ -26,26 +23,28 @@ class Personalize:
     """Turn photos of one person into a personal LoRA.
 
     The hypernetwork predicts a LoRA from the photo; a few steps of rank-relaxed fine-tuning make it fit. The result is a
-    standard LoRA file, with a preview picture beside it.
+    standard LoRA file, with a preview picture beside it. A folder of people (identity/picture.png, or a picture each) gives a folder of
+    LoRAs, several people trained in one batch; those that are there already are kept.
 
         hyperdreambooth personalize face.png -o me.safetensors
+        hyperdreambooth personalize people/ -o loras
         hyperdreambooth personalize me1.jpg me2.jpg --base runwayml/stable-diffusion-v1-5 --hypernetwork none -o me.safetensors
     """
 
     photos: tyro.conf.Positional[tuple[Path, ...]]
-    """One photo or several of the same person."""
+    """One photo or several of the same person; or one folder of people."""
     output: Output
-    """The LoRA file to write (.safetensors)."""
+    """The LoRA file to write (.safetensors); of a folder of people, the folder that gets them."""
     base: str = "toon"
     """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id."""
     hypernetwork: str = "auto"
     """A directory or hub id; "none" trains from scratch, on any base; "auto" takes the shipped one for toon."""
     tokens: Path | None = None
     """Also write the prediction as a token file (about 120 KB for Stable Diffusion 1.5)."""
-    format: formats.Layout = "diffusers"
+    format: Layout = "diffusers"
     """Layout of the LoRA file: diffusers (also for PEFT, and for ComfyUI on SD 3 and Flux), or kohya, which ComfyUI and A1111 need on
     Stable Diffusion 1, 2 and XL and diffusers opens too."""
-    crop: photos.Crop = "auto"
+    crop: Crop = "auto"
     """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
     are found with the extra `faces`."""
     face: int | None = None
@@ -69,6 +68,14 @@ class Personalize:
 
 
 def run(args: Personalize) -> None:
+    if len(args.photos) == 1 and args.photos[0].is_dir():
+        run_folder(args)
+        return
+    from .. import formats, photos
+    from ..checkpoint import write_json
+    from ..folders import read_caption
+    from ..personal_lora import PLACEHOLDER
+
     check_lora_name(args.output)
     for path in (args.output, *([args.tokens] if args.tokens else [])):
         refuse_existing(path, args.overwrite)
@@ -95,7 +102,7 @@ def run(args: Personalize) -> None:
         stamp.update(file.read_bytes())
     state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
     me = hdb.personalize(pixels, masks=masks, prompt=prompt, config=config, directory=state)
-    for text in dict.fromkeys(me.shown):
+    for text in dict.fromkeys(me.shown) if not me.warning else ():
         say(f'taken to show "{text}"; --prompt says otherwise')
     save = functools.partial(me.save, args.output, layout=args.format, author=args.author, license=args.license, overwrite=True)
     save()  # at once, since a preview takes its time on a large base
@@ -112,4 +119,49 @@ def run(args: Personalize) -> None:
     write_json(args.output.with_suffix(".json"), as_json(args, config))
     took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in me.seconds.items())
     say(f"{preview}: a preview")
+    if me.warning:
+        say(me.warning)
     say(f"loading {loaded - started:.1f} s, {took}, in all {time.perf_counter() - started:.1f} s")
+
+
+def run_folder(args: Personalize) -> None:
+    """A LoRA for each person of a folder, and one sheet of previews."""
+    from .. import formats, photos
+    from ..checkpoint import write_json
+    from ..folders import list_identities
+
+    alone = {"--tokens": args.tokens, "--face": args.face, "--mask-file": args.mask_file, "--prompt": args.prompt}
+    for flag, value in alone.items():
+        if value:
+            raise InputError(f"{flag} is for one person, and {args.photos[0]} is a folder of people. Leave it out, or personalize each.")
+    people = list_identities(args.photos[0])
+    missing = {name: files for name, files in people.items() if args.overwrite or not (args.output / f"{name}.safetensors").exists()}
+    if len(missing) < len(people):
+        say(f"{args.output}: {len(people) - len(missing)} people are there already and kept")
+    hdb = args.machine.open(args.base, args.hypernetwork)
+    formats.check_layout(args.format, hdb.backbone.components)
+    config = hdb.personalize_config(args.config)
+    args.machine.explain(config)
+    refused: dict[str, InputError] = {}
+    started, sheet, names = time.perf_counter(), [], []
+    with Progress("people", len(missing)) as progress:
+        everyone = hdb.personalize_all(missing, crop=args.crop, config=config, on_refused=refused.__setitem__, quiet=True)
+        for done, (name, me) in enumerate(everyone, 1):
+            file = args.output / f"{name}.safetensors"
+            me.save(file, layout=args.format, author=args.author, license=args.license, overwrite=True)
+            say(f"{file}: rank {me.rank}{', ' + me.shown[0] if me.shown else ''}{'; ' + me.warning if me.warning else ''}")
+            if done <= 16:
+                sheet.append(hdb.generate(args.preview or me.prompt, me, seed=config.seed))
+                names.append(name)
+            progress.update(done)
+    for name, error in refused.items():
+        say(f"{name} is left out: {error}")
+    if sheet:
+        preview = args.output / "preview.png"
+        photos.save_png(photos.grid([[row[0] for row in sheet]], [""], names), preview, {"ai_generated": "true"}, overwrite=True)
+        say(f"{preview}: the first of them")
+    write_json(args.output / "personalize.json", as_json(args, config))
+    made = len(missing) - len(refused)
+    say(f"{args.output}: {made} people in {time.perf_counter() - started:.1f} s, {len(refused)} left out")
+    if refused and not made:
+        raise InputError(f"no photo of {args.photos[0]} could be read; the first: {next(iter(refused.values()))}")

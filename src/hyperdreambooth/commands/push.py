@@ -7,7 +7,6 @@ from pathlib import Path
 
 import tyro
 
-from .. import hub
 from ..errors import InputError
 from ..progress import say
 
@@ -34,6 +33,8 @@ class Push:
 
 
 def run(args: Push) -> None:
+    from .. import hub
+
     if not args.path.exists():
         raise InputError(f"{args.path}: no such file or folder.")
     if args.path.is_file() and not args.yes:

@@ -8,11 +8,7 @@ from typing import Literal
 
 import tyro
 
-from ..backbones import load_backbone
-from ..backbones.architectures import FAMILIES, architecture
-from ..backbones.targets import PRESETS
 from ..errors import InputError
-from ..lora import find_targets
 
 
 @dataclass
@@ -42,6 +38,11 @@ class Targets:
 
 
 def run(args: Targets) -> None:
+    from ..backbones import load_backbone
+    from ..backbones.architectures import FAMILIES, architecture
+    from ..backbones.targets import PRESETS
+    from ..lora import find_targets
+
     if args.targets and args.preset:
         raise InputError("give --targets or --preset, not both.")
     if args.base in FAMILIES:

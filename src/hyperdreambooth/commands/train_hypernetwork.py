@@ -7,23 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
-from .. import photos
-from ..api import HyperDreamBooth
-from ..assets import toon
-from ..checkpoint import write_json
-from ..data import load_identities
-from ..encoder import FaceEncoder
 from ..errors import InputError
-from ..lightweight import LightweightLora
-from ..lora import find_targets
-from ..personal_lora import PLACEHOLDER
-from ..pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 from ..progress import say
-from ..stages.preoptimize import read_table
-from ..stages.train_hypernetwork import train_hypernetwork
+from ..settings import Crop
 from ..training_settings import TrainHypernetworkConfig
 from .options import Flat, Machine, Output, as_json
 
@@ -59,7 +47,7 @@ class TrainHypernetwork:
     """What the pictures are, in words, for the model card."""
     license: str = ""
     """The license of the weights, for the model card."""
-    crop: photos.Crop = "auto"
+    crop: Crop = "auto"
     """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
     are found with the extra `faces`."""
     config: Annotated[TrainHypernetworkConfig, Flat] = field(default_factory=TrainHypernetworkConfig)
@@ -67,6 +55,22 @@ class TrainHypernetwork:
 
 
 def run(args: TrainHypernetwork) -> None:
+    import torch
+
+    from .. import photos
+    from ..api import HyperDreamBooth
+    from ..assets import toon
+    from ..checkpoint import write_json
+    from ..data import load_identities
+    from ..encoder import FaceEncoder
+    from ..lightweight import LightweightLora
+    from ..lora import find_targets
+    from ..personal_lora import PLACEHOLDER
+    from ..pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
+    from ..stages.describe import familiar
+    from ..stages.train_hypernetwork import train_hypernetwork
+    from ..tables import read_table
+
     if args.encoder == "auto" and args.base != "toon":
         raise InputError(f"{args.base} has no encoder of its own: name a vision model with --encoder, such as facebook/dinov2-small.")
     hdb = args.machine.open(args.base, None)
@@ -104,6 +108,7 @@ def run(args: TrainHypernetwork) -> None:
         prompt=args.config.prompt.replace(hdb.identifier, PLACEHOLDER),
         data=args.data,
         license=args.license,
+        familiar=familiar(hdb.backbone, validation.latents[:64].to(hdb.device).float(), config.prompt),
         trained={"steps": report.steps, "identities": len(data.names), "validation": report.validations[-1:]},
     )
     save_hypernetwork(args.output, source, info)

@@ -8,14 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from .. import photos
-from ..checkpoint import write_json
-from ..personal_lora import PLACEHOLDER
 from ..progress import say
-from ..stages.dreambooth import Subject
-from ..stages.personalize import finish
-from ..stages.preoptimize import save_row
-from ..stages.train_light import train_light
+from ..settings import Crop
 from ..training_settings import TrainLightConfig
 from .options import Flat, Machine, Output, as_json, refuse_existing
 
@@ -34,7 +28,7 @@ class TrainLight:
     """The folder of the run: tokens, LoRA, preview, config, checkpoint."""
     base: str = "toon"
     """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint (SD 1.x, SD 2.x, SDXL), or a hub id."""
-    crop: photos.Crop = "auto"
+    crop: Crop = "auto"
     """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
     are found with the extra `faces`."""
     overwrite: bool = False
@@ -44,6 +38,14 @@ class TrainLight:
 
 
 def run(args: TrainLight) -> None:
+    from .. import photos
+    from ..checkpoint import write_json
+    from ..personal_lora import PLACEHOLDER
+    from ..stages.dreambooth import Subject
+    from ..stages.personalize import finish
+    from ..stages.train_light import train_light
+    from ..tables import save_row
+
     lora = args.output / "lora.safetensors"
     refuse_existing(lora, args.overwrite)
     hdb = args.machine.open(args.base, None)

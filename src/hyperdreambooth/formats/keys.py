@@ -1,76 +1,149 @@
-"""The names of LoRA tensors in the layouts that are in use, and back to layer paths.
+"""The names of LoRA tensors in the spellings that are in use -> the layers of a base.
 
-    diffusers   unet.mid_block...to_q.lora_A.weight / .lora_B.weight                  no alpha: up @ down is the update
-    PEFT        base_model.model.mid_block...to_q.lora_A.weight                       one model, without its name
-    older       ...to_q.lora.down.weight, ...to_q_lora.down.weight, ...lora_linear_layer.down.weight
-    kohya       lora_unet_mid_block_..._to_q.lora_down.weight / .lora_up.weight / .alpha     scaled by alpha / rank
-                lora_unet_middle_block_1_..._to_q.lora_down.weight                the same by the original UNet's names (SDXL)
+A name is a layer's, then the tensor's part in it: `unet.mid_block...to_q.lora_A.weight`, `lora_unet_mid_block_..._to_q.alpha`. A layer's own
+names are known, whichever prefix or separator; names by the code that a base was first published with are diffusers' to translate
+(`lora_state_dict`), but for SD 3's, which it lacks. There one layer may be several of diffusers' (query, key, value).
 
 Paths in memory are canonical: `text_model.` exactly once inside a text encoder (see `lora.canonical`).
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from ..errors import InputError, some
-from ..lora import canonical
+import torch
+from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin, StableDiffusionLoraLoaderMixin
+from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import StateDictType
+from torch import Tensor, nn
 
-SIDES = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".alpha": "alpha",
-}
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+from ..errors import InputError
+from ..lora import canonical, canonical_modules
 
-
-def split(names: Iterable[str], file: str) -> dict[str, tuple[str, str]]:
-    """Tensors' names -> (layer, "down" | "up" | "alpha") of each. Raises InputError where any is of no known layout."""
-    found: dict[str, tuple[str, str]] = {}
-    unknown = []
-    for name in names:
-        key = re.sub(r"(\.lora_[AB])\.\w+\.weight$", r"\1.weight", name)  # PEFT may name the adapter
-        suffix = next((suffix for suffix in SIDES if key.endswith(suffix)), None)
-        if suffix:
-            found[name] = key[: -len(suffix)], SIDES[suffix]
-        else:
-            unknown.append(name)
-    dora = [name for name in unknown if "dora" in name or "magnitude" in name]
-    if dora:
-        raise InputError(f"{file} is a DoRA ({some(dora)}): its magnitudes would be lost. Merge it into a plain LoRA first.")
-    if unknown and not found and not any(mark in name for name in unknown for mark in ("lora", "hada", "lokr")):
-        raise InputError(f"{file} is no LoRA: it holds {some(unknown)} (a whole checkpoint?). Name a LoRA file.")
-    if unknown:
-        raise InputError(
-            f"{file}: {some(unknown)}: of no LoRA layout that is read here (diffusers, PEFT and kohya are). Convert it, or merge it into a plain LoRA."
-        )
-    return found
+TABLES = json.loads((Path(__file__).parents[1] / "assets" / "loras.json").read_text(encoding="utf-8"))
+"""prefixes of components, SD 3's original names, marks of other files, of other kinds and of families, each a regular expression."""
+PART = re.compile(
+    r"(.+?)\.(?:lora_(A|B|down|up|mid)(?:\.(?!weight|bias)\w+)?(?:\.weight)?|lora_(?:B|up)\.(bias)|(down|up)\.weight|lora_(magnitude)_vector(?:\.\w+)*"
+    r"|(alpha|dora_scale|diff|diff_b|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)))"
+)
+PARTS = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}
+ROWS = 3072 * 7
+"""Outputs of the layer by which diffusers is asked: what its converter of Flux's `linear1` insists on."""
 
 
-def to_path(layer: str) -> str:
-    """A layer's name in a diffusers or PEFT file -> its canonical path."""
-    layer = layer.removeprefix("base_model.model.")
-    layer = layer.replace(".processor.", ".").replace("to_out_lora", "to_out.0")
-    layer = re.sub(r"\.to_([qkv])_lora$", r".to_\1", layer)
-    layer = re.sub(r"\.to_out$", ".to_out.0", layer)
-    if "self_attn." in layer:  # a text encoder in the oldest files
-        layer = re.sub(r"\.to_([qkv])$", r".\1_proj", layer).replace("to_out.0", "out_proj")
-    component = layer.split(".")[0]
-    if component in COMPONENTS:
-        return canonical(layer)
-    # PEFT saves one model without its name: a text encoder, a transformer, or a UNet
-    if layer.startswith(("text_model.", "encoder.layers.")):
-        return canonical(f"text_encoder.{layer}")
-    return f"transformer.{layer}" if layer.startswith(("transformer_blocks.", "single_transformer_blocks.")) else f"unet.{layer}"
+def split(name: str) -> tuple[str, str]:
+    """A tensor's name -> its layer and its part: down, up, mid, bias, alpha, dora_scale, magnitude, diff, diff_b, and LoHa's and LoKr's
+    own; "" where it is of no known spelling."""
+    if not re.search(r"(double|single)_blocks\.\d+\.processor\.", name):  # XLabs', which diffusers knows by its whole
+        old = StateDictType.DIFFUSERS_OLD if "self_attn" in name else StateDictType.DIFFUSERS
+        name = next(iter(convert_unet_state_dict_to_peft(convert_state_dict_to_peft({name: None}, old))))
+    found = PART.fullmatch(name)
+    layer, part = (found[1], found[found.lastindex or 0]) if found else ("", "")
+    return layer, PARTS.get(part, part)
+
+
+def split_prefix(layer: str) -> tuple[str | None, str]:
+    """A layer's name -> its component by the prefixes, if they tell it, and the rest of the name."""
+    component = None
+    while prefix := next((prefix for prefix in TABLES["prefixes"] if re.match(prefix, layer)), None):
+        component, layer = component or TABLES["prefixes"][prefix], re.sub(f"^(?:{prefix})", "", layer)
+    return component, layer
+
+
+def squashed(name: str) -> str:
+    """A name in the one spelling that all separators have in common."""
+    return re.sub(r"[._]+", "_", name).removeprefix("text_model_")
+
+
+class Place(NamedTuple):
+    """A layer of the base, and which outputs of the file's layer are its own: of `total` equal shares those at `rows` (None: all)."""
+
+    path: str
+    rows: Tensor | None = None
+    total: int = 1
+
+    def outputs(self, count: int) -> Tensor:
+        """The indices of its own among `count` outputs of the file's layer, in its own order."""
+        if self.rows is None:
+            return torch.arange(count)
+        place = torch.full((self.total,), -1).index_copy(0, self.rows, torch.arange(len(self.rows)))
+        place = place[torch.arange(count) * self.total // count]
+        return place.argsort(stable=True)[int((place < 0).sum()) :]
+
+
+class Names:
+    """Every name of a base's layers. `root`: its denoiser and text encoders under the pipeline's own names."""
+
+    def __init__(self, root: nn.Module):
+        parts = dict(root.named_children())
+        self.denoiser = "transformer" if "transformer" in parts else "unet"
+        self.model: Any = parts.get(self.denoiser)
+        t5 = next((name for name, part in parts.items() if "T5" in type(part).__name__), "t5")
+        self.components = {"denoiser": self.denoiser, "t5": t5}
+        self.modules: dict[str, Any] = {}
+        self.paths: dict[str, str] = {}
+        for path, module in canonical_modules(root).items():
+            base = getattr(module, "base_layer", module)  # of a layer that PEFT has wrapped
+            if isinstance(getattr(base, "weight", None), Tensor) and ".base_layer" not in path and ".lora_" not in path:
+                self.modules[path] = base
+                component, _, rest = path.partition(".")
+                self.paths[f"{component}.{squashed(rest)}"] = path
+
+    def find(self, layer: str) -> list[Place]:
+        """The base's layers that a layer of a file stands for: none where the base has no such layer, several where it is several in one."""
+        component, rest = split_prefix(layer)
+        places = [self.components.get(component, component)] if component else [self.denoiser, "text_encoder", "text_encoder_2"]
+        for spelling in (f"{place}.{squashed(rest)}" for place in places):
+            path = self.paths.get(spelling) or self.paths.get(f"{spelling}_0" if spelling.endswith("_to_out") else "")
+            if path:
+                return [Place(path)]
+        if places[0] != self.denoiser:
+            return []
+        return self._original_sd3(squashed(rest)) or self._by_diffusers(layer if ".processor." in rest else f"lora_unet_{squashed(rest)}")
+
+    def _original_sd3(self, name: str) -> list[Place]:
+        block, dot, part = re.sub(r"^joint_blocks_(\d+)_", r"transformer_blocks_\1_.", name).rpartition(".")
+        ours = TABLES["sd3"].get(part, "").split()
+        paths = [self.paths[f"{self.denoiser}.{block}{one}"] for one in ours if f"{self.denoiser}.{block}{one}" in self.paths]
+        if ("_blocks" in name and not dot) or len(paths) != len(ours):
+            return []
+        shares = torch.arange(6).chunk(max(1, len(paths)))
+        last = self.model.config.num_layers - 1 if paths else 0
+        if paths and paths[0].endswith(("norm_out.linear", f"blocks.{last}.norm1_context.linear")):
+            shares = (torch.tensor([3, 4, 5, 0, 1, 2]),)  # shift and scale are the other way round there
+        return [Place(path, rows, 6) for path, rows in zip(paths, shares, strict=False)]
+
+    def _by_diffusers(self, layer: str) -> list[Place]:
+        """Asks diffusers' converter of LoRA files, by a LoRA whose outputs are numbered."""
+        kohya = "lora_" if layer.startswith("lora_") else ""
+        probe = {f"{layer}.{kohya}down.weight": torch.ones(1, 1), f"{layer}.{kohya}up.weight": torch.arange(ROWS).float()[:, None]}
+        try:
+            if self.denoiser == "unet":
+                answer = StableDiffusionLoraLoaderMixin.lora_state_dict(probe, unet_config=self.model.config)[0]
+            else:
+                answer = FluxLoraLoaderMixin.lora_state_dict(probe)
+        except (ValueError, LookupError, RuntimeError, AttributeError, NotImplementedError):
+            return []  # it knows no such layer
+        found = []
+        for key, rows in answer.items():
+            place, part = split(key)
+            # it puts an upsampler where a block with attention has its attention
+            spelling = re.sub(r"attentions_\d+_conv$", "upsamplers_0_conv", squashed(split_prefix(place)[1]))
+            if part == "up" and f"{self.denoiser}.{spelling}" in self.paths:
+                found.append(Place(self.paths[f"{self.denoiser}.{spelling}"], rows[:, 0].long(), ROWS))
+        return found
+
+
+def plain_path(layer: str) -> str:
+    """The path of a layer as far as its name tells it, where no base is open; kohya's names stay as they are."""
+    component, rest = split_prefix(layer)
+    transformer = (component == "denoiser" and layer.startswith("transformer.")) or rest.startswith(("transformer_blocks.", "single_"))
+    found = ("transformer" if transformer else "unet") if component in (None, "denoiser") else component
+    return layer if layer.startswith("lora_") else canonical(f"{found}.{rest}")
 
 
 def kohya_name(path: str, *, two_text_encoders: bool) -> str:
@@ -90,33 +163,3 @@ def check_layout(layout: str, components: Iterable[str]) -> None:
     """Raises InputError where a base of these components has no names in `layout`: before anything is trained."""
     if layout == "kohya" and "transformer" in components:
         kohya_name("transformer.transformer_blocks", two_text_encoders=True)
-
-
-def kohya_paths(paths: Iterable[str]) -> dict[str, str]:
-    """Every name that kohya's layout may give a base's layers -> canonical path."""
-    known = [path for path in paths if path.split(".")[0] in ("unet", "text_encoder", "text_encoder_2")]
-    resnets = [int(path.split(".")[4]) for path in known if re.fullmatch(r"unet\.down_blocks\.0\.resnets\.\d+", path)]
-    names = {}
-    for path in known:
-        for name in (path, _original(path, 1 + max(resnets, default=1))):
-            for two in (False, True):
-                names[kohya_name(name, two_text_encoders=two)] = path
-    return names
-
-
-def _original(path: str, layers: int) -> str:
-    """An attention layer of a diffusers UNet by its name in the original code, where all blocks are in one row.
-
-    Args:
-        layers: residual layers in each block of the way down (Stable Diffusion: 2); a downsampler or one more layer follows.
-    """
-    block = re.match(r"unet\.(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", path)
-    if block:
-        down, index = block[1] == "down", int(block[2]) * (layers + 1) + int(block[3])
-        return f"unet.{'input' if down else 'output'}_blocks.{index + down}.1.{path[block.end() :]}"
-    return path.replace("unet.mid_block.attentions.0.", "unet.middle_block.1.")
-
-
-def is_kohya_flux(names: Iterable[str]) -> bool:
-    """Whether a file has the names of kohya's Flux LoRAs, which are the original code's: query, key and value in one."""
-    return any(name.startswith(("lora_unet_double_blocks_", "lora_unet_single_blocks_")) for name in names)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import re
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import read_tensors, save_tensors
-from ..errors import InputError, some
-from ..lora import Lora, LoraSet, canonical, canonical_modules
+from ..checkpoint import save_tensors
+from ..errors import InputError
+from ..lora import Lora, LoraSet, canonical
 from . import keys
+from .adapters import Adapter, read_adapters
+from .keys import Names
 from .metadata import hashes
 
 Layout = Literal["diffusers", "kohya"]
@@ -102,101 +102,30 @@ def save_lora(
 
 
 def read_lora(path: str | Path, root: nn.Module | None = None) -> LoraFile:
-    """Reads a LoRA in diffusers', PEFT's or kohya's layout, of mixed ranks and alphas; 1 x 1 convolutions are matrices too.
+    """Reads a plain LoRA in any spelling, of mixed ranks and alphas; 1 x 1 convolutions are linear layers too.
 
     Args:
-        root: the base's components; kohya's names can only be told apart with them. Without it they stay as they are.
+        root: the base's components; many names can only be told apart with them. Without it they stay as they are.
 
-    Raises InputError for a file that is no LoRA, a DoRA, unknown names, a missing half, a layer that comes twice, numbers that
-    aren't finite, or larger convolutions.
+    Raises InputError for a file that is no LoRA, for another base, damaged, or of a kind that is more than low-rank updates.
     """
-    tensors, metadata = read_tensors(path)
-    if keys.is_kohya_flux(tensors):
-        tensors = _from_kohya_flux(tensors, str(path))
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, (layer, side) in keys.split(tensors, str(path)).items():
-        parts.setdefault(layer, {})[side] = tensors[key]
-    if not parts:
-        raise InputError(f"{path} holds no tensors.")
-    kohya = next(iter(parts)).startswith("lora_")
-    config = _peft_config(Path(path), metadata)
-    known = keys.kohya_paths(canonical_modules(root)) if kohya and root is not None else {}
-    absent = [layer for layer in parts if layer not in known] if kohya and root is not None else []
-    if absent:
-        raise InputError(f"{path} is a LoRA for another base: of its {len(parts)} layers this one lacks {some(absent)}. Open its own base.")
-    loras, convolutions = LoraSet(), set()
-    for layer, sides in parts.items():
-        if "down" not in sides or "up" not in sides:
-            raise InputError(f"{path}: {layer} has no {'down' if 'up' in sides else 'up'} matrix. Is the file whole?")
-        name = layer if kohya and root is None else known[layer] if kohya else keys.to_path(layer)
-        down, up = (_matrix(sides[side], f"{path}: {layer}") for side in ("down", "up"))
-        if down.shape[0] != up.shape[1]:
-            raise InputError(f"{path}: {layer} is broken: rank {down.shape[0]} on its way down, {up.shape[1]} on its way up.")
-        if not Lora(down, up).is_finite():
-            raise InputError(f"{path}: {layer} holds numbers that aren't finite. Its training diverged, or the file is damaged.")
-        if name in loras:
-            raise InputError(f"{path}: {name} comes twice, the second time as {layer}.")
-        if "alpha" in sides and sides["alpha"].numel() != 1:
-            raise InputError(f"{path}: {layer}.alpha holds {sides['alpha'].numel()} numbers, expected one.")
-        try:
-            scale = sides["alpha"].float().item() / down.shape[0] if "alpha" in sides else _scale(config, name, down.shape[0])
-        except (ArithmeticError, AttributeError, TypeError, ValueError, re.error) as error:
-            raise InputError(
-                f"{path}: PEFT's configuration gives {layer} no scale ({error}): lora_alpha or alpha_pattern is wrong."
-            ) from error
-        loras[name] = Lora(down, up * scale)
-        if not loras[name].is_finite():
-            raise InputError(f"{path}: {layer} has a scale of {scale:g}, with which it isn't finite: its alpha is damaged.")
-        if sides["down"].ndim == 4:
-            convolutions.add(name)
-    return LoraFile(loras, metadata, "kohya" if kohya else "diffusers", frozenset(convolutions))
+    adapters, metadata = read_adapters(path, Names(root) if root is not None else None)
+    layout = "kohya" if adapters[0].layer.startswith("lora_") else "diffusers"
+    convolutions = {place.path for adapter in adapters for place in adapter.places if adapter.parts.get("down", torch.empty(0)).ndim == 4}
+    loras = plain(path, adapters, "and only a plain LoRA of linear layers can be a person's. Use it as a style: generate --style FILE")
+    return LoraFile(loras, metadata, layout, frozenset(convolutions))
 
 
-def _from_kohya_flux(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Kohya's Flux LoRA in diffusers' layout, by diffusers' own converter: query, key and value apart, alphas folded in."""
-    from diffusers import FluxPipeline
-
-    try:
-        return dict(FluxPipeline.lora_state_dict(tensors))
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"{path} is no Flux LoRA that diffusers can convert: {str(error).splitlines()[0]}") from error
-
-
-def _peft_config(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """PEFT's configuration of a file without `.alpha`: its header's (where diffusers puts it) or adapter_config.json's (PEFT).
-
-    It is taken out of the header: the scale is folded into `up`, and a copy that kept it would be scaled twice.
-    """
-    text, where = metadata.pop("lora_adapter_metadata", None), f"{path}: lora_adapter_metadata"
-    beside = path.with_name("adapter_config.json")
-    if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
-        text, where = beside.read_text(encoding="utf-8"), str(beside)
-    try:
-        return dict(json.loads(text or "{}"))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where} isn't a JSON object ({error}), so the LoRA's scale is unknown.") from error
-
-
-def _scale(config: dict[str, Any], path: str, rank: int) -> float:
-    """A layer's alpha / rank by PEFT's configuration (diffusers: one for each component); 1 without one."""
-    component, _, rest = path.partition(".")
-    alpha, patterns, rslora = (
-        config.get(f"{component}.{name}", config.get(name)) for name in ("lora_alpha", "alpha_pattern", "use_rslora")
-    )
-    if alpha is None:
-        return 1.0
-    # PEFT's patterns are regular expressions of a path's end
-    alpha = next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", rest)), alpha)
-    return float(alpha) / (math.sqrt(rank) if rslora else rank)
-
-
-def _matrix(tensor: Tensor, where: str) -> Tensor:
-    """A weight as a float32 matrix; 1 x 1 convolutions are linear layers too."""
-    if tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
-        tensor = tensor[:, :, 0, 0]
-    if tensor.ndim != 2:
-        raise InputError(f"{where} is a LoRA of a convolution ({'x'.join(map(str, tensor.shape))}); only linear layers are supported.")
-    return tensor.float()
+def plain(path: str | Path, adapters: Sequence[Adapter], why: str) -> LoraSet:
+    """Adapters as plain updates. Raises InputError, for the reason `why`, where one is more than that."""
+    loras = LoraSet()
+    for adapter in adapters:
+        if adapter.kind:
+            raise InputError(f"{path} is {adapter.kind} (in {adapter.layer}), {why}.")
+        down, up = adapter.parts["down"].flatten(1), adapter.parts["up"].flatten(1) * adapter.scale
+        for place in adapter.places:
+            loras[place.path] = Lora(down, up[place.outputs(len(up))])
+    return loras
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -205,26 +134,24 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     if is_tokens(path):
         return describe_tokens(path)
-    file = read_lora(path)
-    metadata = dict(file.metadata)
+    adapters, metadata = read_adapters(path)
     if "modelspec.thumbnail" in metadata:  # thousands of letters of a picture
-        metadata["modelspec.thumbnail"] = (
-            f"{metadata['modelspec.thumbnail'].split(',')[0]}, {len(metadata['modelspec.thumbnail'])} characters"
-        )
-    components: dict[str, int] = {}
-    for layer in file.loras:
-        component = layer.split(".")[0] if file.layout == "diffusers" else "_".join(layer.split("_")[:2])
-        components[component] = components.get(component, 0) + 1
-    ranks = sorted({lora.rank for lora in file.loras.values()})
+        thumbnail = metadata["modelspec.thumbnail"]
+        metadata["modelspec.thumbnail"] = f"{thumbnail.split(',')[0]}, {len(thumbnail)} characters"
+    kohya = adapters[0].layer.startswith("lora_")
+    paths = [place.path for adapter in adapters for place in adapter.places]
+    components = Counter("_".join(path.split("_")[:2]) if kohya else path.split(".")[0] for path in paths)
+    kinds = sorted({adapter.kind for adapter in adapters} - {""})
+    ranks = sorted({len(adapter.parts["down"]) for adapter in adapters if "down" in adapter.parts}) or [0]
     return {
         "file": str(path),
-        "kind": f"LoRA ({file.layout} layout)",
-        "base": file.metadata.get("hyperdreambooth.base") or file.metadata.get("ss_sd_model_name") or "unknown",
-        "rank": ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
-        "layers": len(file.loras),
+        "kind": f"{' and '.join(kinds) or 'LoRA'} ({'kohya' if kohya else 'diffusers'} layout)",
+        "base": metadata.get("hyperdreambooth.base") or metadata.get("ss_sd_model_name") or "unknown",
+        "rank": (ranks[0] or "unknown") if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        "layers": len(adapters),
         "components": ", ".join(f"{name} {count}" for name, count in components.items()),
         "bytes": Path(path).stat().st_size,
-        "trigger": file.metadata.get("modelspec.trigger_phrase", "unknown"),
-        "fingerprint": fingerprint(file.loras),
+        "trigger": metadata.get("modelspec.trigger_phrase", "unknown"),
+        "fingerprint": "unknown" if kinds else fingerprint(plain(path, adapters, "")),
         "metadata": metadata,
     }

@@ -27,6 +27,27 @@ def join(phrases: Sequence[str]) -> str:
     return re.sub(r"\b(a|A) (?=[aeiou])", r"\1n ", " ".join(phrase for phrase in phrases if phrase))
 
 
+@torch.no_grad()
+def strangeness(backbone: Backbone, latents: Tensor, prompt: str, *, noises: int = 4) -> Tensor:
+    """How badly the base denoises photos' latents (N, C, h, w) at the noise level 0.5: (N,), near 1 where it knows nothing like them.
+
+    A base of drawings gets photographs wrong by several times what it gets its own drawings wrong by.
+    """
+    noise = torch.randn(noises, *latents.shape[1:], generator=torch.Generator().manual_seed(0))
+    conditioning = PromptCache(backbone)([prompt] * noises)
+    levels = torch.full((noises,), 0.5)
+    losses = [
+        denoising(backbone, one.expand(noises, *one.shape), conditioning, levels, torch.Generator(), draw=fixed(noise)).mean()
+        for one in latents
+    ]
+    return torch.stack(losses).cpu()
+
+
+def familiar(backbone: Backbone, latents: Tensor, prompt: str) -> float:
+    """The strangeness above which a photo is unlike pictures that a hypernetwork knows, from pictures (N, C, h, w) that it should know."""
+    return round(1.25 * strangeness(backbone, latents, prompt).max().item(), 4)
+
+
 def fixed(noise: Tensor) -> Callable[[torch.Size, torch.Generator], Tensor]:
     """Draws the given noise."""
     return lambda shape, generator: noise

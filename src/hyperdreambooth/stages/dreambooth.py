@@ -126,8 +126,9 @@ def prior_latents(backbone: Backbone, prompt: str, count: int, seed: int, on_ste
     prompts = PromptCache(backbone)
     own = {key: value for key, value in backbone.generation.items() if key in ("steps", "guidance")}
     settings = resolve(GenerateConfig, ("family", own), ("prior preservation", {"steps": 20, "guidance": 3.0}))
-    parts = [
-        sample(backbone, Prompts(prompts([prompt] * len(part)), prompts([settings.negative] * len(part))), part, settings, on_step=on_step)
-        for part in noise.split(8)
-    ]
+    wanted, without = [prompt], [settings.negative]
+    parts = []
+    for part in noise.split(8):
+        both = Prompts(prompts(wanted * len(part), without), prompts(without * len(part), wanted))
+        parts.append(sample(backbone, both, part, settings, on_step=on_step))
     return torch.cat(parts)

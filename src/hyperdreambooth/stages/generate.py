@@ -1,4 +1,4 @@
-"""Prompts and a person -> pictures, with style LoRAs beside the personal one."""
+"""Prompts and a person -> pictures."""
 
 from __future__ import annotations
 
@@ -30,14 +30,12 @@ def generate(
     config: GenerateConfig,
     *,
     personal: LoraSet | None = None,
-    styles: LoraSet | None = None,
     on_picture: Callable[[int], None] | None = None,
 ) -> Tensor:
     """One picture for each (prompt, seed): (N, 3, H, W) in -1..1.
 
     Args:
         personal: one person's LoRA, or a batch of N, one for each picture.
-        styles: the sum of any style LoRAs.
         on_picture: called with the number of pictures done.
 
     Raises InputError where width or height don't fit the base.
@@ -48,7 +46,7 @@ def generate(
         if value is not None and (value < unit or value % unit):
             raise InputError(f"{name} must be a multiple of {unit} for this base, not {value}.")
     cache = PromptCache(backbone)
-    text = any(is_text(path, backbone) for path in [*(personal or {}), *(styles or {})])
+    text = any(is_text(path, backbone) for path in personal or {})
     batched = personal is not None and next(iter(personal.values())).down.ndim == 3
     pictures = []
     for start in range(0, len(prompts), config.batch):
@@ -58,31 +56,30 @@ def generate(
         noise = noise_for(backbone, seeds[part], config.height, config.width)
         scaled = mine.scaled(config.strength) if mine else None
         without = [config.negative] * len(wanted)
-        if text:  # a text encoder's LoRA belongs to the branches with the person, a style's to all
-            base, whole = styles or LoraSet(), (scaled or LoraSet()) + (styles or LoraSet())
-            conditioning, plain = encode_under(backbone, wanted, whole), encode_under(backbone, wanted, base)
-            negative = encode_under(backbone, without, whole if identity is None else base)
-        else:
-            conditioning = plain = cache(wanted)
-            negative = cache(without)
+        conditioning, negative = cache(wanted, without), cache(without, wanted)
+        plain = conditioning
+        if text and scaled:  # a text encoder's LoRA belongs to the branches with the person
+            longest = cache.longest([*wanted, config.negative])
+            conditioning = encode_under(backbone, wanted, scaled, longest)
+            negative = negative if identity is not None else encode_under(backbone, without, scaled, longest)
         prompted = Prompts(conditioning, negative, plain)
         generator = torch.Generator().manual_seed(seeds[start])
-        latents = sample(backbone, prompted, noise, config, personal=scaled, styles=styles, generator=generator)
-        pictures.append(decoded(backbone, latents, lora=bool(personal or styles)).cpu())
+        latents = sample(backbone, prompted, noise, config, personal=scaled, generator=generator)
+        pictures.append(decoded(backbone, latents).cpu())
         if on_picture:
             on_picture(start + len(wanted))
     return torch.cat(pictures)
 
 
-def decoded(backbone: Backbone, latents: Tensor, *, lora: bool) -> Tensor:
+def decoded(backbone: Backbone, latents: Tensor) -> Tensor:
     """Latents -> pictures (B, 3, H, W) in -1..1, which are pictures: finite, and not of one color alone.
 
     Where the autoencoder overflows in half precision it goes on in float32, and says so. Raises InputError that names what failed.
     """
     dtype = str(backbone.denoiser.dtype).removeprefix("torch.")
     if not latents.isfinite().all():
-        culprit = f"the denoiser{', or the LoRA in it,' if lora else ''} gave values that aren't finite in {dtype}"
-        raise InputError(f"no picture came out: {culprit}. Try --dtype float32{', or a lower strength of the LoRA' if lora else ''}.")
+        culprit = f"the denoiser, or a LoRA in it, gave values that aren't finite in {dtype}"
+        raise InputError(f"no picture came out: {culprit}. Try --dtype float32, or a lower strength of the LoRA.")
     pixels = backbone.decode_images(latents)
     vae = backbone.pipe.vae
     if not pixels.isfinite().all() and vae.dtype != torch.float32:
@@ -97,8 +94,8 @@ def decoded(backbone: Backbone, latents: Tensor, *, lora: bool) -> Tensor:
 
 
 @torch.no_grad()
-def encode_under(backbone: Backbone, prompts: list[str], loras: LoraSet) -> dict[str, Tensor]:
-    """Conditioning of prompts while the text encoders carry `loras`."""
+def encode_under(backbone: Backbone, prompts: list[str], loras: LoraSet, chunks: int = 1) -> dict[str, Tensor]:
+    """Conditioning of prompts, of `chunks` chunks or more, while the text encoders carry `loras`."""
     mine = LoraSet({path: lora for path, lora in loras.items() if is_text(path, backbone)})
     with applied(backbone.components, mine):
-        return backbone.encode_prompts(prompts)
+        return backbone.encode_prompts(prompts, chunks)

@@ -44,7 +44,9 @@ def personalize(
     if config.mask == "ellipse" and subject.mask is None:
         people, photos, _, height, width = subject.latents.shape
         subject.mask = ellipse_mask(height, width).to(subject.latents).expand(people, photos, 1, height, width)
-    source = RelaxedLora(predicted, config.rank, targets=targets, order=config.order, seed=config.seed).to(subject.latents.device)
+    source = RelaxedLora(predicted, config.rank, targets=targets, order=config.order, seed=config.seed, people=len(subject.latents)).to(
+        subject.latents.device
+    )
     carried = {**targets, **(predicted or {})}
     levels = NoiseLevels(mean=config.noise_mean, std=config.noise_std)
     draw = draw_photos(backbone, subject, levels, config.copies, trains_text=trains_text(carried, backbone), seed=config.seed)

@@ -3,134 +3,115 @@
 A chunk of identities shares a batch, each sample with its own tokens. A chunk is trained to the end and written,
 row by row, before the next begins: no optimizer ever moves a row whose identity isn't in the batch. All identities see
 the same noise and time steps and start from the same tokens, so that their rows can be compared.
+
+The size of a batch, and whoever else is in it, decide how its sums are rounded. So who shares a chunk follows from all identities'
+names alone, never from which rows are there or whose turn it is: shards, machines and interruptions change no bit of a row.
 """
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..backbones import Backbone
-from ..checkpoint import read_json, read_tensors, save_tensors, write_json
-from ..config import parsed
-from ..data import IdentityData
+from ..data import FolderOfPeople, IdentityData
 from ..errors import InputError
 from ..lightweight import LightweightLora
 from ..lora import Hooks, find_targets
 from ..progress import Progress
+from ..tables import Table, save_row
+from ..tables import read_table as read_table
+from ..tables import read_table_config as read_table_config
 from ..trainable_lora import IdentityTable
 from ..training import Run, fit
-from ..training_settings import LightweightConfig, PreoptimizeConfig
+from ..training_settings import PreoptimizeConfig
 from .dreambooth import PhotoLosses, Subject, draw_photos, trains_text
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "i/n" -> (i, n): the i-th of n shards, counted from 0."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(f"a shard is i/n with i from 0 to n-1, such as 0/4, not {text!r}.")
+    return int(index), int(count)
+
+
+def chunks_of(names: Sequence[str], size: int, shard: tuple[int, int] = (0, 1)) -> list[list[str]]:
+    """All identities in their order, cut into chunks; of these every n-th from the i-th on, for the shard (i, n)."""
+    return [list(names[start : start + size]) for start in range(0, len(names), size)][shard[0] :: shard[1]]
 
 
 def preoptimize(
     backbone: Backbone,
-    data: IdentityData,
+    data: IdentityData | FolderOfPeople,
     config: PreoptimizeConfig,
     output: str | Path,
     *,
+    shard: tuple[int, int] = (0, 1),
     on_row: Callable[[str, Tensor], None] | None = None,
     minutes: float | None = None,
-) -> dict[str, Tensor]:
-    """Tokens (layers, width) by identity; one file a row in `output`/rows. Rows that are there are kept.
+) -> Table:
+    """Makes the rows of a shard's identities, tokens (layers, width), one file each in `output`/rows. Rows that are there are kept.
 
-    Survives a kill at any moment: a row is whole or absent, and an unfinished chunk resumes from its checkpoint with the same
-    identities, since the size of a batch decides how its sums are rounded.
+    Survives a kill at any moment: a row is whole or absent, and an unfinished chunk goes on from its checkpoint. Any number of
+    processes may work on one table, on the same shard too.
     """
-    rows = Path(output) / "rows"
-    targets = find_targets(backbone.components, config.targets or backbone.default_targets)
-    lightweight = LightweightLora(targets, config.lightweight)
-    fingerprint = lightweight.fingerprint()
-    table = read_table(output, fingerprint) if rows.is_dir() else {}
-    state = Path(output) / "chunk"
-    begun = read_json(state / "chunk.json").get("names", []) if (state / "chunk.json").is_file() else []
-    if not begun or not set(begun) <= set(data.names):
-        begun = []
-        shutil.rmtree(state, ignore_errors=True)
-    todo = [name for name in data.names if name not in table and name not in begun]
-    chunks = [begun] * bool(begun) + [todo[start : start + config.chunk] for start in range(0, len(todo), config.chunk)]
-    deadline = time.monotonic() + 60 * minutes if minutes is not None else None
-    with Progress("identities", len(data.names), len(table)) as progress:
-        for chunk in chunks:
-            if deadline is not None and time.monotonic() > deadline:
+    chunks = chunks_of(data.names, config.chunk, shard)
+    make, begun = Rows(backbone, data, config, output), time.monotonic()
+    with Progress("chunks", len(chunks)) as progress:
+        for done, chunk in enumerate(chunks, 1):
+            if minutes is not None and time.monotonic() - begun > 60 * minutes:
                 break
-            write_json(state / "chunk.json", {"names": chunk})
-            tokens = _train_chunk(backbone, data, [data.names.index(name) for name in chunk], lightweight, config, state)
-            for name, row in zip(chunk, tokens, strict=True):
-                if name in table:
-                    continue  # it was written before an interruption
-                save_row(output, name, row, fingerprint)
-                table[name] = row
-                if on_row:
-                    on_row(name, row)
-            shutil.rmtree(state, ignore_errors=True)
-            progress.update(len(table))
-    return table
+            make(chunk, on_row)
+            progress.update(done)
+    return make.table
 
 
-def _train_chunk(
-    backbone: Backbone, data: IdentityData, chunk: list[int], lightweight: LightweightLora, config: PreoptimizeConfig, state: Path
-) -> Tensor:
-    # people with fewer pictures see theirs more often
-    most = max(len(data.of_person[person]) for person in chunk)
-    latents = torch.stack([torch.stack([data.latents[data.of_person[p][i % len(data.of_person[p])]] for i in range(most)]) for p in chunk])
-    device = next(backbone.components.parameters()).device
-    subject = Subject(latents.to(device).float(), config.prompt)
-    source = IdentityTable(len(chunk), lightweight).to(device)
-    draw = draw_photos(
-        backbone, subject, config.levels, config.copies, trains_text=trains_text(lightweight.targets, backbone), seed=config.training.seed
-    )
-    run = Run(directory=state, device=device, name="chunk", quiet=True)
-    with Hooks(backbone.components, lightweight.targets) as hooks:
-        fit(PhotoLosses(backbone, 1.0, hooks), source, draw, config.training, run)
-    return source.tokens.detach().cpu()
+class Rows:
+    """Makes the rows of a chunk of identities, those that aren't there yet."""
 
+    def __init__(self, backbone: Backbone, data: IdentityData | FolderOfPeople, config: PreoptimizeConfig, output: str | Path):
+        self.backbone, self.data, self.config, self.output = backbone, data, config, Path(output)
+        self.lightweight = LightweightLora(
+            find_targets(backbone.components, config.targets or backbone.default_targets), config.lightweight
+        )
+        self.fingerprint = self.lightweight.fingerprint()
+        self.table = Table(output, self.fingerprint)
 
-@dataclass
-class TableConfig:
-    """What the rows of a table belong to, out of the config.json that `preoptimize` and `train-light` write beside them."""
+    def __call__(self, chunk: Sequence[str], on_row: Callable[[str, Tensor], None] | None = None) -> None:
+        if all(map(self.table.has, chunk)):
+            return
+        latents = self.data.latents_of(chunk)
+        if all(map(self.table.has, latents)):
+            return
+        # its checkpoint is found by any process that trains the same people
+        state = self.output / "chunk" / hashlib.sha256(os.fsencode("/".join(latents))).hexdigest()[:16]
+        tokens = self._train(list(latents.values()), state)
+        for name, row in zip(latents, tokens, strict=True):
+            if self.table.has(name):
+                continue  # it was written before an interruption, or by another process
+            save_row(self.output, name, row, self.fingerprint)
+            if on_row:
+                on_row(name, row)
+        # the folder stays until tables are merged: another process may be about to write its own checkpoint there
+        (state / "state.safetensors").unlink(missing_ok=True)
 
-    base: str
-    prompt: str
-    targets: tuple[str, ...]
-    lightweight: LightweightConfig
-
-
-def read_table_config(folder: str | Path) -> TableConfig:
-    """Raises InputError where there is no such config.json, or it is wrong."""
-    file = Path(folder) / "config.json"
-    values = read_json(file)
-    config = values.get("config")
-    if not isinstance(config, dict):
-        raise InputError(f"{file} is neither of a table of `preoptimize` nor of a run of `train-light`: it has no settings under config.")
-    known = {key: config[key] for key in ("prompt", "targets", "lightweight") if key in config}
-    return parsed(TableConfig, {"base": values.get("base"), **known}, str(file))
-
-
-def save_row(folder: str | Path, name: str, tokens: Tensor, fingerprint: str) -> Path:
-    """Writes one identity's tokens (layers, width), whole or not at all."""
-    return save_tensors(Path(folder) / "rows" / f"{name}.safetensors", {"tokens": tokens}, {"fingerprint": fingerprint, "identity": name})
-
-
-def read_table(folder: str | Path, fingerprint: str) -> dict[str, Tensor]:
-    """The rows of a pre-optimized table: identity -> tokens (layers, width). Refuses rows of another fingerprint."""
-    table = {}
-    # a kill may leave a temporary file, whose name begins with a dot
-    for file in sorted((Path(folder) / "rows").glob("[!.]*.safetensors")):
-        tensors, header = read_tensors(file)
-        if header.get("fingerprint") != fingerprint:
-            raise InputError(
-                f"{file} was pre-optimized for other targets, token sizes or aux seed (fingerprint {header.get('fingerprint')}, here {fingerprint}). Use its config, or another folder."
-            )
-        tokens = tensors.get("tokens")
-        if "identity" not in header or tokens is None or tokens.ndim != 2 or not tokens.is_floating_point() or not tokens.isfinite().all():
-            raise InputError(f"{file} is damaged: it should hold one identity's tokens, finite numbers (layers, width).")
-        table[header["identity"]] = tokens
-    return table
+    def _train(self, photos: list[Tensor], state: Path) -> Tensor:
+        most = max(map(len, photos))  # people with fewer pictures see theirs more often
+        latents = torch.stack([mine[torch.arange(most) % len(mine)] for mine in photos])
+        device = next(self.backbone.components.parameters()).device
+        subject = Subject(latents.to(device).float(), self.config.prompt)
+        source = IdentityTable(len(photos), self.lightweight).to(device)
+        training, targets = self.config.training, self.lightweight.targets
+        text = trains_text(targets, self.backbone)
+        draw = draw_photos(self.backbone, subject, self.config.levels, self.config.copies, trains_text=text, seed=training.seed)
+        run = Run(directory=state, device=device, name="chunk", quiet=True)
+        with Hooks(self.backbone.components, targets) as hooks:
+            fit(PhotoLosses(self.backbone, 1.0, hooks), source, draw, training, run)
+        return source.tokens.detach().cpu()

@@ -10,13 +10,16 @@ one's own, same noise, same pictures.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from .. import photos
 from ..backbones import Backbone
 from ..data import IdentityData, PromptCache, conditioning_in
 from ..encoder import FaceEncoder
@@ -25,10 +28,12 @@ from ..lightweight import LightweightLora
 from ..lora import Hooks, applied, find_targets, shared_norm, update_norms
 from ..objectives import denoising, denoising_loss, gaussian, weight_loss
 from ..pretrained import build
+from ..settings import GenerateConfig, resolve
 from ..trainable_lora import PredictedLora
 from ..training import Run, TrainingReport, fit
 from ..training_settings import NoiseLevels, TrainHypernetworkConfig
 from .dreambooth import trains_text
+from .generate import generate
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +67,7 @@ def train_hypernetwork(
     *,
     directory: str | Path | None = None,
     validation: IdentityData | None = None,
-    table: dict[str, Tensor] | None = None,
+    table: Mapping[str, Tensor] | None = None,
     start: PredictedLora | None = None,
     minutes: float | None = None,
 ) -> tuple[PredictedLora, TrainingReport]:
@@ -82,11 +87,8 @@ def train_hypernetwork(
     if start is not None:
         begin_with(source, start)
     prompts = PromptCache(backbone, trains_text=trains_text(targets, backbone))
-    rows = has_row = None
-    if config.mode == "faithful" and table:
-        empty = torch.zeros(source.lightweight.token_shape)
-        rows = torch.stack([table.get(name, empty) for name in data.names])
-        has_row = torch.tensor([name in table for name in data.names])
+    known = table if config.mode == "faithful" and table else None
+    empty = torch.zeros(source.lightweight.token_shape)
 
     def draw(index: int, noise: torch.Generator) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(config.training.seed * 1_000_003 + index)
@@ -103,9 +105,10 @@ def train_hypernetwork(
             "noise": gaussian(latents.shape, noise).to(latents),
             **prompts.inputs(texts, "prompt."),
         }
-        if rows is not None and has_row is not None:
-            people = data.people[chosen]
-            batch |= {"rows": rows[people].to(device), "has_row": has_row[people].to(device)}
+        if known is not None:
+            names = [data.names[person] for person in data.people[chosen].tolist()]
+            rows = torch.stack([known.get(name, empty) for name in names])
+            batch |= {"rows": rows.to(device), "has_row": torch.tensor([name in known for name in names]).to(device)}
         return batch
 
     gain = IdentityGain(backbone, validation, config.levels, prompts) if validation else None
@@ -115,9 +118,12 @@ def train_hypernetwork(
     ]
     with Hooks(backbone.components, targets) as hooks:
 
-        def validate(done: int, model: nn.Module) -> dict[str, float]:
+        def validate(done: int, model: nn.Module) -> dict[str, float | Image.Image]:
             hooks.clear()
-            return gain(done, model) if gain else {}
+            figures: dict[str, float | Image.Image] = dict(gain(done, model)) if gain else {}
+            if config.training.tracker and validation:
+                figures["preview"] = preview(backbone, model, validation)
+            return figures
 
         run = Run(
             directory=directory,
@@ -129,6 +135,17 @@ def train_hypernetwork(
         )
         report = fit(HyperNetworkLosses(backbone, config, source.lightweight, hooks), source, draw, config.training, run)
     return source, report
+
+
+def preview(backbone: Backbone, source: nn.Module, data: IdentityData, count: int = 4) -> Image.Image:
+    """A picture of a few people and, below, what is drawn of them with that picture's prompt, by prediction alone."""
+    chosen = torch.tensor([mine[0] for mine in data.of_person[:count]])
+    loras = source(data.inputs(chosen).to(backbone.device))
+    settings = resolve(GenerateConfig, ("family", backbone.generation))
+    texts = [data.prompts[index] for index in chosen.tolist()]
+    drawn = generate(backbone, texts, [0] * len(texts), settings, personal=loras)
+    shown = backbone.decode_images(data.latents[chosen].to(backbone.device).float())
+    return photos.grid([photos.to_images(shown), photos.to_images(drawn)], [""] * 2, data.names[: len(chosen)])
 
 
 def begin_with(source: PredictedLora, start: PredictedLora) -> None:

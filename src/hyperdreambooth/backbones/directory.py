@@ -1,0 +1,104 @@
+"""A base as a directory in diffusers' layout, whatever its weights are called."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import safetensors
+import torch
+
+from ..errors import InputError, some
+
+TEXT = {f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
+SAMPLING = {"unet", "transformer", "vae", "scheduler"} | TEXT
+"""The components that a picture is drawn with, of any family."""
+WEIGHTS = re.compile(r"(?:diffusion_)?(?:pytorch_)?model(?P<tags>(?:[.-][\w-]+)*)\.safetensors", re.IGNORECASE)
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
+VARIANTS = ("", "fp16", "bf16", "fp32")
+"""Weights to prefer where a component comes in several variants; plain ones first, training's own (non_ema) last."""
+
+
+def load_directory(folder: Path, dtype: torch.dtype, supported: Collection[str], without: Collection[str] = ()) -> Any:
+    """The pipeline of a directory in diffusers' layout, without what no picture is drawn with (a safety checker, extra components).
+
+    Weights may be plain or of any variant (`model.fp16.safetensors`), whole or sharded, each component in its own way: diffusers is
+    given links to them by their plain names. Components in `without` aren't loaded. Raises InputError where weights are missing, and for a
+    kind of pipeline that isn't among the `supported`.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    kind = index.get("_class_name")
+    if kind not in supported:
+        raise InputError(f"{folder} is a {kind}; supported: {', '.join(supported)}.")
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and name not in without}
+    needed = {name for name, value in parts.items() if name in SAMPLING and value[0] and (folder / name).is_dir()}
+    if lost := sorted((parts.keys() & SAMPLING) - TEXT - needed):
+        raise InputError(f"{folder} has no folder {lost[0]}, which its model_index.json names. Was it copied whole?")
+    plain = {name: value for name, value in index.items() if name in needed or not isinstance(value, list)}
+    # SD 3 runs without any two of its text encoders: diffusers wants to be told
+    absent = dict.fromkeys((index.keys() & {*without, *TEXT}) - needed)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        stored = {name: link_component(folder / name, Path(scratch) / name) for name in sorted(needed)}
+        (Path(scratch) / "model_index.json").write_text(json.dumps(plain), encoding="utf-8")
+        unchecked = {"safety_checker": None, "requires_safety_checker": False} if kind == "StableDiffusionPipeline" else {}
+        pipe = getattr(diffusers, kind).from_pretrained(scratch, dtype=dtype, use_safetensors=True, **absent, **unchecked)
+    for name, tensors in stored.items():
+        # diffusers leaves a layer that isn't in the file without memory; transformers draws it at random
+        given = {key.removeprefix("text_model.") for key in tensors}
+        found = dict(getattr(pipe, name).named_parameters()) if tensors else {}
+        lost = [key for key, tensor in found.items() if tensor.is_meta or ("text" in name and key.removeprefix("text_model.") not in given)]
+        if lost:
+            raise InputError(f"{folder / name} lacks {len(lost)} layers: {some(lost)}. Copy or download it again.")
+    return pipe
+
+
+def link_component(folder: Path, target: Path) -> set[str]:
+    """Links to a component's configs and to one variant of its weights, by plain names; returns the names of its tensors."""
+    target.mkdir()
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".txt", ".model") and ".safetensors" not in file.name:
+            link(file, target / file.name)
+    if folder.name.startswith(("tokenizer", "scheduler")):
+        return set()
+    found: dict[str, list[Path]] = defaultdict(list)
+    for file in sorted(folder.iterdir()):
+        if match := WEIGHTS.fullmatch(file.name):
+            found[SHARD.sub("", match["tags"]).strip(".")].append(file)
+    # one whole file goes before the same in shards
+    found = {variant: [file for file in files if not SHARD.search(file.name)] or files for variant, files in found.items()}
+    # a variant with a missing shard, which a broken download leaves, is none
+    whole = [
+        variant for variant, files in found.items() if {match[2] for f in files if (match := SHARD.search(f.name))} <= {f"{len(files):05}"}
+    ]
+    if not whole:
+        what = (
+            f"a part of its shards ({found.popitem()[1][0].name} ...)" if found else "no .safetensors file (pickles, .bin, aren't opened)"
+        )
+        raise InputError(f"{folder} has {what}. Copy or download it again.")
+    rank = {variant: VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS) + ("ema" in variant) for variant in whole}
+    files = found[min(whole, key=lambda variant: rank[variant])]
+    stem = re.split(r"[.-]", files[0].name)[0]
+    shards: dict[str, str] = {}
+    for number, file in enumerate(files, 1):
+        name = f"{stem}.safetensors" if len(files) == 1 else f"{stem}-{number:05}-of-{len(files):05}.safetensors"
+        link(file, target / name)
+        with safetensors.safe_open(file, framework="pt") as opened:
+            shards |= dict.fromkeys(opened.keys(), name)
+    if len(files) > 1:
+        (target / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}), encoding="utf-8")
+    return set(shards)
+
+
+def link(file: Path, target: Path) -> None:
+    """A link, or a copy where the system allows no links (Windows)."""
+    try:
+        target.symlink_to(file.resolve())
+    except OSError:
+        shutil.copyfile(file, target)

@@ -1,0 +1,209 @@
+"""What a LoRA file does to each layer, whatever kind of adapter it holds.
+
+    LoRA    up @ down; also of convolutions, with a core of their window between the two (`mid`), and with a bias
+    LoHa    w1 * w2, and LoKr: kron(w1, w2), where each may be a product again
+    full    the difference itself, of a weight (`diff`) or a bias (`diff_b`)
+    DoRA    any of these, after which each output's weights get the length that `dora_scale` (PEFT: `magnitude`) says
+
+An update is scaled by alpha / rank and by the strength, a DoRA's before it gets its lengths, as PEFT does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lokr.layer import make_kron, make_weight_cp
+from torch import Tensor
+
+from ..errors import InputError
+from . import diagnosis
+from .keys import Names, Place, plain_path, split
+
+KINDS = {
+    ("dora_scale", "magnitude"): "a DoRA",
+    ("hada",): "a LoHa",
+    ("lokr",): "a LoKr",
+    ("diff",): "a full difference",
+    ("bias",): "a LoRA with biases",
+    ("mid",): "a LoRA of convolutions",
+}
+"""The beginnings of parts' names that make a kind."""
+FIRST = (
+    "alpha",
+    "dora_scale",
+    "magnitude",
+    "down",
+    "mid",
+    "hada_w1_a",
+    "hada_w1_b",
+    "hada_w2_b",
+    "hada_t1",
+    "hada_t2",
+    "lokr_w2_a",
+    "lokr_w1_a",
+)
+"""The parts that a training doesn't start from zero."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a file does to one of its layers: parts by `keys.split`'s names, float32, the base's layers, and alpha / rank."""
+
+    layer: str
+    parts: dict[str, Tensor]
+    places: list[Place]
+    scale: float
+
+    @property
+    def kind(self) -> str:
+        """What it is other than a plain LoRA of a linear layer, in words; "" for one."""
+        for marks, kind in KINDS.items():
+            if any(part.startswith(marks) for part in self.parts):
+                return kind
+        return "" if self.parts["down"].shape[2:].numel() == 1 else "a LoRA of convolutions"
+
+    def update(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The update of the weight, unscaled, flat or not; one zero for none. Raises KeyError for a part that is missing."""
+
+        def factor(whole: str, left: str, right: str, core: str) -> Tensor:
+            if whole in parts:
+                return parts[whole]
+            product: Tensor = make_weight_cp(parts[core], parts[left], parts[right]) if core in parts else parts[left] @ parts[right]
+            return product
+
+        if any(part.startswith("hada") for part in parts):
+            return factor("", "hada_w1_a", "hada_w1_b", "hada_t1") * factor("", "hada_w2_a", "hada_w2_b", "hada_t2")
+        if any(part.startswith("lokr") for part in parts):
+            kron: Tensor = make_kron(*(factor(f"lokr_w{n}", f"lokr_w{n}_a", f"lokr_w{n}_b", f"lokr_t{n}") for n in (1, 2)))
+            return kron
+        if parts.keys() <= {"bias", "diff_b", "dora_scale", "magnitude"}:
+            return torch.zeros(())
+        flat = {name: part.flatten(1) if name in ("up", "down") else part for name, part in parts.items()}
+        flat |= {"up": flat["up"].T} if "mid" in parts and "up" in parts else {}
+        parts = flat
+        return factor("diff", "up", "down", "mid")
+
+    def delta(self, weight: Tensor, strength: float) -> Tensor:
+        """What is added to the layer's weight (out, in, ...), float32."""
+        parts = {name: part.to(weight.device) for name, part in self.parts.items()}
+        change = self.update(parts)
+        change = (change.reshape(weight.shape) if change.ndim else change.expand_as(weight)) * (self.scale * strength)
+        lengths = parts.get("magnitude", parts.get("dora_scale"))
+        if lengths is None:
+            return change
+        axis = int("magnitude" not in parts and lengths.ndim > 1 and lengths.shape[0] == 1)  # 1: of each input, as older trainers did it
+        norms = torch.linalg.vector_norm(weight + change, dim=[dim for dim in range(weight.ndim) if dim != axis], keepdim=True)
+        return (weight + change) * (lengths.reshape(norms.shape) / norms) - weight
+
+    def bias(self, strength: float) -> Tensor | None:
+        """What is added to the layer's bias (out,), where it is changed at all."""
+        bias = self.parts.get("diff_b", self.parts.get("bias"))
+        return None if bias is None else bias * strength * (1.0 if "diff_b" in self.parts else self.scale)
+
+
+def read_adapters(path: str | Path, names: Names | None = None) -> tuple[list[Adapter], dict[str, str]]:
+    """All that a LoRA file holds, and its header. Every layer has its places in the base.
+
+    Args:
+        names: the base's; without it each layer's only place is its path as far as its name tells it.
+
+    Raises InputError for a file that is no LoRA, of an unknown kind, for another base, or damaged.
+    """
+    tensors, metadata = diagnosis.read(path)
+    config = _peft_config(Path(path), metadata)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        layer, part = split(name)
+        if part in parts.setdefault(layer, {}) and part:
+            raise InputError(f"{path}: the {part} of {layer} comes twice, the second time as {name}.")
+        parts[layer][part or name] = tensor.float()
+    if unknown := list(parts.pop("", {})):
+        diagnosis.refuse_names(str(path), unknown, tensors)
+    places = {layer: names.find(layer) if names else [Place(plain_path(layer))] for layer in parts}
+    # some trainers write layers that they never trained: where an update is zero there is nothing to lose
+    zero = [layer for layer in parts if not places[layer] and not any(own.any() for name, own in parts[layer].items() if name not in FIRST)]
+    zero = zero if any(places.values()) else []
+    parts = {layer: own for layer, own in parts.items() if layer not in zero}
+    if absent := [layer for layer in parts if not places[layer]]:
+        diagnosis.refuse_layers(str(path), absent, len(parts), metadata, type(names.model).__name__ if names else "")
+    adapters, taken = [], dict[str, str]()
+    for layer, own in parts.items():
+        scale = _scale(own, config, places[layer][0].path, f"{path}: {layer}")
+        adapters.append(Adapter(layer, {name: part for name, part in own.items() if name != "alpha"}, places[layer], scale))
+        _check(adapters[-1], names, f"{path}: {layer}")
+        if twice := [place.path for place in places[layer] if place.path in taken]:
+            raise InputError(f"{path}: {twice[0]} comes twice, as {taken[twice[0]]} and as {layer}.")
+        taken |= {place.path: layer for place in places[layer]}
+    if not adapters:
+        raise InputError(f"{path} changes nothing: all of its updates are zero.")
+    return adapters, metadata
+
+
+def _check(adapter: Adapter, names: Names | None, where: str) -> None:
+    """Raises InputError unless the parts are all there, fit together, are finite, and fit the base's layer."""
+    parts = adapter.parts
+    if not all(part.isfinite().all() and (part * adapter.scale).isfinite().all() for part in parts.values()):
+        raise InputError(f"{where} isn't finite (with its scale of {adapter.scale:g}). Its training diverged, or the file is damaged.")
+    try:  # for the shape alone
+        update = adapter.update({name: part.to("meta") for name, part in parts.items()})
+    except KeyError as error:
+        raise InputError(f"{where} has no {error.args[0]} matrix. Is the file whole?") from error
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        shapes = ", ".join(f"{name} {' x '.join(map(str, part.shape))}" for name, part in parts.items())
+        raise InputError(f"{where} is broken: its parts don't fit together ({shapes}). Is the file whole?") from error
+    if names is None:
+        return
+    modules = [names.modules[place.path] for place in adapter.places]
+    outputs, inputs = sum(len(module.weight) for module in modules), modules[0].weight.shape[1:].numel()
+    theirs = (len(update), update.numel() // max(1, len(update))) if update.ndim else (outputs, inputs)
+    lengths, bias = parts.get("magnitude", parts.get("dora_scale")), adapter.bias(1)
+    if theirs != (outputs, inputs) or (lengths is not None and lengths.numel() not in (outputs, modules[0].weight.shape[-1])):
+        raise InputError(
+            f"{where} has another size: {theirs[1]} x {theirs[0]} there, {inputs} x {outputs} here. It was made for another base "
+            "of this family (as SD 2 is beside SD 1), or by another trainer's rules. Open its own base."
+        )
+    if bias is not None and (bias.numel() != outputs or any(module.bias is None for module in modules)):
+        raise InputError(f"{where} has a bias that this base's layer can't take. Open its own base.")
+
+
+def _peft_config(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """PEFT's configuration of a file without `.alpha`: its header's (where diffusers puts it) or adapter_config.json's (PEFT).
+
+    It is taken out of the header: the scale is folded into `up`, and a copy that kept it would be scaled twice.
+    """
+    text, where = metadata.pop("lora_adapter_metadata", None), f"{path}: lora_adapter_metadata"
+    beside = path.with_name("adapter_config.json")
+    if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
+        text, where = beside.read_text(encoding="utf-8"), str(beside)
+    try:
+        return dict(json.loads(text or "{}"))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where} isn't a JSON object ({error}), so the LoRA's scale is unknown.") from error
+
+
+def _scale(parts: Mapping[str, Tensor], config: dict[str, Any], path: str, where: str) -> float:
+    """A layer's alpha / rank: by its own alpha, or by PEFT's configuration (diffusers: one for each component); 1 without one."""
+    ranked = [parts[name] for name in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b") if name in parts]
+    if not ranked:
+        return 1.0
+    component, _, rest = path.partition(".")
+    found = (config.get(f"{component}.{name}", config.get(name)) for name in ("lora_alpha", "alpha", "alpha_pattern", "use_rslora"))
+    alpha, lycoris, patterns, rslora = found
+    try:
+        if "alpha" in parts and parts["alpha"].numel() != 1:
+            raise ValueError(f"alpha holds {parts['alpha'].numel()} numbers, expected one")
+        if "alpha" in parts:
+            return parts["alpha"].item() / len(ranked[0])
+        # PEFT's patterns are regular expressions of a path's end
+        matching = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", rest))
+        alpha = next(matching, lycoris if alpha is None else alpha)
+        return 1.0 if alpha is None else float(alpha) / (math.sqrt(len(ranked[0])) if rslora else len(ranked[0]))
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError, re.error) as error:
+        raise InputError(f"{where} has no scale that makes sense: its alpha, or PEFT's configuration, is wrong ({error}).") from error

@@ -1,0 +1,176 @@
+"""Tables of pre-optimized tokens: one file an identity while a table is made, then a few files that hold many.
+
+    TABLE/config.json                    what the rows belong to
+    TABLE/rows/NAME.safetensors          tokens (layers, width) of one identity
+    TABLE/packed/HASH.safetensors        tokens (N, layers, width) of N identities, whose names are in the file's header
+    TABLE/packed/index.json              who is in which packed file
+
+A row file is whole or absent, and the same for everybody who makes it; so any number of processes may write into one table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from .checkpoint import read_header, read_json, read_tensors, save_tensors, write_json
+from .config import parsed
+from .errors import InputError
+from .training_settings import LightweightConfig
+
+PACK_BYTES = 1 << 28
+"""Size of a packed file, at most. Merging takes a few times as much memory."""
+
+
+@dataclass
+class TableConfig:
+    """What the rows of a table belong to, out of the config.json that `preoptimize` and `train-light` write beside them."""
+
+    base: str
+    prompt: str
+    targets: tuple[str, ...]
+    lightweight: LightweightConfig
+
+
+def read_table_config(folder: str | Path) -> TableConfig:
+    """Raises InputError where there is no such config.json, or it is wrong."""
+    file = Path(folder) / "config.json"
+    values = read_json(file)
+    config = values.get("config")
+    if not isinstance(config, dict):
+        raise InputError(f"{file} is neither of a table of `preoptimize` nor of a run of `train-light`: it has no settings under config.")
+    known = {key: config[key] for key in ("prompt", "targets", "lightweight") if key in config}
+    return parsed(TableConfig, {"base": values.get("base"), **known}, str(file))
+
+
+def row_file(folder: str | Path, name: str) -> Path:
+    """Where one identity's tokens are written."""
+    return Path(folder) / "rows" / f"{name}.safetensors"
+
+
+def save_row(folder: str | Path, name: str, tokens: Tensor, fingerprint: str) -> Path:
+    """Writes one identity's tokens (layers, width), whole or not at all."""
+    return save_tensors(row_file(folder, name), {"tokens": tokens}, {"fingerprint": fingerprint, "identity": name})
+
+
+class Table(Mapping[str, Tensor]):
+    """Identity -> tokens (layers, width), read from disk when they are asked for: memory doesn't grow with the table.
+
+    What is in the folder is listed once, at first use. Rows of another fingerprint, and damaged ones, raise InputError.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str):
+        self.folder, self.fingerprint = Path(folder), fingerprint
+        self.opened: dict[Path, Any] = {}
+
+    @cached_property
+    def packed(self) -> dict[str, tuple[Path, int]]:
+        """Identity -> its file and its place in there."""
+        index = self.folder / "packed" / "index.json"
+        found: dict[str, tuple[Path, int]] = {}
+        for name in read_json(index).get("files", ()) if index.is_file() else ():
+            if not (index.parent / name).is_file():
+                raise InputError(
+                    f"{index.parent / name} is missing, which {index} names. Copy it again, or delete {index.name} to do without."
+                )
+        for file in sorted(index.parent.glob("[!.]*.safetensors")):
+            names = json.loads(self._header(file).get("identities", "[]"))
+            found |= {name: (file, place) for place, name in enumerate(names)}
+        return found
+
+    @cached_property
+    def loose(self) -> dict[str, Path]:
+        """Identity -> its own file; a file begins with a dot while it is written."""
+        files = sorted((self.folder / "rows").glob("[!.]*.safetensors"))
+        return {self._header(file).get("identity", file.stem): file for file in files}
+
+    def _header(self, file: Path) -> dict[str, str]:
+        header = read_header(file)
+        if header.get("fingerprint") != self.fingerprint:
+            raise InputError(
+                f"{file} was pre-optimized for other targets, token sizes or aux seed (fingerprint {header.get('fingerprint')}, here {self.fingerprint}). Use its config, or another folder."
+            )
+        return header
+
+    def has(self, name: str) -> bool:
+        """Whether that identity has a row by now, another process's included."""
+        file = row_file(self.folder, name)
+        return name in self.packed or (file.is_file() and bool(self._header(file)))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.packed:
+            return read_row(self.loose[name])
+        file, place = self.packed[name]
+        if file not in self.opened:
+            self.opened[file] = safetensors.safe_open(str(file), framework="pt")
+        return _checked(self.opened[file].get_slice("tokens")[place], file)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.packed or name in self.loose
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.packed.keys() | self.loose.keys()))
+
+    def __len__(self) -> int:
+        return len(self.packed.keys() | self.loose.keys())
+
+
+def _checked(tokens: Tensor | None, file: Path) -> Tensor:
+    if tokens is None or tokens.ndim != 2 or not tokens.is_floating_point() or not tokens.isfinite().all():
+        raise InputError(
+            f"{file} is damaged: it should hold an identity's tokens, finite numbers (layers, width). Delete it and make it again."
+        )
+    return tokens
+
+
+def read_row(file: Path) -> Tensor:
+    """The tokens of a row file."""
+    return _checked(read_tensors(file)[0].get("tokens"), file)
+
+
+def read_table(folder: str | Path, fingerprint: str) -> Table:
+    """The rows of a pre-optimized table. Refuses rows of another fingerprint, and damaged files."""
+    table = Table(folder, fingerprint)
+    len(table)
+    return table
+
+
+def merge(folder: str | Path, fingerprint: str, *, file_bytes: int = PACK_BYTES) -> Table:
+    """Packs the rows that have files of their own into a few files, and removes those once what was packed equals them.
+
+    Killed at any moment and run again it ends the same: packed files are named by what they hold. Raises InputError for rows that
+    are damaged, of another fingerprint or size, and where a row differs from the same identity's packed one.
+    """
+    table, place = Table(folder, fingerprint), Path(folder) / "packed"
+    new = sorted(table.loose.keys() - table.packed.keys())
+    many = max(1, file_bytes // (table[new[0]].nbytes or 1)) if new else 1
+    for names in (new[start : start + many] for start in range(0, len(new), many)):
+        rows = [table[name] for name in names]
+        odd = next((name for name, row in zip(names, rows, strict=True) if (row.shape, row.dtype) != (rows[0].shape, rows[0].dtype)), None)
+        if odd is not None:
+            raise InputError(f"{table.loose[odd]} has other sizes than {table.loose[names[0]]}. Delete the wrong one and make it again.")
+        tokens, identities = torch.stack(rows), json.dumps(names)
+        digest = hashlib.sha256(identities.encode() + tokens.numpy().tobytes()).hexdigest()[:16]
+        save_tensors(place / f"{digest}.safetensors", {"tokens": tokens}, {"fingerprint": fingerprint, "identities": identities})
+    table.packed = Table(folder, fingerprint).packed
+    files: dict[str, list[str]] = {}
+    for name, (file, _) in table.packed.items():
+        files.setdefault(file.name, []).append(name)
+    if files:
+        write_json(place / "index.json", {"fingerprint": fingerprint, "identities": len(table.packed), "files": files})
+    for name, file in table.loose.items():
+        if not torch.equal(read_row(file), table[name]):
+            raise InputError(
+                f"{file} differs from the packed row of {name}: one was made with other settings or on another kind of device. Delete one."
+            )
+        file.unlink()
+    return read_table(folder, fingerprint)

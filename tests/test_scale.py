@@ -1,0 +1,403 @@
+"""A table made by many processes, whole or killed, is the table of one; packed it is the same; pictures in batches are pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from hyperdreambooth import checkpoint
+from hyperdreambooth.cli import main
+from hyperdreambooth.data import FolderOfPeople, IdentityData, load_identities
+from hyperdreambooth.errors import InputError
+from hyperdreambooth.stages.preoptimize import Rows, chunks_of, parse_shard, preoptimize
+from hyperdreambooth.tables import Table, merge, read_table, save_row
+from hyperdreambooth.training import Run, fit
+from hyperdreambooth.training_settings import LightweightConfig, PreoptimizeConfig, TrainingConfig
+
+from . import test_training
+from .conftest import picture, tiny_source
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--lightweight.down-dim", 12, "--lightweight.up-dim", 8, "--training.steps", 2, "--chunk", 2)
+
+
+@pytest.fixture
+def toon(world, monkeypatch):
+    monkeypatch.setenv("HYPERDREAMBOOTH_TOON", str(world))
+
+
+@pytest.fixture
+def faces(tmp_path: Path) -> Path:
+    """Nine people with one to three pictures; one of them has none that can be read."""
+    folder = tmp_path / "faces"
+    for index in range(9):
+        (folder / f"person {index}").mkdir(parents=True)
+        for number in range(1 + index % 3):
+            picture(10 * index + number).save(folder / f"person {index}" / f"{number}.png")
+    (folder / "person 4" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n cut off")
+    (folder / "person 4" / "1.png").unlink()
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def rows(table: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (table / "rows").glob("*")}
+
+
+def config(chunk: int = 3) -> PreoptimizeConfig:
+    light = LightweightConfig(down_dim=12, up_dim=8)
+    return PreoptimizeConfig(
+        lightweight=light, chunk=chunk, copies=2, training=TrainingConfig(steps=3, learning_rate=2e-2, max_grad_norm=0.0)
+    )
+
+
+def people(count: int = 10) -> IdentityData:
+    """People with one to three pictures each."""
+    who = torch.tensor([person for person in range(count) for _ in range(1 + person % 3)])
+    latents = torch.randn(len(who), 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    names = [f"p{index}" for index in range(count)]
+    return IdentityData(latents, torch.zeros(len(who), 0, 0), who, names, [""] * len(who), torch.ones(len(who), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_shards_in_any_order_make_the_table_of_one_process(backbone, tmp_path, count):
+    preoptimize(backbone, people(), config(), tmp_path / "whole")
+    order = list(range(count))
+    random.Random(count).shuffle(order)
+    for index in [*order, *order[:2]]:  # some of them twice
+        preoptimize(backbone, people(), config(), tmp_path / "shards", shard=(index, count))
+    assert len(rows(tmp_path / "whole")) == 10
+    assert rows(tmp_path / "shards") == rows(tmp_path / "whole")
+
+
+def test_every_identity_is_in_one_shard_and_chunks_never_depend_on_their_number():
+    names = [f"{index}" for index in range(101)]
+    whole = chunks_of(names, 4)
+    for count in (1, 2, 5, 40):
+        parts = [chunks_of(names, 4, (index, count)) for index in range(count)]
+        assert sorted(chunk for part in parts for chunk in part) == sorted(whole)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("text", ["1", "2/2", "-1/2", "a/b", "0/0", "0/", "/2", "0.5/2"])
+def test_what_is_no_shard_is_refused(text):
+    with pytest.raises(InputError, match="i/n"):
+        parse_shard(text)
+
+
+def test_rows_that_were_lost_are_made_again_to_the_bit(backbone, tmp_path):
+    """Whoever makes one row of a chunk trains with the whole of it."""
+    preoptimize(backbone, people(), config(), tmp_path)
+    before = rows(tmp_path)
+    for name in ("p1", "p5", "p9"):
+        (tmp_path / "rows" / f"{name}.safetensors").unlink()
+    made = []
+    preoptimize(backbone, people(), config(), tmp_path, on_row=lambda name, row: made.append(name))
+    assert made == ["p1", "p5", "p9"]
+    assert rows(tmp_path) == before
+
+
+def test_two_threads_of_work_on_one_shard_do_not_break_each_other(backbone, tmp_path):
+    """One is done with a chunk, and with its checkpoint, while the other is in the middle of it."""
+    preoptimize(backbone, people(3), config(), tmp_path / "whole")
+    settings = config()
+    settings.training.checkpoint_minutes = 0.0
+    second = Rows(backbone, people(3), settings, tmp_path / "both")
+    train, met = second._train, []
+
+    def meanwhile(photos, state):
+        tokens = train(photos, state)
+        preoptimize(backbone, people(3), settings, tmp_path / "both")
+        met.append(sorted(rows(tmp_path / "both")))
+        return tokens
+
+    second._train = meanwhile
+    second(people(3).names)
+    assert len(met[0]) == 3
+    assert rows(tmp_path / "both") == rows(tmp_path / "whole")
+    assert [file for file in (tmp_path / "both" / "chunk").rglob("*") if file.is_file()] == []
+
+
+def test_the_command_makes_shards_merges_them_and_names_who_is_missing(toon, faces, tmp_path, capsys):
+    assert run("preoptimize", faces, "-o", tmp_path / "whole", *SMALL) == 0
+    said = capsys.readouterr().err
+    assert "1 identities have no row" in said
+    assert "person 4" in said
+    assert len(rows(tmp_path / "whole")) == 8
+    assert (tmp_path / "whole" / "preview.png").is_file()
+    for shard in ("2/3", "0/3"):
+        assert run("preoptimize", faces, "-o", tmp_path / "t", "--shard", shard, *SMALL) == 0
+    assert 0 < len(rows(tmp_path / "t")) < 8
+    assert run("preoptimize", faces, "-o", tmp_path / "t", "--merge", *SMALL) == 2
+    assert "have no row yet" in capsys.readouterr().err
+    assert run("preoptimize", faces, "-o", tmp_path / "t", "--shard", "1/3", *SMALL) == 0
+    assert rows(tmp_path / "t") == rows(tmp_path / "whole")
+    assert run("export", tmp_path / "t", "--identity", "person 1", "-o", tmp_path / "before.safetensors") == 0
+    for _ in range(2):  # merging what is merged changes nothing
+        assert run("preoptimize", faces, "-o", tmp_path / "t", "--merge", *SMALL) == 0
+    assert rows(tmp_path / "t") == {}
+    assert len(list((tmp_path / "t" / "packed").glob("*.safetensors"))) == 1
+    assert "person 4" in capsys.readouterr().err
+    assert run("export", tmp_path / "t", "--identity", "person 1", "-o", tmp_path / "after.safetensors") == 0
+    one, other = load_file(tmp_path / "before.safetensors"), load_file(tmp_path / "after.safetensors")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    # a packed table is complete: nothing is trained, and a newcomer gets a row of his own
+    assert run("preoptimize", faces, "-o", tmp_path / "t", *SMALL) == 0
+    assert rows(tmp_path / "t") == {}
+    shutil.copytree(faces / "person 1", faces / "person 9")
+    assert run("preoptimize", faces, "-o", tmp_path / "t", *SMALL) == 0
+    assert list(rows(tmp_path / "t")) == ["person 9.safetensors"]
+    small = ["--training.steps", 2, "--batch", 2, "--hypernetwork.dim", 16, "--hypernetwork.heads", 2, *SMALL[:4]]
+    assert run("train-hypernetwork", faces, "-o", tmp_path / "h", "--mode", "faithful", "--table", tmp_path / "t", *small) == 0
+
+
+def test_a_table_of_other_settings_is_not_continued(toon, faces, tmp_path, capsys):
+    assert run("preoptimize", faces, "-o", tmp_path / "t", "--shard", "0/9", *SMALL) == 0
+    for more, says in (
+        (("--training.seed", 1), "training.seed 0, not 1"),
+        (("--crop", "center"), "crop auto"),
+        (("--copies", 1), "copies 4, not 1"),
+    ):
+        assert run("preoptimize", faces, "-o", tmp_path / "t", "--shard", "1/9", *SMALL, *more) == 2
+        assert says in capsys.readouterr().err
+    assert run("preoptimize", faces, "-o", tmp_path / "t", "--shard", "1/9", *SMALL, "--training.checkpoint-minutes", 1) == 0
+
+
+def table_of(folder: Path, count: int = 25) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    made = {f"p{index}": torch.randn(3, 20, generator=generator) for index in range(count)}
+    for name, tokens in made.items():
+        save_row(folder, name, tokens, "here")
+    return made
+
+
+def same(table: Table, expected: dict[str, torch.Tensor]) -> bool:
+    return set(table) == set(expected) and all(torch.equal(table[name], expected[name]) for name in expected)
+
+
+def test_packed_rows_are_the_rows(tmp_path):
+    made = table_of(tmp_path)
+    made |= {"__metadata__": torch.ones(3, 20), "Zoë": torch.zeros(3, 20)}
+    for name in ("__metadata__", "Zoë"):
+        save_row(tmp_path, name, made[name], "here")
+    merged = merge(tmp_path, "here", file_bytes=10 * 3 * 20 * 4)
+    files = list((tmp_path / "packed").glob("*.safetensors"))
+    assert len(files) == 3
+    assert rows(tmp_path) == {}
+    assert same(merged, made)
+    assert same(read_table(tmp_path, "here"), made)
+    index = json.loads((tmp_path / "packed" / "index.json").read_text())
+    assert index["identities"] == 27
+    for file, names in index["files"].items():
+        tokens = load_file(tmp_path / "packed" / file)["tokens"]
+        assert all(torch.equal(tokens[place], made[name]) for place, name in enumerate(names))
+    save_row(tmp_path, "new", torch.ones(3, 20), "here")
+    before = {file: file.stat().st_mtime_ns for file in files}
+    assert same(merge(tmp_path, "here"), made | {"new": torch.ones(3, 20)})
+    assert {file: file.stat().st_mtime_ns for file in files} == before
+
+
+@pytest.mark.parametrize("moment", ["packed", "index", "removing"])
+def test_a_merge_that_was_killed_goes_on(tmp_path, monkeypatch, moment):
+    made = table_of(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    merge(tmp_path / "b", "here", file_bytes=2400)
+    import hyperdreambooth.tables as tables
+
+    class KilledError(BaseException):
+        pass
+
+    def after(count, function):
+        calls = []
+
+        def wrapped(*arguments, **more):
+            calls.append(1)
+            if len(calls) > count:
+                raise KilledError
+            return function(*arguments, **more)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        if moment == "packed":
+            patch.setattr(tables, "save_tensors", after(1, tables.save_tensors))
+        elif moment == "index":
+            patch.setattr(tables, "write_json", after(0, tables.write_json))
+        else:
+            patch.setattr(Path, "unlink", after(7, Path.unlink))
+        with pytest.raises(KilledError):
+            merge(tmp_path / "a", "here", file_bytes=2400)
+    assert same(read_table(tmp_path / "a", "here"), made)
+    merge(tmp_path / "a", "here", file_bytes=2400)
+    assert rows(tmp_path / "a") == {}
+    assert same(read_table(tmp_path / "a", "here"), made)
+    if moment != "packed":
+        packed = [{file.name: file.read_bytes() for file in (tmp_path / name / "packed").iterdir()} for name in "ab"]
+        assert packed[0] == packed[1]
+
+
+def test_damaged_tables_are_refused_and_nothing_is_removed(tmp_path):
+    table_of(tmp_path)
+    broken = tmp_path / "rows" / "p7.safetensors"
+    whole = broken.read_bytes()
+    for tokens, header, says in (
+        (torch.full((3, 20), float("nan")), {"fingerprint": "here", "identity": "p7"}, "p7.safetensors is damaged"),
+        (torch.ones(3, 20), {"fingerprint": "there", "identity": "p7"}, "fingerprint there, here here"),
+        (torch.ones(3, 21), {"fingerprint": "here", "identity": "p7"}, "other sizes than"),
+    ):
+        save_file({"tokens": tokens}, broken, header)
+        with pytest.raises(InputError, match=says):
+            merge(tmp_path, "here")
+        assert len(rows(tmp_path)) == 25
+    broken.write_bytes(whole[:-8])
+    with pytest.raises(InputError, match=r"p7\.safetensors is not a whole"):
+        merge(tmp_path, "here")
+    broken.write_bytes(whole)
+    merge(tmp_path, "here")
+    save_row(tmp_path, "p3", torch.ones(3, 20), "here")
+    with pytest.raises(InputError, match="differs from the packed row of p3"):
+        merge(tmp_path, "here")
+    (tmp_path / "rows" / "p3.safetensors").unlink()
+    pack = next((tmp_path / "packed").glob("*.safetensors"))
+    with pytest.raises(InputError, match="fingerprint"):
+        read_table(tmp_path, "there")
+    pack.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is missing"):
+        read_table(tmp_path, "here")
+
+
+def test_pictures_in_batches_are_pictures_one_by_one(backbone, tmp_path, capsys):
+    for index in range(75):
+        picture(index).save(tmp_path / f"{index}.png")
+    (tmp_path / "40.png").write_bytes(b"\x89PNG\r\n\x1a\n cut off")
+    encoder = tiny_source(backbone).encoder
+    together = load_identities(tmp_path, backbone, encoder, "a face")
+    again = load_identities(tmp_path, backbone, encoder, "a face")
+    assert torch.equal(together.latents, again.latents)
+    assert torch.equal(together.features, again.features)
+    assert "40.png" in capsys.readouterr().err
+    assert together.names == [f"{index}" for index in range(75) if index != 40]
+    folder = FolderOfPeople(tmp_path, backbone)
+    for place in (0, 31, 40, 73):
+        name = together.names[place]
+        torch.testing.assert_close(folder.latents_of([name])[name], together.latents[[place]], atol=1e-5, rtol=1e-4)
+        alone = tmp_path / "alone" / name
+        alone.mkdir(parents=True)
+        shutil.copy(tmp_path / f"{name}.png", alone)
+        one = load_identities(tmp_path / "alone", backbone, encoder, "a face")
+        torch.testing.assert_close(one.features, together.features[[place]], atol=1e-5, rtol=1e-4)
+        shutil.rmtree(tmp_path / "alone")
+    assert folder.latents_of(["40"]) == {}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+def test_a_worker_of_ray_that_is_killed_loses_nothing(toon, faces, tmp_path, capsys, monkeypatch):
+    """The killer waits for the first rows, then ends one of this test's own workers."""
+    pytest.importorskip("ray")
+    psutil = pytest.importorskip("psutil")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT)]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    small = (*SMALL[:4], "--training.steps", 6, "--chunk", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert run("preoptimize", faces, "-o", tmp_path / "plain", *small) == 0
+    torch.set_num_threads(threads)
+    killed, over = [], threading.Event()
+
+    def kill():
+        while not over.wait(0.02) and not killed:
+            if any((tmp_path / "ray" / "rows").glob("[!.]*")):
+                mine = psutil.Process().children(recursive=True)
+                workers = [process for process in mine if process.is_running() and "MapWorker" in "".join(process.cmdline())]
+                if workers:
+                    workers[0].kill()
+                    killed.append(workers[0].pid)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        assert run("preoptimize", faces, "-o", tmp_path / "ray", "--engine", "ray", *small) == 0
+    finally:
+        over.set()
+        thread.join()
+    assert killed
+    assert rows(tmp_path / "ray") == rows(tmp_path / "plain")
+    assert "person 4" in capsys.readouterr().err
+
+
+def test_without_ray_its_engine_says_what_to_install(toon, faces, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run("preoptimize", faces, "-o", tmp_path / "t", "--engine", "ray", *SMALL) == 2
+    assert 'pip install "hyperdreambooth[ray]"' in capsys.readouterr().err
+    assert run("preoptimize", faces, "-o", tmp_path / "t", "--address", "auto", *SMALL) == 2
+    assert "--engine ray" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "rank", "count"),
+    [("slurm.sh", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("sky.yaml", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES")],
+)
+@pytest.mark.skipif(shutil.which("bash") is None, reason="launchers are bash")
+def test_a_launcher_makes_a_table(toon, faces, tmp_path, file, rank, count):
+    """The launcher's own command, with the tiny world in place of its folders; `hyperdreambooth` notes its arguments."""
+    text = (ROOT / "recipes/launchers" / file).read_text()
+    script = yaml.safe_load(text)["run"] if file.endswith(".yaml") else text
+    script = script.replace("/shared/faces", str(faces)).replace("/shared/table", str(tmp_path / "t")).replace("/shared/sd15", "toon")
+    noted = tmp_path / "hyperdreambooth"
+    noted.write_text('#!/bin/bash\nprintf "%s\\0" "$@"\n')
+    noted.chmod(0o755)
+    for shard in ("0", "1"):
+        own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", rank: shard, count: "2", "FACES": str(faces), "TABLE": str(tmp_path / "t")}
+        words = subprocess.run(["bash", "-c", script], env=own, check=True, capture_output=True, text=True).stdout.split("\0")[:-1]
+        assert f"{shard}/2" in words
+        assert run(*words, *SMALL) == 0
+    assert len(rows(tmp_path / "t")) == 8
+
+
+WORKER = """
+import dataclasses
+import os
+from hyperdreambooth.training import Run, fit, leave
+from tests.test_training import PAIRED, batches, model, plain_step
+
+config = dataclasses.replace(PAIRED, steps=6, gradient_accumulation=4 // int(os.environ["WORLD_SIZE"]))
+fit(plain_step, model(), batches, config, Run(directory={folder!r}, quiet=True, device="cpu", on_step=lambda done: done == {stop}))
+leave()
+"""
+
+
+def launched(folder: Path, processes: int, stop: int) -> None:
+    (folder / "worker.py").write_text(WORKER.format(folder=str(folder / "run"), stop=stop))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(folder / "worker.py")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 2)])
+def test_a_training_goes_on_with_another_number_of_processes(tmp_path, first, then):
+    """Where processes x accumulation stays, every step has the same batches: the weights agree but for the order of sums."""
+    launched(tmp_path, first, stop=3)
+    launched(tmp_path, then, stop=0)
+    alone = dataclasses.replace(test_training.PAIRED, steps=6, gradient_accumulation=4)
+    net = test_training.model()
+    fit(test_training.plain_step, net, test_training.batches, alone, Run(quiet=True, device="cpu"))
+    model, _, _, meta = checkpoint.load(tmp_path / "run" / "state.safetensors")
+    assert meta["step"] == 6
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(model[name], value, atol=1e-6, rtol=1e-4)

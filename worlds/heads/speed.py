@@ -1,0 +1,33 @@
+"""How many finished pictures a second one core draws: `python -m worlds.heads.speed`.
+
+"same" draws many contexts of few people, as a training set of several pictures a person does; "new" has a new person in every picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from . import context, person, render
+
+
+def rate(count: int, each: int, size: int) -> float:
+    """Pictures a second: `count` of them, `each` of the same person, in contexts of all kinds."""
+    start = time.process_time()
+    for k in range(count):
+        render(person(1000 + k // each), context(k), size)
+    return count / (time.process_time() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=240)
+    parser.add_argument("--size", type=int, default=128)
+    options = parser.parse_args()
+    rate(16, 4, options.size)  # compiles
+    for name, each in (("same person, 8 contexts each", 8), ("same person, 4 contexts each", 4), ("new person each", 1)):
+        print(f"{name}: {rate(options.count, each, options.size):.1f} pictures a second of one core's time")
+
+
+if __name__ == "__main__":
+    main()

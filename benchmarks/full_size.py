@@ -94,7 +94,7 @@ def same_weights(folder: Path) -> bool:
 
     from hyperdreambooth.backbones import load_backbone
 
-    one, other = (load_backbone(folder / name, dtype=torch.float16) for name in COPIES)
+    one, other = (load_backbone(folder / name, dtype=torch.float16, prediction="epsilon") for name in COPIES)
     models = [({**base.components, "vae": base.pipe.vae}) for base in (one, other)]
     return all(
         torch.equal(tensor, models[1][component].state_dict()[name])

@@ -1,4 +1,4 @@
-"""Writes the README's tables from benchmarks/results: `python benchmarks/tables.py` (with --check: only compares)."""
+"""Writes the tables of the README and of docs from benchmarks/results: `python benchmarks/tables.py` (with --check: only compares)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,25 @@ ROOT = Path(__file__).parents[1]
 def fidelity() -> str:
     results = json.loads((ROOT / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))
     return markdown_table(results["rows"])
+
+
+def short() -> str:
+    """What the README shows of `fidelity`."""
+    rows = json.loads((ROOT / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))["rows"]
+    lines = [
+        "| | found among 100 | among 1,000 | context, seen | context, held out | copies of training people |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, title in (
+        ("true", "true"),
+        ("base", "the base alone"),
+        ("prediction", "prediction, no step on the person"),
+        ("finetuned", "+ 25 steps"),
+        ("faithful", "the paper's mode, prediction"),
+    ):
+        columns = ("rank1", "rank1_crowd", "context_seen", "context_held_out", "copied")
+        lines.append(f"| {title} | " + " | ".join(f"{100 * rows[name][key][0]:.1f} %" for key in columns) + " |")
+    return "\n".join(lines)
 
 
 def speed() -> str:
@@ -58,18 +77,24 @@ def gpu() -> str:
     return "\n".join(lines)
 
 
+TABLES = {"README.md": (short,), "docs/fidelity.md": (fidelity,), "docs/speed.md": (speed, gpu)}
+
+
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = old = readme.read_text(encoding="utf-8")
-    for name, table in (("fidelity", fidelity()), ("speed", speed()), ("gpu", gpu())):
-        pattern = rf"<!-- {name} -->\n.*?<!-- /{name} -->"
-        assert re.search(pattern, text, re.S), f"README.md has no place for the table {name}"
-        block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
-        text = re.sub(pattern, lambda m, block=block: block, text, flags=re.S)
-    if "--check" in sys.argv:
-        return int(text != old)
-    readme.write_text(text, encoding="utf-8")
-    return 0
+    stale = 0
+    for name, tables in TABLES.items():
+        file = ROOT / name
+        text = old = file.read_text(encoding="utf-8")
+        for table in tables:
+            mark = table.__name__
+            pattern = rf"<!-- {mark} -->\n.*?<!-- /{mark} -->"
+            assert re.search(pattern, text, re.S), f"{name} has no place for the table {mark}"
+            block = f"<!-- {mark} -->\n{table()}\n<!-- /{mark} -->"
+            text = re.sub(pattern, lambda m, block=block: block, text, flags=re.S)
+        stale += text != old
+        if "--check" not in sys.argv:
+            file.write_text(text, encoding="utf-8")
+    return int(stale > 0) if "--check" in sys.argv else 0
 
 
 if __name__ == "__main__":

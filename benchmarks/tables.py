@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from hyperdreambooth.evaluation.command import markdown_table
+from hyperdreambooth.evaluation.command import COMPARED, markdown_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +33,26 @@ def short() -> str:
     ):
         columns = ("rank1", "rank1_crowd", "context_seen", "context_held_out", "copied")
         lines.append(f"| {title} | " + " | ".join(f"{100 * rows[name][key][0]:.1f} %" for key in columns) + " |")
+    return "\n".join(lines)
+
+
+def comparison() -> str:
+    results = json.loads((ROOT / "benchmarks/results/comparison.json").read_text(encoding="utf-8"))
+    return markdown_table(results["rows"], COMPARED)
+
+
+def searched() -> str:
+    """What the search tried: the best of each rate and kind of noise levels."""
+    results = json.loads((ROOT / "benchmarks/results/search.json").read_text(encoding="utf-8"))
+    lines = ["| method | rate | noise levels | perceptual distance after steps | similarity at the last |", "|---|---|---|---|---|"]
+    for name, found in results["search"].items():
+        runs: dict[tuple[float, str], list[dict]] = {}
+        for one in found["tried"]:
+            runs.setdefault((one["rate"], one["levels"]), []).append(one)
+        for (rate, levels), run in runs.items():
+            curve = ", ".join(f"{one['perceptual_distance'][0]:.3f} ({one['steps']})" for one in run)
+            best = "**" if found["best"] in run else ""
+            lines.append(f"| {name} | {best}{rate:g}{best} | {levels} | {curve} | {run[-1]['similarity'][0]:.3f} |")
     return "\n".join(lines)
 
 
@@ -77,24 +97,29 @@ def gpu() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"README.md": (short,), "docs/fidelity.md": (fidelity,), "docs/speed.md": (speed, gpu)}
+TABLES = {
+    "README.md": (short,),
+    "docs/fidelity.md": (fidelity,),
+    "docs/speed.md": (speed, gpu),
+    "docs/evaluation.md": (comparison, searched),
+}
 
 
 def main() -> int:
-    stale = 0
-    for name, tables in TABLES.items():
-        file = ROOT / name
+    changed = False
+    for page, tables in TABLES.items():
+        file = ROOT / page
         text = old = file.read_text(encoding="utf-8")
         for table in tables:
-            mark = table.__name__
-            pattern = rf"<!-- {mark} -->\n.*?<!-- /{mark} -->"
-            assert re.search(pattern, text, re.S), f"{name} has no place for the table {mark}"
-            block = f"<!-- {mark} -->\n{table()}\n<!-- /{mark} -->"
+            name = table.__name__
+            pattern = rf"<!-- {name} -->\n.*?<!-- /{name} -->"
+            assert re.search(pattern, text, re.S), f"{page} has no place for the table {name}"
+            block = f"<!-- {name} -->\n{table()}\n<!-- /{name} -->"
             text = re.sub(pattern, lambda m, block=block: block, text, flags=re.S)
-        stale += text != old
+        changed = changed or text != old
         if "--check" not in sys.argv:
             file.write_text(text, encoding="utf-8")
-    return int(stale > 0) if "--check" in sys.argv else 0
+    return int(changed and "--check" in sys.argv)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ def load_backbone(
     """
     source = resolve_base(base)
     if Path(source).is_file():
-        return wrap(load_single_file(Path(source), dtype, prediction=prediction, more=[Path(part) for part in parts]).to(device), source)
+        return wrap(
+            load_single_file(Path(source), dtype, device=device, prediction=prediction, more=[Path(part) for part in parts]), source
+        )
     if parts:
         raise InputError(f"--parts is for a single file that lacks something; {base} is none.")
     try:

@@ -186,15 +186,16 @@ def original_config(path: Path) -> tuple[str | None, bool]:
 
 def _asked(unet: Any, noisy: torch.Tensor, step: int) -> torch.Tensor:
     """The UNet's output for noisy latents (1, C, h, w) and no prompt."""
-    text = torch.zeros(1, 77, unet.config.cross_attention_dim, dtype=unet.dtype)
+    place = {"dtype": unet.dtype, "device": getattr(unet, "device", None)}
+    text = torch.zeros(1, 77, unet.config.cross_attention_dim, **place)
     more = {}
     if getattr(unet.config, "addition_embed_type", None) == "text_time":
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]], dtype=unet.dtype)
-        more = {"added_cond_kwargs": {"text_embeds": torch.zeros(1, pooled, dtype=unet.dtype), "time_ids": sizes}}
+        sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]], **place)
+        more = {"added_cond_kwargs": {"text_embeds": torch.zeros(1, pooled, **place), "time_ids": sizes}}
     with torch.no_grad():
-        output: torch.Tensor = unet(noisy.to(unet.dtype), step, text, return_dict=False, **more)[0]
-    return output.float()
+        output: torch.Tensor = unet(noisy.to(**place), step, text, return_dict=False, **more)[0]
+    return output.float().cpu()
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -234,8 +235,10 @@ def prediction_of(path: Path, stored: Mapping[str, Stored], header: Mapping[str,
     return said, zero
 
 
-def load_single_file(path: Path, dtype: torch.dtype, *, prediction: str = "auto", more: Sequence[Path] = ()) -> Any:
-    """The pipeline of a checkpoint, on the CPU.
+def load_single_file(
+    path: Path, dtype: torch.dtype, *, device: str | torch.device = "cpu", prediction: str = "auto", more: Sequence[Path] = ()
+) -> Any:
+    """The pipeline of a checkpoint, on the device.
 
     Args:
         prediction: "epsilon" or "v_prediction"; "auto" believes the file, and asks the UNet where it says nothing.
@@ -275,7 +278,7 @@ def load_single_file(path: Path, dtype: torch.dtype, *, prediction: str = "auto"
         said = prediction
     elif said is None and unet is not None:
         said = "epsilon"
-        if not predicts_noise(unet):
+        if not predicts_noise(unet.to(device)):
             said = "v_prediction" if family == "sd21" or predicts_velocity(unet) else "epsilon"
             say(f"{path.name} doesn't say what it predicts; its UNet seems to predict {said}. If pictures are noise, give --prediction.")
     if family == "flux":
@@ -285,7 +288,7 @@ def load_single_file(path: Path, dtype: torch.dtype, *, prediction: str = "auto"
     given = {**KINDS[family][2], **given, **loaded, "scheduler": scheduler(family, said or "epsilon", zero_snr=zero_snr)}
     pipe: diffusers.DiffusionPipeline = KINDS[family][0](**given)
     pipe.register_to_config(_name_or_path=str(path))
-    return pipe
+    return pipe.to(device)
 
 
 def components_of_directories(family: str, folders: Sequence[Path], dtype: torch.dtype) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Writes the tables of the README and docs/evaluation.md from benchmarks/results: `python benchmarks/tables.py` (with --check: only compares)."""
+"""Writes the tables of the README and of docs from benchmarks/results: `python benchmarks/tables.py` (with --check: only compares)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,25 @@ ROOT = Path(__file__).parents[1]
 def fidelity() -> str:
     results = json.loads((ROOT / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))
     return markdown_table(results["rows"])
+
+
+def short() -> str:
+    """What the README shows of `fidelity`."""
+    rows = json.loads((ROOT / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))["rows"]
+    lines = [
+        "| | found among 100 | among 1,000 | context, seen | context, held out | copies of training people |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, title in (
+        ("true", "true"),
+        ("base", "the base alone"),
+        ("prediction", "prediction, no step on the person"),
+        ("finetuned", "+ 25 steps"),
+        ("faithful", "the paper's mode, prediction"),
+    ):
+        columns = ("rank1", "rank1_crowd", "context_seen", "context_held_out", "copied")
+        lines.append(f"| {title} | " + " | ".join(f"{100 * rows[name][key][0]:.1f} %" for key in columns) + " |")
+    return "\n".join(lines)
 
 
 def comparison() -> str:
@@ -78,7 +97,12 @@ def gpu() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"README.md": (fidelity, speed, gpu), "docs/evaluation.md": (comparison, searched)}
+TABLES = {
+    "README.md": (short,),
+    "docs/fidelity.md": (fidelity,),
+    "docs/speed.md": (speed, gpu),
+    "docs/evaluation.md": (comparison, searched),
+}
 
 
 def main() -> int:

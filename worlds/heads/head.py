@@ -40,7 +40,9 @@ def azimuth(points: np.ndarray) -> np.ndarray:
 
 
 def atlas_coordinates(points: np.ndarray) -> np.ndarray:
-    """Where points (..., 3) of the mean head lie in the atlas (columns, rows): around the neck a cylinder, over the crown a sphere, wider in front."""
+    """Where points (..., 3) of the mean head lie in the atlas (columns, rows): around the neck a cylinder, over the crown a sphere,
+    wider in front.
+    """
     t = azimuth(points) / np.pi
     u = 0.5 + np.where(points[..., 0] < 0, -0.5, 0.5) * t * (1.5 - 0.5 * t)
     y = points[..., 1]

@@ -33,10 +33,9 @@ def span(wb, wc, step_b, step_c, count):
 def rasterize(screen, triangles, count, closed, depth, owner, weights):
     """Draws triangles into buffers that hold what is nearest so far.
 
-    `screen` (N, 3) float32: column, row (pixels, pixel centers at .5) and distance. `triangles` (T, 3) int32, of which the first `count` are drawn;
-    the first `closed` are parts of closed surfaces, whose back is never seen.
-    `depth` (H, W) float32 and `owner` (H, W) int32 (a triangle's index, -1 for none) are updated; `weights` (H, W, 2) are the
-    second and third corner's barycentric weights.
+    `screen` (N, 3) float32: column, row (pixels, pixel centers at .5) and distance. `triangles` (T, 3) int32, of which the first
+    `count` are drawn; the first `closed` are parts of closed surfaces, whose back is never seen. `depth` (H, W) float32 and `owner`
+    (H, W) int32 (a triangle's index, -1 for none) are updated; `weights` (H, W, 2) are the second and third corner's barycentric weights.
     """
     height, width = depth.shape
     for t in range(count):

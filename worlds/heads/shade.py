@@ -123,7 +123,8 @@ def shade(owner, weights, triangles, materials, normals, tangents, colors, uv, t
         for x in range(width):
             t = owner[y, x]
             if t < 0:
-                out[y, x] = 0.0
+                for k in range(4):
+                    out[y, x, k] = 0.0
                 continue
             a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
             wb, wc, material = weights[y, x, 0], weights[y, x, 1], materials[t]

@@ -1,7 +1,7 @@
 """Skin as a texture, painted once a person: color, lips, brows, stubble, scalp, freckles, moles, wrinkles.
 
-Where things are on a face is the same for everybody, in the coordinates of the mean head, and computed once a process (`regions`); a person's own
-texture mixes them with noise that is shifted by the person's own offset.
+Where things are on a face is the same for everybody, in the coordinates of the mean head, and computed once a process
+(`regions`); a person's own texture mixes them with noise that is shifted by the person's own offset.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def smooth(low: float, high: float, x: np.ndarray) -> np.ndarray:
 
 
 def polyline(points: np.ndarray, line: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For points (..., 2): the distance to a polyline, how far along it (0 to 1) that is, and the signed offset across it (left is positive)."""
+    """For points (..., 2): the distance to a polyline, how far along it (0 to 1) that is, and the signed offset across it (left is
+    positive).
+    """
     lengths = np.linalg.norm(np.diff(line, axis=0), axis=1)
     starts = np.concatenate([[0], lengths.cumsum()])
     best, along, across = (np.full(points.shape[:-1], fill) for fill in (np.inf, 0.0, 0.0))
@@ -69,7 +71,9 @@ def above_hairline(points: np.ndarray) -> np.ndarray:
 
 
 def beard_line(ax: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Signed distance-like height below a beard's upper edge: from the sideburn over the cheek to the corner of the mouth, ending on the neck."""
+    """Signed distance-like height below a beard's upper edge: from the sideburn over the cheek to the corner of the mouth, ending on
+    the neck.
+    """
     edge = np.interp(ax, [0, 1.6, 2.6, 4.0, 5.5, 6.8, 7.6, 9], [-4.9, -4.7, -3.4, -3.0, -2.3, -0.8, 1.6, 3.6])
     return np.minimum(np.minimum(edge - y, y + 7.9 + 0.32 * np.maximum(z - 2, 0)), (z - 0.6) * 0.8)
 

@@ -69,7 +69,9 @@ def skull(direction: np.ndarray) -> np.ndarray:
 def dome(
     edge: Callable[[np.ndarray], np.ndarray], out: Callable[[np.ndarray, np.ndarray], np.ndarray], rows: int = 12, columns: int = 48
 ) -> np.ndarray:
-    """A surface over the skull, (rows, columns, 3), from an edge (elevation by azimuth) to the crown, `out` cm above it by (how far up, azimuth)."""
+    """A surface over the skull, (rows, columns, 3), from an edge (elevation by azimuth) to the crown, `out` cm above it by (how far up,
+    azimuth).
+    """
     azimuth = np.linspace(-np.pi, np.pi, columns, endpoint=False)[None]
     up = np.linspace(0, 1, rows)[:, None]
     elevation = edge(azimuth) + (np.pi / 2 - edge(azimuth)) * up

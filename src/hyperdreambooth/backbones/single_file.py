@@ -39,6 +39,7 @@ KINDS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
     "flux": (diffusers.FluxPipeline, ("clip_l", "t5"), {}),
 }
 """Family -> its pipeline, the text encoders in the pipeline's order, and what else the pipeline takes."""
+TOKENIZER = ("spiece.model", "tokenizer.json")
 T5_NAME = "google/t5-v1_1-xxl"
 SPOKEN = {"vae": "the autoencoder", "clip_l": "CLIP-L", "clip_g": "CLIP-G", "clip_h": "CLIP-H", "t5": "T5"}
 OTHERS = {
@@ -47,7 +48,7 @@ OTHERS = {
     "control_|controlnet_|input_hint_block": "a ControlNet, not a base: it only steers one",
     r"ip_adapter\.": "an IP-Adapter, not a base",
     "motion_modules": "a motion module (AnimateDiff), not a base",
-    "emb_params|string_to_param": "a Textual Inversion, not a base",
+    r"emb_params|string_to_param|^clip_[lg]$": "a Textual Inversion, not a base",
     "edm_mean": "Playground 2.5, whose denoiser is preconditioned (EDM): neither epsilon nor v prediction, so it can't be trained on here",
     "edm_vpred": "an EDM checkpoint (CosXL), whose noise levels have no discrete schedule, so it can't be trained on here",
     "cond_proj": "distilled for a few steps (a latent consistency model with its guidance scale as a condition), which can't be trained on here",
@@ -248,6 +249,8 @@ def load_single_file(path: Path, dtype: torch.dtype, *, prediction: str = "auto"
     for file in more:
         if file.is_file():
             parts = components(read_header(file)[0]) | parts
+        elif not any((file / name).is_file() for name in ("model_index.json", *TOKENIZER)):
+            raise InputError(f"--parts {file}: there is no such file, and no directory that holds components or T5's tokenizer.")
     given = components_of_directories(family, more, dtype)
     require(family, parts, given, path)
     given |= tokenizers(family, parts, given, more)
@@ -323,7 +326,7 @@ def tokenizers(family: str, parts: Parts, given: Mapping[str, Any], folders: Seq
 
 def t5_tokenizer(folders: Sequence[Path]) -> Any:
     """T5's tokenizer from the first folder that has one, or from the hub; None where there is none."""
-    own = [str(folder) for folder in folders if any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json"))]
+    own = [str(folder) for folder in folders if any((folder / name).is_file() for name in TOKENIZER)]
     try:
         return AutoTokenizer.from_pretrained((own or [T5_NAME])[0])
     except (OSError, ValueError) as error:

@@ -44,6 +44,8 @@ def refuse_layers(path: str, absent: Sequence[str], count: int, metadata: Mappin
     """Raises InputError for layers that a base doesn't have, of `count`: for which family the file is. `base`: its denoiser's class."""
     said = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
     guessed = (name for mark, name in TABLES["families"].items() if any(re.search(mark, layer) for layer in absent))
-    family = said or ("of its kind, but larger" if len(absent) < count else next(guessed, None))
+    family = next(guessed, None)
+    if "T5" not in (family or ""):
+        family = said or ("of its kind, but larger" if len(absent) < count else family)
     kind = f"for another base ({family})" if family else "for another base, or names its layers as no tool reads them"
     raise InputError(f"{path} is a LoRA {kind}: of its {count} layers this one, a {base}, lacks {some(absent)}. Open its own base.")

@@ -478,6 +478,12 @@ def test_a_file_that_only_has_the_name_is_called_what_it_is(tmp_path, content, s
         effect(pipeline("sd1"), tmp_path / "a.safetensors")
 
 
+def test_a_header_that_begins_like_a_pickle_is_none(tmp_path):
+    """A safetensors file begins with its header's length, which may be any bytes."""
+    path = next(path for count in range(0, 2000, 8) if (path := written(tmp_path, PLAIN, note="x" * count)).read_bytes()[:2] == b"\x80\x02")
+    same(effect(pipeline("sd1"), path), {LAYER: torch.full((64, 64), 2.0)})
+
+
 def test_a_file_that_was_cut_off(tmp_path):
     path = written(tmp_path, PLAIN)
     path.write_bytes(path.read_bytes()[:-100])

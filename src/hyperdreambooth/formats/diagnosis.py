@@ -15,12 +15,16 @@ from .keys import TABLES
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """`read_tensors`, but a file that is something else is called what it is."""
-    if Path(path).is_file():
+    try:
+        tensors, metadata = read_tensors(path)
+    except InputError as error:
+        if not Path(path).is_file():
+            raise
         with Path(path).open("rb") as file:
             start = file.read(64).decode("latin-1")
         for what in (what for mark, what in TABLES["files"].items() if re.match(mark, start, re.I)):
-            raise InputError(f"{path} is not a whole safetensors file: it {what}")
-    tensors, metadata = read_tensors(path)
+            raise InputError(f"{path} is not a whole safetensors file: it {what}") from error
+        raise
     if not tensors:
         raise InputError(f"{path} holds no tensors.")
     return tensors, metadata

@@ -1,4 +1,4 @@
-"""Writes the README's tables from benchmarks/results: `python benchmarks/tables.py` (with --check: only compares)."""
+"""Writes the tables of the README and of docs from benchmarks/results: `python benchmarks/tables.py` (with --check: only compares)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from hyperdreambooth.evaluation.command import markdown_table
+from hyperdreambooth.evaluation.command import COMPARED, markdown_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,6 +15,45 @@ ROOT = Path(__file__).parents[1]
 def fidelity() -> str:
     results = json.loads((ROOT / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))
     return markdown_table(results["rows"])
+
+
+def short() -> str:
+    """What the README shows of `fidelity`."""
+    rows = json.loads((ROOT / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))["rows"]
+    lines = [
+        "| | found among 100 | among 1,000 | context, seen | context, held out | copies of training people |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, title in (
+        ("true", "true"),
+        ("base", "the base alone"),
+        ("prediction", "prediction, no step on the person"),
+        ("finetuned", "+ 25 steps"),
+        ("faithful", "the paper's mode, prediction"),
+    ):
+        columns = ("rank1", "rank1_crowd", "context_seen", "context_held_out", "copied")
+        lines.append(f"| {title} | " + " | ".join(f"{100 * rows[name][key][0]:.1f} %" for key in columns) + " |")
+    return "\n".join(lines)
+
+
+def comparison() -> str:
+    results = json.loads((ROOT / "benchmarks/results/comparison.json").read_text(encoding="utf-8"))
+    return markdown_table(results["rows"], COMPARED)
+
+
+def searched() -> str:
+    """What the search tried: the best of each rate and kind of noise levels."""
+    results = json.loads((ROOT / "benchmarks/results/search.json").read_text(encoding="utf-8"))
+    lines = ["| method | rate | noise levels | perceptual distance after steps | similarity at the last |", "|---|---|---|---|---|"]
+    for name, found in results["search"].items():
+        runs: dict[tuple[float, str], list[dict]] = {}
+        for one in found["tried"]:
+            runs.setdefault((one["rate"], one["levels"]), []).append(one)
+        for (rate, levels), run in runs.items():
+            curve = ", ".join(f"{one['perceptual_distance'][0]:.3f} ({one['steps']})" for one in run)
+            best = "**" if found["best"] in run else ""
+            lines.append(f"| {name} | {best}{rate:g}{best} | {levels} | {curve} | {run[-1]['similarity'][0]:.3f} |")
+    return "\n".join(lines)
 
 
 def speed() -> str:
@@ -58,18 +97,29 @@ def gpu() -> str:
     return "\n".join(lines)
 
 
+TABLES = {
+    "README.md": (short,),
+    "docs/fidelity.md": (fidelity,),
+    "docs/speed.md": (speed, gpu),
+    "docs/evaluation.md": (comparison, searched),
+}
+
+
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = old = readme.read_text(encoding="utf-8")
-    for name, table in (("fidelity", fidelity()), ("speed", speed()), ("gpu", gpu())):
-        pattern = rf"<!-- {name} -->\n.*?<!-- /{name} -->"
-        assert re.search(pattern, text, re.S), f"README.md has no place for the table {name}"
-        block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
-        text = re.sub(pattern, lambda m, block=block: block, text, flags=re.S)
-    if "--check" in sys.argv:
-        return int(text != old)
-    readme.write_text(text, encoding="utf-8")
-    return 0
+    changed = False
+    for page, tables in TABLES.items():
+        file = ROOT / page
+        text = old = file.read_text(encoding="utf-8")
+        for table in tables:
+            name = table.__name__
+            pattern = rf"<!-- {name} -->\n.*?<!-- /{name} -->"
+            assert re.search(pattern, text, re.S), f"{page} has no place for the table {name}"
+            block = f"<!-- {name} -->\n{table()}\n<!-- /{name} -->"
+            text = re.sub(pattern, lambda m, block=block: block, text, flags=re.S)
+        changed = changed or text != old
+        if "--check" not in sys.argv:
+            file.write_text(text, encoding="utf-8")
+    return int(changed and "--check" in sys.argv)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,19 @@ def test_a_table_goes_on_within_a_chunk(terminal, faces, tmp_path, when):
         assert_same(tmp_path / f"whole/rows/{index}.safetensors", tmp_path / f"killed/rows/{index}.safetensors")
 
 
+def test_two_processes_at_once_make_one_table(terminal, faces, tmp_path):
+    """Both begin with the same chunks, write the same checkpoints and rows, and take the checkpoints away."""
+    more = (*SMALL, "--chunk", 1, "--training.steps", 8)
+    terminal.run("preoptimize", faces, "-o", tmp_path / "alone", *more)
+    both = [terminal.start(["preoptimize", faces, "-o", tmp_path / "both", *more]) for _ in range(2)]
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    for index in range(6):
+        rows = [tmp_path / name / f"rows/{index}.safetensors" for name in ("alone", "both")]
+        assert rows[0].read_bytes() == rows[1].read_bytes()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_fine_tuning_goes_on_or_starts_anew(terminal, face, tmp_path, number):
     whole, killed = (("personalize", face, "-o", tmp_path / f"{name}.safetensors", "--steps", 40) for name in ("whole", "killed"))

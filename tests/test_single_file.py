@@ -185,6 +185,8 @@ def test_a_denoiser_alone_takes_the_rest_from_parts(family, small, tmp_path):
     assert same(whole, family, torch.float16)
     whole.save_pretrained(tmp_path / "directory")
     assert same(load_backbone(path, parts=[tmp_path / "directory"]).pipe, family, torch.float16)
+    with pytest.raises(InputError, match="there is no such file, and no directory that holds"):
+        load_backbone(path, parts=[tmp_path / "nowhere"])
     with pytest.raises(InputError, match=r"holds .* alone, without a denoiser"):
         load_backbone(rest)
 
@@ -243,12 +245,13 @@ REFUSED: list[tuple[checkpoints.Shapes, str]] = [
     ({"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)}, "a ControlNet"),
     ({"controlnet_blocks.0.weight": (4, 8), "transformer_blocks.0.attn.to_q.weight": (4, 8)}, "a ControlNet"),
     ({"emb_params": (4, 768)}, "a Textual Inversion"),
+    ({"clip_l": (4, 768), "clip_g": (4, 1280)}, "a Textual Inversion"),
     ({"decoder.mid.block_1.conv1.weight": (512, 512, 3, 3)}, "holds the autoencoder alone"),
     ({"text_model.encoder.layers.0.self_attn.q_proj.weight": (768, 768)}, "holds CLIP-L alone"),
 ]
 
 
-@pytest.mark.parametrize(("shapes", "says"), REFUSED, ids=[says for _, says in REFUSED])
+@pytest.mark.parametrize(("shapes", "says"), REFUSED, ids=[str(number) for number in range(len(REFUSED))])
 def test_what_is_no_base_is_one_clear_error(tmp_path, shapes, says):
     path = checkpoints.zeros(tmp_path / "model.safetensors", shapes)
     with pytest.raises(InputError, match=says):
@@ -259,6 +262,9 @@ def test_pickles_and_broken_files_are_refused(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"only \.safetensors .* Convert it first"):
         load_backbone(tmp_path / "model.ckpt")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"quantized \(GGUF\)"):
+        load_backbone(tmp_path / "model.gguf")
     whole = checkpoints.zeros(tmp_path / "whole.safetensors", SD15).read_bytes()
     for content in (b"no", b"", whole[:-1], whole[:20], b"<!DOCTYPE html><html>" + b" " * 99):
         (tmp_path / "model.safetensors").write_bytes(content)

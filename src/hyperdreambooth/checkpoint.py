@@ -148,7 +148,10 @@ def save(
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Reads what `save` wrote: (model, optimizer state_dict, average, meta)."""
-    tensors, header = read_tensors(path)
+    seen = None
+    while seen != (now := os.stat(path).st_mtime_ns if os.path.isfile(path) else 0):
+        seen = now  # read again where another process replaced the file meanwhile: header and tensors would not be of one step
+        tensors, header = read_tensors(path)
     model: dict[str, Tensor] = {}
     average: dict[str, Tensor] = {}
     state: dict[int, dict[str, Tensor]] = {}

@@ -202,7 +202,7 @@ def _encode(
     many = max(1, min(LARGEST_BATCH, BATCH_PIXELS // backbone.size**2))
     latents, features, kept, skipped = [], [], [], []
     # Pillow's warnings are silenced here for all threads at once: each thread's own silence would end another's
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool, torch.no_grad():
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, torch.no_grad():
         warnings.simplefilter("ignore")
         with Progress("encoding pictures", len(files), quiet=quiet) as progress:
             ahead = [pool.submit(photos.prepare, file, backbone.size, crop) for _, file in files[:many]]

@@ -51,6 +51,8 @@ class Stored:
 
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Names and shapes of a file's tensors, and its metadata. Raises InputError where it isn't whole safetensors."""
+    if path.suffix.lower() == ".gguf":
+        raise InputError(f"{path} is quantized (GGUF). Give the file in fp16, bf16 or fp8.")
     if path.suffix.lower() in PICKLES:
         raise InputError(
             f"{path}: only .safetensors checkpoints are opened (a pickle, as in .ckpt, .pt and .bin, can run any code when it is read). Convert it first."

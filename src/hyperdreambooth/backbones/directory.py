@@ -26,6 +26,15 @@ VARIANTS = ("", "fp16", "bf16", "fp32")
 """Weights to prefer where a component comes in several variants; plain ones first, training's own (non_ema) last."""
 
 
+def read_index(folder: Path) -> tuple[dict[str, Any], str]:
+    """A directory's list of components, and the name of its pipeline. Raises InputError where it can't be read."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        return index, str(index["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'model_index.json'} is no index of a pipeline of diffusers: {error!r}.") from error
+
+
 def load_directory(folder: Path, dtype: torch.dtype, supported: Collection[str], without: Collection[str] = ()) -> Any:
     """The pipeline of a directory in diffusers' layout, without what no picture is drawn with (a safety checker, extra components).
 
@@ -33,12 +42,11 @@ def load_directory(folder: Path, dtype: torch.dtype, supported: Collection[str],
     given links to them by their plain names. Components in `without` aren't loaded. Raises InputError where weights are missing, and for a
     kind of pipeline that isn't among the `supported`.
     """
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    kind = index.get("_class_name")
+    index, kind = read_index(folder)
     if kind not in supported:
         raise InputError(f"{folder} is a {kind}; supported: {', '.join(supported)}.")
     parts = {name: value for name, value in index.items() if isinstance(value, list) and name not in without}
-    needed = {name for name, value in parts.items() if name in SAMPLING and value[0] and (folder / name).is_dir()}
+    needed = {name for name, value in parts.items() if name in SAMPLING and any(value) and (folder / name).is_dir()}
     if lost := sorted((parts.keys() & SAMPLING) - TEXT - needed):
         raise InputError(f"{folder} has no folder {lost[0]}, which its model_index.json names. Was it copied whole?")
     plain = {name: value for name, value in index.items() if name in needed or not isinstance(value, list)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from ..errors import InputError
 from .base import Backbone
 from .checkpoint_files import components, read_header
-from .directory import load_directory
+from .directory import load_directory, read_index
 from .flux import Flux
 from .sd import StableDiffusion
 from .sd3 import StableDiffusion3
@@ -54,7 +53,9 @@ def load_backbone(
     """
     source = resolve_base(base)
     if Path(source).is_file():
-        return wrap(load_single_file(Path(source), dtype, prediction=prediction, more=[Path(part) for part in parts]).to(device), source)
+        return wrap(
+            load_single_file(Path(source), dtype, device=device, prediction=prediction, more=[Path(part) for part in parts]), source
+        )
     if parts:
         raise InputError(f"--parts is for a single file that lacks something; {base} is none.")
     try:
@@ -78,7 +79,7 @@ def trained_by_flow(base: str | Path) -> bool | None:
     """Whether a base is trained by flow matching, which its index or its header tells; None for one that isn't on this machine."""
     source = Path(resolve_base(base))
     if source.is_dir():
-        return json.loads((source / "model_index.json").read_text(encoding="utf-8")).get("_class_name") in FLOWS
+        return read_index(source)[1] in FLOWS
     return bool({"sd3", "flux"} & components(read_header(source)[0]).keys()) if source.is_file() else None
 
 
@@ -86,8 +87,11 @@ def download(name: str) -> Path:
     """Fetches a base from the hub: its plain weights, or those in half precision where there are no others."""
     try:
         return Path(diffusers.DiffusionPipeline.download(name, use_safetensors=True))
-    except (OSError, ValueError):
-        return Path(diffusers.DiffusionPipeline.download(name, variant="fp16", use_safetensors=True))
+    except (OSError, ValueError) as first:
+        try:
+            return Path(diffusers.DiffusionPipeline.download(name, variant="fp16", use_safetensors=True))
+        except (OSError, ValueError):
+            raise first from None
 
 
 def wrap(pipe: Any, name: str) -> Backbone:

@@ -39,6 +39,7 @@ KINDS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
     "flux": (diffusers.FluxPipeline, ("clip_l", "t5"), {}),
 }
 """Family -> its pipeline, the text encoders in the pipeline's order, and what else the pipeline takes."""
+TOKENIZER = ("spiece.model", "tokenizer.json")
 T5_NAME = "google/t5-v1_1-xxl"
 SPOKEN = {"vae": "the autoencoder", "clip_l": "CLIP-L", "clip_g": "CLIP-G", "clip_h": "CLIP-H", "t5": "T5"}
 OTHERS = {
@@ -47,7 +48,7 @@ OTHERS = {
     "control_|controlnet_|input_hint_block": "a ControlNet, not a base: it only steers one",
     r"ip_adapter\.": "an IP-Adapter, not a base",
     "motion_modules": "a motion module (AnimateDiff), not a base",
-    "emb_params|string_to_param": "a Textual Inversion, not a base",
+    r"emb_params|string_to_param|^clip_[lg]$": "a Textual Inversion, not a base",
     "edm_mean": "Playground 2.5, whose denoiser is preconditioned (EDM): neither epsilon nor v prediction, so it can't be trained on here",
     "edm_vpred": "an EDM checkpoint (CosXL), whose noise levels have no discrete schedule, so it can't be trained on here",
     "cond_proj": "distilled for a few steps (a latent consistency model with its guidance scale as a condition), which can't be trained on here",
@@ -185,15 +186,16 @@ def original_config(path: Path) -> tuple[str | None, bool]:
 
 def _asked(unet: Any, noisy: torch.Tensor, step: int) -> torch.Tensor:
     """The UNet's output for noisy latents (1, C, h, w) and no prompt."""
-    text = torch.zeros(1, 77, unet.config.cross_attention_dim, dtype=unet.dtype)
+    place = {"dtype": unet.dtype, "device": getattr(unet, "device", None)}
+    text = torch.zeros(1, 77, unet.config.cross_attention_dim, **place)
     more = {}
     if getattr(unet.config, "addition_embed_type", None) == "text_time":
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]], dtype=unet.dtype)
-        more = {"added_cond_kwargs": {"text_embeds": torch.zeros(1, pooled, dtype=unet.dtype), "time_ids": sizes}}
+        sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]], **place)
+        more = {"added_cond_kwargs": {"text_embeds": torch.zeros(1, pooled, **place), "time_ids": sizes}}
     with torch.no_grad():
-        output: torch.Tensor = unet(noisy.to(unet.dtype), step, text, return_dict=False, **more)[0]
-    return output.float()
+        output: torch.Tensor = unet(noisy.to(**place), step, text, return_dict=False, **more)[0]
+    return output.float().cpu()
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -233,8 +235,10 @@ def prediction_of(path: Path, stored: Mapping[str, Stored], header: Mapping[str,
     return said, zero
 
 
-def load_single_file(path: Path, dtype: torch.dtype, *, prediction: str = "auto", more: Sequence[Path] = ()) -> Any:
-    """The pipeline of a checkpoint, on the CPU.
+def load_single_file(
+    path: Path, dtype: torch.dtype, *, device: str | torch.device = "cpu", prediction: str = "auto", more: Sequence[Path] = ()
+) -> Any:
+    """The pipeline of a checkpoint, on the device.
 
     Args:
         prediction: "epsilon" or "v_prediction"; "auto" believes the file, and asks the UNet where it says nothing.
@@ -248,6 +252,8 @@ def load_single_file(path: Path, dtype: torch.dtype, *, prediction: str = "auto"
     for file in more:
         if file.is_file():
             parts = components(read_header(file)[0]) | parts
+        elif not any((file / name).is_file() for name in ("model_index.json", *TOKENIZER)):
+            raise InputError(f"--parts {file}: there is no such file, and no directory that holds components or T5's tokenizer.")
     given = components_of_directories(family, more, dtype)
     require(family, parts, given, path)
     given |= tokenizers(family, parts, given, more)
@@ -272,7 +278,7 @@ def load_single_file(path: Path, dtype: torch.dtype, *, prediction: str = "auto"
         said = prediction
     elif said is None and unet is not None:
         said = "epsilon"
-        if not predicts_noise(unet):
+        if not predicts_noise(unet.to(device)):
             said = "v_prediction" if family == "sd21" or predicts_velocity(unet) else "epsilon"
             say(f"{path.name} doesn't say what it predicts; its UNet seems to predict {said}. If pictures are noise, give --prediction.")
     if family == "flux":
@@ -282,7 +288,7 @@ def load_single_file(path: Path, dtype: torch.dtype, *, prediction: str = "auto"
     given = {**KINDS[family][2], **given, **loaded, "scheduler": scheduler(family, said or "epsilon", zero_snr=zero_snr)}
     pipe: diffusers.DiffusionPipeline = KINDS[family][0](**given)
     pipe.register_to_config(_name_or_path=str(path))
-    return pipe
+    return pipe.to(device)
 
 
 def components_of_directories(family: str, folders: Sequence[Path], dtype: torch.dtype) -> dict[str, Any]:
@@ -323,7 +329,7 @@ def tokenizers(family: str, parts: Parts, given: Mapping[str, Any], folders: Seq
 
 def t5_tokenizer(folders: Sequence[Path]) -> Any:
     """T5's tokenizer from the first folder that has one, or from the hub; None where there is none."""
-    own = [str(folder) for folder in folders if any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json"))]
+    own = [str(folder) for folder in folders if any((folder / name).is_file() for name in TOKENIZER)]
     try:
         return AutoTokenizer.from_pretrained((own or [T5_NAME])[0])
     except (OSError, ValueError) as error:

@@ -28,9 +28,10 @@ class Generate:
     output: Output
     """The folder that gets the pictures and, for several, a grid."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FILE[:WEIGHT]. The first one is the person (a LoRA or a token file), further ones are styles. Can be repeated."""
+    """FILE[:WEIGHT]; a folder with one or user/repo[/file] of the hub will do. The first is the person (a LoRA or a token file), further ones
+    are styles. Can be repeated."""
     style: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FILE[:WEIGHT] of a style LoRA, where there is no personal one. Can be repeated."""
+    """FILE[:WEIGHT] of a style LoRA of any kind, also without a personal one. Can be repeated."""
     base: str = "toon"
     """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id."""
     overwrite: bool = False

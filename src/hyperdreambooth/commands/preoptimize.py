@@ -124,9 +124,9 @@ def keep_settings(args: Preoptimize) -> None:
         read_table_config(args.output)  # refuses a damaged one
     before, now = (_decisive(values) for values in (read_json(file) if file.is_file() else {}, as_json(args)))
     differing = [f"{name} {value}, not {now[name]}" for name, value in before.items() if now.get(name, value) != value]
-    if differing:
+    if differing and any((args.output / begun).is_dir() for begun in ("rows", "packed", "chunk")):
         raise InputError(f"{file} was made with {some(differing)}. Use that, or another folder.")
-    if not before:
+    if differing or not before:
         write_json(file, as_json(args))
 
 
@@ -134,9 +134,8 @@ def _decisive(values: dict[str, Any]) -> dict[str, Any]:
     """Of a command's settings those that decide what a row is, by their names as flags."""
     found = {"base": Path(values["base"]).name, "crop": values["crop"]} if {"base", "crop"} <= values.keys() else {}
     for name, value in (values.get("config") or {}).items():
-        found |= (
-            {f"{name}.{key}": inner for key, inner in value.items() if key not in NO_MATTER} if isinstance(value, dict) else {name: value}
-        )
+        parts = {f"{name}.{key}": part for key, part in value.items() if key not in NO_MATTER} if isinstance(value, dict) else {name: value}
+        found |= parts
     return found
 
 

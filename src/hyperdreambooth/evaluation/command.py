@@ -112,7 +112,7 @@ def run(args: Request, open_base: Callable[[str, str], HyperDreamBooth]) -> None
     if args.output.is_file() and not args.overwrite:
         before = json.loads(args.output.read_text(encoding="utf-8"))
         settings = {**before["settings"], **settings}  # of faithful weights too, where this run doesn't measure them
-        if any(before["settings"].get(name, value) != value for name, value in settings.items()):
+        if "methods" in before or any(before["settings"].get(name, value) != value for name, value in settings.items()):
             raise InputError(f"{args.output} was measured with other settings or weights. Give --overwrite, or another path.")
         done = before["rows"]
 
@@ -159,7 +159,7 @@ def chosen_methods(args: Request) -> dict[str, Method]:
 def run_methods(args: Request, bench: harness.Bench, methods: dict[str, Method], about: dict[str, Any]) -> None:
     """Searches or compares, and writes what it has after every few people: JSON, a table, and a report."""
     before = read_json(args.output) if args.output.is_file() and not args.overwrite else {}
-    if before and before["settings"] != about["settings"]:
+    if before and (before["settings"] != about["settings"] or ("search" if args.search else "methods") not in before):
         raise InputError(f"{args.output} was measured with other settings or weights. Give --overwrite, or another path.")
     people = args.people or (2 if args.quick else len(bench.atlas.people))
     if args.search:
@@ -173,7 +173,9 @@ def run_methods(args: Request, bench: harness.Bench, methods: dict[str, Method],
         return
     if bench.faithful is None:
         methods = {name: method for name, method in methods.items() if not method.faithful}
-    timings = before.get("timings") or harness.timed(bench, methods)
+    timings = before.get("timings", {})
+    if not {name for name, method in methods.items() if bench.steps(method)} <= set(timings):
+        timings = harness.timed(bench, methods)
     settings = {name: dataclasses.asdict(method) for name, method in methods.items()}
     searched = read_json(args.settings).get("search", {}) if args.settings else {}
 

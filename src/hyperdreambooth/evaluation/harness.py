@@ -168,10 +168,7 @@ class Bench:
 
 
 def timed(bench: Bench, methods: Mapping[str, Method], rounds: int = 2, steps: int = 5) -> dict[str, dict[str, float]]:
-    """What one person alone costs: seconds of a step, numbers that are trained.
-
-    Methods take turns, and the shortest of the rounds counts: whatever else the machine does meets all of them.
-    """
+    """What one person alone costs: seconds of a step (the shortest of the rounds, in which methods take turns), trained numbers."""
     found: dict[str, dict[str, float]] = {}
     for name, method in [one for _ in range(rounds) for one in methods.items()]:
         subject, predicted = bench.people(method, [0])
@@ -224,7 +221,7 @@ def search(bench: Bench, method: Method, name: str, people: int) -> dict[str, An
 
     for rate, levels in [*((rate, method.levels) for rate in method.rates), *((None, other) for other in LEVELS if other != method.levels)]:
         changed = dataclasses.replace(method, rate=rate or best()["rate"], levels=levels)
-        marks = [changed.steps // 4, changed.steps // 2] if changed.steps >= 100 else []
+        marks = [changed.steps // 4, changed.steps // 2] if changed.steps >= 60 else []
         bench.make(name, changed, range(people), marks)
         for step in [*marks, changed.steps]:
             found = bench.figures(name, changed, step, people)
@@ -239,6 +236,6 @@ def with_settings(methods: Mapping[str, Method], found: Mapping[str, Any]) -> di
     changed = {}
     for name, method in methods.items():
         best = found.get(method.like or name, {}).get("best", {})
-        taken = ["rate", "levels", *(["steps"] if METHODS.get(method.like, method).steps == method.steps else [])]
+        taken = ("rate", "levels") if method.like else ("rate", "levels", "steps")
         changed[name] = dataclasses.replace(method, **{key: value for key, value in best.items() if key in taken})
     return changed

@@ -36,7 +36,7 @@ class Method:
     steps: int = 0
     rate: float = 0.0
     levels: str = "uniform"
-    copies: int = 2
+    copies: int = 4
     rank: int = 4
     prior: bool = False
     """Prior preservation (Ruiz et al., 2023): pictures of the class that the base drew are denoised beside the photo."""
@@ -44,20 +44,20 @@ class Method:
     rates: tuple[float, ...] = ()
     """Learning rates that a search tries."""
     like: str = ""
-    """The method whose searched rate and levels it takes; its steps too, where both were to have as many."""
+    """The method whose searched rate and levels it takes."""
 
 
 METHODS = {
     "true render": Method("true"),
     "base": Method("base"),
-    "textual inversion": Method("words", 120, 1e-2, rates=(1e-2, 3e-2)),
-    "DreamBooth": Method("full", 120, 1e-4, rates=(3e-5, 1e-4)),
+    "textual inversion": Method("words", 60, 1e-2, rates=(1e-2, 3e-2)),
+    "DreamBooth": Method("full", 60, 1e-4, rates=(3e-5, 1e-4)),
     "DreamBooth, 40 steps": Method("full", 40, 3e-4, rates=(1e-4, 3e-4)),
-    "DreamBooth-LoRA 4": Method("lora", 120, 3e-3, rates=(1e-3, 3e-3, 1e-2)),
-    "DreamBooth-LoRA 4 + prior": Method("lora", 120, 3e-3, prior=True, like="DreamBooth-LoRA 4"),
-    "DreamBooth-LoRA 16": Method("lora", 120, 3e-3, rank=16, like="DreamBooth-LoRA 4"),
-    "DreamBooth-LoRA 16 + prior": Method("lora", 120, 3e-3, rank=16, prior=True, like="DreamBooth-LoRA 4"),
-    "lightweight DreamBooth": Method("light", 120, 1e-2, rates=(3e-3, 1e-2)),
+    "DreamBooth-LoRA 4": Method("lora", 60, 3e-3, like="no hypernetwork, 25 steps"),
+    "DreamBooth-LoRA 4 + prior": Method("lora", 60, 3e-3, prior=True, like="no hypernetwork, 25 steps"),
+    "DreamBooth-LoRA 16": Method("lora", 60, 3e-3, rank=16, like="no hypernetwork, 25 steps"),
+    "DreamBooth-LoRA 16 + prior": Method("lora", 60, 3e-3, rank=16, prior=True, like="no hypernetwork, 25 steps"),
+    "lightweight DreamBooth": Method("light", 60, 1e-2, rates=(1e-2, 3e-2)),
     "no hypernetwork, 25 steps": Method("lora", 25, 1e-2, copies=8, rank=8, rates=(3e-3, 1e-2, 3e-2)),
     "no hypernetwork, 40 steps": Method("lora", 40, 1e-2, copies=8, rank=8, like="no hypernetwork, 25 steps"),
     "faithful hypernetwork": Method("prediction", faithful=True),
@@ -92,21 +92,19 @@ def whole(denoiser: nn.Module) -> Iterator[nn.Module]:
 def words(hdb: HyperDreamBooth) -> Iterator[nn.Module]:
     """The embeddings of the trigger's tokens in every text encoder, and nothing else (textual inversion; Gal et al., 2022)."""
     vectors, handles = nn.ParameterList(), []
-
-    def spoken(ids: list[int], mine: nn.Parameter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            for index, token in enumerate(ids):
-                output = torch.where((args[0] == token)[..., None], mine[index].to(output.dtype), output)
-            return output
-
-        return replace
-
     for name in hdb.backbone.text_components:
         encoder: Any = hdb.backbone.components[name]
         tokenizer = getattr(hdb.backbone.pipe, name.replace("text_encoder", "tokenizer"))
         ids, table = tokenizer(hdb.identifier, add_special_tokens=False).input_ids, encoder.get_input_embeddings()
-        vectors.append(nn.Parameter(table.weight[ids].detach().float().clone()))
-        handles.append(table.register_forward_hook(spoken(ids, list(vectors)[-1])))
+        mine = nn.Parameter(table.weight[ids].detach().float().clone())
+
+        def spoken(module: nn.Module, args: Any, output: Tensor, ids: list[int] = ids, mine: nn.Parameter = mine) -> Tensor:
+            for index, token in enumerate(ids):
+                output = torch.where((args[0] == token)[..., None], mine[index].to(output.dtype), output)
+            return output
+
+        vectors.append(mine)
+        handles.append(table.register_forward_hook(spoken))
     try:
         yield InTheBase(vectors)
     finally:
@@ -147,6 +145,8 @@ def train(
 ) -> tuple[float, int]:
     """Personalizes the P people of `subject`: (seconds of a step, trained numbers a person).
 
+    On a CPU the seconds are the process's own, so that whatever else the machine does doesn't count.
+
     Args:
         predicted: the hypernetwork's updates, where the method begins with them.
         marks: numbers of steps after which `on_mark` is called, with the updates so far; None where the base carries them.
@@ -157,6 +157,7 @@ def train(
         steps, rate, copies = steps or own.steps, own.learning_rate, own.copies
         levels = NoiseLevels(mean=own.noise_mean, std=own.noise_std)
     assert levels is not None
+    clock = time.process_time if hdb.device.type == "cpu" else time.perf_counter
     rows, spent, counted, since = torch.arange(people, device=subject.latents.device), 0.0, 0, 0.0
     with opened(hdb, method, people, predicted) as (source, paths), Hooks(hdb.backbone.components, paths) as hooks:
         trained = [p for p in source.parameters() if p.requires_grad]
@@ -164,12 +165,12 @@ def train(
         def after(done: int) -> bool:
             nonlocal spent, since, counted
             if done > 1:  # the first step also builds the optimizer
-                spent, counted = spent + time.perf_counter() - since, counted + 1
+                spent, counted = spent + clock() - since, counted + 1
             hooks.clear()
             if done in marks:
                 with torch.no_grad():
                     on_mark(done, source(rows).detach() or None)
-            since = time.perf_counter()
+            since = clock()
             return False
 
         text = method.kind == "words" or trains_text(paths, hdb.backbone)

@@ -37,7 +37,7 @@ def cells(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
 
 
 def plot(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> str:
-    """Curves as an SVG: each line's points are (x, y), x on a logarithmic scale that begins with 0 as its first mark."""
+    """Curves as an SVG: each line's points are (x, y), x on a logarithmic scale with 0 at its left end."""
     width, height, left, top = 720, 340, 60, 16
     points = [point for line in lines.values() for point in line]
     least = min((at for at, _ in points if at > 0), default=1.0)
@@ -53,7 +53,10 @@ def plot(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> 
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height + 20 * len(lines)}" font-family="sans-serif" font-size="12">'
     ]
     parts.append('<rect width="100%" height="100%" fill="#ffffff"/>')
-    marks = sorted({at for at, _ in points})
+    most = max(at for at, _ in points)
+    marks = [0.0] * any(at == 0 for at, _ in points) + [
+        digit * 10.0**power for power in range(-3, 7) for digit in (1, 2, 5) if least <= digit * 10.0**power <= most
+    ]
     parts += [f'<text x="{place(mark, 0)[0]:.0f}" y="{height - 28}" text-anchor="middle">{mark:g}</text>' for mark in marks]
     for value in (bottom + (best - bottom) * step / 4 for step in range(5)):
         across = place(least, value)[1]

@@ -24,32 +24,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import diagnosis
-from .keys import Names, Place, plain_path, split
-
-KINDS = {
-    ("dora_scale", "magnitude"): "a DoRA",
-    ("hada",): "a LoHa",
-    ("lokr",): "a LoKr",
-    ("diff",): "a full difference",
-    ("bias",): "a LoRA with biases",
-    ("mid",): "a LoRA of convolutions",
-}
-"""The beginnings of parts' names that make a kind."""
-FIRST = (
-    "alpha",
-    "dora_scale",
-    "magnitude",
-    "down",
-    "mid",
-    "hada_w1_a",
-    "hada_w1_b",
-    "hada_w2_b",
-    "hada_t1",
-    "hada_t2",
-    "lokr_w2_a",
-    "lokr_w1_a",
-)
-"""The parts that a training doesn't start from zero."""
+from .keys import TABLES, Names, Place, plain_path, split
 
 
 @dataclass(frozen=True)
@@ -64,10 +39,9 @@ class Adapter:
     @property
     def kind(self) -> str:
         """What it is other than a plain LoRA of a linear layer, in words; "" for one."""
-        for marks, kind in KINDS.items():
-            if any(part.startswith(marks) for part in self.parts):
-                return kind
-        return "" if self.parts["down"].shape[2:].numel() == 1 else "a LoRA of convolutions"
+        known = TABLES["adapters"].items()
+        found = next((kind for mark, kind in known if any(re.match(mark, part) for part in self.parts)), "")
+        return found or ("" if self.parts["down"].shape[2:].numel() == 1 else "a LoRA of convolutions")
 
     def update(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The update of the weight, unscaled, flat or not; one zero for none. Raises KeyError for a part that is missing."""
@@ -75,7 +49,8 @@ class Adapter:
         def factor(whole: str, left: str, right: str, core: str) -> Tensor:
             if whole in parts:
                 return parts[whole]
-            product: Tensor = make_weight_cp(parts[core], parts[left], parts[right]) if core in parts else parts[left] @ parts[right]
+            a, b = parts[left].flatten(1), parts[right].flatten(1)
+            product: Tensor = make_weight_cp(parts[core], a.T if left == "up" else a, b) if core in parts else a @ b
             return product
 
         if any(part.startswith("hada") for part in parts):
@@ -85,9 +60,6 @@ class Adapter:
             return kron
         if parts.keys() <= {"bias", "diff_b", "dora_scale", "magnitude"}:
             return torch.zeros(())
-        flat = {name: part.flatten(1) if name in ("up", "down") else part for name, part in parts.items()}
-        flat |= {"up": flat["up"].T} if "mid" in parts and "up" in parts else {}
-        parts = flat
         return factor("diff", "up", "down", "mid")
 
     def delta(self, weight: Tensor, strength: float) -> Tensor:
@@ -128,9 +100,11 @@ def read_adapters(path: str | Path, names: Names | None = None) -> tuple[list[Ad
         diagnosis.refuse_names(str(path), unknown, tensors)
     places = {layer: names.find(layer) if names else [Place(plain_path(layer))] for layer in parts}
     # some trainers write layers that they never trained: where an update is zero there is nothing to lose
-    zero = [layer for layer in parts if not places[layer] and not any(own.any() for name, own in parts[layer].items() if name not in FIRST)]
-    zero = zero if any(places.values()) else []
-    parts = {layer: own for layer, own in parts.items() if layer not in zero}
+    changes = {layer: [part for name, part in own.items() if name in ("up", "diff", "diff_b")] for layer, own in parts.items()}
+    if any(places.values()):
+        parts = {
+            layer: own for layer, own in parts.items() if places[layer] or not changes[layer] or any(part.any() for part in changes[layer])
+        }
     if absent := [layer for layer in parts if not places[layer]]:
         diagnosis.refuse_layers(str(path), absent, len(parts), metadata, type(names.model).__name__ if names else "")
     adapters, taken = [], dict[str, str]()
@@ -141,14 +115,15 @@ def read_adapters(path: str | Path, names: Names | None = None) -> tuple[list[Ad
         if twice := [place.path for place in places[layer] if place.path in taken]:
             raise InputError(f"{path}: {twice[0]} comes twice, as {taken[twice[0]]} and as {layer}.")
         taken |= {place.path: layer for place in places[layer]}
-    if not adapters:
-        raise InputError(f"{path} changes nothing: all of its updates are zero.")
     return adapters, metadata
 
 
 def _check(adapter: Adapter, names: Names | None, where: str) -> None:
     """Raises InputError unless the parts are all there, fit together, are finite, and fit the base's layer."""
     parts = adapter.parts
+    several = [mark for mark in ("hada", "lokr", "diff$", "up$|down$") if any(re.match(mark, part) for part in parts)]
+    if len(several) > 1 or {"bias", "diff_b"} <= parts.keys():
+        raise InputError(f"{where} is several kinds of adapter in one ({', '.join(parts)}), which no tool reads.")
     if not all(part.isfinite().all() and (part * adapter.scale).isfinite().all() for part in parts.values()):
         raise InputError(f"{where} isn't finite (with its scale of {adapter.scale:g}). Its training diverged, or the file is damaged.")
     try:  # for the shape alone

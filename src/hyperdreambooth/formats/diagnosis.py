@@ -15,12 +15,16 @@ from .keys import TABLES
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """`read_tensors`, but a file that is something else is called what it is."""
-    if Path(path).is_file():
+    try:
+        tensors, metadata = read_tensors(path)
+    except InputError as error:
+        if not Path(path).is_file():
+            raise
         with Path(path).open("rb") as file:
             start = file.read(64).decode("latin-1")
         for what in (what for mark, what in TABLES["files"].items() if re.match(mark, start, re.I)):
-            raise InputError(f"{path} is not a whole safetensors file: it {what}")
-    tensors, metadata = read_tensors(path)
+            raise InputError(f"{path} is not a whole safetensors file: it {what}") from error
+        raise
     if not tensors:
         raise InputError(f"{path} holds no tensors.")
     return tensors, metadata
@@ -44,6 +48,8 @@ def refuse_layers(path: str, absent: Sequence[str], count: int, metadata: Mappin
     """Raises InputError for layers that a base doesn't have, of `count`: for which family the file is. `base`: its denoiser's class."""
     said = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
     guessed = (name for mark, name in TABLES["families"].items() if any(re.search(mark, layer) for layer in absent))
-    family = said or ("of its kind, but larger" if len(absent) < count else next(guessed, None))
+    family = next(guessed, None)
+    if "T5" not in (family or ""):
+        family = said or ("of its kind, but larger" if len(absent) < count else family)
     kind = f"for another base ({family})" if family else "for another base, or names its layers as no tool reads them"
     raise InputError(f"{path} is a LoRA {kind}: of its {count} layers this one, a {base}, lacks {some(absent)}. Open its own base.")

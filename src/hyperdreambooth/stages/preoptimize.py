@@ -92,7 +92,12 @@ class Rows:
             return
         # its checkpoint is found by any process that trains the same people
         state = self.output / "chunk" / hashlib.sha256(os.fsencode("/".join(latents))).hexdigest()[:16]
-        tokens = self._train(list(latents.values()), state)
+        try:
+            tokens = self._train(list(latents.values()), state)
+        except InputError:
+            if not all(map(self.table.has, latents)):
+                raise
+            return  # another process was done with the chunk, and took the checkpoint away
         for name, row in zip(latents, tokens, strict=True):
             if self.table.has(name):
                 continue  # it was written before an interruption, or by another process

@@ -37,23 +37,18 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         os.close(handle)
         temporary = Path(name)
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
         temporary = None
-    except OSError as error:
-        raise InputError(f"{path} can't be written: {error.strerror or error}. Free some space or name another place.") from error
-    except safetensors.SafetensorError as error:  # how safetensors reports a full disk
-        raise InputError(f"{path} can't be written: {error}. Free some space or name another place.") from error
+    except (OSError, safetensors.SafetensorError) as error:  # the second is how safetensors reports a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} can't be written: {reason}. Free some space or name another place.") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -139,11 +134,8 @@ def save(
     tensors |= {f"average/{name}": value for name, value in average.items()}
     for index, state in optimizer["state"].items():
         tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in state.items()}
-    header = {  # on CUDA a learning rate is a tensor
-        "meta": json.dumps(meta),
-        "param_groups": json.dumps(optimizer["param_groups"], default=float),
-    }
-    return save_tensors(path, tensors, header)
+    groups = json.dumps(optimizer["param_groups"], default=float)  # on CUDA a learning rate is a tensor
+    return save_tensors(path, tensors, {"meta": json.dumps(meta), "param_groups": groups})
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor], dict[str, Any]]:

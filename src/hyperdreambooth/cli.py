@@ -24,9 +24,10 @@ One face photo in, a personal LoRA out, for any Stable Diffusion. --debug shows 
 
 def usage() -> str:
     """The help of the command line itself."""
-    from .commands import GROUPS
+    from .commands import GROUPS, load
 
-    groups = [f"{group}\n" + "".join(f"  {name:<19} {line}\n" for name, line in names.items()) for group, names in GROUPS.items()]
+    lines = {name: str(load(name)[0].__doc__).splitlines()[0] for names in GROUPS.values() for name in names}
+    groups = [f"{group}\n" + "".join(f"  {name:<19} {lines[name]}\n" for name in names) for group, names in GROUPS.items()]
     return "\n".join([USAGE, *groups])
 
 
@@ -83,32 +84,23 @@ def parse(name: str, kind: type, arguments: list[str]) -> object:
 
     from .config import read_config, updated
 
+    arguments = [part for given in arguments for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
     default = None
-    for index, argument in enumerate(arguments):
-        if argument == "--config" and index + 1 < len(arguments):
-            file, used = arguments[index + 1], 2
-        elif argument.startswith("--config="):
-            file, used = argument.split("=", 1)[1], 1
-        else:
-            continue
-        del arguments[index : index + used]
+    if "--config" in arguments[:-1]:
+        index = arguments.index("--config")
+        _, file = arguments[index : index + 2]
+        del arguments[index : index + 2]
         default = updated(commands_default(kind), read_config(file), file)
-        break
     return tyro.cli(kind, prog=f"hyperdreambooth {name}", args=arguments, default=default)
 
 
 def commands_default(kind: type) -> object:
     """A command's dataclass with what it requires still missing, for a config file to be laid over."""
-    import dataclasses
-
     import tyro
 
-    values = {
-        field.name: tyro.MISSING
-        for field in dataclasses.fields(kind)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
-    return kind(**values)
+    from .config import required
+
+    return kind(**dict.fromkeys(required(kind), tyro.MISSING))
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -38,14 +38,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def updated(default: T, values: Any, where: str) -> T:
     """`default` with `values` over it, nested dataclasses included. Raises InputError for an unknown or ill-typed field."""
-    if not dataclasses.is_dataclass(default) or isinstance(default, type):
-        raise TypeError(default)
-    return _filled(type(default), {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}, values, where)
+    return _filled(type(default), vars(default), values, where)
 
 
 def parsed(kind: type[T], values: Any, where: str) -> T:
     """A dataclass of `kind` out of a mapping. Raises InputError for an unknown, ill-typed or missing field."""
     return _filled(kind, {}, values, where)
+
+
+def required(kind: Any) -> list[str]:
+    """The fields of a dataclass that have no default."""
+    return [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING is field.default_factory]
 
 
 def _filled(kind: type[T], defaults: dict[str, Any], values: Any, where: str) -> T:
@@ -60,10 +63,8 @@ def _filled(kind: type[T], defaults: dict[str, Any], values: Any, where: str) ->
             found[name] = updated(defaults[name], value, f"{where}: {key}")
         else:
             found[name] = _coerced(value, hints[name], f"{where}: {key}")
-    nothing = dataclasses.MISSING
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if field.name not in found and field.default is nothing and field.default_factory is nothing:
-            raise InputError(f"{where} lacks {field.name}.")
+    if lacking := [name for name in required(kind) if name not in found]:
+        raise InputError(f"{where} lacks {lacking[0]}.")
     try:
         return kind(**found)
     except InputError as error:  # a dataclass checks its values itself, but doesn't know where they come from

@@ -136,11 +136,8 @@ class FolderOfPeople:
     def latents_of(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Latents (pictures, C, h, w) of each of these people. Broken pictures are named and skipped, and so is who has no others."""
         files = [(name, file) for name in names for file in self.files[name]]
-        tensors = _encode(files, self.backbone, None, self.crop, quiet=True)
-        found: dict[str, list[int]] = {}
-        for row, index in enumerate(tensors["kept"].tolist()):
-            found.setdefault(files[index][0], []).append(row)
-        return {name: tensors["latents"][rows].contiguous() for name, rows in found.items()}
+        data = _grouped(files, _encode(files, self.backbone, None, self.crop, quiet=True), "")
+        return data.latents_of(data.names)
 
 
 def load_identities(
@@ -175,13 +172,16 @@ def load_identities(
             raise InputError(f"none of the {len(files)} pictures of {folder} could be read.")
         if stored:
             save_tensors(stored, tensors)
+    return _grouped(files, tensors, prompt)
+
+
+def _grouped(files: list[tuple[str, Path]], tensors: dict[str, Tensor], prompt: str) -> IdentityData:
+    """The pictures that `_encode` could read, by whose they are."""
     kept = [files[i][0] for i in tensors["kept"].tolist()]
     names = list(dict.fromkeys(kept))
     number = {name: index for index, name in enumerate(names)}
-    people = torch.tensor([number[name] for name in kept])
-    return IdentityData(
-        tensors["latents"], tensors["features"], people, names, [prompt] * len(kept), torch.ones(len(kept), dtype=torch.bool)
-    )
+    people, reference = torch.tensor([number[name] for name in kept]), torch.ones(len(kept), dtype=torch.bool)
+    return IdentityData(tensors["latents"], tensors["features"], people, names, [prompt] * len(kept), reference)
 
 
 def _seen_by(encoder: FaceEncoder, pixels: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ Crop = Literal["auto", "center", "face"]
 """What of a photo is taken."""
 Layout = Literal["diffusers", "kohya"]
 """How a LoRA file names its layers."""
-Values = Mapping[str, Any]
 
 
 @dataclass
@@ -81,7 +80,7 @@ class PersonalizeConfig:
             raise InputError(f"noise_std must be at least 0 and learning_rate above 0, not {self.noise_std} and {self.learning_rate}.")
 
 
-SCRATCH: Values = {"steps": 300}
+SCRATCH: Mapping[str, Any] = {"steps": 300}
 """What differs where there is no hypernetwork to start from."""
 
 
@@ -163,13 +162,14 @@ def resolve(kind: type[T], *layers: tuple[str, object]) -> T:
     fields = {f.name: "default" for f in dataclasses.fields(kind) if f.name != "origins"}  # type: ignore[arg-type]
     found: dict[str, Any] = {}
     for name, values in layers:
-        given = values if isinstance(values, Mapping) else {f.name: getattr(values, f.name) for f in dataclasses.fields(values)}  # type: ignore[arg-type]
-        unknown = sorted(set(given) - set(fields) - {"origins"})
+        said = values if isinstance(values, Mapping) else vars(values)
+        given = {key: value for key, value in said.items() if key != "origins"}
+        unknown = sorted(given.keys() - fields.keys())
         if unknown:
             raise InputError(f"{name}: there is no setting {unknown[0]!r}; there are {', '.join(sorted(fields))}.")
-        for field_name, value in given.items():
-            if value is not None and field_name != "origins" and field_name not in found:
-                found[field_name], fields[field_name] = value, name
+        for key, value in given.items():
+            if value is not None and key not in found:
+                found[key], fields[key] = value, name
     return kind(**{**found, "origins": fields})
 
 

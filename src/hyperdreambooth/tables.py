@@ -79,9 +79,7 @@ class Table(Mapping[str, Tensor]):
         found: dict[str, tuple[Path, int]] = {}
         for name in read_json(index).get("files", ()) if index.is_file() else ():
             if not (index.parent / name).is_file():
-                raise InputError(
-                    f"{index.parent / name} is missing, which {index} names. Copy it again, or delete {index.name} to do without."
-                )
+                raise InputError(f"{index} names {name}, which is missing. Copy it again, or delete {index.name} to do without.")
         for file in sorted(index.parent.glob("[!.]*.safetensors")):
             names = json.loads(self._header(file).get("identities", "[]"))
             found |= {name: (file, place) for place, name in enumerate(names)}
@@ -96,9 +94,8 @@ class Table(Mapping[str, Tensor]):
     def _header(self, file: Path) -> dict[str, str]:
         header = read_header(file)
         if header.get("fingerprint") != self.fingerprint:
-            raise InputError(
-                f"{file} was pre-optimized for other targets, token sizes or aux seed (fingerprint {header.get('fingerprint')}, here {self.fingerprint}). Use its config, or another folder."
-            )
+            prints = f"fingerprint {header.get('fingerprint')}, here {self.fingerprint}"
+            raise InputError(f"{file} is for other targets, token sizes or aux seed ({prints}). Use its config, or another folder.")
         return header
 
     def has(self, name: str) -> bool:
@@ -126,9 +123,7 @@ class Table(Mapping[str, Tensor]):
 
 def _checked(tokens: Tensor | None, file: Path) -> Tensor:
     if tokens is None or tokens.ndim != 2 or not tokens.is_floating_point() or not tokens.isfinite().all():
-        raise InputError(
-            f"{file} is damaged: it should hold an identity's tokens, finite numbers (layers, width). Delete it and make it again."
-        )
+        raise InputError(f"{file} is damaged: it should hold tokens, finite numbers (layers, width). Delete it and make it again.")
     return tokens
 
 
@@ -169,8 +164,6 @@ def merge(folder: str | Path, fingerprint: str, *, file_bytes: int = PACK_BYTES)
         write_json(place / "index.json", {"fingerprint": fingerprint, "identities": len(table.packed), "files": files})
     for name, file in table.loose.items():
         if not torch.equal(read_row(file), table[name]):
-            raise InputError(
-                f"{file} differs from the packed row of {name}: one was made with other settings or on another kind of device. Delete one."
-            )
+            raise InputError(f"{file} differs from the packed row of {name}: by settings, or by the kind of device. Delete one.")
         file.unlink()
     return read_table(folder, fingerprint)

@@ -58,9 +58,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.gradient_accumulation < 1:
-            raise InputError(
-                f"steps must be 0 or more and gradient_accumulation 1 or more, not {self.steps} and {self.gradient_accumulation}."
-            )
+            numbers = f"{self.steps} and {self.gradient_accumulation}"
+            raise InputError(f"steps must be 0 or more and gradient_accumulation 1 or more, not {numbers}.")
         if not 0 <= self.cooldown <= 1 or not 0 <= self.average < 1:
             raise InputError(f"cooldown must lie in 0..1 and average in 0..1 (exclusive), not {self.cooldown} and {self.average}.")
         if isinstance(self.tracker, str):
@@ -144,15 +143,23 @@ class HyperNetworkConfig:
 
 
 @dataclass
-class TrainLightConfig:
-    """Lightweight DreamBooth: the tokens of one subject over frozen random aux matrices."""
+class StageConfig:
+    """What all trainings of tokens have in common."""
 
     prompt: str = "a [V] face"
-    """The prompt that names the subject."""
+    """The prompt that names a person."""
     targets: tuple[str, ...] = ()
     """Glob patterns of layers; default: the base's own. Add "text_encoder.*" patterns to train the text encoder too."""
     lightweight: LightweightConfig = field(default_factory=LightweightConfig)
     """Token size."""
+    levels: NoiseLevels = field(default_factory=NoiseLevels)
+    """Where noise levels are drawn from. Low noise shows who it is without the tokens' help: keep the mean high."""
+
+
+@dataclass
+class TrainLightConfig(StageConfig):
+    """Lightweight DreamBooth: the tokens of one subject over frozen random aux matrices."""
+
     levels: NoiseLevels = field(default_factory=lambda: NoiseLevels(mean=1.0))
     """Where noise levels are drawn from."""
     copies: int = 4
@@ -168,17 +175,9 @@ class TrainLightConfig:
 
 
 @dataclass
-class PreoptimizeConfig:
+class PreoptimizeConfig(StageConfig):
     """Pre-optimization of many identities."""
 
-    prompt: str = "a [V] face"
-    """The prompt that names a person."""
-    targets: tuple[str, ...] = ()
-    """Glob patterns of layers; default: the base's own."""
-    lightweight: LightweightConfig = field(default_factory=LightweightConfig)
-    """Token size. The aux matrices are frozen here."""
-    levels: NoiseLevels = field(default_factory=NoiseLevels)
-    """Where noise levels are drawn from."""
     chunk: int = 16
     """Identities trained side by side."""
     copies: int = 4
@@ -189,28 +188,20 @@ class PreoptimizeConfig:
     def __post_init__(self) -> None:
         if self.lightweight.learnable:
             raise InputError(
-                "pre-optimization needs frozen aux matrices: learnable ones would be shared by rows that are trained one after another."
+                "pre-optimization needs frozen aux matrices: rows that are trained one after another can't share learnable ones."
             )
         if self.chunk < 1:
             raise InputError(f"chunk must be at least 1, not {self.chunk}.")
 
 
 @dataclass
-class TrainHypernetworkConfig:
+class TrainHypernetworkConfig(StageConfig):
     """Training of a hypernetwork."""
 
     mode: Literal["pro", "faithful"] = "pro"
     """pro: learnable aux, no table needed. faithful: frozen aux and a weight loss against a table."""
-    prompt: str = "a [V] face"
-    """The prompt that names a person."""
-    targets: tuple[str, ...] = ()
-    """Glob patterns of layers; default: the base's own."""
-    lightweight: LightweightConfig = field(default_factory=LightweightConfig)
-    """Token size."""
     hypernetwork: HyperNetworkConfig = field(default_factory=HyperNetworkConfig)
     """Decoder size."""
-    levels: NoiseLevels = field(default_factory=NoiseLevels)
-    """Where noise levels are drawn from. Low noise shows who it is without the tokens' help: keep the mean high."""
     batch: int = 16
     """Pictures in every step."""
     penalty: float = 1e-5

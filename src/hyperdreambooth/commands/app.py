@@ -1,18 +1,15 @@
-"""The page in the browser as a command."""
-
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass
 
 from ..errors import InputError
 from ..progress import say
-from .options import Flat, Machine
+from .options import WithHypernetwork
 
 
 @dataclass
-class App:
+class App(WithHypernetwork):
     """Open a page in the browser: drop a photo in, see the person in new pictures, take the LoRA home.
 
     Only this machine can reach it, unless --host names another address, which then needs --auth.
@@ -22,10 +19,6 @@ class App:
         hyperdreambooth app --host 0.0.0.0 --auth anna:secret
     """
 
-    base: str = "toon"
-    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id."""
-    hypernetwork: str = "auto"
-    """A directory or hub id; "none" trains from scratch; "auto" takes the shipped one for toon."""
     host: str = "127.0.0.1"
     """The address to listen on."""
     port: int | None = None
@@ -36,7 +29,6 @@ class App:
     """The largest file that is taken, in megabytes."""
     browser: bool = False
     """Also open the page in the default browser."""
-    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 
 def run(args: App) -> None:

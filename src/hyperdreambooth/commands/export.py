@@ -1,32 +1,27 @@
-"""A standard LoRA from a token file, a table's row, a run, or a LoRA in another layout."""
-
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import tyro
 
-from ..errors import InputError
+from ..errors import InputError, some
 from ..progress import say
 from ..settings import Layout
-from .options import Flat, Machine, Output, check_lora_name, refuse_existing
+from .options import Output, WithHypernetwork, Writing, check_lora_name
 
 if TYPE_CHECKING:
     from ..personal_lora import PersonalLora
 
 
 @dataclass
-class Export:
-    """Write a standard LoRA from something else.
+class Export(WithHypernetwork, Writing):
+    """Write a standard LoRA from a token file, one identity of a table, a train-light run, or a LoRA in the other layout.
 
-    From a token file, from one identity of a pre-optimized table, from a train-light run (its folder), or from a LoRA in
-    the other layout.
-
-        hyperdreambooth export me.tokens -o me.safetensors
-        hyperdreambooth export table --identity alice -o alice.safetensors
-        hyperdreambooth export me.safetensors --format kohya -o me-kohya.safetensors
+    hyperdreambooth export me.tokens -o me.safetensors
+    hyperdreambooth export table --identity alice -o alice.safetensors
+    hyperdreambooth export me.safetensors --format kohya -o me-kohya.safetensors
     """
 
     source: tyro.conf.Positional[Path]
@@ -35,20 +30,13 @@ class Export:
     """The LoRA file to write."""
     identity: str | None = None
     """Which row of a table."""
-    base: str = "toon"
-    """The base that it belongs to."""
-    hypernetwork: str = "auto"
-    """The hypernetwork whose token file it is."""
     format: Layout = "diffusers"
     """Layout of the file: diffusers, or kohya for ComfyUI and A1111."""
-    overwrite: bool = False
-    """Replace the output if it exists."""
-    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 
 def run(args: Export) -> None:
     check_lora_name(args.output)
-    refuse_existing(args.output, args.overwrite)
+    args.refuse_existing(args.output)
     if not args.source.exists():
         raise InputError(f"{args.source}: no such file or folder.")
     me = _from_table(args) if args.source.is_dir() else args.machine.open(args.base, args.hypernetwork).load(args.source)
@@ -70,8 +58,6 @@ def _from_table(args: Export) -> PersonalLora:
     table = read_table(args.source, lightweight.fingerprint())
     name = args.identity or (next(iter(table)) if len(table) == 1 else None)
     if name is None or name not in table:
-        raise InputError(
-            f"{args.source} has {len(table)} identities; name one of them with --identity: {', '.join(list(table)[:8])}{' ...' if len(table) > 8 else ''}"
-        )
+        raise InputError(f"{args.source} has {len(table)} identities; name one of them with --identity: {some(list(table), 8)}.")
     loras = finish(lightweight(table[name][None]).detach().select(0))
     return hdb.person(loras, config.prompt, tokens=table[name], lightweight=lightweight)

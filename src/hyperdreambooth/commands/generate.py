@@ -1,5 +1,3 @@
-"""Prompts and LoRAs into pictures."""
-
 from __future__ import annotations
 
 import dataclasses
@@ -10,11 +8,11 @@ import tyro
 
 from ..progress import Progress, say
 from ..settings import GenerateChoices
-from .options import Flat, Machine, Output, as_json, refuse_existing, weighted
+from .options import Flat, Output, WithBase, Writing, as_json, save_sheet, weighted
 
 
 @dataclass
-class Generate:
+class Generate(WithBase, Writing):
     """Make pictures from prompts, with a personal LoRA and any number of style LoRAs.
 
     Write [V] where the person belongs. A LoRA takes a weight after a colon.
@@ -32,12 +30,7 @@ class Generate:
     are styles. Can be repeated."""
     style: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FILE[:WEIGHT] of a style LoRA of any kind, also without a personal one. Can be repeated."""
-    base: str = "toon"
-    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id."""
-    overwrite: bool = False
-    """Replace pictures that exist."""
     config: Annotated[GenerateChoices, Flat] = field(default_factory=GenerateChoices)
-    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 
 def run(args: Generate) -> None:
@@ -57,8 +50,7 @@ def run(args: Generate) -> None:
         config = dataclasses.replace(config, strength=config.strength * loras[0][1], origins=origins)
     args.machine.explain(config)
     files = [args.output / f"{p + 1:02d}-{config.seed + i}.png" for p in range(len(args.prompts)) for i in range(config.count)]
-    for file in files:
-        refuse_existing(file, args.overwrite)
+    args.refuse_existing(*files)
     with Progress("pictures", len(files)) as progress:
         images = hdb.generate(args.prompts, me, styles=styles, config=config, on_picture=progress.update)
     for index, (file, image) in enumerate(zip(files, images, strict=True)):
@@ -67,7 +59,6 @@ def run(args: Generate) -> None:
         say(f"{file}: {prompt} (seed {seed})")
     if len(images) > 1:
         rows = [images[i : i + config.count] for i in range(0, len(images), config.count)]
-        sheet = photos.grid(rows, list(args.prompts), [f"seed {config.seed + i}" for i in range(config.count)])
-        photos.save_png(sheet, args.output / "grid.png", {"ai_generated": "true"}, overwrite=True)
-        say(f"{args.output / 'grid.png'}: all of them")
+        seeds = [f"seed {config.seed + i}" for i in range(config.count)]
+        save_sheet(args.output / "grid.png", rows, args.prompts, seeds, "all of them")
     write_json(args.output / "generate.json", as_json(args, config))

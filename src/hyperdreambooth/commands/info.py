@@ -1,5 +1,3 @@
-"""What is in a LoRA or token file."""
-
 from __future__ import annotations
 
 import json

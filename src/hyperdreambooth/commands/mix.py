@@ -1,20 +1,17 @@
-"""Several people blended into one."""
-
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
 from ..errors import InputError
 from ..progress import say
-from .options import Flat, Machine, Output, check_lora_name, refuse_existing, weighted
+from .options import Output, WithHypernetwork, Writing, check_lora_name, weighted
 
 
 @dataclass
-class Mix:
+class Mix(WithHypernetwork, Writing):
     """Blend several people's token files, or LoRAs: FILE:WEIGHT each, or equal shares.
 
     hyperdreambooth mix alice.tokens:0.5 bob.tokens:0.5 -o both.safetensors
@@ -24,10 +21,6 @@ class Mix:
     """FILE[:WEIGHT] of each person; without a weight, an equal share."""
     output: Output
     """The LoRA file to write."""
-    base: str = "toon"
-    """The base that they belong to."""
-    hypernetwork: str = "auto"
-    """The hypernetwork whose token files they are."""
     tokens: Path | None = None
     """Also write the blend as a token file."""
     strip: Path | None = None
@@ -36,18 +29,13 @@ class Mix:
     """Prompt of the strip; default: the person's own prompt."""
     seed: int = 0
     """Seed of the strip's pictures."""
-    overwrite: bool = False
-    """Replace the output if it exists."""
-    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 
 def run(args: Mix) -> None:
     from .. import photos
 
     check_lora_name(args.output)
-    for path in (args.output, args.tokens, args.strip):
-        if path:
-            refuse_existing(path, args.overwrite)
+    args.refuse_existing(args.output, args.tokens, args.strip)
     if args.strip and len(args.files) != 2:
         raise InputError(f"a strip leads from one person to another: it takes two token files, not {len(args.files)}.")
     hdb = args.machine.open(args.base, args.hypernetwork)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,12 +17,13 @@ import tyro
 from ..config import RESOLVED
 from ..errors import InputError
 from ..progress import say
-from ..settings import explained
+from ..settings import Crop, explained
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..api import HyperDreamBooth
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 Flat = tyro.conf.arg(name="")
 """A nested dataclass whose fields are flags without a prefix."""
@@ -33,7 +35,7 @@ class Machine:
 
     device: str | None = None
     """cuda, mps or cpu. Default: the best there is."""
-    dtype: Dtype = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the frozen base; what is trained is always float32. auto: bfloat16 on a CUDA card that has it, float16 on an older
     one, float32 on a CPU."""
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
@@ -60,23 +62,63 @@ class Machine:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
-        more: dict[str, Any] = {"prediction": self.prediction, "parts": self.parts}
-        hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, device=self.device, dtype=dtype, **more)
+        more: dict[str, Any] = {"device": self.device, "dtype": dtype, "prediction": self.prediction, "parts": self.parts}
+        hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, **more)
         if self.gradient_checkpointing:
             hdb.backbone.enable_checkpointing()
         return hdb
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Before any work is done: an output that is there is never replaced unasked."""
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")
+@dataclass(kw_only=True)
+class Command:
+    """What every command that draws takes; the classes below add what several of them take."""
+
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+
+
+@dataclass(kw_only=True)
+class WithBase(Command):
+    base: str = "toon"
+    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id."""
+
+
+@dataclass(kw_only=True)
+class WithHypernetwork(WithBase):
+    hypernetwork: str = "auto"
+    """A directory or hub id; "none" trains from scratch, on any base; "auto" takes the shipped one for toon."""
+
+
+@dataclass(kw_only=True)
+class WithCrop:
+    crop: Crop = "auto"
+    """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
+    are found with the extra `faces`."""
+
+
+@dataclass(kw_only=True)
+class Writing:
+    overwrite: bool = False
+    """Replace what is there already."""
+
+    def refuse_existing(self, *paths: Path | None) -> None:
+        """Before any work is done: an output that is there is never replaced unasked."""
+        for path in paths:
+            if path and path.exists() and not self.overwrite:
+                raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")
 
 
 def check_lora_name(path: Path) -> None:
     """Before any work is done: raises InputError for a LoRA file to write that no tool would take for one."""
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: a LoRA file is a .safetensors file. Name it {path.name}.safetensors.")
+
+
+def save_sheet(path: Path, rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], columns: Sequence[str], what: str) -> None:
+    """A labelled sheet of pictures, which says that they are generated."""
+    from .. import photos
+
+    photos.save_png(photos.grid(rows, labels, columns), path, {"ai_generated": "true"}, overwrite=True)
+    say(f"{path}: {what}")
 
 
 def as_json(args: Any, settings: Any = None) -> dict[str, Any]:

@@ -1,5 +1,3 @@
-"""Photos of one person into a personal LoRA."""
-
 from __future__ import annotations
 
 import functools
@@ -14,12 +12,12 @@ import tyro
 
 from ..errors import InputError
 from ..progress import Progress, say
-from ..settings import Crop, Layout, PersonalizeChoices
-from .options import Flat, Machine, Output, as_json, check_lora_name, refuse_existing
+from ..settings import Layout, PersonalizeChoices
+from .options import Flat, Output, WithCrop, WithHypernetwork, Writing, as_json, check_lora_name, save_sheet
 
 
 @dataclass
-class Personalize:
+class Personalize(WithHypernetwork, WithCrop, Writing):
     """Turn photos of one person into a personal LoRA.
 
     The hypernetwork predicts a LoRA from the photo; a few steps of rank-relaxed fine-tuning make it fit. The result is a
@@ -35,18 +33,11 @@ class Personalize:
     """One photo or several of the same person; or one folder of people."""
     output: Output
     """The LoRA file to write (.safetensors); of a folder of people, the folder that gets them."""
-    base: str = "toon"
-    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id."""
-    hypernetwork: str = "auto"
-    """A directory or hub id; "none" trains from scratch, on any base; "auto" takes the shipped one for toon."""
     tokens: Path | None = None
     """Also write the prediction as a token file (about 120 KB for Stable Diffusion 1.5)."""
     format: Layout = "diffusers"
     """Layout of the LoRA file: diffusers (also for PEFT, and for ComfyUI on SD 3 and Flux), or kohya, which ComfyUI and A1111 need on
     Stable Diffusion 1, 2 and XL and diffusers opens too."""
-    crop: Crop = "auto"
-    """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
-    are found with the extra `faces`."""
     face: int | None = None
     """Which face, by size from 1, where there are several."""
     mask_file: tuple[Path, ...] = ()
@@ -61,10 +52,7 @@ class Personalize:
     """Who made the LoRA, for its metadata."""
     license: str | None = None
     """The LoRA's license, for its metadata."""
-    overwrite: bool = False
-    """Replace the output if it exists."""
     config: Annotated[PersonalizeChoices, Flat] = field(default_factory=PersonalizeChoices)
-    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 
 def run(args: Personalize) -> None:
@@ -77,8 +65,7 @@ def run(args: Personalize) -> None:
     from ..personal_lora import PLACEHOLDER
 
     check_lora_name(args.output)
-    for path in (args.output, *([args.tokens] if args.tokens else [])):
-        refuse_existing(path, args.overwrite)
+    args.refuse_existing(args.output, args.tokens)
     started = time.perf_counter()
     for file in args.photos:  # a photo's fault shows before seconds go into loading the base
         photos.load_photo(file)
@@ -126,7 +113,7 @@ def run(args: Personalize) -> None:
 
 def run_folder(args: Personalize) -> None:
     """A LoRA for each person of a folder, and one sheet of previews."""
-    from .. import formats, photos
+    from .. import formats
     from ..checkpoint import write_json
     from ..folders import list_identities
 
@@ -151,15 +138,13 @@ def run_folder(args: Personalize) -> None:
             me.save(file, layout=args.format, author=args.author, license=args.license, overwrite=True)
             say(f"{file}: rank {me.rank}{', ' + me.shown[0] if me.shown else ''}{'; ' + me.warning if me.warning else ''}")
             if done <= 16:
-                sheet.append(hdb.generate(args.preview or me.prompt, me, seed=config.seed))
+                sheet += hdb.generate(args.preview or me.prompt, me, seed=config.seed)
                 names.append(name)
             progress.update(done)
     for name, error in refused.items():
         say(f"{name} is left out: {error}")
     if sheet:
-        preview = args.output / "preview.png"
-        photos.save_png(photos.grid([[row[0] for row in sheet]], [""], names), preview, {"ai_generated": "true"}, overwrite=True)
-        say(f"{preview}: the first of them")
+        save_sheet(args.output / "preview.png", [sheet], [""], names, "the first of them")
     write_json(args.output / "personalize.json", as_json(args, config))
     made = len(missing) - len(refused)
     say(f"{args.output}: {made} people in {time.perf_counter() - started:.1f} s, {len(refused)} left out")

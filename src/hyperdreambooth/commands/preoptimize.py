@@ -1,5 +1,3 @@
-"""Tokens for every identity of a folder."""
-
 from __future__ import annotations
 
 import dataclasses
@@ -13,9 +11,8 @@ import tyro
 
 from ..errors import InputError, some
 from ..progress import say
-from ..settings import Crop
 from ..training_settings import PreoptimizeConfig
-from .options import Flat, Machine, Output, as_json
+from .options import Flat, Output, WithBase, WithCrop, as_json, save_sheet
 
 if TYPE_CHECKING:
     from ..data import FolderOfPeople
@@ -27,7 +24,7 @@ NO_MATTER = ("log_every", "validate_every", "checkpoint_minutes", "tracker")
 
 
 @dataclass
-class Preoptimize:
+class Preoptimize(WithBase, WithCrop):
     """Pre-optimize tokens for every identity of a folder: identity/picture.png, or one picture each.
 
     Chunks of identities are trained side by side and written row by row; stop it at any moment and start it again.
@@ -43,11 +40,6 @@ class Preoptimize:
     """Pictures of identities."""
     output: Output
     """The table's folder."""
-    base: str = "toon"
-    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint (SD 1.x, SD 2.x, SDXL), or a hub id."""
-    crop: Crop = "auto"
-    """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
-    are found with the extra `faces`."""
     shard: str = "0/1"
     """i/n: only the i-th of n parts of the identities, from 0 to n-1. Rows are the same however many parts there are."""
     merge: bool = False
@@ -57,18 +49,13 @@ class Preoptimize:
     address: str | None = None
     """ray: a running cluster, such as auto or ray://head:10001. Every machine must see both folders."""
     config: Annotated[PreoptimizeConfig, Flat] = field(default_factory=PreoptimizeConfig)
-    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 
 def run(args: Preoptimize) -> None:
-    from .. import photos
     from ..data import FolderOfPeople
     from ..engines import on_ray
-    from ..lightweight import LightweightLora
-    from ..lora import find_targets
     from ..personal_lora import PLACEHOLDER
-    from ..stages.preoptimize import chunks_of, parse_shard, preoptimize
-    from ..tables import Table
+    from ..stages.preoptimize import Rows, chunks_of, parse_shard, preoptimize
 
     shard = parse_shard(args.shard)
     if args.address and args.engine != "ray":
@@ -76,17 +63,16 @@ def run(args: Preoptimize) -> None:
     hdb = args.machine.open(args.base, None)
     args.config.prompt = args.config.prompt.replace(PLACEHOLDER, hdb.identifier)
     people = FolderOfPeople(args.folder, hdb.backbone, args.crop)
-    targets = find_targets(hdb.backbone.components, args.config.targets or hdb.backbone.default_targets)
-    lightweight = LightweightLora(targets, args.config.lightweight)
+    rows = Rows(hdb.backbone, people, args.config, args.output)
+    table = rows.table
     keep_settings(args)
     chunks = chunks_of(people.names, args.config.chunk, shard)
     if args.merge:
-        table = packed(args.output, people, lightweight.fingerprint())
+        table = packed(table, people)
     elif args.engine == "ray" and chunks:
         work = dataclasses.replace(args, folder=args.folder.resolve(), output=args.output.resolve())
         work.base = str(Path(args.base).resolve()) if Path(args.base).exists() else args.base
         on_ray("chunks", partial(opened, work), chunks, address=args.address)
-        table = Table(args.output, lightweight.fingerprint())
     else:
         table = preoptimize(hdb.backbone, people, args.config, args.output, shard=shard)
     names = [name for chunk in chunks for name in chunk]
@@ -97,12 +83,11 @@ def run(args: Preoptimize) -> None:
         raise InputError(f"none of the pictures of {args.folder} could be read.")
     say(f"{args.output}: {len(names) - len(without)} identities{'' if shard == (0, 1) else f' of shard {args.shard}'}")
     if shard == (0, 1):
-        file, shown = args.output / "preview.png", [name for name in names if table.has(name)][:8]
-        lightweight.to(hdb.device)
-        loras = [lightweight(table[name][None].to(hdb.device)).detach().select(0) for name in shown]
+        shown = [name for name in names if table.has(name)][:8]
+        updates = rows.lightweight.to(hdb.device)
+        loras = [updates(table[name][None].to(hdb.device)).detach().select(0) for name in shown]
         sheet = [hdb.generate([args.config.prompt] * 3, mine, seed=0) for mine in loras]
-        photos.save_png(photos.grid(sheet, shown, [""] * 3), file, {"ai_generated": "true"}, overwrite=True)
-        say(f"{file}: the first of them")
+        save_sheet(args.output / "preview.png", sheet, shown, [""] * 3, "the first of them")
 
 
 def opened(args: Preoptimize) -> Rows:
@@ -139,17 +124,15 @@ def _decisive(values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def packed(output: Path, people: FolderOfPeople, fingerprint: str) -> Table:
+def packed(table: Table, people: FolderOfPeople) -> Table:
     """The merged table. Raises InputError where somebody has no row whose pictures can be read."""
-    from ..tables import Table, merge
+    from ..tables import merge
 
-    table = Table(output, fingerprint)
     missing = [name for name in people.names if name not in table]
     unmade = next((name for name in missing if people.latents_of([name])), None)
     if unmade is not None:
-        raise InputError(
-            f"{len(missing)} of {len(people.names)} identities have no row yet, such as {unmade}. Run their shards (again), then merge."
-        )
-    merged = merge(output, fingerprint)
-    shutil.rmtree(output / "chunk", ignore_errors=True)  # what killed processes left
+        number = f"{len(missing)} of {len(people.names)}"
+        raise InputError(f"{number} identities have no row yet, such as {unmade}. Run their shards (again), then merge.")
+    merged = merge(table.folder, table.fingerprint)
+    shutil.rmtree(table.folder / "chunk", ignore_errors=True)  # what killed processes left
     return merged

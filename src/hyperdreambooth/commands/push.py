@@ -1,5 +1,3 @@
-"""Uploads to the model hub."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

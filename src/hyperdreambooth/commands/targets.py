@@ -1,5 +1,3 @@
-"""A base's layers that can carry a LoRA."""
-
 from __future__ import annotations
 
 import json

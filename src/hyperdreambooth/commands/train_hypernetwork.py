@@ -1,9 +1,8 @@
-"""A hypernetwork that predicts tokens from a photo."""
-
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,13 +10,12 @@ import tyro
 
 from ..errors import InputError
 from ..progress import say
-from ..settings import Crop
 from ..training_settings import TrainHypernetworkConfig
-from .options import Flat, Machine, Output, as_json
+from .options import Flat, Output, WithBase, WithCrop, as_json
 
 
 @dataclass
-class TrainHypernetwork:
+class TrainHypernetwork(WithBase, WithCrop):
     """Train a hypernetwork: a face photo in, LoRA tokens out.
 
     pro (default) needs no table: aux matrices are learnt, with the denoising loss. faithful is the paper's: frozen aux,
@@ -32,8 +30,6 @@ class TrainHypernetwork:
     """Pictures of identities: identity/picture.png, or one picture each."""
     output: Output
     """The hypernetwork's folder; `personalize --hypernetwork` takes it."""
-    base: str = "toon"
-    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint (SD 1.x, SD 2.x, SDXL), or a hub id."""
     encoder: str = "auto"
     """A vision model of transformers, by directory or hub id (DINOv2, CLIP, ViT). auto: the shipped one for toon."""
     validation_folder: Path | None = None
@@ -47,18 +43,11 @@ class TrainHypernetwork:
     """What the pictures are, in words, for the model card."""
     license: str = ""
     """The license of the weights, for the model card."""
-    crop: Crop = "auto"
-    """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
-    are found with the extra `faces`."""
     config: Annotated[TrainHypernetworkConfig, Flat] = field(default_factory=TrainHypernetworkConfig)
-    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 
 def run(args: TrainHypernetwork) -> None:
-    import torch
-
     from .. import photos
-    from ..api import HyperDreamBooth
     from ..assets import toon
     from ..checkpoint import write_json
     from ..data import load_identities
@@ -68,7 +57,7 @@ def run(args: TrainHypernetwork) -> None:
     from ..personal_lora import PLACEHOLDER
     from ..pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
     from ..stages.describe import familiar
-    from ..stages.train_hypernetwork import train_hypernetwork
+    from ..stages.train_hypernetwork import preview, train_hypernetwork
     from ..tables import read_table
 
     if args.encoder == "auto" and args.base != "toon":
@@ -76,19 +65,15 @@ def run(args: TrainHypernetwork) -> None:
     hdb = args.machine.open(args.base, None)
     config = args.config
     config.prompt = config.prompt.replace(PLACEHOLDER, hdb.identifier)
-    encoder = (
-        FaceEncoder.from_pretrained(
-            toon.directory("hypernetwork") / "encoder" if args.encoder == "auto" else args.encoder, trained=config.train_encoder
-        )
-        .to(hdb.device)
-        .eval()
-    )
+    model = toon.directory("hypernetwork") / "encoder" if args.encoder == "auto" else args.encoder
+    encoder = FaceEncoder.from_pretrained(model, trained=config.train_encoder).to(hdb.device).eval()
     start = load_hypernetwork(args.start, hdb.backbone)[0] if args.start else None
-    data = load_identities(args.folder, hdb.backbone, encoder, config.prompt, crop=args.crop, cache=args.output / "cache")
+    read = partial(
+        load_identities, backbone=hdb.backbone, encoder=encoder, prompt=config.prompt, crop=args.crop, cache=args.output / "cache"
+    )
+    data = read(args.folder)
     if args.validation_folder:
-        validation = load_identities(
-            args.validation_folder, hdb.backbone, encoder, config.prompt, crop=args.crop, cache=args.output / "cache"
-        )
+        validation = read(args.validation_folder)
     else:
         data, validation = data.split(max(2, len(data.names) // 10))
     table = None
@@ -112,24 +97,7 @@ def run(args: TrainHypernetwork) -> None:
         trained={"steps": report.steps, "identities": len(data.names), "validation": report.validations[-1:]},
     )
     save_hypernetwork(args.output, source, info)
-    count = min(6, len(validation.names))
-    shown = HyperDreamBooth(hdb.backbone, hdb.base, source.eval(), info)
-    sheet = []
-    for person in range(count):
-        shown_photo = torch.tensor(validation.of_person[person][:1])
-        loras = source(validation.inputs(shown_photo).to(hdb.device)).detach().select(0)
-        sheet.append(
-            [
-                *photos.to_images(hdb.backbone.decode_images(validation.latents[validation.of_person[person][:1]].to(hdb.device))),
-                *shown.generate([info.prompt] * 2, loras, seed=0),
-            ]
-        )
-    photos.save_png(
-        photos.grid(sheet, validation.names[:count], ["photo", "seed 0", "seed 0"]),
-        args.output / "preview.png",
-        {"ai_generated": "true"},
-        overwrite=True,
-    )
-    say(
-        f"{args.output}: a hypernetwork; {report.validations[-1] if report.validations else ''}\n{args.output / 'preview.png'}: people it never saw"
-    )
+    say(f"{args.output}: a hypernetwork; {report.validations[-1] if report.validations else ''}")
+    sheet = preview(hdb.backbone, source.eval(), validation, 6)
+    shown = photos.save_png(sheet, args.output / "preview.png", {"ai_generated": "true"}, overwrite=True)
+    say(f"{shown}: people it never saw, and what is drawn of them")

@@ -7,7 +7,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..assets import toon
 from ..checkpoint import read_json, read_tensors, write_json
 from ..errors import InputError
 from ..progress import say
-from . import harness, report
+from . import Request, harness, report
 from .atlas import Atlas, load_atlas
 from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, ROWS, Judges, environment, evaluate, fingerprint
 from .judges import Judge
@@ -54,24 +53,6 @@ COMPARED = {
 
 SHEET = ("base", "prediction", "prediction+guidance", "finetuned", "finetuned+guidance")
 """Rows on the contact sheet."""
-
-
-@dataclass
-class Request:
-    """What is to be measured; `hyperdreambooth evaluate --help` explains each."""
-
-    output: Path
-    split: str
-    atlas: Path
-    people: int | None
-    rows: tuple[str, ...]
-    faithful: Path | None
-    pictures: int
-    overwrite: bool
-    methods: tuple[str, ...] = ()
-    search: bool = False
-    settings: Path | None = None
-    quick: bool = False
 
 
 def run(args: Request, open_base: Callable[[str, str], HyperDreamBooth]) -> None:

@@ -78,11 +78,9 @@ class Rows:
 
     def __init__(self, backbone: Backbone, data: IdentityData | FolderOfPeople, config: PreoptimizeConfig, output: str | Path):
         self.backbone, self.data, self.config, self.output = backbone, data, config, Path(output)
-        self.lightweight = LightweightLora(
-            find_targets(backbone.components, config.targets or backbone.default_targets), config.lightweight
-        )
-        self.fingerprint = self.lightweight.fingerprint()
-        self.table = Table(output, self.fingerprint)
+        targets = find_targets(backbone.components, config.targets or backbone.default_targets)
+        self.lightweight = LightweightLora(targets, config.lightweight)
+        self.table = Table(output, self.lightweight.fingerprint())
 
     def __call__(self, chunk: Sequence[str], on_row: Callable[[str, Tensor], None] | None = None) -> None:
         if all(map(self.table.has, chunk)):
@@ -101,7 +99,7 @@ class Rows:
         for name, row in zip(latents, tokens, strict=True):
             if self.table.has(name):
                 continue  # it was written before an interruption, or by another process
-            save_row(self.output, name, row, self.fingerprint)
+            save_row(self.output, name, row, self.table.fingerprint)
             if on_row:
                 on_row(name, row)
         # the folder stays until tables are merged: another process may be about to write its own checkpoint there

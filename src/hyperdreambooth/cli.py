@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = arguments[0]
         if name not in commands.COMMANDS:
             raise InputError(f"{name} is no command. There are: {', '.join(commands.COMMANDS)}.")
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         kind, run = commands.load(name)
         code = run(parse(name, kind, arguments[1:])) or 0
         if "WORLD_SIZE" in os.environ:  # one of several processes
@@ -60,11 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             leave()
         return code
-    except (InputError, TrainingError) as error:
-        if debug:
-            raise
-        print(f"hyperdreambooth: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("hyperdreambooth: stopped", file=sys.stderr)
         return 130
@@ -74,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"hyperdreambooth: {unexpected(error)} --debug shows the trace.", file=sys.stderr)
+        foreseen = isinstance(error, (InputError, TrainingError))
+        print(f"hyperdreambooth: {error if foreseen else f'{unexpected(error)} --debug shows the trace.'}", file=sys.stderr)
         return 2
 
 
@@ -101,10 +97,6 @@ def commands_default(kind: type) -> object:
     from .config import required
 
     return kind(**dict.fromkeys(required(kind), tyro.MISSING))
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ names are known, whichever prefix or separator; names by the code that a base wa
 Paths in memory are canonical: `text_model.` exactly once inside a text encoder (see `lora.canonical`).
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

@@ -4,8 +4,6 @@ A1111 and Forge group LoRAs by `ss_base_model_version` and `ss_v2`, list them as
 `ss_tag_frequency`; ComfyUI and SwarmUI read `modelspec.*`, with the picture in `modelspec.thumbnail`.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io
@@ -27,13 +25,7 @@ THUMBNAIL = 256
 
 
 def base_metadata(pipe: Any, base: str, resolution: int) -> dict[str, str]:
-    """What a LoRA's header says about its base, from what the pipeline is.
-
-    Args:
-        pipe: a pipeline of diffusers.
-        base: its name, as the user gave it.
-        resolution: its pictures' side in pixels.
-    """
+    """What a LoRA's header says about its base, which the user calls `base`: a pipeline of diffusers, of pictures `resolution` pixels a side."""
     architecture, version = _architecture(pipe)
     name = Path(base).name if Path(base).exists() else base  # where it lies on this machine is nobody's business
     metadata = {
@@ -46,9 +38,7 @@ def base_metadata(pipe: Any, base: str, resolution: int) -> dict[str, str]:
         "hyperdreambooth.base": name,
     }
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(pipe.scheduler.config.get("prediction_type", ""))
-    if prediction:
-        metadata["modelspec.prediction_type"] = prediction
-    return metadata
+    return metadata | ({"modelspec.prediction_type": prediction} if prediction else {})
 
 
 def _architecture(pipe: Any) -> tuple[str, str]:

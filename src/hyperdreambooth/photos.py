@@ -146,10 +146,8 @@ def _from_array(values: Any, name: str) -> Image.Image:
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)) or values.size == 0:
         raise InputError(f"{name} has shape {tuple(values.shape)}: give an array (H, W, 3), a gray one (H, W), or a tensor (3, H, W).")
     if values.dtype.kind == "f":
-        if not np.isfinite(values).all():
-            raise InputError(f"{name} holds NaN or infinite values.")
         low, high = float(values.min()), float(values.max())
-        if low < -1 or (low < 0 and high > 1) or high > 255:
+        if not -1 <= low <= high <= (1 if low < 0 else 255):  # nor is NaN
             raise InputError(f"{name} has values in {low:g}..{high:g}: give 0..1, -1..1 or 0..255.")
         values = (values + 1) * 127.5 if low < 0 else values * (255 if high <= 1 else 1)
     elif values.dtype == np.uint16:

@@ -20,9 +20,6 @@ from torch import Tensor
 from .. import __version__
 from ..lora import LoraSet
 
-THUMBNAIL = 256
-"""Side of the thumbnail in pixels, as the standard recommends."""
-
 
 def base_metadata(pipe: Any, base: str, resolution: int) -> dict[str, str]:
     """What a LoRA's header says about its base, which the user calls `base`: a pipeline of diffusers, of pictures `resolution` pixels a side."""
@@ -93,9 +90,9 @@ def standard_metadata(
 
 
 def _data_url(picture: Image.Image) -> str:
-    """A picture as a small JPEG in a data URL."""
+    """A picture as a small JPEG in a data URL, of 256 pixels a side, as the standard recommends."""
     small = picture.convert("RGB")
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.thumbnail((256, 256))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

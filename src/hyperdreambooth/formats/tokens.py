@@ -1,14 +1,6 @@
-"""The token file: a person in a few numbers a layer (some 120 KB on Stable Diffusion 1.5).
+"""The token file, a safetensors file by docs/token-file.md: a person in a few numbers a layer (some 120 KB on Stable Diffusion 1.5).
 
-A safetensors file, version 1:
-
-    tensors   "<layer path>": float32 (width,), the down part first, then the up part, row-major
-    header    "hyperdreambooth.tokens": "1"                the format's version
-              "hyperdreambooth.fingerprint": 16 hex digits  what the tokens belong to
-              "hyperdreambooth.recipe": JSON                targets, rank, dimensions, seed; without the targets' shapes
-              and any of: base, identifier, prompt
-
-Tokens mean something only together with the aux matrices that they were made with: the fingerprint is that of the
+Tokens mean something only together with the aux matrices that they were made with: the fingerprint in the header is that of the
 recipe (frozen aux) or of the matrices (learnt aux), and another one is refused.
 """
 

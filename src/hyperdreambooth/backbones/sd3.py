@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
-from . import schedules, text
-from .base import Backbone, Conditioning
+from . import text
+from .base import Conditioning
+from .schedules import Flow
 from .targets import PRESETS
 
 T5_LENGTH = 256
 
 
-class StableDiffusion3(Backbone):
+class StableDiffusion3(Flow):
     """A `StableDiffusion3Pipeline` (Esser et al., arXiv 2403.03206).
 
     The T5 encoder isn't among the components: no tool loads a LoRA into it.
@@ -35,13 +34,6 @@ class StableDiffusion3(Backbone):
         if len(self.components) == 1 and pipe.text_encoder_3 is None:
             raise InputError("this base has no text encoder at all: at least one of the three is needed.")
         self.unit = int(pipe.vae_scale_factor * pipe.patch_size)
-
-    steps_for = schedules.flow_steps_for
-    add_noise = schedules.flow_add_noise
-    target = schedules.flow_target
-
-    def set_timesteps(self, schedule: Any, steps: int, noise: Tensor) -> None:
-        schedules.flow_set_timesteps(schedule, steps, noise)
 
     def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
         pipe = self.pipe

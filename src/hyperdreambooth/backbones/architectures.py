@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 BASES: dict[str, Any] = json.loads((Path(__file__).parents[1] / "assets" / "bases.json").read_text(encoding="utf-8"))
 
@@ -73,9 +73,3 @@ def architecture(name: str) -> nn.ModuleDict:
 def autoencoder(family: str) -> AutoencoderKL:
     """The autoencoder of a family ("sd", "sdxl", "sd3", "flux"): all have the same layers; scale and channels of the latents differ."""
     return AutoencoderKL(**BASES["autoencoder"], **BASES["autoencoders"][family])
-
-
-def t5(words: int, width: int, inner: int, layers: int, heads: int) -> T5EncoderModel:
-    """The encoder of T5 v1.1, which SD 3 and Flux read prompts with (XXL: 32128 words, 4096, 10240, 24, 64)."""
-    sizes = {"vocab_size": words, "d_model": width, "d_ff": inner, "num_layers": layers, "num_heads": heads}
-    return T5EncoderModel(T5Config(**sizes, d_kv=64, feed_forward_proj="gated-gelu"))

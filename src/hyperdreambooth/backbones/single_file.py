@@ -16,7 +16,7 @@ import diffusers
 import torch
 from diffusers.loaders.single_file_utils import fetch_original_config, infer_diffusers_model_type
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from ..assets import clip
 from ..errors import InputError
@@ -46,7 +46,7 @@ def detect(parts: Parts, stored: Mapping[str, Stored], path: Path) -> str:
             raise InputError(f"{path} is {what}.")
     kind = next((kind for kind in DOORS if kind in parts), None)
     if kind is None and parts:
-        held = ", ".join(SPOKEN[part] for part in parts)
+        held = ", ".join(SPOKEN.get(part, part) for part in parts)
         raise InputError(f"{path} holds {held} alone, without a denoiser: give the base as --base, and this file as --parts.")
     if kind is None:
         try:
@@ -127,10 +127,11 @@ def sd3(tensors: Mapping[str, Stored]) -> nn.Module:
 
 
 def t5(tensors: Mapping[str, Stored]) -> nn.Module:
-    """T5, of the sizes that its tensors have."""
+    """The encoder of T5 v1.1, of the sizes that its tensors have."""
     ends = ("shared.weight", "wi_0.weight", "relative_attention_bias.weight")
     (words, width), (inner, _), (_, heads) = (next((t.shape for key, t in tensors.items() if key.endswith(end)), (64, 64)) for end in ends)
-    return architectures.t5(words, width, inner, count(tensors, "encoder.block."), heads)
+    sizes = {"vocab_size": words, "d_model": width, "d_ff": inner, "num_layers": count(tensors, "encoder.block."), "num_heads": heads}
+    return T5EncoderModel(T5Config(**sizes, d_kv=64, feed_forward_proj="gated-gelu"))
 
 
 def scheduler(kind: str, prediction: str, *, zero_snr: bool) -> Any:

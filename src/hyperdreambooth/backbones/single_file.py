@@ -88,8 +88,8 @@ def models_of(kind: str, parts: Parts) -> dict[str, tuple[str, nn.Module]]:
 
     SD 1 and 2 and SDXL have the published sizes, SD 3, Flux and T5 those of their tensors.
     """
-    denoiser = ("unet", "unet") if "unet" in parts else ("transformer", kind)
-    names = {name: part for name, part in {**dict([denoiser]), "vae": "vae", **text_names(kind)}.items() if part in parts}
+    denoiser = {"unet": "unet"} if "unet" in parts else {"transformer": kind}
+    names = {name: part for name, part in {**denoiser, "vae": "vae", **text_names(kind)}.items() if part in parts}
     if "unet" in parts:
         found = models(kind)
         return {name: (part, found[name]) for name, part in names.items()}

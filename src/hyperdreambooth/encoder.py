@@ -34,14 +34,13 @@ class FaceEncoder(nn.Module):
         trained: bool = False,
     ):
         super().__init__()
-        self.model, self.size, self.trained = model, size, trained
+        self.model, self.size, self.trained = model.requires_grad_(trained), size, trained
         self.mean, self.std = tuple(mean), tuple(std)
-        self._mean: Tensor
-        self._std: Tensor
-        for name, values in (("_mean", mean), ("_std", std)):
-            self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
-        model.requires_grad_(trained)
-        self.dim = feature_dim(model)
+        self._values: Tensor
+        self.register_buffer("_values", torch.tensor([mean, std]).reshape(2, 1, 3, 1, 1), persistent=False)
+        config: Any = model.config
+        self.dim = int((getattr(config, "hidden_sizes", None) or [config.hidden_size])[-1])
+        """Channels of the features."""
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, trained: bool = False) -> FaceEncoder:
@@ -64,18 +63,9 @@ class FaceEncoder(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the model as transformers reads it, with its preprocessing."""
         self.model.save_pretrained(str(folder))  # type: ignore[operator]
-        write_json(
-            Path(folder) / "preprocessor_config.json",
-            {
-                "image_processor_type": "ViTImageProcessor",
-                "size": {"height": self.size, "width": self.size},
-                "do_resize": True,
-                "do_rescale": True,
-                "do_normalize": True,
-                "image_mean": list(self.mean),
-                "image_std": list(self.std),
-            },
-        )
+        steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+        values = {"size": {"height": self.size, "width": self.size}, "image_mean": list(self.mean), "image_std": list(self.std)}
+        write_json(Path(folder) / "preprocessor_config.json", {"image_processor_type": "ViTImageProcessor", **steps, **values})
 
     def train(self, mode: bool = True) -> FaceEncoder:
         # in training mode, batch normalization would update its statistics even where the weights are frozen
@@ -90,7 +80,7 @@ class FaceEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         pixels = self.resized(pixels)
-        mean, std = self._mean.to(pixels), self._std.to(pixels)
+        mean, std = self._values.to(pixels)
         with contextlib.nullcontext() if self.trained else torch.no_grad():
             hidden: Tensor = self.model(pixel_values=((pixels + 1) / 2 - mean) / std).last_hidden_state
         return hidden.flatten(2).mT if hidden.ndim == 4 else hidden
@@ -151,10 +141,3 @@ def _check_depths(folder: Path) -> None:
             depths = value if isinstance(value, list) else [value]
             if ("layers" in name or name == "depths") and any(isinstance(depth, (int, float)) and depth > most for depth in depths):
                 raise InputError(f"{config}: {name} is {value}, and {weights.name} has {most} tensors.")
-
-
-def feature_dim(model: nn.Module) -> int:
-    """Channels of `last_hidden_state`."""
-    config: Any = model.config
-    sizes = getattr(config, "hidden_sizes", None)
-    return int(sizes[-1] if sizes else config.hidden_size)

@@ -27,14 +27,10 @@ from .training_settings import LARGEST_LAYER, HyperNetworkConfig, LightweightCon
 
 FORMAT = 1
 LIMITS: dict[str, tuple[float, float]] = {
-    "rank": (1, 1024),
+    **dict.fromkeys(("rank", "copies", "count", "batch"), (1, 1024)),
+    **dict.fromkeys(("width", "height"), (8, 8192)),
     "steps": (0, 100_000),
-    "copies": (1, 1024),
     "prior_pictures": (0, 10_000),
-    "width": (8, 8192),
-    "height": (8, 8192),
-    "count": (1, 1024),
-    "batch": (1, 1024),
 }
 """Ranges of the defaults in a config.json: a larger value is a damaged file, and could fill a machine's memory."""
 
@@ -141,19 +137,17 @@ def read_info(folder: Path) -> HyperNetworkInfo:
             in_range(size, 1, LARGEST_LAYER, f"{file}: targets: {path}")
     if not all(info.describe):
         raise InputError(f"{file}: describe: every part of the prompt needs at least one phrase.")
-    _check_defaults(file, updated(PersonalizeChoices(), info.personalize, f"{file}: personalize"), PersonalizeConfig)
-    _check_defaults(file, updated(GenerateChoices(), info.generate, f"{file}: generate"), GenerateConfig)
-    return info
-
-
-def _check_defaults(file: Path, choices: PersonalizeChoices | GenerateChoices, kind: type) -> None:
-    for name, value in asdict(choices).items():
+    personalize = updated(PersonalizeChoices(), info.personalize, f"{file}: personalize")
+    generate = updated(GenerateChoices(), info.generate, f"{file}: generate")
+    for name, value in (*asdict(personalize).items(), *asdict(generate).items()):
         if isinstance(value, (int, float)):
             in_range(value, *LIMITS.get(name, (-1e6, 1e6)), f"{file}: {name}")
     try:
-        resolve(kind, ("config.json", choices))
+        resolve(PersonalizeConfig, ("config.json", personalize))
+        resolve(GenerateConfig, ("config.json", generate))
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
+    return info
 
 
 def expected_shapes(

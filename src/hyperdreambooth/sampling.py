@@ -63,16 +63,14 @@ def check_scheduler(name: str | None, flow: bool | None) -> None:
     if name is None or name in able:
         return
     kind = getattr(diffusers, name, None)
-    lacking = [package for package in getattr(kind, "_backends", ()) if importlib.util.find_spec(package) is None]
-    if lacking:
+    why = "can't draw here"
+    if lacking := [package for package in getattr(kind, "_backends", ()) if importlib.util.find_spec(package) is None]:
         why = f"needs {' and '.join(lacking)}, which isn't installed"
-    elif kind is None or not hasattr(kind, "from_config"):
+    elif not hasattr(kind, "from_config"):
         why = "is no scheduler of diffusers"
     elif flow or (flow is False and "Flow" in name):
         verb = "is" if flow else "isn't"
         why = f"can't run this base, which {verb} trained by flow matching"
-    else:
-        why = "can't draw here"
     raise InputError(f"{name} {why}. Those that can: {', '.join(able)}.")
 
 

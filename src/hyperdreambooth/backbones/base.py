@@ -119,9 +119,9 @@ class Backbone:
         """What the denoiser is trained to predict: noise, velocity or flow."""
         raise NotImplementedError
 
-    def set_timesteps(self, schedule: Any, steps: int, noise: Tensor) -> None:
+    def set_timesteps(self, schedule: Any, steps: int, noise: Tensor, **more: Any) -> None:
         """Sets a sampling scheduler's time steps for latents like `noise`."""
-        raise NotImplementedError
+        schedule.set_timesteps(steps, device=noise.device, **more)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's output, of the latents' shape."""

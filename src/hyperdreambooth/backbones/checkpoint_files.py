@@ -19,19 +19,12 @@ from diffusers.loaders import single_file_utils as diffusers_names
 from torch import Tensor, nn
 
 from ..errors import InputError, some
+from .architectures import BASES
 
-MARKS = {
-    "unet": r"input_blocks\.\d+\.",
-    "sd3": r"joint_blocks\.\d+\.",
-    "flux": r"double_blocks\.\d+\.img_",
-    "vae": r"(?:de|en)coder\.(?:mid|up|down)\.",
-    "clip": r"(?:text_model\.)?encoder\.layers\.\d+\.self_attn\.",
-    "openclip": r"transformer\.resblocks\.\d+\.",
-    "t5": r"encoder\.block\.\d+\.layer\.",
-}
+MARKS: dict[str, str] = BASES["files"]["marks"]
 """Model -> what only its tensors' names have. What stands before it is the prefix of the whole model."""
-TOWERS = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
-"""Width of a CLIP text encoder -> its name: ViT-L/14, OpenCLIP ViT-H/14 and ViT-bigG/14."""
+TOWERS: dict[int, str] = {config["hidden_size"]: name for name, config in BASES["clip"].items()}
+"""Width of a CLIP text encoder -> its name: "clip_l", "clip_h" or "clip_g"."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 MOST_HEADER = 100_000_000
 """Bytes: safetensors' own limit."""
@@ -54,9 +47,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     if path.suffix.lower() == ".gguf":
         raise InputError(f"{path} is quantized (GGUF). Give the file in fp16, bf16 or fp8.")
     if path.suffix.lower() in PICKLES:
-        raise InputError(
-            f"{path}: only .safetensors checkpoints are opened (a pickle, as in .ckpt, .pt and .bin, can run any code when it is read). Convert it first."
-        )
+        raise InputError(f"{path}: only .safetensors is opened (a pickle, as in .ckpt, .pt, .bin, can run any code). Convert it first.")
     try:
         # by hand, for safetensors maps the whole file into memory first, which fails for one that is larger than what is free
         with path.open("rb") as file:
@@ -107,59 +98,42 @@ def tensors_of(stored: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[
 
 def converted(kind: str, tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """A model's state dict by diffusers' names. Raises KeyError where a tensor is missing that others need."""
+    found = dict(tensors)
     if kind == "unet":
-        found = diffusers_names.convert_ldm_unet_checkpoint({diffusers_names.LDM_UNET_KEY + k: v for k, v in tensors.items()}, model.config)
+        found = diffusers_names.convert_ldm_unet_checkpoint({diffusers_names.LDM_UNET_KEY + k: v for k, v in found.items()}, model.config)
     elif kind == "vae":
-        found = diffusers_names.convert_ldm_vae_checkpoint({f"vae.{k}": v for k, v in tensors.items()}, model.config)
+        found = diffusers_names.convert_ldm_vae_checkpoint({f"vae.{k}": v for k, v in found.items()}, model.config)
     elif kind == "sd3":
-        found = diffusers_names.convert_sd3_transformer_checkpoint_to_diffusers(dict(tensors))
+        found = diffusers_names.convert_sd3_transformer_checkpoint_to_diffusers(found)
     elif kind == "flux":
-        found = diffusers_names.convert_flux_transformer_checkpoint_to_diffusers(dict(tensors))
-    elif any("resblocks" in key for key in tensors):
-        found = diffusers_names.convert_open_clip_checkpoint(model, tensors, prefix="")
-    else:
-        found = dict(tensors)
+        found = diffusers_names.convert_flux_transformer_checkpoint_to_diffusers(found)
+    elif any("resblocks" in key for key in found):
+        found = diffusers_names.convert_open_clip_checkpoint(model, found, prefix="")
     if "shared.weight" in found:  # T5 reads words by one table under two names
         found["encoder.embed_tokens.weight"] = found["shared.weight"]
-    # transformers calls the tensors of a text encoder with or without this step
-    steps = "text_model." if any(key.startswith("text_model.") for key in model.state_dict()) else ""
-    if steps or "clip" in kind:
-        found = {(key if key.startswith("text_projection") else steps + key.removeprefix("text_model.")): v for key, v in found.items()}
+    if "clip" in kind:  # transformers calls the tensors of a text encoder with or without this step
+        step = "text_model." if any(key.startswith("text_model.") for key in model.state_dict()) else ""
+        found = {(key if key.startswith("text_projection") else step + key.removeprefix("text_model.")): v for key, v in found.items()}
     return found
 
 
 def fitted(kind: str, stored: Mapping[str, Stored], model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """A model's whole state dict, in `dtype` or as shapes. Raises InputError where a layer is missing, quantized or of another size."""
+    path, wanted = next(iter(stored.values())).path, model.state_dict()
+    for key, one in stored.items():
+        if key.endswith("weight") and one.kind not in FLOATS:
+            raise InputError(f"{path} is quantized ({key} is stored as {one.kind}). Give the file in fp16, bf16 or fp8.")
     try:
         found = converted(kind, tensors_of(stored, dtype), model)
     except KeyError as error:
-        raise InputError(
-            f"{_place(stored)} lacks layers of its {kind}, the first of them {error.args[0]}. Give a full checkpoint."
-        ) from error
-    wanted = model.state_dict()
+        raise InputError(f"{path} lacks layers of its {kind}, the first of them {error.args[0]}. Give a full checkpoint.") from error
     if "text_projection.weight" in wanted and kind == "clip_l":  # SD 3 takes this encoder's pooled text as it is
         size = len(wanted["text_projection.weight"])
         found["text_projection.weight"] = torch.eye(size, dtype=dtype, device="meta" if dtype is None else "cpu")
-    missing = [key for key in wanted if key not in found]
-    if missing:
-        raise InputError(
-            f"{_place(stored)} lacks {len(missing)} layers of its {kind}: {some(missing)}. Is it a pruned or partial file? Give a full checkpoint."
-        )
+    if missing := [key for key in wanted if key not in found]:
+        raise InputError(f"{path} lacks {len(missing)} layers of its {kind}: {some(missing)}. Is it pruned? Give a full checkpoint.")
     for key, tensor in wanted.items():
         if found[key].numel() != tensor.numel():
-            raise InputError(
-                f"{_place(stored)}: {key} of its {kind} is of shape {tuple(found[key].shape)}, which no base of this kind has."
-            )
+            raise InputError(f"{path}: {key} of its {kind} is of shape {tuple(found[key].shape)}, which no base of this kind has.")
     # the same matrix is a linear layer in one code and a 1 x 1 convolution in another
     return {key: found[key].reshape(tensor.shape) for key, tensor in wanted.items()}
-
-
-def refuse_quantized(stored: Mapping[str, Stored]) -> None:
-    """Raises InputError for weights that aren't floating point numbers."""
-    for key, one in stored.items():
-        if key.endswith("weight") and one.kind not in FLOATS:
-            raise InputError(f"{one.path} is quantized ({key} is stored as {one.kind}). Give the file in fp16, bf16 or fp8.")
-
-
-def _place(stored: Mapping[str, Stored]) -> Path:
-    return next(iter(stored.values())).path

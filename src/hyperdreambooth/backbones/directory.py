@@ -81,17 +81,14 @@ def link_component(folder: Path, target: Path) -> set[str]:
             found[SHARD.sub("", match["tags"]).strip(".")].append(file)
     # one whole file goes before the same in shards
     found = {variant: [file for file in files if not SHARD.search(file.name)] or files for variant, files in found.items()}
+    rank = {variant: VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS) + ("ema" in variant) for variant in found}
+    best = sorted(found, key=lambda variant: rank[variant])
     # a variant with a missing shard, which a broken download leaves, is none
-    whole = [
-        variant for variant, files in found.items() if {match[2] for f in files if (match := SHARD.search(f.name))} <= {f"{len(files):05}"}
-    ]
-    if not whole:
-        what = (
-            f"a part of its shards ({found.popitem()[1][0].name} ...)" if found else "no .safetensors file (pickles, .bin, aren't opened)"
-        )
+    whole = (v for v in best if {match[2] for f in found[v] if (match := SHARD.search(f.name))} <= {f"{len(found[v]):05}"})
+    if (variant := next(whole, None)) is None:
+        what = f"a part of its shards ({found[best[0]][0].name} ...)" if found else "no .safetensors file (.bin, a pickle, isn't opened)"
         raise InputError(f"{folder} has {what}. Copy or download it again.")
-    rank = {variant: VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS) + ("ema" in variant) for variant in whole}
-    files = found[min(whole, key=lambda variant: rank[variant])]
+    files = found[variant]
     stem = re.split(r"[.-]", files[0].name)[0]
     shards: dict[str, str] = {}
     for number, file in enumerate(files, 1):

@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline
 from torch import Tensor
+from torch.nn import functional as F
 
-from . import schedules, text
-from .base import Backbone, Conditioning
+from . import text
+from .base import Conditioning
+from .schedules import FLOW_STEPS, Flow
 from .targets import PRESETS
 
 
-class Flux(Backbone):
+class Flux(Flow):
     """A `FluxPipeline`.
 
     Training runs `dev` at an embedded guidance of 1, where it predicts what the data say; `sample` sets its own. The T5
@@ -37,14 +39,11 @@ class Flux(Backbone):
         # no second branch: guidance is distilled into the weights
         self.generation = {"steps": 28 if self.distilled else 4, "guidance": 1.0}
 
-    steps_for = schedules.flow_steps_for
-    add_noise = schedules.flow_add_noise
-    target = schedules.flow_target
-
-    def set_timesteps(self, schedule: Any, steps: int, noise: Tensor) -> None:
+    def set_timesteps(self, schedule: Any, steps: int, noise: Tensor, **more: Any) -> None:
         # Flux's own grid ends at 1 / steps; a foreign scheduler has its own
-        sigmas = {} if schedule.config.get("use_flow_sigmas") else {"sigmas": np.linspace(1.0, 1 / steps, steps)}
-        schedules.flow_set_timesteps(schedule, steps, noise, **sigmas)
+        if not schedule.config.get("use_flow_sigmas"):
+            more["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        super().set_timesteps(schedule, steps, noise, **more)
 
     def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
         # of CLIP only the pooled text of the first chunk is read: T5 has the words
@@ -61,25 +60,20 @@ class Flux(Backbone):
         height, width = noisy.shape[-2:]
         places = self.places(height // 2, width // 2, noisy.device, noisy.dtype)
         words = torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3, device=noisy.device, dtype=noisy.dtype)
-        packed = self.denoise(pack(noisy), timestep=timesteps / schedules.FLOW_STEPS, img_ids=places, txt_ids=words, **conditioning)
+        packed = self.denoise(pack(noisy), timestep=timesteps / FLOW_STEPS, img_ids=places, txt_ids=words, **conditioning)
         return unpack(packed, height, width)
 
 
 def positions(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Where each patch of a picture lies, (rows * columns, 3): zero, row, column."""
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([torch.zeros_like(y), y, x], -1).reshape(-1, 3).to(device, dtype)
+    return torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).to(device, dtype)
 
 
 def pack(latents: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, h/2 * w/2, 4 C): every 2 x 2 patch is a token."""
-    batch, channels, height, width = latents.shape
-    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(batch, height * width // 4, 4 * channels)
+    return F.pixel_unshuffle(latents, 2).flatten(2).mT
 
 
 def unpack(packed: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `pack`."""
-    batch, _, channels = packed.shape
-    patches = packed.reshape(batch, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(batch, channels // 4, height, width)
+    return F.pixel_shuffle(packed.mT.unflatten(2, (height // 2, width // 2)), 2)

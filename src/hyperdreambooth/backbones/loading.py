@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,19 @@ from .base import Backbone
 from .checkpoint_files import components, read_header
 from .directory import load_directory, read_index
 from .flux import Flux
+from .schedules import Flow
 from .sd import StableDiffusion
 from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
-from .single_file import load_single_file, refuse_channels
+from .single_file import OTHERS, load_single_file, refuse_channels
 
-FAMILIES: dict[str, Callable[[Any], Backbone]] = {
+FAMILIES: dict[str, type[Backbone]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
 }
 """diffusers' pipeline -> the family that it is of. A new family is a file of its own and a line here."""
-FLOWS = ("StableDiffusion3Pipeline", "FluxPipeline")
-DISTILLED = (
-    "distilled for a few steps (a latent consistency model with its guidance scale as a condition, time_cond_proj_dim), which can't be trained on "
-    "here. Give the base that it was distilled from."
-)
 
 
 def load_backbone(
@@ -52,10 +48,8 @@ def load_backbone(
     Raises InputError where it isn't a pipeline of a supported family.
     """
     source = resolve_base(base)
-    if Path(source).is_file():
-        return wrap(
-            load_single_file(Path(source), dtype, device=device, prediction=prediction, more=[Path(part) for part in parts]), source
-        )
+    if (file := Path(source)).is_file():
+        return wrap(load_single_file(file, dtype, device=device, prediction=prediction, more=[*map(Path, parts)]), source)
     if parts:
         raise InputError(f"--parts is for a single file that lacks something; {base} is none.")
     try:
@@ -79,7 +73,7 @@ def trained_by_flow(base: str | Path) -> bool | None:
     """Whether a base is trained by flow matching, which its index or its header tells; None for one that isn't on this machine."""
     source = Path(resolve_base(base))
     if source.is_dir():
-        return read_index(source)[1] in FLOWS
+        return issubclass(FAMILIES.get(read_index(source)[1], Backbone), Flow)
     return bool({"sd3", "flux"} & components(read_header(source)[0]).keys()) if source.is_file() else None
 
 
@@ -102,7 +96,7 @@ def wrap(pipe: Any, name: str) -> Backbone:
     denoiser, latent = getattr(pipe, "unet", None) or pipe.transformer, pipe.vae.config.latent_channels
     refuse_channels(denoiser.config.in_channels // (4 if kind == "FluxPipeline" else 1), latent, name)
     if denoiser.config.get("time_cond_proj_dim"):
-        raise InputError(f"{name} is {DISTILLED}")
+        raise InputError(f"{name} is {OTHERS['cond_proj']}.")
     return FAMILIES[kind](pipe)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from . import schedules, text
-from .base import Backbone, Conditioning
+from . import text
+from .base import Conditioning
+from .schedules import Discrete
 from .targets import PRESETS
 
 
-class StableDiffusion(Backbone):
+class StableDiffusion(Discrete):
     """A `StableDiffusionPipeline` with epsilon or v prediction."""
 
     family = "sd"
@@ -18,15 +18,6 @@ class StableDiffusion(Backbone):
     text_components = ("text_encoder",)
     needed = ("text_encoder", "tokenizer")
     default_targets = PRESETS["sd"]["attention+ff"]
-
-    def __init__(self, pipe: StableDiffusionPipeline):
-        super().__init__(pipe)
-        self.schedule, self.levels = schedules.discrete(pipe)
-
-    steps_for = schedules.discrete_steps_for
-    add_noise = schedules.discrete_add_noise
-    target = schedules.discrete_target
-    set_timesteps = schedules.discrete_set_timesteps
 
     def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
         return {"ids": text.clip_ids(self.pipe.tokenizer, self.pipe.text_encoder, prompts, chunks).to(self.device)}

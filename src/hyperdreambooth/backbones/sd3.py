@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
-from . import schedules, text
-from .base import Backbone, Conditioning
+from . import text
+from .base import Conditioning
+from .schedules import Flow
 from .targets import PRESETS
 
 T5_LENGTH = 256
 
 
-class StableDiffusion3(Backbone):
+class StableDiffusion3(Flow):
     """A `StableDiffusion3Pipeline` (Esser et al., arXiv 2403.03206).
 
     The T5 encoder isn't among the components: no tool loads a LoRA into it.
@@ -36,13 +35,6 @@ class StableDiffusion3(Backbone):
             raise InputError("this base has no text encoder at all: at least one of the three is needed.")
         self.unit = int(pipe.vae_scale_factor * pipe.patch_size)
 
-    steps_for = schedules.flow_steps_for
-    add_noise = schedules.flow_add_noise
-    target = schedules.flow_target
-
-    def set_timesteps(self, schedule: Any, steps: int, noise: Tensor) -> None:
-        schedules.flow_set_timesteps(schedule, steps, noise)
-
     def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
         pipe = self.pipe
         pairs = {"ids": (pipe.tokenizer, pipe.text_encoder), "ids_2": (pipe.tokenizer_2, pipe.text_encoder_2)}
@@ -52,28 +44,22 @@ class StableDiffusion3(Backbone):
 
     def encode_tokens(self, tokens: Conditioning) -> Conditioning:
         """The CLIP encoders side by side, padded to T5's width, then T5 (Esser et al., figure 2); zeros for absent ones."""
-        hidden, pooled = self._clip(tokens)
-        count = len(hidden)
-        width = self.denoiser.config.joint_attention_dim
+        config, batch = self.denoiser.config, len(next(iter(tokens.values())))
+        place = {"device": self.device, "dtype": self.denoiser.dtype}
+        encoders = {"ids": self.pipe.text_encoder, "ids_2": self.pipe.text_encoder_2}
+        found = {ids: text.clip_embeddings(encoder, tokens[ids]) for ids, encoder in encoders.items() if encoder is not None}
+        # the widths of two absent ones are alike
+        width = config.pooled_projection_dim - sum(pooled.shape[-1] for _, pooled in found.values())
+        length = next((hidden.shape[1] for hidden, _ in found.values()), text.CLIP_LENGTH)
+        absent = torch.zeros(batch, length, width // max(1, 2 - len(found)), **place)
+        clips, pooled = zip(*(found.get(ids, (absent, absent[:, 0])) for ids in encoders), strict=True)
+        hidden = torch.cat(clips, -1)
         if self.pipe.text_encoder_3 is None:
-            t5 = torch.zeros(count, T5_LENGTH, width, device=hidden.device, dtype=hidden.dtype)
+            t5 = torch.zeros(batch, T5_LENGTH, config.joint_attention_dim, **place)
         else:
             t5 = self.pipe.text_encoder_3(tokens["ids_3"])[0]
-        hidden = torch.cat([F.pad(hidden, (0, width - hidden.shape[-1])), t5.to(hidden)], 1)
-        return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
-
-    def _clip(self, tokens: Conditioning) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, 77, width) and pooled text (B, width) of both CLIP encoders, whose two widths are alike."""
-        pairs = ((self.pipe.text_encoder, "ids"), (self.pipe.text_encoder_2, "ids_2"))
-        parts = [text.clip_embeddings(encoder, tokens[ids]) if encoder is not None else None for encoder, ids in pairs]
-        width = self.denoiser.config.pooled_projection_dim - sum(part[1].shape[-1] for part in parts if part)
-        length = next((part[0].shape[1] for part in parts if part), text.CLIP_LENGTH)
-        if parts.count(None):
-            share = width // parts.count(None)
-            zeros = torch.zeros(len(next(iter(tokens.values()))), length, share, device=self.device, dtype=self.denoiser.dtype)
-            parts = [part or (zeros, zeros[:, 0]) for part in parts]
-        hidden, pooled = zip(*(part for part in parts if part), strict=True)
-        return torch.cat(hidden, -1), torch.cat(pooled, -1)
+        hidden = torch.cat([F.pad(hidden, (0, config.joint_attention_dim - hidden.shape[-1])), t5.to(hidden)], 1)
+        return {"encoder_hidden_states": hidden, "pooled_projections": torch.cat(pooled, -1)}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         return self.denoise(noisy, timestep=timesteps, **conditioning)

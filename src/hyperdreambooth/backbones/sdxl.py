@@ -8,12 +8,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from . import schedules, text
-from .base import Backbone, Conditioning
+from . import text
+from .base import Conditioning
+from .schedules import Discrete
 from .targets import PRESETS
 
 
-class StableDiffusionXL(Backbone):
+class StableDiffusionXL(Discrete):
     """A `StableDiffusionXLPipeline` (Podell et al., arXiv 2307.01952)."""
 
     family = "sdxl"
@@ -24,16 +25,10 @@ class StableDiffusionXL(Backbone):
 
     def __init__(self, pipe: StableDiffusionXLPipeline):
         super().__init__(pipe)
-        self.schedule, self.levels = schedules.discrete(pipe)
         # made once a size: a recorded CUDA graph can't take anything from the host
         self.sizes = functools.cache(
             lambda height, width, device, dtype: torch.tensor([height, width, 0, 0, height, width], device=device, dtype=dtype)
         )
-
-    steps_for = schedules.discrete_steps_for
-    add_noise = schedules.discrete_add_noise
-    target = schedules.discrete_target
-    set_timesteps = schedules.discrete_set_timesteps
 
     def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
         pairs = ((self.pipe.tokenizer, self.pipe.text_encoder), (self.pipe.tokenizer_2, self.pipe.text_encoder_2))

@@ -10,36 +10,27 @@ has one output layer for attention and feed-forward together (`proj_out`).
 
 from __future__ import annotations
 
-UNET = ("unet.*attn?.to_[qkv]", "unet.*attn?.to_out.0")
+Patterns = tuple[str, ...]
+CLIP = ("text_encoder*.[qkv]_proj", "text_encoder*.out_proj")
 JOINT = (
     "transformer.*.attn*.to_[qkv]",
     "transformer.*.attn*.to_out.0",
     "transformer.*.attn.add_[qkv]_proj",
     "transformer.*.attn.to_add_out",
 )
-JOINT_FF_IN = ("transformer.*.ff*.net.0.proj",)
-JOINT_FF_OUT = ("transformer.*.ff*.net.2",)
-SINGLE_IN = ("transformer.single*.proj_mlp",)
-SINGLE_OUT = ("transformer.single*.proj_out",)
-CLIP = ("text_encoder*.[qkv]_proj", "text_encoder*.out_proj")
+JOINT_IN, JOINT_OUT = "transformer.*.ff*.net.0.proj", "transformer.*.ff*.net.2"
 
-UNETS: dict[str, tuple[str, ...]] = {
-    "paper": (*UNET, "unet.*ff.net.0.proj", *CLIP),
-    "attention": UNET,
-    "attention+ff": (*UNET, "unet.*ff.net.0.proj", "unet.*ff.net.2"),
-}
+
+def presets(attention: Patterns, first: Patterns, second: Patterns) -> dict[str, Patterns]:
+    """The presets of a denoiser with these layers: attention, the first ones of its feed-forwards, the second ones."""
+    return {"paper": (*attention, *first, *CLIP), "attention": attention, "attention+ff": (*attention, *first, *second)}
+
+
+UNETS = presets(("unet.*attn?.to_[qkv]", "unet.*attn?.to_out.0"), ("unet.*ff.net.0.proj",), ("unet.*ff.net.2",))
 PRESETS = {
     "sd": UNETS,
     "sdxl": UNETS,
-    "sd3": {
-        "paper": (*JOINT, *JOINT_FF_IN, *CLIP),
-        "attention": JOINT,
-        "attention+ff": (*JOINT, *JOINT_FF_IN, *JOINT_FF_OUT),
-    },
-    "flux": {
-        "paper": (*JOINT, *SINGLE_OUT, *JOINT_FF_IN, *SINGLE_IN, *CLIP),
-        "attention": JOINT,
-        "attention+ff": (*JOINT, *JOINT_FF_IN, *JOINT_FF_OUT, *SINGLE_IN, *SINGLE_OUT),
-    },
+    "sd3": presets(JOINT, (JOINT_IN,), (JOINT_OUT,)),
+    "flux": presets(JOINT, (JOINT_IN, "transformer.single*.proj_mlp", "transformer.single*.proj_out"), (JOINT_OUT,)),
 }
 """Family (`Backbone.family`) -> preset -> patterns."""

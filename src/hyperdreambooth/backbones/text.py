@@ -12,6 +12,7 @@ from torch import Tensor
 from ..progress import say
 
 CLIP_LENGTH = 77
+say_once = functools.cache(say)
 
 
 def clip_ids(tokenizer: Any, encoder: Any, prompts: list[str], chunks: int = 1) -> Tensor:
@@ -37,11 +38,6 @@ def t5_ids(tokenizer: Any, prompts: list[str], length: int) -> Tensor:
             say_once(f"the prompt is too long for T5, which reads {length} tokens of {len(ids)}. Lost there: {lost}")
     found: Tensor = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
     return found
-
-
-@functools.cache
-def say_once(text: str) -> None:
-    say(text)
 
 
 def joined(hidden: Tensor, ids: Tensor) -> Tensor:

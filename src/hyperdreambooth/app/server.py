@@ -23,7 +23,7 @@ from ..api import HyperDreamBooth
 from ..assets import toon
 from ..errors import InputError
 from .actions import Actions
-from .page import CSS, build, theme
+from .page import CSS, HEAD, build, theme
 from .sessions import Guard, Visits
 
 SWEEP = 60
@@ -107,6 +107,7 @@ def start(
             state_session_capacity=100,
             theme=theme(),
             css=CSS,
+            head=HEAD,
             app_kwargs={"middleware": gates, "lifespan": lifespan},
         )
     except OSError as error:

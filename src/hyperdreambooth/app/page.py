@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from .. import assets
 from ..assets import toon
 from ..errors import InputError
 from ..settings import GenerateConfig
@@ -15,42 +17,7 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 ON_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 """One at a time: a model carries one LoRA at a time."""
 SCHEDULERS = ["DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
-CSS = """
-.gradio-container { max-width: 62rem !important; margin: auto !important }
-.hdb-status { display: flex; gap: .3rem .8rem; align-items: center; flex-wrap: wrap; min-height: 1.6rem }
-.hdb-status progress { flex: 1 1 8rem; max-width: 20rem; height: .7rem; accent-color: var(--color-accent) }
-.hdb-pictures, .hdb-faces { --cell: 9rem }
-.hdb-faces { --cell: 3.4rem }
-.hdb-pictures .grid-wrap, .hdb-faces .grid-wrap { height: auto !important; max-height: 36rem; min-height: 0 }
-.hdb-faces .grid-wrap { max-height: 15rem }
-.hdb-pictures .grid-container, .hdb-faces .grid-container {
-  grid-template-columns: repeat(auto-fill, minmax(var(--cell), 1fr)) !important; grid-template-rows: none !important; grid-auto-rows: auto !important;
-  padding: .3rem; gap: .5rem; max-width: none
-}
-.hdb-three .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important }
-.hdb-two .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important }
-.hdb-pictures .gallery-item, .hdb-faces .gallery-item { max-width: 14rem }
-.hdb-faces .thumbnail-lg { aspect-ratio: 1; height: auto }
-.hdb-pictures .thumbnail-lg { aspect-ratio: auto; height: auto; display: flex; flex-direction: column }
-.hdb-pictures .thumbnail-lg img { aspect-ratio: 1; width: 100%; height: auto }
-.hdb-pictures .caption-label {
-  position: static; white-space: normal; max-width: 100%; padding: .3rem .4rem; border: 0; border-radius: 0; font-size: .75rem; line-height: 1.25; text-align: left
-}
-.hdb-pictures .empty, .hdb-faces .empty { min-height: 4rem !important; height: 4rem }
-.gradio-container input[type=checkbox] { border-color: var(--body-text-color-subdued) }
-#contexts label, #styles label {
-  position: relative; border: 1px solid var(--border-color-primary); border-radius: 1rem; padding: .2rem .8rem; background: var(--block-background-fill)
-}
-#contexts label:has(input:checked), #styles label:has(input:checked) { background: var(--color-accent); border-color: var(--color-accent); color: #fff }
-#contexts label:has(input:focus-visible), #styles label:has(input:focus-visible) { outline: 2px solid var(--body-text-color); outline-offset: 2px }
-#contexts input, #styles input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: pointer }
-#contexts label span, #styles label span { margin: 0 }
-#files .file { flex-wrap: wrap }
-#files .filename { flex: 1 1 12rem; min-width: 0 }
-#files .stem { white-space: normal; overflow: visible; overflow-wrap: break-word }
-#about code { white-space: normal; overflow-wrap: anywhere }
-"""
-"""The system's own fonts and colors that follow its light or dark setting; columns by the width that there is; boxes to tick as chips."""
+CSS = (Path(assets.__file__).parent / "page.css").read_text(encoding="utf-8")
 HEAD = """<meta property="og:title" content="hyperdreambooth">
 <meta property="og:description" content="One face photo in, a personal LoRA for Stable Diffusion out.">"""
 """What a link to the page is shown with."""

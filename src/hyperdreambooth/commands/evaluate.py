@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from ..errors import InputError
+from ..evaluation.request import Request
 from .options import Flat, Machine
 
 
 @dataclass
-class Evaluate:
+class Evaluate(Request):
     """Measure fidelity on people that were never trained on: identity, context, copying; a JSON and a table.
 
     hyperdreambooth evaluate -o fidelity.json
@@ -26,30 +25,6 @@ class Evaluate:
 
     words: tyro.conf.Positional[tuple[str, ...]] = ()
     """compare A.json B.json: which figures of two results differ beyond their intervals."""
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """The JSON file to write; rows that are in it already are kept."""
-    split: Literal["validation", "test"] = "test"
-    """Choices are made on validation; test is for reporting."""
-    atlas: Path = Path("benchmarks/atlas")
-    """References and true renders."""
-    people: int | None = None
-    """Only the first so many people."""
-    rows: tuple[str, ...] = ()
-    """Only these rows."""
-    faithful: Path | None = None
-    """A faithful hypernetwork to compare with; default: benchmarks/faithful, where it exists."""
-    pictures: int = 1
-    """Pictures a prompt."""
-    methods: tuple[str, ...] = ()
-    """Compare methods instead: "all", or some of them by name, each with its settings as they were searched."""
-    search: bool = False
-    """Search learning rate, noise levels and steps of the methods instead; on validation people."""
-    settings: Path | None = None
-    """A search's JSON: what it found best is what the methods run with."""
-    quick: bool = False
-    """All methods on two people with ten steps each: does it run?"""
-    overwrite: bool = False
-    """Measure all rows again."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
 
@@ -58,8 +33,7 @@ def run(args: Evaluate) -> None:
 
     if args.words:
         command.compare(args.words)
-        return
-    if args.output is None:
+    elif args.output is None:
         raise InputError("where do the figures go? Give -o FILE.json.")
-    request = {field.name: getattr(args, field.name) for field in dataclasses.fields(command.Request)}
-    command.run(command.Request(**request), args.machine.open)
+    else:
+        command.run(args, args.output, args.machine.open)

@@ -74,6 +74,25 @@ def test_identity_guidance_of_zero_is_the_base_and_its_formula_holds(backbone):
     torch.testing.assert_close(run(personal=loras, guidance=2.0, identity_guidance=3.0), expected, atol=1e-3, rtol=1e-3)
 
 
+def test_context_guidance_is_the_bases_own_direction_in_the_first_steps_and_plain_guidance_after(backbone):
+    loras = random_loras(backbone)
+    cond, empty = conditioning(backbone, 2), {k: v[2:3].expand(2, -1, -1) for k, v in conditioning(backbone, 3).items()}
+    noise = noise_for(backbone, [3, 4])
+
+    def run(personal=loras, **settings):
+        return sampled(backbone, cond, empty, noise, steps=4, personal=personal, guidance=2.0, **settings)
+
+    plain, whole, half = (run(context_guidance=3.0, context_until=until) for until in (0.0, 1.0, 0.5))
+    assert torch.equal(plain, run())
+    wanted = sampled(backbone, cond, empty, noise, steps=4, personal=loras, guidance=3.0, identity_guidance=1.0)
+    torch.testing.assert_close(whole, wanted)
+    assert not torch.allclose(half, plain, atol=1e-3)
+    assert not torch.allclose(half, whole, atol=1e-3)
+    assert torch.equal(run(personal=None, context_until=0.5), run(personal=None))
+    with pytest.raises(InputError, match="context_until"):
+        GenerateConfig(context_until=1.5)
+
+
 def test_identity_guidance_ends_where_it_is_told(backbone, monkeypatch):
     loras = random_loras(backbone)
     cond, empty = conditioning(backbone, 2), {k: v[2:3].expand(2, -1, -1) for k, v in conditioning(backbone, 3).items()}

@@ -103,6 +103,12 @@ class GenerateChoices:
     identity_until: float | None = None
     """The fraction of the denoising steps, 0 to 1, after which the identity scale is 1 at most: the person is decided early, and
     later it only costs what the prompt asked for. Default: the hypernetwork's own, or 1."""
+    context_guidance: float | None = None
+    """Prompt guidance scale of the first steps, by the base without the person: a person's LoRA can blur what a prompt asks for (the color of
+    a hat), and that is decided early. Default: the hypernetwork's own, or 3."""
+    context_until: float | None = None
+    """The fraction of the denoising steps, 0 to 1, that context guidance takes; plain guidance follows. 0 turns it off, and identity guidance
+    takes its place. Default: the hypernetwork's own, or 0."""
     strength: float | None = None
     """Weight of the personal LoRA. Default: 1."""
     scheduler: str | None = None
@@ -129,6 +135,8 @@ class GenerateConfig:
     embedded_guidance: float = 3.5
     identity_guidance: float | Literal["off"] = "off"
     identity_until: float = 1.0
+    context_guidance: float = 3.0
+    context_until: float = 0.0
     strength: float = 1.0
     scheduler: str | None = None
     width: int | None = None
@@ -144,6 +152,8 @@ class GenerateConfig:
             raise InputError(f"steps, count and batch must be at least 1, not {self.steps}, {self.count} and {self.batch}.")
         if not 0 <= self.identity_until <= 1:
             raise InputError(f"identity_until is a fraction of the steps, 0 to 1, not {self.identity_until}.")
+        if not 0 <= self.context_until <= 1:
+            raise InputError(f"context_until is a fraction of the steps, 0 to 1, not {self.context_until}.")
 
     @property
     def identity(self) -> float | None:

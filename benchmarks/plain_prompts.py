@@ -1,0 +1,100 @@
+"""Prompts as people write them: one thing asked for, no background; two things; another word order; a style.
+
+    python benchmarks/plain_prompts.py --split validation
+
+The protocol's prompts name a background with every hat. Here each prompt is judged by the color and shape of what it asks for: where the
+true render with it differs from the true render without it, the picture must be as the true render is. *right* is the share of
+pictures whose mean difference there is under a quarter of that of the render without it. Needs Node.js for the renderer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hyperdreambooth import HyperDreamBooth, photos
+from hyperdreambooth.assets import toon
+from hyperdreambooth.checkpoint import write_json
+from hyperdreambooth.evaluation import metrics
+from hyperdreambooth.evaluation.atlas import load_atlas
+from hyperdreambooth.evaluation.evaluate import finetuned_loras, predicted_loras
+from hyperdreambooth.evaluation.judges import Judge
+from hyperdreambooth.stages.generate import generate
+from worlds.toon import pictures
+from worlds.toon.atlas import PLAIN
+
+PROMPTS: dict[str, dict[str, str]] = {
+    "a [V] face wearing a santa hat": {"headwear": "santa"},
+    "a [V] face wearing a hairband": {"headwear": "hairband"},
+    "a [V] face wearing a cap": {"headwear": "cap"},
+    "a [V] face with dark glasses": {"eyewear": "dark"},
+    "an angry [V] face": {"expression": "angry"},
+    "a [V] face on a purple background": {"background": "purple"},
+    "a smiling [V] face wearing a santa hat": {"headwear": "santa", "expression": "smiling"},
+    "a [V] face with glasses wearing a santa hat": {"headwear": "santa", "eyewear": "glasses"},
+    "a poster of a [V] face": {"style": "poster"},
+}
+
+
+def truths(people: list[int], context: dict[str, str], runs: Path, name: str) -> Tensor:
+    """The right answers: (N, 3, 64, 64) in -1..1."""
+    plan = [{"person": person, "context": {**PLAIN, **context}} for person in people]
+    return pictures.to_tensor(pictures.render_plan(runs / "data" / f"plain-{name}", plan).pixels)
+
+
+def right(images: Tensor, true: Tensor, without: Tensor) -> Tensor:
+    """Whether what was asked for is there, by color and shape: (N,) of 0 and 1."""
+    changed = ((true - without).abs().amax(1, keepdim=True) > 0.2).float()
+    area = changed.sum((1, 2, 3)).clamp(min=1) * 3
+    off, nothing = (((picture - true).abs() * changed).sum((1, 2, 3)) / area for picture in (images, without))
+    return (off < 0.25 * nothing).float()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--split", choices=["validation", "test"], default="validation")
+    parser.add_argument("--people", type=int, default=40)
+    parser.add_argument("--finetuned", action="store_true", help="25 steps on each person too")
+    parser.add_argument("--settings", type=json.loads, default={}, help='drawing settings as JSON, such as {"context_until": 0}')
+    parser.add_argument("--runs", type=Path, default=Path("runs/toon"))
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    hdb = HyperDreamBooth.from_pretrained("toon")
+    atlas = load_atlas(Path("benchmarks/atlas"), args.split).first(args.people)
+    recogniser = Judge.from_pretrained(toon.directory("recogniser"))
+    gallery = recogniser.embed(load_atlas(Path("benchmarks/atlas"), args.split).gallery)
+    predicted = predicted_loras(hdb, atlas)
+    loras: dict[str, Any] = {"base": None, "prediction": predicted}
+    if args.finetuned:
+        loras["finetuned"] = finetuned_loras(hdb, atlas, predicted)
+    config = dataclasses.replace(hdb.generate_config(**args.settings), batch=80)
+    seeds = [person * 1000 for person in range(len(atlas.people))]
+    plain = truths(atlas.people, {}, args.runs, f"{args.split}-none")
+    results: dict[str, Any] = {}
+    for index, (prompt, context) in enumerate(PROMPTS.items()):
+        true = truths(atlas.people, context, args.runs, f"{args.split}-{index}")
+        for name, mine in loras.items():
+            images = generate(hdb.backbone, [prompt] * len(seeds), seeds, config, personal=mine)
+            embedded = recogniser.embed(images)
+            figures = {
+                "right": right(images, true, plain),
+                "rank1": (metrics.ranks(embedded[:, None], gallery)[:, 0] == 0).float(),
+                "pixel_distance": (images - true).abs().mean((1, 2, 3)) / 2,
+            }
+            row = results.setdefault(name, {}).setdefault(prompt, {})
+            row |= {key: [round(value, 4) for value in metrics.interval(values)] for key, values in figures.items()}
+            print(f"{name:12s} {prompt:48s} " + "  ".join(f"{key} {value[0]:.3f}" for key, value in row.items()), flush=True)
+            if index == 0 and args.output:
+                rows = [photos.to_images(picture[None])[0] for picture in images[:8]]
+                photos.save_png(photos.grid([rows], [prompt], [""] * 8), args.output.with_name(f"{args.output.stem}-{name}.png"), {}, True)
+    if args.output:
+        write_json(args.output, {"split": args.split, "people": len(seeds), "settings": dataclasses.asdict(config), "rows": results})
+
+
+if __name__ == "__main__":
+    main()

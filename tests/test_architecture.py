@@ -23,10 +23,9 @@ MAY = {  # module (or package) -> the modules of ours that it may import
     "training": {*BASE, "optimizers", "replay", "training_settings"},
     "faces": {"errors"},
     "cards": set(),
-    "hub": {"cards", "errors", "formats", "photos", "pictures_out"},
+    "hub": {"cards", "errors", "formats", "photos"},
     "personal_lora": {"errors", "formats", "lightweight", "lora"},
-    "photos": {*BASE, "faces", "pictures_out", "settings"},
-    "pictures_out": {*BASE},
+    "photos": {*BASE, "faces", "settings"},
     "folders": {*BASE, "photos"},
     "sampling": {"backbones", "errors", "lora", "replay", "settings"},
 }

@@ -1,6 +1,7 @@
 """The errors that a user can cause. The command line prints their one message and exits with code 2; the API raises them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def some(names: Sequence[str], count: int = 3) -> str:
@@ -36,3 +37,10 @@ def in_range(value: float, low: float, high: float, name: str) -> None:
     """Raises InputError unless low <= value <= high."""
     if not low <= value <= high:
         raise InputError(f"{name} must lie in {low:,} to {high:,}, not {value}.")
+
+
+def fresh(path: str | Path, overwrite: bool) -> Path:
+    """The path of a file that is to be written. Raises InputError where it exists and may not be replaced."""
+    if Path(path).exists() and not overwrite:
+        raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")
+    return Path(path)

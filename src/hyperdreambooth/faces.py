@@ -5,12 +5,11 @@ tolerates some 15 degrees of tilt and so is run on turned copies too, and two fo
 line between the eyes gives the tilt.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Iterator
 from functools import cache
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +51,7 @@ def find_faces(image: Image.Image) -> list[Face]:
     """
     gray = image.convert("L")
     without_eyes: list[Face] = []
-    for size, equalized in [(size, equalized) for equalized in (False, True) for size in SIZES if size <= max(SIZES[0], *image.size)]:
+    for equalized, size in product((False, True), (size for size in SIZES if size <= max(SIZES[0], *image.size))):
         scale = max(image.size) / size
         small = gray.resize((max(1, round(image.width / scale)), max(1, round(image.height / scale))), Image.Resampling.BILINEAR)
         small = ImageOps.equalize(small) if equalized else small
@@ -77,28 +76,13 @@ def _merged(found: list[tuple[Face, float]]) -> list[Face]:
     return sorted(kept, key=lambda face: -face.side)
 
 
-def find_for_auto(image: Image.Image, name: str) -> tuple[Face | None, str]:
-    """The largest face, or None where the middle is to be taken, and a note that says which."""
-    if max(image.size) <= SMALLEST_AUTO:
-        return None, ""
-    try:
-        face, note = choose_face(image, name)
-    except NoFaceError:
-        return None, f"{name}: no face was found, took the middle."
-    except InputError as error:
-        return None, f"{name}: took the middle; {error}"
-    unsure = "" if face.eyes else " It is unsure, since no eyes were found: look at it, or give --crop center."
-    return face, (note or f"{name}: took the face.") + unsure
-
-
 def _search(image: Image.Image, turn: int) -> Iterator[tuple[Face, float]]:
     """Faces of a gray picture that stand upright once it is turned by `turn` degrees counterclockwise, and how upright."""
     turned = image.rotate(turn, Image.Resampling.BILINEAR, expand=True, fillcolor=128) if turn else image
     pixels = np.asarray(turned)
     smallest = max(24, min(51, min(image.size) // 10))
-    for left, top, side, _ in _cascade("haarcascade_frontalface_alt2", threading.get_ident()).detectMultiScale(
-        pixels, 1.1, 4, minSize=(smallest, smallest)
-    ):
+    detector = _cascade("haarcascade_frontalface_alt2", threading.get_ident())
+    for left, top, side, _ in detector.detectMultiScale(pixels, 1.1, 4, minSize=(smallest, smallest)):
         eyes = _eyes(pixels[top : top + side, left : left + side])
         if eyes is None and turn:
             continue
@@ -118,12 +102,8 @@ def _eyes(face: Any) -> tuple[tuple[float, float], tuple[float, float]] | None:
     for name in ("haarcascade_eye_tree_eyeglasses", "haarcascade_eye"):
         boxes = _cascade(name, threading.get_ident()).detectMultiScale(face[: round(0.65 * side)], 1.05, 4, minSize=(side // 8, side // 8))
         middles = sorted((float(x + width / 2), float(y + height / 2)) for x, y, width, height in boxes)
-        pairs = [
-            (a, b)
-            for index, a in enumerate(middles)
-            for b in middles[index + 1 :]
-            if 0.3 * side < b[0] - a[0] < 0.6 * side and abs(b[1] - a[1]) < 0.5 * (b[0] - a[0])
-        ]
+        apart = ((a, b, b[0] - a[0], abs(b[1] - a[1])) for a, b in combinations(middles, 2))
+        pairs = [(a, b) for a, b, across, down in apart if 0.3 * side < across < 0.6 * side and down < 0.5 * across]
         if pairs:  # of several the one that lies best around the box's middle
             return min(pairs, key=lambda pair: abs(pair[0][0] + pair[1][0] - side))
     return None
@@ -151,6 +131,26 @@ def choose_face(image: Image.Image, name: str, which: int | None = None) -> tupl
         raise InputError(f"{name}: there is no face {which}; {len(faces)} were found.")
     note = f"{name}: {len(faces)} faces, took the largest; --face N takes another." if len(faces) > 1 and which is None else ""
     return faces[(which or 1) - 1], note
+
+
+def face_for(image: Image.Image, name: str, crop: str, which: int | None = None) -> tuple[Face | None, str]:
+    """The face that a crop goes around, or None for the middle of the picture, and a note on what was chosen (or "").
+
+    "face", or any `which`: as `choose_face`, with its errors. "auto": the largest face, or the middle where there is none, or where the
+    picture is so small that it is a crop already. "center": the middle.
+    """
+    if crop == "face" or which is not None:
+        return choose_face(image, name, which)
+    if crop == "center" or max(image.size) <= SMALLEST_AUTO:
+        return None, ""
+    try:
+        face, note = choose_face(image, name)
+    except NoFaceError:
+        return None, f"{name}: no face was found, took the middle."
+    except InputError as error:
+        return None, f"{name}: took the middle; {error}"
+    unsure = "" if face.eyes else " It is unsure, since no eyes were found: look at it, or give --crop center."
+    return face, (note or f"{name}: took the face.") + unsure
 
 
 def crop_face(image: Image.Image, face: Face) -> Image.Image:

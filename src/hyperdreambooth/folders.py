@@ -1,7 +1,5 @@
 """Folders of people: which files are pictures, whose they are, and what is written beside them."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from .errors import InputError
-from .photos import NOT_PHOTOS, SUFFIXES
+from .photos import SUFFIXES, picture_formats
 from .progress import say
 
 LEFT_BY_SYSTEMS = {"thumbs.db", "desktop.ini"}
@@ -39,27 +37,20 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
     if refused:
         say(f"{folder}: {len(refused)} files are no pictures and aren't taken: {', '.join(refused)}")
     if not found:
-        raise InputError(
-            f"{folder} holds no pictures. Expected: {folder}/identity/picture.png, or one picture each, {folder}/identity.png."
-        )
+        raise InputError(f"{folder} holds no pictures. Expected: {folder}/identity/picture.png, or {folder}/identity.png, one each.")
     return found
 
 
 def _looks_like_picture(file: Path) -> bool:
     """By content; a damaged file with a picture's suffix counts too, so that reading it says what is wrong."""
-    if not file.is_file():  # a dangling link
-        return False
-    if file.suffix.lower() in SUFFIXES:
-        return True
-    Image.init()
+    if not file.is_file() or file.suffix.lower() in SUFFIXES:
+        return file.is_file()  # a dangling link is none
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file, formats=[kind for kind in Image.ID if kind not in NOT_PHOTOS]):
+            with Image.open(file, formats=picture_formats()):
                 return True
-    except ValueError:  # a PNG's long text
-        return file.read_bytes()[:4] == b"\x89PNG"
-    except (OSError, SyntaxError, RuntimeError, Image.DecompressionBombError):
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError):
         return False
 
 

@@ -1,7 +1,5 @@
 """A personal LoRA in memory, and how it is written: what `personalize` gives and `generate` takes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,33 +68,17 @@ class PersonalLora:
         Args:
             author, license, thumbnail: what UIs show beside the LoRA.
         """
-        metadata = formats.standard_metadata(
-            self.loras,
-            title=Path(path).stem,
-            trigger=self.prompt.replace(PLACEHOLDER, self.identifier),
-            identifier=self.identifier,
-            author=author,
-            license=license,
-            thumbnail=thumbnail,
+        title, trigger = Path(path).stem, self.prompt.replace(PLACEHOLDER, self.identifier)
+        about = formats.standard_metadata(
+            self.loras, title=title, trigger=trigger, identifier=self.identifier, author=author, license=license, thumbnail=thumbnail
         )
         return formats.save_lora(
-            path,
-            self.loras,
-            {**self.metadata, **metadata},
-            layout=layout,
-            dtype=dtype,
-            convolutions=self.convolutions,
-            overwrite=overwrite,
+            path, self.loras, self.metadata | about, layout=layout, dtype=dtype, convolutions=self.convolutions, overwrite=overwrite
         )
 
     def save_tokens(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the prediction's tokens: the person in a few numbers a layer. The fine-tuned residual isn't in them."""
         if self.tokens is None or self.lightweight is None:
             raise InputError("only a hypernetwork's prediction has tokens: this LoRA was trained from scratch or loaded from a file.")
-        return formats.save_tokens(
-            path,
-            self.tokens,
-            self.lightweight,
-            {"base": self.base, "identifier": self.identifier, "prompt": self.prompt},
-            overwrite=overwrite,
-        )
+        about = {"base": self.base, "identifier": self.identifier, "prompt": self.prompt}
+        return formats.save_tokens(path, self.tokens, self.lightweight, about, overwrite=overwrite)

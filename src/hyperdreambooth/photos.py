@@ -1,16 +1,15 @@
-"""A picture from outside: safe decoding, orientation, colors, crop, mask.
+"""Pictures: from outside, by safe decoding, orientation, colors, crop and mask; and those that go out, with their metadata.
 
 Nothing that comes from a user is decoded before its header was checked, and whatever is wrong with a file is one
 InputError that names it.
 """
 
-from __future__ import annotations
-
 import io
+import json
 import re
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -18,17 +17,12 @@ from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import InputError
-from .faces import choose_face, crop_face, find_for_auto
-from .pictures_out import generated as generated
-from .pictures_out import grid as grid
-from .pictures_out import is_generated as is_generated
-from .pictures_out import preview_path as preview_path
-from .pictures_out import read_png_metadata as read_png_metadata
-from .pictures_out import save_png as save_png
+from .checkpoint import write_atomically
+from .errors import InputError, fresh
+from .faces import crop_face, face_for
 from .settings import Crop as Crop
 
 Source = Any
@@ -42,6 +36,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", "
 MAX_BYTES = 100_000_000
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 16
+# Pillow refuses a PNG with more than a megabyte of text, such as the recipe that some programs write into their pictures
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20
 
 
 def load_photo(source: Source) -> Image.Image:
@@ -68,12 +64,9 @@ def read_photo(source: Source) -> tuple[Image.Image, str]:
             # Pillow loses the orientation of a TIFF that it maps from a file on disk, so that one is read as bytes
             if isinstance(source, Image.Image) and source.format == "TIFF" and getattr(source, "_im", None) is None:
                 source = Path(getattr(source, "filename", "")) if getattr(source, "filename", "") else source
-            if isinstance(source, Image.Image):
-                return _finish(source, name)
             if isinstance(source, (np.ndarray, Tensor)):
-                return _finish(_from_array(source, name), name)
-            with _open(_read_bytes(source, name), name) as image:
-                return _finish(image, name)
+                source = _from_array(source, name)
+            return _finish(source if isinstance(source, Image.Image) else _open(_read_bytes(source, name), name), name)
     except InputError:  # is a ValueError, and would be wrapped below
         raise
     except Image.DecompressionBombError as error:
@@ -105,9 +98,8 @@ def _read_bytes(source: str | Path | bytes | BinaryIO, name: str) -> bytes:
             raise InputError(f"{name} is a folder, not a picture. Name a picture in it.")
         if not path.is_file():
             raise InputError(f"{name}: no such file. Check the path.")
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{name} has {path.stat().st_size / 1e6:.0f} MB; the limit is {MAX_BYTES / 1e6:.0f} MB. Scale it down first.")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     elif hasattr(source, "read"):
         data = source.read(MAX_BYTES + 1)
         if not isinstance(data, bytes):
@@ -117,7 +109,7 @@ def _read_bytes(source: str | Path | bytes | BinaryIO, name: str) -> bytes:
     if not data:
         raise InputError(f"{name} is empty (0 bytes). Was it cut off while copying?")
     if len(data) > MAX_BYTES:
-        raise InputError(f"{name} has over {MAX_BYTES / 1e6:.0f} MB, which is the limit. Scale it down first.")
+        raise InputError(f"{name} is too large: the limit is {MAX_BYTES / 1e6:.0f} MB. Scale it down first.")
     return data
 
 
@@ -135,21 +127,13 @@ def _open(data: bytes, name: str) -> Image.Image:
         except ImportError as error:
             raise InputError(f'{name} is HEIC, which needs pip install "hyperdreambooth[heif]"; or convert it to JPEG.') from error
         register_heif_opener()
+    return Image.open(io.BytesIO(data), formats=picture_formats())
+
+
+def picture_formats() -> list[str]:
+    """What Pillow opens, but for what isn't a picture."""
     Image.init()
-    return Image.open(io.BytesIO(_without_text(data)), formats=[kind for kind in Image.ID if kind not in NOT_PHOTOS])
-
-
-def _without_text(data: bytes) -> bytes:
-    """A PNG without its texts, of which Pillow refuses more than a megabyte; ImageMagick's "Raw profile" texts hold EXIF and stay."""
-    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return data
-    kept, at = [data[:8]], 8
-    while at < len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] not in (b"tEXt", b"zTXt", b"iTXt") or data[at + 8 : at + 19] == b"Raw profile":
-            kept.append(data[at:end])
-        at = end
-    return b"".join(kept)
+    return [kind for kind in Image.ID if kind not in NOT_PHOTOS]
 
 
 def _from_array(values: Any, name: str) -> Image.Image:
@@ -162,10 +146,8 @@ def _from_array(values: Any, name: str) -> Image.Image:
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)) or values.size == 0:
         raise InputError(f"{name} has shape {tuple(values.shape)}: give an array (H, W, 3), a gray one (H, W), or a tensor (3, H, W).")
     if values.dtype.kind == "f":
-        if not np.isfinite(values).all():
-            raise InputError(f"{name} holds NaN or infinite values.")
         low, high = float(values.min()), float(values.max())
-        if low < -1 or (low < 0 and high > 1) or high > 255:
+        if not -1 <= low <= high <= (1 if low < 0 else 255):  # nor is NaN
             raise InputError(f"{name} has values in {low:g}..{high:g}: give 0..1, -1..1 or 0..255.")
         values = (values + 1) * 127.5 if low < 0 else values * (255 if high <= 1 else 1)
     elif values.dtype == np.uint16:
@@ -211,11 +193,9 @@ def _to_srgb(image: Image.Image, data: bytes) -> tuple[Image.Image, str]:
         converted = ImageCms.profileToProfile(image.convert(space), profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image, "its color profile is damaged and was ignored."
-    if converted is None:
-        return image, ""
-    if alpha is not None:
+    if converted and alpha:
         converted.putalpha(alpha)
-    return converted, ""
+    return converted or image, ""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -235,9 +215,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def square(image: Image.Image, size: int) -> Image.Image:
     """The middle square, resized to `size` x `size`."""
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side), reducing_gap=3.0)
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
 
 def prepare(path: Source, size: int, crop: Crop = "auto", face: int | None = None) -> tuple[Image.Image, str]:
@@ -246,15 +224,8 @@ def prepare(path: Source, size: int, crop: Crop = "auto", face: int | None = Non
     Raises InputError for what is no photo, or where the face that is asked for isn't there.
     """
     image, note = read_photo(path)
-    if crop == "auto" and face is None:
-        chosen_or_none, which = find_for_auto(image, photo_name(path))
-        image = crop_face(image, chosen_or_none) if chosen_or_none else image
-        note = " ".join(filter(None, (note, which)))
-    elif crop == "face" or face is not None:
-        chosen, which = choose_face(image, photo_name(path), face)
-        note = " ".join(filter(None, (note, which)))
-        image = crop_face(image, chosen)
-    return square(image, size), note
+    chosen, which = face_for(image, photo_name(path), crop, face)
+    return square(crop_face(image, chosen) if chosen else image, size), " ".join(filter(None, (note, which)))
 
 
 def prepare_mask(path: Source, photo: Source, size: int, crop: Crop = "auto", face: int | None = None) -> Image.Image:
@@ -264,16 +235,10 @@ def prepare_mask(path: Source, photo: Source, size: int, crop: Crop = "auto", fa
     """
     image, mask = load_photo(photo), load_photo(path)
     if mask.size != image.size:
-        raise InputError(
-            f"the mask {photo_name(path)} has {mask.width} x {mask.height} pixels and the photo {photo_name(photo)} {image.width} x {image.height}: "
-            "draw it on the photo itself."
-        )
-    if crop == "auto" and face is None:
-        chosen, _ = find_for_auto(image, photo_name(photo))
-        mask = crop_face(mask, chosen) if chosen else mask
-    elif crop == "face" or face is not None:
-        mask = crop_face(mask, choose_face(image, photo_name(photo), face)[0])
-    gray = square(mask, size).convert("L")
+        sizes = f"{mask.width} x {mask.height} pixels and the photo {photo_name(photo)} {image.width} x {image.height}"
+        raise InputError(f"the mask {photo_name(path)} has {sizes}: draw it on the photo itself.")
+    chosen, _ = face_for(image, photo_name(photo), crop, face)
+    gray = square(crop_face(mask, chosen) if chosen else mask, size).convert("L")
     if np.asarray(gray).mean() < 1:  # of 255; a resize leaves traces of what lies just outside
         raise InputError(f"the mask {photo_name(path)} is black wherever the cropped photo is: nothing would count. Paint the face white.")
     return gray
@@ -315,3 +280,77 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     """(N, 3, H, W) in -1..1 -> pictures."""
     values = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).numpy()]
+
+
+def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str], overwrite: bool = False) -> Path:
+    """Writes a PNG with text metadata, atomically. Raises InputError where it exists and `overwrite` isn't set."""
+    path = fresh(path, overwrite)
+    text = PngImagePlugin.PngInfo()
+    for key, value in metadata.items():
+        text.add_itxt(key, value)
+    return write_atomically(path, lambda file: image.save(file, format="PNG", pnginfo=text))
+
+
+def generated(settings: Mapping[str, object]) -> dict[str, str]:
+    """A generated PNG's metadata: how it was made, and that a machine made it (IPTC's digital source type, in XMP)."""
+    source = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    xmp = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+        f'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType="{source}"/></rdf:RDF></x:xmpmeta>'
+    )
+    return {"Software": "hyperdreambooth", "ai_generated": "true", "hyperdreambooth": json.dumps(settings), "XML:com.adobe.xmp": xmp}
+
+
+def read_png_metadata(path: str | Path) -> dict[str, str]:
+    """The text metadata of a PNG. Raises InputError for a file that is missing or no whole PNG."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.load()  # text may also stand after the pixels
+            return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} is not a whole PNG ({why}). Name a picture that was saved here.") from error
+
+
+def is_generated(path: str | Path) -> bool:
+    """Whether a file is a PNG that says that a machine made it."""
+    try:
+        return read_png_metadata(path).get("ai_generated") == "true"
+    except InputError:
+        return False
+
+
+def preview_path(lora: Path) -> Path:
+    """Where UIs look for a LoRA's picture: NAME.png, or NAME.preview.png where NAME.png is somebody's own (the very photo, say)."""
+    first = lora.with_suffix(".png")
+    return lora.with_suffix(".preview.png") if first.exists() and not is_generated(first) else first
+
+
+def grid(
+    rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int | None = None
+) -> Image.Image:
+    """A labelled contact sheet: one row of pictures for each row label. `cell` is the side of a picture on it."""
+    cell = cell or min(256, max(128, max(row[0].width for row in rows)))
+    font = ImageFont.load_default(13)
+    columns = max(len(row) for row in rows)
+    top = 22 if any(column_labels) else 4
+    strip = 20 if any(row_labels) else 4
+    sheet = Image.new("RGB", (columns * (cell + 4) + 4, top + len(rows) * (cell + strip)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, label in enumerate(column_labels[:columns]):
+        draw.text((4 + column * (cell + 4), 4), _fit(label, cell, font), fill="black", font=font)
+    for index, row in enumerate(rows):
+        y = top + index * (cell + strip)
+        if strip > 4:
+            draw.text((4, y + 1), _fit(row_labels[index], columns * (cell + 4), font), fill="black", font=font)
+        for column, image in enumerate(row):
+            resample = Image.Resampling.NEAREST if image.width * 2 <= cell and cell % image.width == 0 else Image.Resampling.LANCZOS
+            sheet.paste(image.resize((cell, cell), resample), (4 + column * (cell + 4), y + strip - 2))
+    return sheet
+
+
+def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """As much of a label as fits."""
+    while text and font.getlength(text) > width:
+        text = text[:-2].rstrip() + "…" if len(text) > 2 else ""
+    return text

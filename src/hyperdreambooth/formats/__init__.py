@@ -1,26 +1,16 @@
 """LoRA files that every tool opens, and the token file of this project."""
 
-from .keys import check_layout
-from .lora_file import Layout, LoraFile, describe, read_lora, save_lora
-from .metadata import base_metadata, standard_metadata
-from .sources import find_lora
-from .styles import Style, styled
-from .tokens import is_tokens, mix_tokens, read_tokens, save_tokens
-
-__all__ = [
-    "Layout",
-    "LoraFile",
-    "Style",
-    "base_metadata",
-    "check_layout",
-    "describe",
-    "find_lora",
-    "is_tokens",
-    "mix_tokens",
-    "read_lora",
-    "read_tokens",
-    "save_lora",
-    "save_tokens",
-    "standard_metadata",
-    "styled",
-]
+from .keys import check_layout as check_layout
+from .lora_file import Layout as Layout
+from .lora_file import describe as describe
+from .lora_file import find_lora as find_lora
+from .lora_file import read_lora as read_lora
+from .lora_file import save_lora as save_lora
+from .metadata import base_metadata as base_metadata
+from .metadata import standard_metadata as standard_metadata
+from .styles import Style as Style
+from .styles import styled as styled
+from .tokens import is_tokens as is_tokens
+from .tokens import mix_tokens as mix_tokens
+from .tokens import read_tokens as read_tokens
+from .tokens import save_tokens as save_tokens

@@ -8,12 +8,10 @@
 An update is scaled by alpha / rank and by the strength, a DoRA's before it gets its lengths, as PEFT does.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ import torch
 from peft.tuners.lokr.layer import make_kron, make_weight_cp
 from torch import Tensor
 
-from ..errors import InputError
-from . import diagnosis
+from ..checkpoint import read_tensors
+from ..errors import InputError, some
 from .keys import TABLES, Names, Place, plain_path, split
 
 
@@ -67,8 +65,7 @@ class Adapter:
         parts = {name: part.to(weight.device) for name, part in self.parts.items()}
         change = self.update(parts)
         change = (change.reshape(weight.shape) if change.ndim else change.expand_as(weight)) * (self.scale * strength)
-        lengths = parts.get("magnitude", parts.get("dora_scale"))
-        if lengths is None:
+        if (lengths := parts.get("magnitude", parts.get("dora_scale"))) is None:
             return change
         axis = int("magnitude" not in parts and lengths.ndim > 1 and lengths.shape[0] == 1)  # 1: of each input, as older trainers did it
         norms = torch.linalg.vector_norm(weight + change, dim=[dim for dim in range(weight.ndim) if dim != axis], keepdim=True)
@@ -88,7 +85,7 @@ def read_adapters(path: str | Path, names: Names | None = None) -> tuple[list[Ad
 
     Raises InputError for a file that is no LoRA, of an unknown kind, for another base, or damaged.
     """
-    tensors, metadata = diagnosis.read(path)
+    tensors, metadata = _read(path)
     config = _peft_config(Path(path), metadata)
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -97,16 +94,14 @@ def read_adapters(path: str | Path, names: Names | None = None) -> tuple[list[Ad
             raise InputError(f"{path}: the {part} of {layer} comes twice, the second time as {name}.")
         parts[layer][part or name] = tensor.float()
     if unknown := list(parts.pop("", {})):
-        diagnosis.refuse_names(str(path), unknown, tensors)
+        _refuse_names(str(path), unknown, tensors)
     places = {layer: names.find(layer) if names else [Place(plain_path(layer))] for layer in parts}
-    # some trainers write layers that they never trained: where an update is zero there is nothing to lose
-    changes = {layer: [part for name, part in own.items() if name in ("up", "diff", "diff_b")] for layer, own in parts.items()}
-    if any(places.values()):
-        parts = {
-            layer: own for layer, own in parts.items() if places[layer] or not changes[layer] or any(part.any() for part in changes[layer])
-        }
+    if any(places.values()):  # some trainers write layers that they never trained: where an update is zero there is nothing to lose
+        changes = {layer: [part for name, part in own.items() if name in ("up", "diff", "diff_b")] for layer, own in parts.items()}
+        zero = {layer for layer, own in changes.items() if own and not places[layer] and not any(part.any() for part in own)}
+        parts = {layer: own for layer, own in parts.items() if layer not in zero}
     if absent := [layer for layer in parts if not places[layer]]:
-        diagnosis.refuse_layers(str(path), absent, len(parts), metadata, type(names.model).__name__ if names else "")
+        _refuse_layers(str(path), absent, len(parts), metadata, type(names.model).__name__ if names else "")
     adapters, taken = [], dict[str, str]()
     for layer, own in parts.items():
         scale = _scale(own, config, places[layer][0].path, f"{path}: {layer}")
@@ -182,3 +177,44 @@ def _scale(parts: Mapping[str, Tensor], config: dict[str, Any], path: str, where
         return 1.0 if alpha is None else float(alpha) / (math.sqrt(len(ranked[0])) if rslora else len(ranked[0]))
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError, re.error) as error:
         raise InputError(f"{where} has no scale that makes sense: its alpha, or PEFT's configuration, is wrong ({error}).") from error
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`read_tensors`, but a file that is something else is called what it is."""
+    try:
+        tensors, metadata = read_tensors(path)
+    except InputError as error:
+        if not Path(path).is_file():
+            raise
+        with Path(path).open("rb") as file:
+            start = file.read(64).decode("latin-1")
+        for what in (what for mark, what in TABLES["files"].items() if re.match(mark, start, re.I)):
+            raise InputError(f"{path} is not a whole safetensors file: it {what}") from error
+        raise
+    if not tensors:
+        raise InputError(f"{path} holds no tensors.")
+    return tensors, metadata
+
+
+def _refuse_names(path: str, unknown: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+    """Raises InputError for tensors' names that no LoRA has: what else the file is."""
+    for mark, what in TABLES["kinds"].items():
+        marked = [name for name in unknown if re.search(mark, name)]
+        if marked and (len(unknown) == len(tensors) or "LoRA file" not in what):
+            kind, _, advice = what.partition(". ")
+            raise InputError(f"{path} {kind}: it holds {some(marked)}. {advice}.")
+    if len(unknown) == len(tensors) <= 2 and all(tensor.ndim <= 2 and "." not in name for name, tensor in tensors.items()):
+        raise InputError(f"{path} is a Textual Inversion embedding, no LoRA (it holds {some(unknown)}). Name a LoRA file.")
+    none = "of no LoRA layout that diffusers, PEFT or ComfyUI read. Convert it, or merge it into a plain LoRA"
+    raise InputError(f"{path}: {some(unknown)}: {none}.")
+
+
+def _refuse_layers(path: str, absent: Sequence[str], count: int, metadata: Mapping[str, str], base: str) -> None:
+    """Raises InputError for layers that a base doesn't have, of `count`: for which family the file is. `base`: its denoiser's class."""
+    said = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
+    guessed = (name for mark, name in TABLES["families"].items() if any(re.search(mark, layer) for layer in absent))
+    family = next(guessed, None)
+    if "T5" not in (family or ""):
+        family = said or ("of its kind, but larger" if len(absent) < count else family)
+    kind = f"for another base ({family})" if family else "for another base, or names its layers as no tool reads them"
+    raise InputError(f"{path} is a LoRA {kind}: of its {count} layers this one, a {base}, lacks {some(absent)}. Open its own base.")

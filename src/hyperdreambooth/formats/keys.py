@@ -7,8 +7,6 @@ names are known, whichever prefix or separator; names by the code that a base wa
 Paths in memory are canonical: `text_model.` exactly once inside a text encoder (see `lora.canonical`).
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable
@@ -109,13 +107,12 @@ class Names:
         block, dot, part = re.sub(r"^joint_blocks_(\d+)_", r"transformer_blocks_\1_.", name).rpartition(".")
         ours = TABLES["sd3"].get(part, "").split()
         paths = [self.paths[f"{self.denoiser}.{block}{one}"] for one in ours if f"{self.denoiser}.{block}{one}" in self.paths]
-        if ("_blocks" in name and not dot) or len(paths) != len(ours):
+        if not paths or len(paths) != len(ours) or ("_blocks" in name and not dot):
             return []
-        shares = torch.arange(6).chunk(max(1, len(paths)))
-        last = self.model.config.num_layers - 1 if paths else 0
-        if paths and paths[0].endswith(("norm_out.linear", f"blocks.{last}.norm1_context.linear")):
-            shares = (torch.tensor([3, 4, 5, 0, 1, 2]),)  # shift and scale are the other way round there
-        return [Place(path, rows, 6) for path, rows in zip(paths, shares, strict=False)]
+        # shift and scale are the other way round in the last layers
+        swapped = paths[0].endswith(("norm_out.linear", f"blocks.{self.model.config.num_layers - 1}.norm1_context.linear"))
+        shares = (torch.tensor([3, 4, 5, 0, 1, 2]),) if swapped else torch.arange(6).chunk(len(paths))
+        return [Place(path, rows, 6) for path, rows in zip(paths, shares, strict=True)]
 
     def _by_diffusers(self, layer: str) -> list[Place]:
         """Asks diffusers' converter of LoRA files, by a LoRA whose outputs are numbered."""

@@ -1,8 +1,7 @@
-"""Standard LoRA files: written in diffusers' or kohya's layout, read in any."""
-
-from __future__ import annotations
+"""Standard LoRA files: written in diffusers' or kohya's layout, read in any, found in folders and on the hub."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -10,15 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whatever HTTP library it uses
 from torch import Tensor, nn
 
 from ..checkpoint import save_tensors
-from ..errors import InputError
+from ..errors import InputError, fresh
 from ..lora import Lora, LoraSet, canonical
 from . import keys
 from .adapters import Adapter, read_adapters
 from .keys import Names
 from .metadata import hashes
+from .tokens import describe_tokens, is_tokens
 
 Layout = Literal["diffusers", "kohya"]
 
@@ -44,12 +46,6 @@ def fingerprint(loras: LoraSet) -> str:
     return digest.hexdigest()[:16]
 
 
-def filled(lora: Lora, rank: int) -> Lora:
-    """The same update at a higher rank, filled up with zeros."""
-    fill = rank - lora.rank
-    return Lora(nn.functional.pad(lora.down, (0, 0, 0, fill)), nn.functional.pad(lora.up, (0, fill)))
-
-
 def save_lora(
     path: str | Path,
     loras: LoraSet,
@@ -67,38 +63,30 @@ def save_lora(
 
     Raises InputError where `path` exists, or a value would overflow `dtype`.
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")
-    tensors: dict[str, Tensor] = {}
-    sdxl = metadata.get("ss_base_model_version", "").startswith("sdxl")
-    two = sdxl or any(layer.startswith("text_encoder_2") for layer in loras)
-    batched = [layer for layer, lora in loras.items() if lora.down.ndim != 2]
-    if batched:
+    path = fresh(path, overwrite)
+    if batched := [layer for layer, lora in loras.items() if lora.down.ndim != 2]:
         raise ValueError(f"{batched[0]}: a file holds one person's update, not a batch; select() one")
-    largest = max(lora.rank for lora in loras.values())
+    two = metadata.get("ss_base_model_version", "").startswith("sdxl") or any(layer.startswith("text_encoder_2") for layer in loras)
     # one rank for all, as `ss_network_dim` is one number: diffusers' converter of kohya's layout loses the attention layers' own
     # alphas, and its older versions scale mixed ranks wrongly in their own layout too
-    loras = LoraSet({layer: filled(lora, largest) for layer, lora in loras.items()})
+    largest = max(lora.rank for lora in loras.values())
+    tensors: dict[str, Tensor] = {}
+    whole = LoraSet()
     for layer, lora in loras.items():
-        down, up = lora.down.to(dtype), lora.up.to(dtype)
+        fill = largest - lora.rank
+        whole[layer] = Lora(nn.functional.pad(lora.down, (0, 0, 0, fill)), nn.functional.pad(lora.up, (0, fill)))
+        down, up = (matrix.detach().to("cpu", dtype).contiguous() for matrix in (whole[layer].down, whole[layer].up))
         if not Lora(down, up).is_finite():
             raise InputError(f"{layer}: the update doesn't fit {dtype}. Write float32, or train with a lower learning rate.")
         if layer in convolutions:
             down, up = down[..., None, None], up[..., None, None]
         if layout == "diffusers":
             tensors |= {f"{canonical(layer)}.lora_A.weight": down, f"{canonical(layer)}.lora_B.weight": up}
-        else:
-            name = keys.kohya_name(layer, two_text_encoders=two)
-            # loaders scale by alpha / rank: alpha = rank leaves up @ down as it is
-            tensors |= {
-                f"{name}.lora_down.weight": down,
-                f"{name}.lora_up.weight": up,
-                f"{name}.alpha": torch.tensor(float(largest), dtype=dtype),
-            }
-    header = {"format": "pt", **metadata, "hyperdreambooth.fingerprint": fingerprint(loras)}
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return save_tensors(path, ready, header | hashes(ready, header))
+        else:  # loaders scale by alpha / rank: alpha = rank leaves up @ down as it is
+            name, alpha = keys.kohya_name(layer, two_text_encoders=two), torch.tensor(float(largest), dtype=dtype)
+            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
+    header = {"format": "pt", **metadata, "hyperdreambooth.fingerprint": fingerprint(whole)}
+    return save_tensors(path, tensors, header | hashes(tensors, header))
 
 
 def read_lora(path: str | Path, root: nn.Module | None = None) -> LoraFile:
@@ -130,14 +118,11 @@ def plain(path: str | Path, adapters: Sequence[Adapter], why: str) -> LoraSet:
 
 def describe(path: str | Path) -> dict[str, Any]:
     """What is in a LoRA or token file, for people. Raises InputError where it is neither."""
-    from .tokens import describe_tokens, is_tokens
-
     if is_tokens(path):
         return describe_tokens(path)
     adapters, metadata = read_adapters(path)
-    if "modelspec.thumbnail" in metadata:  # thousands of letters of a picture
-        thumbnail = metadata["modelspec.thumbnail"]
-        metadata["modelspec.thumbnail"] = f"{thumbnail.split(',')[0]}, {len(thumbnail)} characters"
+    if picture := metadata.get("modelspec.thumbnail"):  # thousands of letters
+        metadata["modelspec.thumbnail"] = f"{picture.split(',')[0]}, {len(picture)} characters"
     kohya = adapters[0].layer.startswith("lora_")
     paths = [place.path for adapter in adapters for place in adapter.places]
     components = Counter("_".join(path.split("_")[:2]) if kohya else path.split(".")[0] for path in paths)
@@ -155,3 +140,35 @@ def describe(path: str | Path) -> dict[str, Any]:
         "fingerprint": "unknown" if kinds else fingerprint(plain(path, adapters, "")),
         "metadata": metadata,
     }
+
+
+def find_lora(name: str | Path) -> Path:
+    """The file that is meant by a file, a folder, `user/repo` or `user/repo/file` on the hub.
+
+    Raises InputError where there is none, several, or the hub can't be reached.
+    """
+    path, repository = Path(name), re.fullmatch(r"([\w.-]*\w/[\w.-]+)(?:/(.+))?", str(name))
+    if path.is_dir():
+        return path / _only([file.name for file in path.iterdir()], str(name))
+    if path.exists() or not repository or repository[1].endswith((".safetensors", ".tokens")):
+        return path
+    try:
+        if repository[2]:
+            return Path(hf_hub_download(repository[1], repository[2]))
+        about = HfApi().model_info(repository[1])
+        return Path(hf_hub_download(repository[1], _only([file.rfilename for file in about.siblings or []], str(name)), revision=about.sha))
+    except InputError:  # is a ValueError
+        raise
+    except (HTTPError, OSError, ValueError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(f"{name} is no file or folder here, and no LoRA on the hub that can be reached: {why}.") from error
+
+
+def _only(files: list[str], where: str) -> str:
+    """The LoRA of a folder: by its usual name, or the only file that may be one. Raises InputError where there are several or none."""
+    usual = [file for file in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors") if file in files]
+    loras = sorted(file for file in files if file.endswith(".safetensors") and not re.search("scheduler|optimizer|checkpoint", file))
+    if not usual and len(loras) != 1:
+        found = f"several LoRAs: {', '.join(loras)}. Name one, such as {where}/{loras[0]}" if loras else "no .safetensors file. Name a LoRA"
+        raise InputError(f"{where} has {found}.")
+    return (usual or loras)[0]

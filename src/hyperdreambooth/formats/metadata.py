@@ -4,8 +4,6 @@ A1111 and Forge group LoRAs by `ss_base_model_version` and `ss_v2`, list them as
 `ss_tag_frequency`; ComfyUI and SwarmUI read `modelspec.*`, with the picture in `modelspec.thumbnail`.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io
@@ -22,18 +20,9 @@ from torch import Tensor
 from .. import __version__
 from ..lora import LoraSet
 
-THUMBNAIL = 256
-"""Side of the thumbnail in pixels, as the standard recommends."""
-
 
 def base_metadata(pipe: Any, base: str, resolution: int) -> dict[str, str]:
-    """What a LoRA's header says about its base, from what the pipeline is.
-
-    Args:
-        pipe: a pipeline of diffusers.
-        base: its name, as the user gave it.
-        resolution: its pictures' side in pixels.
-    """
+    """What a LoRA's header says about its base, which the user calls `base`: a pipeline of diffusers, of pictures `resolution` pixels a side."""
     architecture, version = _architecture(pipe)
     name = Path(base).name if Path(base).exists() else base  # where it lies on this machine is nobody's business
     metadata = {
@@ -46,9 +35,7 @@ def base_metadata(pipe: Any, base: str, resolution: int) -> dict[str, str]:
         "hyperdreambooth.base": name,
     }
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(pipe.scheduler.config.get("prediction_type", ""))
-    if prediction:
-        metadata["modelspec.prediction_type"] = prediction
-    return metadata
+    return metadata | ({"modelspec.prediction_type": prediction} if prediction else {})
 
 
 def _architecture(pipe: Any) -> tuple[str, str]:
@@ -103,9 +90,9 @@ def standard_metadata(
 
 
 def _data_url(picture: Image.Image) -> str:
-    """A picture as a small JPEG in a data URL."""
+    """A picture as a small JPEG in a data URL, of 256 pixels a side, as the standard recommends."""
     small = picture.convert("RGB")
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.thumbnail((256, 256))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

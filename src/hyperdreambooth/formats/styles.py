@@ -1,7 +1,5 @@
 """LoRAs of style in a base while it draws: merged into its weights, which are put back afterwards."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,8 +11,7 @@ from torch import Tensor, nn
 from ..lora import applied
 from .adapters import read_adapters
 from .keys import Names
-from .lora_file import plain
-from .sources import find_lora
+from .lora_file import find_lora, plain
 
 Style = str | Path | tuple[str | Path, float]
 """A LoRA: a file, a folder or a repository with one, or (one of these, strength)."""
@@ -38,10 +35,8 @@ def styled(pipe: Any, styles: Sequence[Style]) -> Iterator[None]:
         return
     root = nn.ModuleDict({name: part for name, part in pipe.components.items() if name in CARRIERS and part is not None})
     names = Names(root)
-    pairs = [style if isinstance(style, tuple) else (style, 1.0) for style in styles]
-    opened = [
-        (path, read_adapters(path, names)[0], strength) for path, strength in ((find_lora(name), strength) for name, strength in pairs)
-    ]
+    pairs = [(find_lora(name), strength) for name, strength in (one if isinstance(one, tuple) else (one, 1.0) for one in styles)]
+    opened = [(path, read_adapters(path, names)[0], strength) for path, strength in pairs]
     originals: dict[Tensor, Tensor] = {}
 
     def add(parameter: Tensor, change: Tensor) -> None:
@@ -54,10 +49,8 @@ def styled(pipe: Any, styles: Sequence[Style]) -> Iterator[None]:
             for path, adapters, strength in opened:
                 modules = [names.modules[place.path] for adapter in adapters for place in adapter.places]
                 if not all(module.weight.is_floating_point() and module.weight.itemsize > 1 for module in modules):
-                    loras = plain(
-                        path, adapters, "and to this base's quantized weights only plain LoRAs can be added. Open it with --dtype bfloat16"
-                    )
-                    stack.enter_context(applied(root, loras.scaled(strength)))
+                    why = "and to this base's quantized weights only plain LoRAs can be added. Open it with --dtype bfloat16"
+                    stack.enter_context(applied(root, plain(path, adapters, why).scaled(strength)))
                     continue
                 for adapter in adapters:
                     layers = [names.modules[place.path] for place in adapter.places]

@@ -1,18 +1,8 @@
-"""The token file: a person in a few numbers a layer (some 120 KB on Stable Diffusion 1.5).
+"""The token file, a safetensors file by docs/token-file.md: a person in a few numbers a layer (some 120 KB on Stable Diffusion 1.5).
 
-A safetensors file, version 1:
-
-    tensors   "<layer path>": float32 (width,), the down part first, then the up part, row-major
-    header    "hyperdreambooth.tokens": "1"                the format's version
-              "hyperdreambooth.fingerprint": 16 hex digits  what the tokens belong to
-              "hyperdreambooth.recipe": JSON                targets, rank, dimensions, seed; without the targets' shapes
-              and any of: base, identifier, prompt
-
-Tokens mean something only together with the aux matrices that they were made with: the fingerprint is that of the
+Tokens mean something only together with the aux matrices that they were made with: the fingerprint in the header is that of the
 recipe (frozen aux) or of the matrices (learnt aux), and another one is refused.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import read_tensors, save_tensors
-from ..errors import InputError
+from ..errors import InputError, fresh, some
 from ..lightweight import LightweightLora
 
 VERSION = "1"
@@ -35,19 +25,12 @@ def save_tokens(
     path: str | Path, tokens: Tensor, lightweight: LightweightLora, metadata: Mapping[str, str], *, overwrite: bool = False
 ) -> Path:
     """Writes tokens (layers, width). Raises InputError where `path` exists."""
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")
+    path = fresh(path, overwrite)
     if tuple(tokens.shape) != lightweight.token_shape:
         raise ValueError(f"tokens of shape {tuple(tokens.shape)}, expected {lightweight.token_shape}")
-    recipe = {key: value for key, value in lightweight.recipe().items() if key != "targets"}
-    header = {
-        KEY: VERSION,
-        "hyperdreambooth.fingerprint": lightweight.fingerprint(),
-        "hyperdreambooth.recipe": json.dumps(recipe),
-        **metadata,
-    }
-    return save_tensors(path, {layer: tokens[index].float() for index, layer in enumerate(lightweight.targets)}, header)
+    recipe = json.dumps({key: value for key, value in lightweight.recipe().items() if key != "targets"})
+    header = {KEY: VERSION, "hyperdreambooth.fingerprint": lightweight.fingerprint(), "hyperdreambooth.recipe": recipe, **metadata}
+    return save_tensors(path, dict(zip(lightweight.targets, tokens.float(), strict=True)), header)
 
 
 def is_tokens(path: str | Path) -> bool:
@@ -72,11 +55,9 @@ def read_tokens(path: str | Path, lightweight: LightweightLora) -> Tensor:
     mine, theirs = lightweight.fingerprint(), header.get("hyperdreambooth.fingerprint")
     if theirs != mine:
         raise InputError(f"{path} belongs to another hypernetwork or aux recipe: its fingerprint is {theirs}, this one's is {mine}.")
-    missing = [layer for layer in lightweight.targets if layer not in tensors]
-    if missing:
-        raise InputError(f"{path} lacks {missing[0]} and {len(missing) - 1} more layers. Is the file whole?")
-    rows = [tensors[layer] for layer in lightweight.targets]
-    width = lightweight.config.width
+    if missing := [layer for layer in lightweight.targets if layer not in tensors]:
+        raise InputError(f"{path} lacks {some(missing)}. Is the file whole?")
+    rows, width = [tensors[layer] for layer in lightweight.targets], lightweight.config.width
     if any(tuple(row.shape) != (width,) or not row.is_floating_point() or not row.float().isfinite().all() for row in rows):
         raise InputError(f"{path} is damaged: its tokens aren't {width} finite numbers a layer.")
     return torch.stack([row.float() for row in rows])

@@ -22,9 +22,11 @@ from hyperdreambooth.assets import toon
 from hyperdreambooth.checkpoint import write_json
 from hyperdreambooth.evaluation import metrics
 from hyperdreambooth.evaluation.atlas import load_atlas
-from hyperdreambooth.evaluation.evaluate import finetuned_loras, predicted_loras
+from hyperdreambooth.evaluation.evaluate import predicted_loras
 from hyperdreambooth.evaluation.judges import Judge
+from hyperdreambooth.stages.dreambooth import Subject
 from hyperdreambooth.stages.generate import generate
+from hyperdreambooth.stages.personalize import personalize
 from worlds.toon import pictures
 from worlds.toon.atlas import PLAIN
 
@@ -71,7 +73,9 @@ def main() -> None:
     predicted = predicted_loras(hdb, atlas)
     loras: dict[str, Any] = {"base": None, "prediction": predicted}
     if args.finetuned:
-        loras["finetuned"] = finetuned_loras(hdb, atlas, predicted)
+        latents = hdb.backbone.encode_images(atlas.references).float()
+        subject = Subject(latents[:, None], [[text] for text in hdb.describe(latents, predicted)])
+        loras["finetuned"], _ = personalize(hdb.backbone, subject, predicted, hdb.personalize_config(), quiet=True)
     config = dataclasses.replace(hdb.generate_config(**args.settings), batch=80)
     seeds = [person * 1000 for person in range(len(atlas.people))]
     plain = truths(atlas.people, {}, args.runs, f"{args.split}-none")

@@ -20,7 +20,8 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from hyperdreambooth import HyperDreamBooth, app, formats, photos
-from hyperdreambooth.app import sessions
+from hyperdreambooth.app import page, sessions
+from hyperdreambooth.app.actions import Actions
 from hyperdreambooth.app.sessions import Visits, paths_in, visitor
 from hyperdreambooth.assets import toon
 from hyperdreambooth.cli import main
@@ -274,8 +275,6 @@ def test_a_file_that_is_too_large_is_refused_while_it_arrives(connect, tmp_path)
 
 
 def test_a_crash_is_logged_and_not_shown(connect, server, monkeypatch, caplog):
-    from hyperdreambooth.app.actions import Actions
-
     def broken(self: Actions, *args: object) -> None:
         raise RuntimeError("a secret of the server")
 
@@ -317,14 +316,48 @@ def test_one_visitors_files_are_nobody_elses(connect, server, face, world):
 
 
 def test_the_page_asks_nothing_of_the_world_and_answers_to_its_own_name(server):
-    page = httpx.get(server.url)
-    policy = page.headers["content-security-policy"]
+    answer = httpx.get(server.url)
+    policy = answer.headers["content-security-policy"]
     assert policy.startswith("default-src 'self'")
     assert "http" not in policy
-    assert "HttpOnly; SameSite=Strict" in page.headers["set-cookie"]
+    assert "HttpOnly; SameSite=Strict" in answer.headers["set-cookie"]
     assert httpx.get(server.url, headers={"host": "evil.example"}).status_code == 400
     assert httpx.post(f"{server.url}gradio_api/queue/join", json={"data": ["x" * 3_000_000]}).status_code == 413
     assert httpx.get(f"{server.url}gradio_api/deep_link?session_hash=x").status_code == 404
+
+
+def test_the_page_says_what_the_base_draws_and_what_comes_later(server, world):
+    def texts(page: gr.Blocks) -> str:
+        return "\n".join(str(block.value) for block in page.blocks.values() if isinstance(block, gr.Markdown))
+
+    assert "a photograph of a person won't come out as that person" in texts(server.page)
+    other = page.build(Actions(HyperDreamBooth.from_pretrained(world / "base", hypernetwork=None, device="cpu"), server.visits))
+    assert "won't come out" not in texts(other)
+    later = next(block for block in server.page.blocks.values() if block.elem_id == "later")
+    assert not later.visible
+    shown = [function for function in server.page.fns.values() if later in function.outputs]
+    triggers = {server.page.fns[function.trigger_after].api_name for function in shown}
+    assert triggers == {"personalize", "load"}
+    assert shown[0].fn().visible is True
+
+    def within(block: object) -> bool:
+        return block is not None and (block is later or within(block.parent))
+
+    named = {block.elem_id: block for block in server.page.blocks.values() if block.elem_id}
+    assert all(within(named[name]) for name in ("prompts", "draw", "compare", "pictures", "second", "mix", "files"))
+    assert not any(within(named[name]) for name in ("photos", "personalize", "earlier", "previews", "about"))
+    config = httpx.get(f"{server.url}config").json()
+    assert re.search('property="og:title" content="hyperdreambooth"', config["head"])
+    assert 'property="og:description"' in config["head"]
+
+
+def test_a_clients_call_has_the_names_that_the_docs_give(connect):
+    found = connect().view_api(return_format="dict")["named_endpoints"]
+    assert set(found) == {
+        f"/{name}" for name in ["look", "example", "stop", "personalize", "load", "draw", "compare", "mix", "take", "explain"]
+    }
+    for name in ("/draw", "/compare"):
+        assert [one["parameter_name"] for one in found[name]["parameters"]] == ["prompts", *DRAW]
 
 
 def test_listening_elsewhere_needs_a_password(world, monkeypatch, capsys):
@@ -366,8 +399,6 @@ def test_the_palette_is_what_the_base_knows():
 
 
 def test_ticking_the_palette_keeps_ones_own_lines(server):
-    from hyperdreambooth.app.actions import Actions
-
     actions = Actions.__new__(Actions)
     actions.palette = {"contexts": {"cap": "a [V] face wearing a cap"}, "styles": {"poster": "a poster of a [V] face"}}
     text = actions.pick(["cap"], ["poster"], "mine, with [V]")

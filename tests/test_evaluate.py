@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from hyperdreambooth.evaluation import harness, metrics, report
 from hyperdreambooth.evaluation.atlas import Atlas, load_atlas
 from hyperdreambooth.evaluation.command import contact_sheet, markdown_table
 from hyperdreambooth.evaluation.judges import Judge
-from hyperdreambooth.evaluation.methods import METHODS, Method
+from hyperdreambooth.evaluation.methods import METHODS, ROWS, Method
 from hyperdreambooth.pretrained import HyperNetworkInfo
 
 from .conftest import picture, random_loras, tiny_source
@@ -57,9 +58,21 @@ def hdb(backbone) -> HyperDreamBooth:
     return HyperDreamBooth(backbone, "toon", tiny_source(backbone), info)
 
 
-def test_every_row_is_measured(hdb, atlas, judges):
-    results, drawn = protocol.evaluate(hdb, atlas, judges, pictures=1, faithful=hdb)
-    assert list(results) == list(protocol.ROWS)
+@pytest.fixture
+def bench(hdb, atlas, judges, tmp_path) -> harness.Bench:
+    return harness.Bench(hdb, atlas, judges, tmp_path / "cache", "tiny", faithful=hdb)
+
+
+@pytest.fixture
+def rows(bench) -> harness.Bench:
+    """The bench of the rows: no more than the prompts are drawn."""
+    return dataclasses.replace(bench, extras=False)
+
+
+def test_every_row_is_measured(rows):
+    for name, method in ROWS.items():
+        rows.make(name, method, range(PEOPLE))
+    results = {name: rows.figures(name, method, rows.steps(method), PEOPLE) for name, method in ROWS.items()}
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     for figures in results.values():
         assert {"rank1", "top5", "similarity", "context", "context_seen", "context_held_out", "copied"} <= set(figures)
@@ -72,95 +85,71 @@ def test_every_row_is_measured(hdb, atlas, judges):
     assert results["reconstruction"]["perceptual_distance"][0] > 0
     assert results["true"]["feature_distance"][0] == pytest.approx(0, abs=1e-4)
     assert results["reconstruction"]["pixel_distance"][0] > 0
-    assert drawn["base"].shape == (PEOPLE, 2, 1, 3, 64, 64)
+    drawn = {name: rows.pictures(name, method, rows.steps(method), PEOPLE) for name, method in ROWS.items()}
+    assert all(pictures.shape == (PEOPLE, 2, 1, 3, 64, 64) for pictures in drawn.values())
     # the same network as "faithful" is the same row, drawn again: the rows share their seeds
     assert torch.equal(drawn["faithful"], drawn["prediction"])
-    assert not torch.equal(drawn["prediction"], drawn["base"])
-    assert markdown_table(results).count("\n") == len(protocol.ROWS) + 1
-    sheet = contact_sheet(atlas, drawn)
+    different = [drawn[name] for name in DRAWN]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(different, 2))
+    assert markdown_table(results).count("\n") == len(ROWS) + 1
+    sheet = contact_sheet(rows.atlas, drawn)
     assert sheet.width >= (1 + 1 + len(DRAWN)) * 128
     assert sheet.height >= PEOPLE * 128
 
 
-def test_a_picture_depends_on_its_person_prompt_and_number_alone(hdb, atlas):
-    loras = random_loras(hdb.backbone, PEOPLE)
-    whole = protocol.draw(hdb, atlas, loras, 2, True, "all")
-    torch.testing.assert_close(protocol.draw(hdb, atlas, loras, 2, True, "small batches", batch=5), whole, atol=1e-4, rtol=0)
-    two = protocol.draw(hdb, atlas.first(2), loras.map(lambda tensor: tensor[:2]), 2, True, "two people")
-    torch.testing.assert_close(two, whole[:2], atol=1e-4, rtol=0)
-    fewer = protocol.draw(hdb, atlas, loras, 1, True, "one picture")
+def test_a_guided_row_draws_the_updates_of_the_row_before_it(rows, monkeypatch, tmp_path):
+    alone = dataclasses.replace(rows, cache=tmp_path / "alone", tuned={})
+    alone.make("finetuned+guidance", ROWS["finetuned+guidance"], range(2))
+    rows.make("finetuned", ROWS["finetuned"], range(2))
+    monkeypatch.setattr(harness, "train", None)
+    rows.make("finetuned+guidance", ROWS["finetuned+guidance"], range(2))
+    both = [some.pictures("finetuned+guidance", ROWS["finetuned+guidance"], 2, 2) for some in (rows, alone)]
+    torch.testing.assert_close(*both, atol=2 / 127.5, rtol=0)
+    with pytest.raises(TypeError):  # others' updates aren't theirs
+        rows.make("finetuned+guidance", ROWS["finetuned+guidance"], range(2, PEOPLE))
+
+
+def test_a_picture_depends_on_its_person_prompt_and_number_alone(rows):
+    loras, twice = random_loras(rows.hdb.backbone, PEOPLE), dataclasses.replace(rows, count=2)
+    whole = twice.draw(range(PEOPLE), range(2), loras, True)
+    last = twice.draw([2], [1], loras.map(lambda tensor: tensor[2:]), True)
+    torch.testing.assert_close(last[0, 0], whole[2, 1], atol=1e-4, rtol=0)
+    fewer = rows.draw(range(PEOPLE), range(2), loras, True)
     torch.testing.assert_close(fewer, whole[:, :, :1], atol=1e-4, rtol=0)
     flat = whole.flatten(0, 2).flatten(1)
     assert len(torch.unique(flat, dim=0)) == len(flat)
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_everyone_gets_their_own_lora(hdb, atlas, guided):
-    loras = random_loras(hdb.backbone, PEOPLE)
+def test_everyone_gets_their_own_lora(rows, guided):
+    loras = random_loras(rows.hdb.backbone, PEOPLE)
     only = loras.map(lambda tensor: tensor * torch.tensor([0.0, 1.0, 0.0]).reshape(-1, 1, 1))
-    person = protocol.draw(hdb, atlas, only, 1, guided, "one person's")
-    nobody = protocol.draw(hdb, atlas, loras.scaled(0.0), 1, guided, "nobody's")
-    changed = (person - nobody).abs().amax((1, 2, 3, 4, 5)) > 1e-3
-    assert changed.tolist() == [False, True, False]
+    person, nobody = (rows.draw(range(PEOPLE), range(2), some, guided) for some in (only, loras.scaled(0.0)))
+    assert ((person - nobody).abs().amax((1, 2, 3, 4, 5)) > 1e-3).tolist() == [False, True, False]
 
 
-def test_the_others_of_a_batch_do_not_matter(hdb, atlas):
-    company = dataclasses.replace(atlas, references=torch.cat([atlas.references[:1], pixels(PEOPLE - 1, 900)]))
-    tuned = [protocol.finetuned_loras(hdb, some, protocol.predicted_loras(hdb, some), batch=PEOPLE) for some in (atlas, company)]
-    predicted = protocol.predicted_loras(hdb, atlas)
-    for path, lora in tuned[0].items():
-        torch.testing.assert_close(lora.delta()[0], tuned[1][path].delta()[0], atol=1e-6, rtol=1e-5)
-    assert any(not torch.allclose(lora.delta(), predicted[path].delta(), atol=1e-6) for path, lora in tuned[0].items())
+def test_people_are_fine_tuned_under_what_their_photos_show(rows):
+    def texts() -> list[list[str]]:
+        return dataclasses.replace(rows, texts={}).people(ROWS["finetuned"], range(PEOPLE))[0].prompt
+
+    assert texts() == [["a [V] face"]] * PEOPLE
+    rows.hdb.info.describe = [["a [V] face"], ["wearing a cap"]]
+    assert texts() == [["a [V] face wearing a cap"]] * PEOPLE
 
 
-def test_people_are_fine_tuned_under_what_their_photos_show(hdb, atlas):
-    predicted = protocol.predicted_loras(hdb, atlas)
-    plain = protocol.finetuned_loras(hdb, atlas, predicted)
-    hdb.info.describe = [["a [V] face"], ["wearing a cap"]]
-    described = protocol.finetuned_loras(hdb, atlas, predicted)
-    hdb.info.describe, hdb.prompt = [], "a [V] face wearing a cap"
-    told = protocol.finetuned_loras(hdb, atlas, predicted)
-    assert any(not torch.allclose(plain[path].delta(), described[path].delta(), atol=1e-6) for path in plain)
-    for path in told:
-        torch.testing.assert_close(told[path].delta(), described[path].delta())
+def test_a_row_that_needs_what_is_not_there_is_left_out(rows, judges):
+    few = dataclasses.replace(rows, judges=protocol.Judges(judges.recogniser, judges.classifier))
+    figures = few.figures("true", ROWS["true"], 0, PEOPLE)
+    assert "copied" not in figures
+    assert "| - |" in markdown_table({"true": figures})
 
 
-def test_people_of_a_batch_are_fine_tuned_as_if_alone(hdb, atlas):
-    predicted = protocol.predicted_loras(hdb, atlas)
-    together = protocol.finetuned_loras(hdb, atlas, predicted, batch=PEOPLE)
-    apart = protocol.finetuned_loras(hdb, atlas, predicted, batch=1)
-    for path, lora in together.items():
-        torch.testing.assert_close(lora.delta(), apart[path].delta(), atol=1e-5, rtol=1e-3)
-    assert any(not torch.allclose(lora.delta(), predicted[path].delta(), atol=1e-6) for path, lora in together.items())
-
-
-def test_an_interrupted_evaluation_goes_on(hdb, atlas, judges):
-    rows = ("true", "base", "prediction")
-    whole, _ = protocol.evaluate(hdb, atlas, judges, rows, pictures=1)
-    done: dict[str, object] = {}
-
-    def stop(row, figures):
-        done[row] = figures
-        if row == "base":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        protocol.evaluate(hdb, atlas, judges, rows, pictures=1, on_row=stop)
-    measured = []
-    results, drawn = protocol.evaluate(
-        hdb, atlas, judges, rows, pictures=1, done=json.loads(json.dumps(done)), on_row=lambda row, _: measured.append(row)
-    )
-    assert measured == ["prediction"]
-    assert list(drawn) == ["prediction"]
-    assert results == whole
-
-
-def test_a_row_that_needs_what_is_not_there_is_left_out(hdb, atlas, judges):
-    few = protocol.Judges(judges.recogniser, judges.classifier)
-    results, _ = protocol.evaluate(hdb, atlas, few, ("true", "faithful"), pictures=1)
-    assert list(results) == ["true"]
-    assert "copied" not in results["true"]
-    assert "| - |" in markdown_table(results)
+def test_faithful_pictures_are_drawn_again_for_other_faithful_weights_and_no_others(rows):
+    for name in ("prediction", "faithful"):
+        rows.make(name, ROWS[name], range(PEOPLE))
+    other = dataclasses.replace(rows, faithful_stamp="other")
+    assert other.missing("prediction", ROWS["prediction"], range(PEOPLE), [0]) == []
+    assert other.missing("faithful", ROWS["faithful"], range(PEOPLE), [0]) == [0, 1, 2]
 
 
 def test_an_atlas_is_read_as_it_was_packed(tmp_path, atlas):
@@ -176,7 +165,10 @@ def test_an_atlas_is_read_as_it_was_packed(tmp_path, atlas):
     assert (found.prompts, found.asked, found.seen, found.people) == (atlas.prompts, atlas.asked, atlas.seen, atlas.people)
     assert found.first(2).people == [7, 8]
     assert len(found.first(2).truths) == 2
-    assert found.first(None) is found
+    assert found.first(None).people == found.people
+    few = found.only([1])
+    assert (few.prompts, few.asked, few.seen) == (atlas.prompts[1:], atlas.asked[1:], atlas.seen[1:])
+    assert torch.equal(few.truths, found.truths[:, 1:])
     with pytest.raises(InputError, match="missing"):
         load_atlas(tmp_path, "other")
 
@@ -200,10 +192,11 @@ def test_the_plan_gives_each_person_two_different_photos():
     assert jobs[:each] == world.plan(pictures.FIRST["test"], 1)
 
 
-def test_pictures_that_are_not_numbers_are_refused(hdb, atlas, judges):
-    broken = dataclasses.replace(atlas, truths=atlas.truths * float("nan"))
+def test_pictures_that_are_not_numbers_are_refused(rows):
+    with torch.no_grad():
+        rows.hdb.source.hypernetwork.start += float("nan")
     with pytest.raises(InputError, match="finite"):
-        protocol.evaluate(hdb, broken, judges, ("true",))
+        rows.make("prediction", ROWS["prediction"], range(PEOPLE))
 
 
 def test_the_fingerprint_changes_with_any_weight_or_picture(hdb, atlas, judges):
@@ -218,11 +211,6 @@ def test_the_fingerprint_changes_with_any_weight_or_picture(hdb, atlas, judges):
 
 
 SHORT = {name: dataclasses.replace(method, steps=min(method.steps, 3)) for name, method in METHODS.items()}
-
-
-@pytest.fixture
-def bench(hdb, atlas, judges, tmp_path) -> harness.Bench:
-    return harness.Bench(hdb, atlas, judges, tmp_path / "cache", "tiny", faithful=hdb)
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.steps])
@@ -275,13 +263,6 @@ def test_the_comparison_measures_everything_and_goes_on(bench, monkeypatch):
     harness.compare(bench, methods, timings, PEOPLE, lambda *state: again.append(state), together=2)
     assert again == saved
     json.dumps(saved, allow_nan=False)
-
-
-def test_a_prediction_is_drawn_as_the_protocol_draws_it(bench):
-    bench.make("hypernetwork", METHODS["hypernetwork"], range(PEOPLE))
-    mine = bench.pictures("hypernetwork", METHODS["hypernetwork"], 0, PEOPLE)
-    theirs = protocol.draw(bench.hdb, bench.atlas, protocol.predicted_loras(bench.hdb, bench.atlas), 1, False, "prediction")
-    torch.testing.assert_close(mine[:, : len(PROMPTS)], theirs[:, :, 0], atol=1 / 127, rtol=0)
 
 
 def test_figures_are_of_the_people_that_are_done_among_all_in_the_gallery(bench):
@@ -365,6 +346,8 @@ def test_two_results_are_compared(tmp_path, capsys):
     assert main(["evaluate"]) == 2
     assert main(["evaluate", "--methods", "magic", "-o", str(tmp_path / "e.json")]) == 2
     assert "'magic' is no method" in capsys.readouterr().err
+    assert main(["evaluate", "--methods", "all", "--rows", "base", "-o", str(tmp_path / "e.json")]) == 2
+    assert "--rows can't be given with --methods" in capsys.readouterr().err
 
 
 def test_a_plot_shows_every_line_and_takes_zeros():

@@ -22,7 +22,8 @@ from hyperdreambooth.assets import toon
 from hyperdreambooth.checkpoint import read_tensors
 from hyperdreambooth.data import IdentityData
 from hyperdreambooth.evaluation.atlas import Atlas, load_atlas
-from hyperdreambooth.evaluation.evaluate import Judges, draw, judge, predicted_loras
+from hyperdreambooth.evaluation.evaluate import Judges, judge, predicted_loras
+from hyperdreambooth.evaluation.harness import Bench
 from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.lightweight import LightweightLora
 from hyperdreambooth.lora import Hooks, LoraSet
@@ -100,9 +101,11 @@ def main() -> None:
     judges = Judges(*(Judge.from_pretrained(toon.directory(name)) for name in ("recogniser", "classifier")), strangers=strangers)
     rebuilt = torch.cat([hdb.backbone.decode_images(hdb.backbone.encode_images(part)) for part in atlas.truths.flatten(0, 1).split(64)])
     rows = {"true": atlas.truths[:, :, None], "reconstruction": rebuilt.unflatten(0, atlas.truths.shape[:2])[:, :, None]}
+    bench = Bench(hdb, atlas, judges, folder, "", extras=False)
+    everyone, prompts = range(len(atlas.people)), range(len(atlas.prompts))
     for name, loras in (("prediction", predicted_loras(hdb, atlas)), ("optimized tokens", optimized(hdb, atlas, args.steps))):
         for guided in (False, True):
-            rows[name + (" + guidance" if guided else "")] = draw(hdb, atlas, loras, 1, guided, name)
+            rows[name + (" + guidance" if guided else "")] = bench.draw(everyone, prompts, loras, guided)
     for name, images in rows.items():
         figures = judge(images, atlas, judges)
         shown = ("rank1", "rank1_crowd", "context_seen", "context_held_out", "perceptual_distance")

@@ -12,7 +12,7 @@ import inspect
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -53,25 +53,21 @@ def plainly(action: Callable[..., Any]) -> Callable[..., Any]:
         text = "Something went wrong on the server, whose log says what. Nothing that you made is lost: try again."
         return gr.Error(text, duration=None, print_exception=False)
 
-    if inspect.isgeneratorfunction(action):
-
-        @functools.wraps(action)
-        def steps(self: Actions, *args: Any) -> Iterator[Any]:
-            try:
-                yield from action(self, *args)
-            except Exception as error:
-                raise sentence(self, error) from None
-
-        return steps
-
     @functools.wraps(action)
-    def call(self: Actions, *args: Any) -> Any:
+    def call(self: Actions, *args: Any, **named: Any) -> Any:
         try:
-            return action(self, *args)
+            return action(self, *args, **named)
         except Exception as error:
             raise sentence(self, error) from None
 
-    return call
+    @functools.wraps(action)
+    def steps(self: Actions, *args: Any, **named: Any) -> Iterator[Any]:
+        try:
+            yield from action(self, *args, **named)
+        except Exception as error:
+            raise sentence(self, error) from None
+
+    return steps if inspect.isgeneratorfunction(action) else call
 
 
 def bar(text: str, done: float = 0, total: float = 0) -> str:
@@ -80,12 +76,16 @@ def bar(text: str, done: float = 0, total: float = 0) -> str:
     return f'<div role="status" class="hdb-status">{progress}<span>{html.escape(text)}</span></div>'
 
 
+def example_files() -> list[Path]:
+    """The shipped example faces."""
+    return sorted(toon.directory("faces").glob("face-*.png"))
+
+
 def example_face(number: float) -> Image.Image:
     """A shipped example face, from 1. Raises InputError where there is none of that number."""
-    file = toon.directory("faces") / f"face-{int(number):02d}.png"
-    if not file.is_file():
+    if not 1 <= number <= len(example_files()):
         raise InputError(f"there is no example face {int(number)}. Take one of those that are shown.")
-    return photos.load_photo(file)
+    return photos.load_photo(example_files()[int(number) - 1])
 
 
 class Actions:
@@ -207,8 +207,10 @@ class Actions:
 
     def _preview(self, visit: Visit, person: PersonalLora | LoraSet, label: str) -> Shown:
         """The person as such, drawn in the model's thread."""
-        image = self.hdb.generate(self.hdb.prompt, person, seed=0)[0]
-        return [(str(self._keep(visit, image, self.hdb.prompt, 0, label).file), label)]
+        prompt = self.hdb.prompt
+        image = self.hdb.generate(prompt, person, seed=0)[0]
+        metadata = self.hdb.picture_metadata(prompt, 0, self.hdb.generate_config(), [("person", 1.0)])
+        return [(self._keep(visit, image, prompt, 0, label, metadata), label)]
 
     def _fine_tune(self, visit: Visit, total: int, shown: Shown) -> Iterator[tuple[str, Shown]]:
         """Shows the steps as they are made; where nobody listens any more, they end."""
@@ -281,19 +283,17 @@ class Actions:
         prompts: str,
         seed: float,
         count: float,
-        strength: float,
-        guidance: float,
-        identity: float,
-        steps: float,
-        scheduler: str,
         styles: list[str] | None,
         style_weight: float,
         compare: bool,
         request: gr.Request,
+        **settings: Any,
     ) -> Iterator[tuple[str, Shown]]:
         """Draws every prompt (a line each) `count` times; each picture is shown as soon as it is there.
 
-        compare: also without the LoRA and, where there is one, with the prediction alone, from the same seed.
+        Args:
+            compare: also without the LoRA and, where there is one, with the prediction alone, from the same seed.
+            settings: strength, guidance, identity (0 is none), steps, scheduler ("" is the base's own).
         """
         visit = self.visit(request)
         wanted = [line.strip() for line in prompts.splitlines() if line.strip()]
@@ -309,49 +309,35 @@ class Actions:
         orders = [(prompt, int(seed) + i, label, person) for prompt in wanted for i in range(int(count)) for label, person in who]
         if len(orders) > MAX_PICTURES:
             raise InputError(f"{len(orders)} pictures are more than {MAX_PICTURES}. Ask for fewer prompts or fewer pictures of each.")
-        config = self.hdb.generate_config(
-            strength=strength,
-            guidance=guidance,
-            identity_guidance=identity or "off",
-            steps=int(steps),
-            scheduler=scheduler or None,
-        )
+        settings |= {"steps": int(settings["steps"]), "scheduler": settings["scheduler"] or None}
+        config = self.hdb.generate_config(identity_guidance=settings.pop("identity") or "off", **settings)
         files = [(file, style_weight) for file in styles or []]
+        loras = [(Path(file).name, weight) for file, weight in files]
+        shown: Shown = []
         with visit.job():
-            shown: Shown = []
             yield bar("Drawing ...", 0, len(orders)), shown
             for prompt, number, label, person in orders:
                 if visit.stop.is_set():
                     break
                 image = self._on_model(self.hdb.generate, prompt, person, seed=number, styles=files, config=config)[0]
-                loras = [("person", strength), *((Path(file).name, weight) for file, weight in files)]
-                picture = self._keep(visit, image, prompt, number, label, config, loras if person else loras[1:])
-                shown.append((str(picture.file), f"{label}: " * bool(label) + f"{prompt} (seed {number})"))
+                used = [("person", config.strength), *loras] if person else loras
+                file = self._keep(visit, image, prompt, number, label, self.hdb.picture_metadata(prompt, number, config, used))
+                shown.append((file, f"{label}: " * bool(label) + f"{prompt} (seed {number})"))
                 yield bar(f"{len(shown)} of {len(orders)} pictures", len(shown), len(orders)), shown
             yield (
                 bar(f"{len(shown)} of {len(orders)} pictures. Each says in its metadata how it was made, and that it is generated."),
                 shown,
             )
 
-    def _keep(
-        self,
-        visit: Visit,
-        image: Any,
-        prompt: str,
-        seed: int,
-        label: str = "",
-        config: Any = None,
-        loras: Sequence[tuple[str, float]] = (("person", 1.0),),
-    ) -> Picture:
+    def _keep(self, visit: Visit, image: Image.Image, prompt: str, seed: int, label: str, metadata: dict[str, str]) -> str:
+        """Writes a picture that was made, and forgets the oldest beyond KEPT."""
         name = "-".join(part for part in (prompt.replace("[V]", "person"), label, f"seed {seed}") if part)
         file = visit.fresh() / ("".join(c if c.isalnum() else "-" for c in name)[:80] + ".png")
-        metadata = self.hdb.picture_metadata(prompt, seed, config or self.hdb.generate_config(), loras)
-        picture = Picture(photos.save_png(image, file, metadata), prompt, seed, label)
-        visit.pictures.append(picture)
+        visit.pictures.append(Picture(photos.save_png(image, file, metadata), prompt, seed, label))
         for old in visit.pictures[:-KEPT]:
             old.file.unlink(missing_ok=True)
         del visit.pictures[:-KEPT]
-        return picture
+        return str(file)
 
     @plainly
     def take(self, request: gr.Request) -> list[str]:

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +24,34 @@ from ..api import HyperDreamBooth
 from ..assets import toon
 from ..errors import InputError
 from .actions import Actions
-from .page import CSS, build, theme
+from .page import CSS, HEAD, build, theme
 from .sessions import Guard, Visits
 
 SWEEP = 60
 """Seconds between two looks for visits that are over."""
 
 
+@dataclass
 class Server:
     """A running page. `url` is where; `close` ends it and deletes all that was uploaded and made."""
 
-    def __init__(self, page: gr.Blocks, url: str, visits: Visits, cache: str | None):
-        self.page, self.url, self.visits, self.cache = page, url, visits, cache
+    page: gr.Blocks
+    url: str
+    visits: Visits
+    cache: str | None
 
     def close(self) -> None:
         for session in list(self.visits.visits):
             self.visits.end(session)
         self.page.close(verbose=False)
-        shutil.rmtree(self.visits.root, ignore_errors=True)
-        restore(self.cache)
+        clean(self.visits, self.cache)
 
 
-def restore(cache: str | None) -> None:
-    """Gradio knows the folder of its files by the environment: gives it back to whoever had it."""
+def clean(visits: Visits, cache: str | None) -> None:
+    """Deletes all files, and gives the environment's name of Gradio's folder back to whoever had it."""
+    shutil.rmtree(visits.root, ignore_errors=True)
     os.environ.pop("GRADIO_TEMP_DIR", None)
-    if cache is not None:
-        os.environ["GRADIO_TEMP_DIR"] = cache
+    os.environ |= {"GRADIO_TEMP_DIR": cache} if cache is not None else {}
 
 
 def start(
@@ -107,11 +110,11 @@ def start(
             state_session_capacity=100,
             theme=theme(),
             css=CSS,
+            head=HEAD,
             app_kwargs={"middleware": gates, "lifespan": lifespan},
         )
     except OSError as error:
-        shutil.rmtree(visits.root, ignore_errors=True)
-        restore(cache)
+        clean(visits, cache)
         raise InputError(f"port {port or '7860 and the hundred after it'} can't be used on {host}. Give another with --port.") from error
     return Server(page, url, visits, cache)
 

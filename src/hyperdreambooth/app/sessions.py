@@ -16,13 +16,15 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect, Request, cookie_parser
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
 from ..errors import InputError
@@ -39,10 +41,6 @@ CONTENT_POLICY = (
     "frame-ancestors 'self'; form-action 'self'; base-uri 'self'"
 )
 """The browser itself sees to it that the page loads from and sends to this server alone."""
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Scope]]
-Send = Callable[[Scope], Awaitable[None]]
 
 
 @dataclass
@@ -177,26 +175,25 @@ class Visits:
 class Guard:
     """Middleware in front of Gradio: gives visitors their cookie, and refuses them what isn't theirs."""
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], visits: Visits):
+    def __init__(self, app: ASGIApp, visits: Visits):
         self.app, self.visits = app, visits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        known = visitor(headers.get(b"cookie", b"").decode("latin-1"))
+        request, path = Request(scope, receive), str(scope["path"])
+        known = visitor(request.headers.get("cookie", ""))
         owner = known or secrets.token_urlsafe(24)
-        path = str(scope["path"])
         body = b""
 
-        async def answer(message: Scope) -> None:
+        async def answer(message: Message) -> None:
             nonlocal body
             if message["type"] == "http.response.start":
-                extra = [(b"content-security-policy", CONTENT_POLICY.encode()), (b"referrer-policy", b"no-referrer")]
+                headers = MutableHeaders(scope=message)
+                headers.update({"content-security-policy": CONTENT_POLICY, "referrer-policy": "no-referrer"})
                 if known is None:
-                    extra.append((b"set-cookie", f"{COOKIE}={owner}; Path=/; HttpOnly; SameSite=Strict".encode()))
-                message["headers"] = [*message["headers"], *extra]
+                    headers.append("set-cookie", f"{COOKIE}={owner}; Path=/; HttpOnly; SameSite=Strict")
             elif path.endswith("/upload"):
                 body += message.get("body", b"")
                 if not message.get("more_body"):
@@ -204,75 +201,50 @@ class Guard:
                         self.visits.uploaded(owner, json.loads(body))
             await send(message)
 
+        files: Iterable[str] = ()
         if any(part in path for part in ("/proxy=", "/component_server", "/deep_link", "/stream/")):
-            await refuse(answer, 404, "not found")
-        elif "/file=" in path or "/file/" in path:
-            if self.visits.may_read(owner, path.split("/file", 1)[1][1:]):
-                await self.app(scope, receive, answer)
-            else:
-                await refuse(answer, 403, "this file isn't yours")
-        elif scope["method"] == "POST" and headers.get(b"content-type", b"").startswith(b"application/json"):
-            content, whole = await read_body(receive)
-            if not whole:
-                await refuse(answer, 413, "too long")
-            elif not all(self.visits.may_read(owner, name) for name in paths_in(content)):
-                await refuse(answer, 403, "this file isn't yours")
-            else:
-                await self.app(scope, again(content, receive), answer)
-        else:
-            await self.app(scope, receive, answer)
+            await PlainTextResponse("not found", 404)(scope, receive, answer)
+            return
+        if "/file=" in path or "/file/" in path:
+            files = [path.split("/file", 1)[1][1:]]
+        elif request.method == "POST" and request.headers.get("content-type", "").startswith("application/json"):
+            content = b""
+            with contextlib.suppress(ClientDisconnect):
+                async for chunk in request.stream():
+                    content += chunk
+                    if len(content) > MAX_BODY:
+                        await PlainTextResponse("too long", 413)(scope, receive, answer)
+                        return
+            files, receive = paths_in(content), again(content, receive)
+        allowed = all(self.visits.may_read(owner, file) for file in files)
+        await (self.app if allowed else PlainTextResponse("this file isn't yours", 403))(scope, receive, answer)
 
 
 def visitor(cookies: str) -> str | None:
     """The visitor of a cookie header."""
-    try:
-        found = SimpleCookie(cookies).get(COOKIE)
-    except CookieError:
-        return None
-    return found.value if found and len(found.value) >= 32 else None
-
-
-async def read_body(receive: Receive) -> tuple[bytes, bool]:
-    """A request's body, and whether it is whole: reading ends at MAX_BODY."""
-    content = b""
-    while len(content) <= MAX_BODY:
-        message = await receive()
-        content += message.get("body", b"")
-        if not message.get("more_body"):
-            return content, True
-    return content, False
+    found = cookie_parser(cookies).get(COOKIE, "")
+    return found if len(found) >= 32 else None
 
 
 def again(content: bytes, receive: Receive) -> Receive:
     """`receive` with the body that was read already put before it."""
-    sent = False
+    waiting: list[Message] = [{"type": "http.request", "body": content}]
 
-    async def first() -> Scope:
-        nonlocal sent
-        if sent:
-            return await receive()
-        sent = True
-        return {"type": "http.request", "body": content, "more_body": False}
+    async def first() -> Message:
+        return waiting.pop() if waiting else await receive()
 
     return first
 
 
-def paths_in(content: bytes) -> Iterator[str]:
+def paths_in(content: bytes) -> list[str]:
     """Every file that a call's JSON names; none where it isn't JSON, which Gradio refuses itself."""
-    try:
-        stack = [json.loads(content)]
-    except (ValueError, RecursionError):
-        return
-    while stack:
-        value = stack.pop()
-        if isinstance(value, dict):
-            if isinstance(value.get("path"), str):
-                yield value["path"]
-            stack.extend(value.values())
-        elif isinstance(value, list):
-            stack.extend(value)
+    found: list[str] = []
 
+    def look(value: dict[str, object]) -> None:
+        if isinstance(path := value.get("path"), str):
+            found.append(path)
 
-async def refuse(send: Send, status: int, why: str) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain; charset=utf-8")]})
-    await send({"type": "http.response.body", "body": why.encode()})
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(content, object_hook=look)
+        return found
+    return []

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 
-from ..evaluation import Request
-from .options import Command, Output
+from ..errors import InputError
+from ..evaluation.request import Request
+from .options import Command
 
 
 @dataclass
@@ -22,8 +22,6 @@ class Evaluate(Request, Command):
 
     words: tyro.conf.Positional[tuple[str, ...]] = ()
     """compare A.json B.json: which figures of two results differ beyond their intervals."""
-    output: Output = Path("fidelity.json")
-    """The JSON file to write; rows that are in it already are kept."""
 
 
 def run(args: Evaluate) -> None:
@@ -31,5 +29,7 @@ def run(args: Evaluate) -> None:
 
     if args.words:
         command.compare(args.words)
+    elif args.output is None:
+        raise InputError("where do the figures go? Give -o FILE.json.")
     else:
-        command.run(args, args.machine.open)
+        command.run(args, args.output, args.machine.open)

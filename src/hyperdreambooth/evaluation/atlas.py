@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,16 +36,13 @@ class Atlas:
 
     def first(self, count: int | None) -> Atlas:
         """Only the first people."""
-        if count is None:
-            return self
-        return Atlas(
-            self.references[:count], self.gallery[:count], self.truths[:count], self.prompts, self.asked, self.seen, self.people[:count]
-        )
+        few: dict[str, Any] = {name: getattr(self, name)[:count] for name in ("references", "gallery", "truths", "people")}
+        return dataclasses.replace(self, **few)
 
     def only(self, prompts: Sequence[int]) -> Atlas:
         """Only these prompts, by number."""
-        texts, asked, seen = [self.prompts[p] for p in prompts], [self.asked[p] for p in prompts], [self.seen[p] for p in prompts]
-        return Atlas(self.references, self.gallery, self.truths[:, list(prompts)], texts, asked, seen, self.people)
+        few: dict[str, Any] = {name: [getattr(self, name)[prompt] for prompt in prompts] for name in ("prompts", "asked", "seen")}
+        return dataclasses.replace(self, truths=self.truths[:, list(prompts)], **few)
 
 
 def load_atlas(folder: str | Path, split: str) -> Atlas:

@@ -18,99 +18,107 @@ from ..assets import toon
 from ..checkpoint import read_json, read_tensors, write_json
 from ..errors import InputError
 from ..progress import say
-from . import Request, harness, report
+from . import harness, report
 from .atlas import Atlas, load_atlas
-from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, ROWS, Judges, environment, evaluate, fingerprint
+from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, Judges, environment, fingerprint
+from .harness import Bench
 from .judges import Judge
-from .methods import METHODS, Method
+from .methods import METHODS, ROWS, Method
+from .request import Request
 
-COLUMNS = {
+COLUMNS = (
+    *("rank1", "rank1_crowd", "rank1_lookalikes", "similarity", "context_seen", "context_held_out"),
+    *("perceptual_distance", "pixel_distance", "copied"),
+)
+COMPARED = (
+    *("rank1", "rank1_crowd", "auc", "similarity", "context", "perceptual_distance"),
+    *("leakage", "prior_drift", "diversity", "steps", "seconds", "numbers"),
+)
+"""Columns of the comparison of methods."""
+TITLES = {
     "rank1": "rank-1",
     "rank1_crowd": "in the crowd",
     "rank1_lookalikes": "among look-alikes",
-    "similarity": "similarity",
     "context_seen": "context, seen",
     "context_held_out": "context, held out",
-    "perceptual_distance": "perceptual distance",
-    "pixel_distance": "pixel distance",
     "copied": "copies",
-}
-
-COMPARED = {
-    **{key: COLUMNS[key] for key in ("rank1", "rank1_crowd")},
     "auc": "AUC",
-    "similarity": "similarity",
-    "context": "context",
-    "perceptual_distance": "perceptual distance",
-    "leakage": "leakage",
-    "prior_drift": "prior drift",
-    "diversity": "diversity",
-    "steps": "steps",
-    "seconds": "seconds",
     "numbers": "trained numbers",
 }
-"""Columns of the comparison of methods."""
-
+"""Of columns whose names don't say it."""
+TOGETHER = 10
+"""People of a row who are fine-tuned side by side."""
 SHEET = ("base", "prediction", "prediction+guidance", "finetuned", "finetuned+guidance")
 """Rows on the contact sheet."""
 
 
-def run(args: Request, open_base: Callable[[str, str], HyperDreamBooth]) -> None:
-    """Measures; keeps rows that the output has already, unless `overwrite`."""
-    unknown = set(args.rows) - set(ROWS)
-    if unknown:
-        raise InputError(f"{min(unknown)} is no row; there are {', '.join(ROWS)}.")
-    chosen = chosen_methods(args) if args.methods or args.search or args.quick else {}
+def run(args: Request, output: Path, open_base: Callable[[str, str], HyperDreamBooth]) -> None:
+    """Measures; keeps what the output has already, unless `overwrite`."""
+    methods = chosen_methods(args)
+    compared = bool(args.methods or args.search or args.quick)
     hdb = open_base("toon", "auto")
-    atlas = load_atlas(args.atlas, args.split)
+    atlas = load_atlas(args.atlas, args.split).first(None if compared else args.people)
     files = [args.atlas / f"{name}.safetensors" for name in ("training", "strangers")]
     known = [read_tensors(file)[0]["embeddings"].float() if file.is_file() else None for file in files]
     judges = Judges(Judge.from_pretrained(toon.directory("recogniser")), Judge.from_pretrained(toon.directory("classifier")), *known)
     folder = args.faithful or Path("benchmarks/faithful")
-    asked = any(method.faithful for method in chosen.values()) if chosen else "faithful" in (args.rows or ROWS)
+    asked = any(method.faithful for method in methods.values())
     faithful = open_base("toon", str(folder)) if asked and folder.is_dir() else None
-    if not chosen:
-        atlas = atlas.first(args.people)
+    if faithful is None:
+        methods = {name: method for name, method in methods.items() if not method.faithful}
+    personalize = json.loads(json.dumps(dataclasses.asdict(hdb.personalize_config())))
     settings = {
         "split": args.split,
         "people": len(atlas.people),
         "pictures": args.pictures,
-        "personalize": _fields(hdb.personalize_config()),
+        "personalize": {name: value for name, value in personalize.items() if name != "origins"},
         "denoising_steps": hdb.generate_config().steps,
         "guidance": GUIDANCE,
         "identity_guidance": IDENTITY_GUIDANCE,
         "weights": fingerprint(hdb, atlas, judges),
     }
+    stamp = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    bench = Bench(hdb, atlas, judges, output.with_suffix(".cache"), stamp, faithful, count=args.pictures, extras=compared)
     if faithful is not None:
-        settings["faithful"] = fingerprint(faithful, atlas, judges)
-    about = {"command": " ".join(["hyperdreambooth", *sys.argv[1:]]), **environment(hdb)}
-    if chosen:
-        stamp = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        bench = harness.Bench(hdb, atlas, judges, args.output.with_suffix(".cache"), stamp, faithful)
-        run_methods(args, bench, chosen, about | {"settings": settings})
-        return
-    done: dict[str, Any] = {}
-    if args.output.is_file() and not args.overwrite:
-        before = json.loads(args.output.read_text(encoding="utf-8"))
-        settings = {**before["settings"], **settings}  # of faithful weights too, where this run doesn't measure them
-        if "methods" in before or any(before["settings"].get(name, value) != value for name, value in settings.items()):
-            raise InputError(f"{args.output} was measured with other settings or weights. Give --overwrite, or another path.")
-        done = before["rows"]
+        settings["faithful"] = bench.faithful_stamp = fingerprint(faithful, atlas, judges)
+    about = {"command": " ".join(["hyperdreambooth", *sys.argv[1:]]), **environment(hdb), "settings": settings}
+    form = run_search if args.search else run_methods if compared else run_rows
+    form(args, output, bench, methods, about)
 
-    def save(row: str, figures: dict[str, Any]) -> None:
-        done[row] = figures
-        write_json(args.output, {**about, "settings": settings, "rows": {name: done[name] for name in ROWS if name in done}})
 
-    _, drawn = evaluate(hdb, atlas, judges, args.rows or ROWS, pictures=args.pictures, faithful=faithful, done=done, on_row=save)
-    table = markdown_table(done)
+def kept(args: Request, output: Path, about: dict[str, Any], kind: str) -> dict[str, Any]:
+    """What the output has already. Raises InputError where that is of another kind, or was measured with other settings or weights."""
+    before = read_json(output) if output.is_file() and not args.overwrite else {}
+    found = next((name for name in ("methods", "rows", "search") if name in before), "")  # a comparison has all three
+    settings = before.get("settings")
+    if before and (found != kind or not settings or any(settings.get(name, value) != value for name, value in about["settings"].items())):
+        raise InputError(f"{output} was measured with other settings or weights. Give --overwrite, or another path.")
+    return before
+
+
+def run_rows(args: Request, output: Path, bench: Bench, methods: dict[str, Method], about: dict[str, Any]) -> None:
+    """Measures this project's own rows; writes JSON, a table and a contact sheet."""
+    before, people = kept(args, output, about, "rows"), len(bench.atlas.people)
+    about["settings"] = {**before.get("settings", {}), **about["settings"]}  # of faithful weights too, where this run doesn't measure them
+    rows = before.get("rows", {})
+    methods = {name: method for name, method in methods.items() if name not in rows}
+    for start in range(0, people, TOGETHER):
+        for name, method in methods.items():
+            bench.make(name, method, range(start, min(start + TOGETHER, people)))
+    for name, method in methods.items():
+        rows[name] = bench.figures(name, method, bench.steps(method), people)
+        write_json(output, {**about, "rows": {name: rows[name] for name in ROWS if name in rows}})
+    table = markdown_table(rows)
     say(table)
-    args.output.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
-    # pictures aren't kept: a run that only went on would overwrite the whole sheet with a part of it
-    if drawn and all(name in drawn for name in SHEET if name in done):
-        sheet = args.output.with_suffix(".png")
-        photos.save_png(contact_sheet(atlas, drawn), sheet, {"ai_generated": "true"}, overwrite=True)
+    output.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+    shown = [name for name in SHEET if name in rows]
+    # rows that were measured elsewhere came without their pictures: a part of the sheet wouldn't replace the whole
+    if shown and not any(bench.missing(name, ROWS[name], range(people), [bench.steps(ROWS[name])]) for name in shown):
+        drawn = {name: bench.pictures(name, ROWS[name], bench.steps(ROWS[name]), people) for name in shown}
+        sheet = output.with_suffix(".png")
+        photos.save_png(contact_sheet(bench.atlas, drawn), sheet, {"ai_generated": "true"}, overwrite=True)
         say(f"{sheet}: the first people")
-    say(f"{args.output}: all figures")
+    say(f"{output}: all figures")
 
 
 def compare(words: Sequence[str]) -> None:
@@ -124,12 +132,16 @@ def compare(words: Sequence[str]) -> None:
 
 
 def chosen_methods(args: Request) -> dict[str, Method]:
-    """The methods that are asked for, with the settings that a search found, and few steps where it must be quick."""
-    names = METHODS if not args.methods or args.methods == ("all",) else args.methods
-    unknown = [name for name in names if name not in METHODS]
+    """What is asked for: rows, or methods with the settings that a search found, and few steps where it must be quick."""
+    known, names, kind = ROWS, args.rows or tuple(ROWS), "row"
+    if args.methods or args.search or args.quick:
+        if args.rows:
+            raise InputError("--rows can't be given with --methods, --search or --quick: a result has rows or methods.")
+        known, names, kind = METHODS, tuple(METHODS) if args.methods in ((), ("all",)) else args.methods, "method"
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise InputError(f"{unknown[0]!r} is no method; there are {', '.join(METHODS)}.")
-    methods = {name: METHODS[name] for name in names}
+        raise InputError(f"{unknown[0]!r} is no {kind}; there are {', '.join(known)}.")
+    methods = {name: known[name] for name in names}
     if args.settings:
         methods = harness.with_settings(methods, read_json(args.settings).get("search", {}))
     if args.quick:
@@ -137,24 +149,25 @@ def chosen_methods(args: Request) -> dict[str, Method]:
     return {name: method for name, method in methods.items() if method.rates} if args.search else methods
 
 
-def run_methods(args: Request, bench: harness.Bench, methods: dict[str, Method], about: dict[str, Any]) -> None:
-    """Searches or compares, and writes what it has after every few people: JSON, a table, and a report."""
-    before = read_json(args.output) if args.output.is_file() and not args.overwrite else {}
-    if before and (before["settings"] != about["settings"] or ("search" if args.search else "methods") not in before):
-        raise InputError(f"{args.output} was measured with other settings or weights. Give --overwrite, or another path.")
-    people = args.people or (2 if args.quick else len(bench.atlas.people))
-    if args.search:
-        found = before.get("search", {})
-        few = dataclasses.replace(bench, atlas=bench.atlas.only(range(0, len(bench.atlas.prompts), 2)), extras=False)
-        for name, method in methods.items():
-            say(name)
-            found[name] = found.get(name) or harness.search(few, method, name, people)
-            write_json(args.output, {**about, "people": people, "search": found})
-        say(f"{args.output}: all that was tried, and the best of it")
-        return
-    if bench.faithful is None:
-        methods = {name: method for name, method in methods.items() if not method.faithful}
-    timings = before.get("timings", {})
+def run_search(args: Request, output: Path, bench: Bench, methods: dict[str, Method], about: dict[str, Any]) -> None:
+    """Searches the methods' settings, and writes what it has after each method."""
+    found, people = kept(args, output, about, "search").get("search", {}), how_many(args, bench)
+    few = dataclasses.replace(bench, atlas=bench.atlas.only(range(0, len(bench.atlas.prompts), 2)), extras=False)
+    for name, method in methods.items():
+        say(name)
+        found[name] = found.get(name) or harness.search(few, method, name, people)
+        write_json(output, {**about, "people": people, "search": found})
+    say(f"{output}: all that was tried, and the best of it")
+
+
+def how_many(args: Request, bench: Bench) -> int:
+    """The people who are personalized; the others fill the gallery up."""
+    return args.people or (2 if args.quick else len(bench.atlas.people))
+
+
+def run_methods(args: Request, output: Path, bench: Bench, methods: dict[str, Method], about: dict[str, Any]) -> None:
+    """Compares, and writes what it has after every few people: JSON, a table, and a report."""
+    timings = kept(args, output, about, "methods").get("timings", {})
     if not {name for name, method in methods.items() if bench.steps(method)} <= set(timings):
         timings = harness.timed(bench, methods)
     settings = {name: dataclasses.asdict(method) for name, method in methods.items()}
@@ -162,7 +175,7 @@ def run_methods(args: Request, bench: harness.Bench, methods: dict[str, Method],
 
     def save(rows: dict[str, Any], curves: dict[str, Any], done: int) -> None:
         figures = {**about, "methods": settings, "people": done, "timings": timings, "rows": rows, "curves": curves, "search": searched}
-        write_json(args.output, figures)
+        write_json(output, figures)
         table = markdown_table(rows, COMPARED)
         texts = {
             ".md": table + "\n",
@@ -171,21 +184,17 @@ def run_methods(args: Request, bench: harness.Bench, methods: dict[str, Method],
         if curves:
             texts[".svg"] = report.curves(curves, "seconds")
         for suffix, text in texts.items():
-            args.output.with_suffix(suffix).write_text(text, encoding="utf-8")
-        say(f"{args.output}, .md and .html: {done} people")
+            output.with_suffix(suffix).write_text(text, encoding="utf-8")
+        say(f"{output}, .md and .html: {done} people")
 
-    harness.compare(bench, methods, timings, people, save)
-    say(markdown_table(read_json(args.output)["rows"], COMPARED))
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {name: value for name, value in values.items() if name != "origins"}
+    harness.compare(bench, methods, timings, how_many(args, bench), save)
+    say(markdown_table(read_json(output)["rows"], COMPARED))
 
 
-def markdown_table(rows: dict[str, Any], columns: dict[str, str] = COLUMNS) -> str:
+def markdown_table(rows: dict[str, Any], columns: Sequence[str] = COLUMNS) -> str:
     """Rows x figures with their 95 % intervals; shares in per cent."""
-    lines = ["| row | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    titles = [TITLES.get(key, key.replace("_", " ")) for key in columns]
+    lines = ["| row | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in [name for name in dict.fromkeys((*ROWS, *METHODS)) if name in rows]:
         cells = [_cell(rows[name].get(key), key) for key in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -15,9 +15,8 @@ from ..api import HyperDreamBooth
 from ..assets import toon
 from ..checkpoint import write_atomically
 from ..errors import InputError
-from ..personal_lora import PersonalLora
 from ..progress import say
-from .report import STYLE, cells, embedded
+from .report import cells, document, embedded
 
 
 def demo(hdb: HyperDreamBooth, output: Path, face: int) -> None:
@@ -37,37 +36,24 @@ def demo(hdb: HyperDreamBooth, output: Path, face: int) -> None:
     me = hdb.personalize(reference)
     lora = me.save(output / "me.safetensors", overwrite=True)
     me.save_tokens(output / "me.tokens", overwrite=True)
-    took = {"personalize": sum(me.seconds.values()), **me.seconds}
-    drawing = time.perf_counter()
-    before = hdb.generate(prompts, me.predicted, seed=face)
-    after = hdb.generate(prompts, me, seed=face)
-    base = hdb.generate(prompts, None, seed=face)
+    took, drawing = {"personalize": sum(me.seconds.values()), **me.seconds}, time.perf_counter()
+    drawn = [hdb.generate(prompts, person, seed=face) for person in (None, me.predicted, me)]
     took["pictures"] = time.perf_counter() - drawing
     photo = photos.load_photo(reference)
     columns = ["photo", "the base alone", "prediction only", "fine-tuned", "the right answer"]
-    rows = [[photo, *cells] for cells in zip(base, before, after, truths, strict=True)]
+    rows = [[photo, *row] for row in zip(*drawn, truths, strict=True)]
     grid = photos.save_png(photos.grid(rows, prompts, columns, cell=128), output / "grid.png", {"ai_generated": "true"}, overwrite=True)
-    report = write_atomically(
-        output / "index.html", lambda file: file.write_text(_page(me, rows, columns, prompts, took, lora), encoding="utf-8")
+    text = document(
+        "One photo in, a personal LoRA out",
+        "<p>Nobody trained on this person. The hypernetwork saw the photo once and predicted a LoRA; "
+        f"{me.metadata.get('hyperdreambooth.steps')} steps of rank-relaxed fine-tuning made it fit. The right answer is the same person, "
+        "drawn as the prompt asks for. All of it is the embedded toon world, 64 x 64 pixels.</p>",
+        f"<p>{', '.join(f'{name} {seconds:.1f} s' for name, seconds in took.items())}. "
+        f"LoRA: {lora.name}, rank {me.rank}, {len(me.loras)} layers, {lora.stat().st_size / 1e3:.0f} KB.</p>",
+        cells([[html.escape(prompt), *map(embedded, row)] for prompt, row in zip(prompts, rows, strict=True)], ["prompt", *columns]),
     )
-    say(
-        f"personalized in {took['personalize']:.1f} s, {3 * len(prompts)} pictures in {took['pictures']:.1f} s, in all {time.perf_counter() - started:.1f} s"
-    )
+    report = write_atomically(output / "index.html", lambda file: file.write_text(text, encoding="utf-8"))
+    whole = time.perf_counter() - started
+    say(f"personalized in {took['personalize']:.1f} s, {3 * len(prompts)} pictures in {took['pictures']:.1f} s, in all {whole:.1f} s")
     for path, what in ((lora, "the LoRA"), (grid, "the pictures"), (report, "the report: open it in a browser")):
         say(f"{path}: {what}")
-
-
-def _page(
-    me: PersonalLora, rows: list[list[Image.Image]], columns: list[str], prompts: list[str], took: dict[str, float], lora: Path
-) -> str:
-    table = cells([[html.escape(prompt), *map(embedded, row)] for prompt, row in zip(prompts, rows, strict=True)], ["prompt", *columns])
-    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in took.items())
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>hyperdreambooth demo</title><style>{STYLE}</style>
-<h1>One photo in, a personal LoRA out</h1>
-<p>Nobody trained on this person. The hypernetwork saw the photo once and predicted a LoRA; {me.metadata.get("hyperdreambooth.steps")} steps of
-rank-relaxed fine-tuning made it fit. The right answer is the same person, drawn as the prompt asks for.</p>
-<p>{times}. LoRA: {lora.name}, rank {me.rank}, {len(me.loras)} layers, {lora.stat().st_size / 1e3:.0f} KB.</p>
-{table}
-<p class="small">The pictures are AI-generated, but for the photo and the right answers. All of it is the embedded toon world, 64 x 64 pixels.</p></html>
-"""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +12,11 @@ import torch
 from torch import Tensor
 
 from ..api import HyperDreamBooth
-from ..errors import InputError
 from ..lora import LoraSet
-from ..progress import Progress
 from . import metrics
 from .atlas import Atlas
 from .judges import Judge
 
-ROWS = ("true", "reconstruction", "base", "prediction", "prediction+guidance", "finetuned", "finetuned+guidance", "faithful")
 GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": "off"}
 """How pictures are drawn: prompt guidance as low as the base still leaves out what wasn't asked for."""
 
@@ -41,59 +37,6 @@ class Judges:
     strangers: Tensor | None = None
 
 
-def evaluate(
-    hdb: HyperDreamBooth,
-    atlas: Atlas,
-    judges: Judges,
-    rows: tuple[str, ...] = ROWS,
-    *,
-    pictures: int = 2,
-    faithful: HyperDreamBooth | None = None,
-    done: dict[str, Any] | None = None,
-    on_row: Callable[[str, dict[str, Any]], None] | None = None,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Figures by row, and each row's pictures (N, P, pictures, 3, H, W).
-
-    Args:
-        pictures: a prompt and person.
-        done: rows that were measured before; they are kept and not drawn again.
-        on_row: called when a row is done.
-    """
-    results, drawn = dict(done or {}), {}
-    made: dict[str, LoraSet] = {}
-
-    def loras(kind: str) -> LoraSet:
-        if kind not in made:
-            made[kind] = predicted_loras(faithful if kind == "faithful" and faithful else hdb, atlas)
-            if kind == "finetuned":
-                made[kind] = finetuned_loras(hdb, atlas, made[kind])
-        return made[kind]
-
-    for row in rows:
-        if row in results or (row == "faithful" and faithful is None):
-            continue
-        if row in ("true", "reconstruction"):
-            images = atlas.truths[:, :, None]
-            if row == "reconstruction":
-                flat = images.flatten(0, 2)
-                images = torch.cat(
-                    [hdb.backbone.decode_images(hdb.backbone.encode_images(part)).cpu() for part in flat.split(64)]
-                ).unflatten(0, images.shape[:3])
-        else:
-            kind = row.split("+")[0]
-            guided = row.endswith("+guidance")
-            images = draw(hdb, atlas, loras(kind) if kind != "base" else None, pictures, guided, row)
-        if not images.isfinite().all():
-            raise InputError(
-                f"row {row}: some pictures hold values that aren't finite, so there is nothing to measure. Try --dtype float32."
-            )
-        results[row] = judge(images, atlas, judges)
-        drawn[row] = images
-        if on_row:
-            on_row(row, results[row])
-    return results, drawn
-
-
 def predicted_loras(hdb: HyperDreamBooth, atlas: Atlas) -> LoraSet:
     """The hypernetwork's update of every person, batched."""
     assert hdb.source is not None
@@ -101,49 +44,6 @@ def predicted_loras(hdb: HyperDreamBooth, atlas: Atlas) -> LoraSet:
         tokens = torch.cat([hdb.source.tokens(part.to(hdb.device)) for part in atlas.references.split(32)])
         loras: LoraSet = hdb.source.lightweight(tokens)
     return loras.detach()
-
-
-def finetuned_loras(hdb: HyperDreamBooth, atlas: Atlas, predicted: LoraSet, batch: int = 20) -> LoraSet:
-    """The fine-tuned update of every person; people of a batch don't affect one another."""
-    from ..stages.dreambooth import Subject
-    from ..stages.personalize import personalize
-
-    latents = hdb.backbone.encode_images(atlas.references)[:, None].float()
-    parts = []
-    with Progress("fine-tuning people", len(latents)) as progress:
-        for start in range(0, len(latents), batch):
-            part = slice(start, start + batch)
-            few = predicted.select(part)
-            subject = Subject(latents[part], [[text] for text in hdb.describe(latents[part, 0], few)])
-            tuned, _ = personalize(hdb.backbone, subject, few, hdb.personalize_config(), quiet=True)
-            parts.append(tuned)
-            progress.update(min(start + batch, len(latents)))
-    return LoraSet(
-        {
-            path: dataclasses.replace(lora, down=torch.cat([p[path].down for p in parts]), up=torch.cat([p[path].up for p in parts]))
-            for path, lora in parts[0].items()
-        }
-    )
-
-
-def draw(hdb: HyperDreamBooth, atlas: Atlas, loras: LoraSet | None, pictures: int, guided: bool, name: str, batch: int = 80) -> Tensor:
-    """Pictures (N, P, pictures, 3, H, W); a picture's seed follows from its person, prompt and number alone."""
-    from ..stages.generate import generate
-
-    people, prompts = len(atlas.references), len(atlas.prompts)
-    config = dataclasses.replace(hdb.generate_config(), **(IDENTITY_GUIDANCE if guided else GUIDANCE), batch=batch)
-    jobs = [(person, prompt, number) for person in range(people) for prompt in range(prompts) for number in range(pictures)]
-    parts = []
-    with Progress(name, len(jobs)) as progress:
-        for start in range(0, len(jobs), batch):
-            chunk = jobs[start : start + batch]
-            who = torch.tensor([person for person, _, _ in chunk])
-            mine = loras.select(who.to(hdb.device)) if loras else None
-            texts = [atlas.prompts[prompt] for _, prompt, _ in chunk]
-            seeds = [person * 1000 + prompt * 10 + number for person, prompt, number in chunk]
-            parts.append(generate(hdb.backbone, texts, seeds, config, personal=mine))
-            progress.update(start + len(chunk))
-    return torch.cat(parts).reshape(people, prompts, pictures, *parts[0].shape[1:])
 
 
 def judge(images: Tensor, atlas: Atlas, judges: Judges) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The comparison: every method on the same people, prompts and seeds; its settings searched on other people first.
+"""One way to draw, judge and keep: every method on the same people, prompts and seeds; its settings searched on other people first.
 
 Pictures are kept by (method, person) beside the output, so that a run that was stopped goes on. People are done a few at a
 time with all methods: whenever it ends, the figures are of the same people for all of them.
@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import photos
 from ..api import HyperDreamBooth
 from ..checkpoint import read_tensors, save_tensors
+from ..errors import InputError
 from ..lora import LoraSet
 from ..personal_lora import PLACEHOLDER
 from ..progress import say
@@ -28,7 +29,7 @@ from ..stages.dreambooth import Subject, prior_latents
 from ..stages.generate import generate
 from . import metrics, report
 from .atlas import Atlas
-from .evaluate import GUIDANCE, Judges, judge, predicted_loras, rounded
+from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, Judges, judge, predicted_loras, rounded
 from .methods import LEVELS, METHODS, Method, train
 
 PLAIN = "a face"
@@ -42,7 +43,8 @@ SCORE = "perceptual_distance"
 
 @dataclass
 class Bench:
-    """What every method is measured on. `stamp` changes with the weights and pictures that figures depend on."""
+    """What every method is measured on. `stamp` changes with the weights and pictures that figures depend on, `faithful_stamp` with
+    the faithful hypernetwork's, which only its own pictures depend on."""
 
     hdb: HyperDreamBooth
     atlas: Atlas
@@ -50,9 +52,14 @@ class Bench:
     cache: Path
     stamp: str
     faithful: HyperDreamBooth | None = None
+    faithful_stamp: str = ""
+    count: int = 1
+    """Pictures a prompt."""
     extras: bool = True
     """Whether to draw nobody's face and the plain person too: a search doesn't need them."""
     texts: dict[tuple[int, bool], str] = field(default_factory=dict)
+    tuned: dict[str, LoraSet] = field(default_factory=dict)
+    """The last people's updates: a guided row draws those of the row before it."""
 
     @property
     def prompts(self) -> list[str]:
@@ -85,39 +92,57 @@ class Bench:
         texts = [[self.texts[person, helped]] for person in who]
         return Subject(latents[:, None], texts, prior=self.prior if method.prior else None), predicted
 
-    def draw(self, who: Sequence[int], prompts: Sequence[int], loras: LoraSet | None) -> Tensor:
-        """Pictures (people, prompts, 3, H, W), by the numbers of `prompts`; the seeds are the protocol's."""
-        jobs = [(index, prompt) for index in range(len(who)) for prompt in prompts]
-        mine = loras.select(torch.tensor([index for index, _ in jobs], device=self.hdb.device)) if loras else None
-        texts = [self.prompts[prompt].replace(PLACEHOLDER, self.hdb.identifier) for _, prompt in jobs]
-        config = dataclasses.replace(self.hdb.generate_config(), **GUIDANCE, batch=24)
-        seeds = [who[index] * 1000 + prompt * 10 for index, prompt in jobs]
-        return generate(self.hdb.backbone, texts, seeds, config, personal=mine).unflatten(0, (len(who), len(prompts)))
+    def draw(self, who: Sequence[int], prompts: Sequence[int], loras: LoraSet | None, guided: bool = False) -> Tensor:
+        """Pictures (people, prompts, count, 3, H, W), by the numbers of `prompts`; a seed follows from person, prompt and number alone.
+
+        Raises InputError for pictures that aren't finite.
+        """
+        jobs = [(index, prompt, number) for index in range(len(who)) for prompt in prompts for number in range(self.count)]
+        mine = loras.select(torch.tensor([index for index, _, _ in jobs], device=self.hdb.device)) if loras else None
+        texts = [self.prompts[prompt].replace(PLACEHOLDER, self.hdb.identifier) for _, prompt, _ in jobs]
+        config = dataclasses.replace(self.hdb.generate_config(), **(IDENTITY_GUIDANCE if guided else GUIDANCE), batch=40)
+        seeds = [who[index] * 1000 + prompt * 10 + number for index, prompt, number in jobs]
+        drawn = generate(self.hdb.backbone, texts, seeds, config, personal=mine)
+        if not drawn.isfinite().all():
+            raise InputError("some pictures hold values that aren't finite, so there is nothing to measure. Try --dtype float32.")
+        return drawn.reshape(len(who), len(prompts), self.count, *drawn.shape[1:])
 
     def file(self, name: str, method: Method, step: int, person: int) -> Path:
         settings = {key: value for key, value in dataclasses.asdict(method).items() if key not in ("rates", "like")}
-        key = hashlib.sha256(json.dumps([settings, self.stamp, self.prompts], sort_keys=True).encode()).hexdigest()[:8]
+        depends = [settings, self.stamp, self.prompts, self.count, self.faithful_stamp * method.faithful]
+        key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:8]
         return self.cache / f"{name.replace(' ', '-').replace(',', '')}-{key}" / f"{person:03d}-{step}.safetensors"
+
+    def missing(self, name: str, method: Method, who: Sequence[int], steps: Sequence[int]) -> list[int]:
+        """Those of the people whose pictures aren't kept yet."""
+        if method.kind in ("true", "reconstruction"):
+            return []
+        return [person for person in who if not all(self.file(name, method, step, person).is_file() for step in steps)]
 
     def make(self, name: str, method: Method, who: Sequence[int], marks: Sequence[int] = ()) -> None:
         """Personalizes the people that aren't in the cache. Draws them at the end, and every second prompt after `marks` steps."""
         end, begins = self.steps(method), method.kind == "relaxed"
         wanted = [*sorted(mark for mark in marks if mark < end and (mark or begins)), end]
-        missing = [person for person in who if not all(self.file(name, method, step, person).is_file() for step in wanted)]
+        missing = self.missing(name, method, who, wanted)
         if method.kind in ("full", "words") and len(missing) > 1:
             for person in missing:
                 self.make(name, method, [person], marks)
             return
-        if not missing or method.kind == "true":
+        if not missing:
             return
         say(f"{name}: people {missing[0] + 1} to {missing[-1] + 1}")
+        same = f"{dataclasses.replace(method, guided=False)} {missing}"
 
         def keep(step: int, loras: LoraSet | None) -> None:
             shown = range(len(self.prompts)) if step == end or not self.extras else range(0, len(self.atlas.prompts), 2)
-            drawn = ((self.draw(missing, shown, loras).cpu() + 1) * 127.5).round().to(torch.uint8)
+            drawn = ((self.draw(missing, shown, loras, method.guided).cpu() + 1) * 127.5).round().to(torch.uint8)
             for person, pictures in zip(missing, drawn, strict=True):
                 save_tensors(self.file(name, method, step, person), {"pictures": pictures})
+            self.tuned = {same: loras} if loras and step == end else {}
 
+        if method.guided and same in self.tuned:
+            keep(end, self.tuned[same])
+            return
         subject, predicted = self.people(method, missing)
         if 0 in wanted:
             keep(0, predicted)
@@ -125,9 +150,14 @@ class Bench:
             train(self.hdb, method, subject, predicted, wanted, keep)
 
     def pictures(self, name: str, method: Method, step: int, people: int) -> Tensor:
-        """What `make` drew of the first people: (people, prompts, 3, H, W) in -1..1."""
+        """What `make` drew of the first people: (people, prompts, count, 3, H, W) in -1..1."""
+        truths = self.atlas.truths[:people, :, None]
         if method.kind == "true":
-            return self.atlas.truths[:people]
+            return truths
+        if method.kind == "reconstruction":
+            backbone, flat = self.hdb.backbone, truths.flatten(0, 2)
+            parts = [backbone.decode_images(backbone.encode_images(part)).cpu() for part in flat.split(64)]
+            return torch.cat(parts).reshape(truths.shape)
         files = [self.file(name, method, step, person) for person in range(people)]
         return torch.stack([read_tensors(file)[0]["pictures"] for file in files]).float() / 127.5 - 1
 
@@ -140,11 +170,11 @@ class Bench:
         """All figures of the first people, each as [mean, low, high] of a 95 % interval over people."""
         pictures, count = self.pictures(name, method, step, people), len(self.atlas.prompts)
         atlas = self.atlas if pictures.shape[1] >= count else self.atlas.only(range(0, count, 2))
-        found = judge(pictures[:, :count, None], atlas, self.judges)
+        found = judge(pictures[:, :count], atlas, self.judges)
         if pictures.shape[1] <= count:
             return found
-        base = self.pictures("base", METHODS["base"], 0, people)[:, count : count + 2]
-        nobody, twice, distance = pictures[:, count : count + 2], pictures[:, count + 2 :], self.judges.classifier.distance
+        base = self.pictures("base", METHODS["base"], 0, people)[:, count : count + 2, 0]
+        nobody, twice, distance = pictures[:, count : count + 2, 0], pictures[:, count + 2 :, 0], self.judges.classifier.distance
         values = {
             "leakage": self.alike(nobody) - self.alike(base),
             "prior_drift": distance(nobody.flatten(0, 1), base.flatten(0, 1)).unflatten(0, (people, 2)),
@@ -154,7 +184,7 @@ class Bench:
 
     def worst(self, methods: Mapping[str, Method], people: int, count: int = 3) -> dict[str, tuple[list[list[str]], list[str]]]:
         """Every method's pictures of the people whom the last of them hits worst, as grids for the report."""
-        drawn = {name: self.pictures(name, method, self.steps(method), people) for name, method in methods.items()}
+        drawn = {name: self.pictures(name, method, self.steps(method), people)[:, :, 0] for name, method in methods.items()}
         alike = self.alike(list(drawn.values())[-1][:, : len(self.atlas.prompts)]).mean(1)
         grids = {}
         for person in alike.argsort()[:count].tolist():

@@ -32,7 +32,7 @@ LEVELS = {"uniform": NoiseLevels(uniform=1.0), "high": NoiseLevels()}
 class Method:
     """One way to personalize. `relaxed` takes its settings from the hypernetwork, but for `steps` where they aren't 0."""
 
-    kind: Literal["true", "base", "words", "full", "lora", "light", "prediction", "relaxed"]
+    kind: Literal["true", "reconstruction", "base", "words", "full", "lora", "light", "prediction", "relaxed"]
     steps: int = 0
     rate: float = 0.0
     levels: str = "uniform"
@@ -41,11 +41,25 @@ class Method:
     prior: bool = False
     """Prior preservation (Ruiz et al., 2023): pictures of the class that the base drew are denoised beside the photo."""
     faithful: bool = False
+    guided: bool = False
+    """Drawn with identity guidance."""
     rates: tuple[float, ...] = ()
     """Learning rates that a search tries."""
     like: str = ""
     """The method whose searched rate and levels it takes."""
 
+
+ROWS = {
+    "true": Method("true"),
+    "reconstruction": Method("reconstruction"),
+    "base": Method("base"),
+    "prediction": Method("prediction"),
+    "prediction+guidance": Method("prediction", guided=True),
+    "finetuned": Method("relaxed"),
+    "finetuned+guidance": Method("relaxed", guided=True),
+    "faithful": Method("prediction", faithful=True),
+}
+"""This project's own ways, with their ceiling and floor."""
 
 METHODS = {
     "true render": Method("true"),

@@ -7,18 +7,14 @@ import html
 import io
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-STYLE = """
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse } td, th { padding: .3rem; text-align: center; font-weight: normal; font-size: .9rem }
-img { width: 8rem; height: 8rem; image-rendering: auto; border-radius: .4rem; display: block }
-th:first-child, td:first-child { text-align: left; max-width: 12rem }
-.small { opacity: .7; font-size: .9rem } .wide { overflow-x: auto } .wide img { width: 4rem; height: 4rem }
-"""
+from .. import assets
+
+STYLE = (Path(assets.__file__).parent / "report.css").read_text(encoding="utf-8")
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")
 """Told apart by everybody (Okabe and Ito)."""
 
@@ -76,11 +72,17 @@ def curves(found: Mapping[str, Sequence[Mapping[str, Any]]], over: str, figure: 
     return plot({name: [(point[over], point[figure][0]) for point in line] for name, line in found.items()}, over, figure)
 
 
+def document(title: str, *parts: str) -> str:
+    """A whole HTML page, which needs no other file; the last line says what is AI-generated."""
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    foot = '<p class="small">The pictures are AI-generated, but for photos and right answers.</p></html>'
+    return "\n".join([head, f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>", *parts, foot])
+
+
 def page(title: str, figures: Mapping[str, Any], table: str, grids: Mapping[str, tuple[list[list[str]], list[str]]]) -> str:
     """The report: the Markdown table's figures, the curves, what the search tried, and grids of pictures (rows of cells, heads)."""
     head, _, *rows = [[html.escape(cell.strip()) for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>']
-    parts.append(f"<p>{figures['people']} people of the {figures['settings']['split']} split, 95 % intervals over people.</p>")
+    parts = [f"<p>{figures['people']} people of the {figures['settings']['split']} split, 95 % intervals over people.</p>"]
     parts.append(f'<div class="wide">{cells(rows, head)}</div>')
     if figures["curves"]:
         parts += [f"<h2>Identity over {over}</h2>{curves(figures['curves'], over)}" for over in ("seconds", "steps")]
@@ -91,8 +93,7 @@ def page(title: str, figures: Mapping[str, Any], table: str, grids: Mapping[str,
         for one in found["tried"]:
             tried.setdefault(f"rate {one['rate']:g}, {one['levels']} levels", []).append((one["steps"], one["perceptual_distance"][0]))
         parts.append(f"<h2>Search: {html.escape(name)}</h2>{plot(tried, 'steps', 'perceptual distance (low is good)')}")
-    parts.append('<p class="small">The pictures are AI-generated, but for references and true renders.</p></html>')
-    return "".join(parts)
+    return document(title, *parts)
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:

@@ -1,7 +1,5 @@
 """Model cards: README.md of what is uploaded or shared, as `huggingface_hub.ModelCard` fills templates."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ prefixed names, everything else as JSON in the header. Also here: the two helper
 project is written, to a temporary name first and then renamed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

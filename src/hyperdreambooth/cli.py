@@ -4,8 +4,6 @@ Every command is a dataclass whose fields are its flags and whose docstrings are
 from YAML or JSON. What a user got wrong is one line on stderr and exit code 2, never a traceback.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

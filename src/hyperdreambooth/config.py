@@ -4,8 +4,6 @@ Every command saves its own settings beside what it made, as JSON, and takes the
 read by the same functions.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import types

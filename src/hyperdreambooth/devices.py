@@ -1,7 +1,5 @@
 """Where a base runs, and in which precision, unless someone says otherwise."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

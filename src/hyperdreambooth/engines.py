@@ -3,8 +3,6 @@
 An item may be worked on twice, when a worker died in the middle of it: what is there already must be left as it is.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -4,8 +4,6 @@ Nothing is uploaded but what is listed here: a hypernetwork's weights and config
 also hold caches of people's photos and paths of this machine; those stay.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 

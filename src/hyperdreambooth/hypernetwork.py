@@ -6,8 +6,6 @@ Every target layer is one query of a transformer decoder that attends to the fea
 at zero, so an untrained hypernetwork predicts no update at all, yet has gradients (the down part starts random).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -8,8 +8,6 @@ learnable (*pro*), they are shared by all identities and stored in the hypernetw
 of (a + b) * rank numbers, the down part first, whatever the layer's size.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

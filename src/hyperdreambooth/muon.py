@@ -7,8 +7,6 @@ updated as if it were alone, all of one size are orthogonalized together, and in
 is one matrix: its rows are the weights of one output. Vectors get torch's AdamW.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any

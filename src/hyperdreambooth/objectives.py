@@ -1,7 +1,5 @@
 """Losses: one value PER SAMPLE, shape (B,). Weights multiply outside."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

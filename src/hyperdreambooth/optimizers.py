@@ -1,7 +1,5 @@
 """Optimizers and learning rates of the training loop."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Frozen aux matrices aren't stored: they follow from the recipe in config.json. Learnt ones are in model.safetensors.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal

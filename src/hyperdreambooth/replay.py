@@ -8,8 +8,6 @@ A recording refers to memory, not to objects. So the next training of the same k
 values into the recorded memory and goes on there (`Memory`).
 """
 
-from __future__ import annotations
-
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator

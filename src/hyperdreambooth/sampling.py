@@ -17,8 +17,6 @@ The person is decided while there is much noise. Later, i above 1 only distorts 
 the way (a guidance interval: Kynkäänniemi et al., arXiv 2404.07724).
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

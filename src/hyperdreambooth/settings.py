@@ -5,8 +5,6 @@ What a user may leave open (`PersonalizeChoices`, `GenerateChoices`: None is "no
 from the first. The settings of the trainings, which have no such layers, are in `training_settings.py`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -8,8 +8,6 @@
 A row file is whole or absent, and the same for everybody who makes it; so any number of processes may write into one table.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping

@@ -3,8 +3,6 @@
 `parameters()` is what is trained, `state_dict()` what is saved.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Literal

@@ -1,7 +1,5 @@
 """What a visitor takes home, and what the second tab says about it."""
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """How the page looks: a line of explanation for each step, and which action each button calls."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

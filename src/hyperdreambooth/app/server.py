@@ -1,7 +1,5 @@
 """Runs the page: on the loopback address unless told otherwise, and then only with a password."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ipaddress

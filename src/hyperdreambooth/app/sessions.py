@@ -6,8 +6,6 @@ uploaded it, or in whose folder it was made (the folder's name is a hash of the 
 others, as a download and as an input.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

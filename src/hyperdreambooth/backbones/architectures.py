@@ -4,8 +4,6 @@ Sizes (assets/bases.json) as in the configs that were published with the weights
 SDXL 1.0, SD 3 medium, SD 3.5 medium and large), Black Forest Labs (Flux.1). SD 2.x reads all but the last layer of OpenCLIP ViT-H/14.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import partial

@@ -7,8 +7,6 @@ The noise level `u` in [0, 1] is sigma / (alpha + sigma) of `alpha * latents + s
 time itself, for a discrete schedule the time step whose ratio comes nearest. It means the same for every family.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

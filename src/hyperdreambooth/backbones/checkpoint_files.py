@@ -4,8 +4,6 @@ The names are those of the code that each model was first published with; diffus
 the shapes of a file's header first, so that a file with a missing layer is refused before anything is read.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A base as a directory in diffusers' layout, whatever its weights are called."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Flux: flow matching on latents packed into 2 x 2 patches; `dev` takes its guidance scale as a condition, `schnell` takes none."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How a base is opened, and which family it is of."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ Flow: (1 - u) * latents + u * noise; the denoiser predicts noise - latents (Lipm
 2403.03206). Time steps are 1000 u, as diffusers' flow schedulers count.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Stable Diffusion 1.x and 2.x, and every other `StableDiffusionPipeline` (the embedded toon base is one)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from . import text

@@ -1,7 +1,5 @@
 """Stable Diffusion 3 and 3.5: flow matching, and up to three text encoders (two CLIP, one T5), any of which may be absent."""
 
-from __future__ import annotations
-
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor

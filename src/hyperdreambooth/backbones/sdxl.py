@@ -1,7 +1,5 @@
 """Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size as a condition."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

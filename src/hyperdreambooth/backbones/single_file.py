@@ -4,8 +4,6 @@ What the file is and whether it is whole is read off its header before anything 
 architectures and from the shapes; CLIP's tokenizer is shipped. A denoiser alone takes what it lacks from other files or directories.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

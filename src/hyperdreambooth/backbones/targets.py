@@ -8,8 +8,6 @@ In SD 3 and Flux the text has projections of its own in every joint block (`add_
 has one output layer for attention and feed-forward together (`proj_out`).
 """
 
-from __future__ import annotations
-
 Patterns = tuple[str, ...]
 CLIP = ("text_encoder*.[qkv]_proj", "text_encoder*.out_proj")
 JOINT = (

@@ -1,7 +1,5 @@
 """Prompts as the text encoders read them."""
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any

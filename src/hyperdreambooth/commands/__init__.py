@@ -3,8 +3,6 @@
 Nothing heavy is imported here: a command's module is imported when it is called.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from typing import Any

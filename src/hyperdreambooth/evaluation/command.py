@@ -1,7 +1,5 @@
 """`hyperdreambooth evaluate`: JSON, a table, and a grid of people beside the right answers."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """`hyperdreambooth demo`: one example face, the whole way, and a report that opens anywhere."""
 
-from __future__ import annotations
-
 import html
 import json
 import time

@@ -1,7 +1,5 @@
 """The protocol: one reference of each person, the same prompts and seeds for every row, judged by the embedded judges."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import platform

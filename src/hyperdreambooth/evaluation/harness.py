@@ -4,8 +4,6 @@ Pictures are kept by (method, person) beside the output, so that a run that was 
 time with all methods: whenever it ends, the figures are of the same people for all of them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

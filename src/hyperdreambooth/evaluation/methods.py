@@ -4,8 +4,6 @@ LoRAs of several people are trained side by side in one batch, where people don'
 textual inversion are one person at a time. Their settings are searched on validation people, see `harness.search`.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What is measured, as pure functions. A value a picture comes out, (N, ...) with people first; means come last."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

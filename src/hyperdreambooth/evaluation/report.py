@@ -1,7 +1,5 @@
 """What was measured, for people: tables, curves, and one HTML page that opens anywhere."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

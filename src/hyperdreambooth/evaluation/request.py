@@ -1,7 +1,5 @@
 """What is to be measured, as it is said on the command line."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal

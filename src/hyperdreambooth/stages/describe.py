@@ -5,8 +5,6 @@ person. Of several phrases, the true one lets the base denoise the photo best (L
 a Zero-Shot Classifier", 2023), so no other model has to see the face.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """DreamBooth on people's photos, for `train-light`, `preoptimize` and `personalize` alike: losses, and the batches that they take."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any

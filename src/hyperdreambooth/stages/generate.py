@@ -1,7 +1,5 @@
 """Prompts and a person -> pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Photo -> hypernetwork -> rank-relaxed fine-tuning -> one standard LoRA (paper, section 4.3)."""
 
-from __future__ import annotations
-
 import fnmatch
 from collections.abc import Callable, Sequence
 from pathlib import Path

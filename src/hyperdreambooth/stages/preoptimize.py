@@ -8,8 +8,6 @@ The size of a batch, and whoever else is in it, decide how its sums are rounded.
 names alone, never from which rows are there or whose turn it is: shards, machines and interruptions change no bit of a row.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time

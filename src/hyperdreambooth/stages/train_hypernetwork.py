@@ -8,8 +8,6 @@ The denoising loss alone hardly moves. Watch the *identity gain*: the loss with 
 one's own, same noise, same pictures.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

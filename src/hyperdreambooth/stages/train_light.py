@@ -1,7 +1,5 @@
 """Lightweight DreamBooth on one subject's photos (paper, section 4.1): one row of tokens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ..backbones import Backbone

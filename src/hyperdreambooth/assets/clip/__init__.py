@@ -1,7 +1,5 @@
 """CLIP's tokenizer, from its own vocabulary (OpenAI, MIT): the one of every Stable Diffusion."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 from typing import Any

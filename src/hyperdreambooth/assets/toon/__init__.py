@@ -1,7 +1,5 @@
 """Where the shipped embedded world lies. `HYPERDREAMBOOTH_TOON` names another directory, for those who train their own."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -15,10 +15,10 @@ from . import metrics
 from .atlas import Atlas
 from .judges import Judge
 
-GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": "off"}
+GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": "off", "context_guidance": 3.0, "context_until": 0.5}
 """How pictures are drawn: prompt guidance as low as the base still leaves out what wasn't asked for."""
 
-IDENTITY_GUIDANCE: dict[str, Any] = {**GUIDANCE, "identity_guidance": 1.5, "identity_until": 0.3}
+IDENTITY_GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": 1.5, "identity_until": 0.3}
 """The same of the rows with identity guidance."""
 
 LOOKALIKES = 20

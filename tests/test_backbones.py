@@ -26,9 +26,10 @@ from hyperdreambooth.sampling import check_scheduler, schedulers
 from hyperdreambooth.settings import GenerateConfig
 from hyperdreambooth.stages.dreambooth import Subject
 from hyperdreambooth.stages.generate import noise_for
-from hyperdreambooth.stages.preoptimize import preoptimize, read_table
+from hyperdreambooth.stages.preoptimize import preoptimize
 from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
 from hyperdreambooth.stages.train_light import train_light
+from hyperdreambooth.tables import read_table
 from hyperdreambooth.training_settings import (
     LightweightConfig,
     NoiseLevels,

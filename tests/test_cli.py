@@ -84,6 +84,35 @@ def test_a_folder_of_people_gives_what_each_alone_gives_and_a_broken_photo_stops
     refused(capsys, "--tokens is for one person", "personalize", people, "-o", tmp_path / "x", "--tokens", tmp_path / "t")
 
 
+def test_a_caption_names_the_person_in_a_folder_as_it_does_alone(tmp_path, tiny_world):
+    (tmp_path / "people").mkdir()
+    for seed, name in enumerate(("anna", "bob")):
+        picture(seed).save(tmp_path / "people" / f"{name}.png")
+        (tmp_path / "people" / f"{name}.txt").write_text("wearing a cap")
+    hdb = HyperDreamBooth.from_pretrained("toon", device="cpu")
+    assert [me.shown for _, me in hdb.personalize_all(tmp_path / "people", crop="center", quiet=True)] == [
+        ["a [V] face, wearing a cap"]
+    ] * 2
+
+
+def test_a_batch_that_is_too_large_for_the_memory_is_halved_and_loses_nobody(tiny_world, monkeypatch):
+    from hyperdreambooth import api
+
+    real, tried = api.personalize, []
+
+    def short_of_memory(backbone, subject, *args, **more):
+        tried.append(len(subject.latents))
+        if len(subject.latents) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(backbone, subject, *args, **more)
+
+    monkeypatch.setattr(api, "personalize", short_of_memory)
+    hdb = HyperDreamBooth.from_pretrained("toon", device="cpu")
+    people = {str(seed): picture(seed) for seed in range(5)}
+    assert [name for name, _ in hdb.personalize_all(people, crop="center", quiet=True)] == list(people)
+    assert tried == [5, 2, 2, 1]
+
+
 def test_people_from_scratch_side_by_side_are_those_alone(tiny_world):
     hdb = HyperDreamBooth.from_pretrained("toon", hypernetwork=None, device="cpu")
     three = {str(seed): picture(seed) for seed in range(3)}

@@ -21,7 +21,7 @@ from hyperdreambooth.errors import InputError
 from hyperdreambooth.pretrained import load_hypernetwork
 from hyperdreambooth.settings import GenerateConfig, PersonalizeConfig, resolve
 from hyperdreambooth.stages.personalize import finish
-from hyperdreambooth.stages.preoptimize import read_table_config
+from hyperdreambooth.tables import read_table_config
 
 MANY = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 WRONG = st.sampled_from(

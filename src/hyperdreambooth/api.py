@@ -179,6 +179,10 @@ class HyperDreamBooth:
             "what is drawn won't look like the person. Take a base that can draw such photos (--base)."
         )
 
+    def naming(self, prompt: str | None) -> str | None:
+        """What a photo shows, in words that name the person: a caption that doesn't has the person's own prompt put before it."""
+        return f"{self.prompt}, {prompt}" if prompt and PLACEHOLDER not in prompt else prompt
+
     def personalize(
         self,
         files: Photos,
@@ -217,7 +221,6 @@ class HyperDreamBooth:
         *,
         crop: photos.Crop = "auto",
         side_by_side: int | None = None,
-        directory: str | Path | None = None,
         on_refused: Callable[[str, InputError], None] | None = None,
         quiet: bool = False,
         config: PersonalizeChoices | PersonalizeConfig | None = None,
@@ -228,7 +231,6 @@ class HyperDreamBooth:
         Args:
             people: a folder (see `folders.list_identities`; a caption beside a person's only photo is its prompt), or name -> photos.
             side_by_side: people of a batch; fewer where memory is short. Default: 32 on a GPU, 8 elsewhere.
-            directory: where an interrupted batch resumes from.
             on_refused: called with a name and the error where a photo can't be read; by default that is said on stderr. Nobody else stops.
         """
         config = self.personalize_config(config, **changes)
@@ -239,14 +241,14 @@ class HyperDreamBooth:
             try:
                 pixels, _ = self.read_photos(files, crop=crop)
                 # people of a batch have as many photos as one another
-                ready.setdefault(len(pixels), []).append((name, pixels, caption_of(files)))
+                ready.setdefault(len(pixels), []).append((name, pixels, self.naming(caption_of(files))))
             except InputError as error:
                 (on_refused or (lambda who, why: say(f"{who} is left out: {why}")))(name, error)
             for group in list(ready.values()):
                 while len(group) >= count or (group and number == len(known)):
                     batch, group[:] = group[:count], group[count:]
                     try:
-                        made = self._people([p for _, p, _ in batch], [t for *_, t in batch], config, directory=directory, quiet=quiet)
+                        made = self._people([p for _, p, _ in batch], [t for *_, t in batch], config, quiet=quiet)
                     except torch.OutOfMemoryError:
                         if len(batch) == 1:
                             raise

@@ -10,6 +10,7 @@ import numpy as np
 from .kernels import kernel
 
 EMPTY = np.float32(1e9)
+NOBODY, NO_WEIGHTS = np.zeros((0, 0), np.int32), np.zeros((0, 0, 2), np.float32)
 
 
 @kernel
@@ -36,8 +37,10 @@ def rasterize(screen, triangles, count, closed, depth, owner, weights):
     `screen` (N, 3) float32: column, row (pixels, pixel centers at .5) and distance. `triangles` (T, 3) int32, of which the first
     `count` are drawn; the first `closed` are parts of closed surfaces, whose back is never seen. `depth` (H, W) float32 and `owner`
     (H, W) int32 (a triangle's index, -1 for none) are updated; `weights` (H, W, 2) are the second and third corner's barycentric weights.
+    An empty `owner` leaves both out.
     """
     height, width = depth.shape
+    owned = owner.size > 0
     for t in range(count):
         a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
         ax, ay, bx, by, cx, cy = screen[a, 0], screen[a, 1], screen[b, 0], screen[b, 1], screen[c, 0], screen[c, 1]
@@ -66,43 +69,17 @@ def rasterize(screen, triangles, count, closed, depth, owner, weights):
                     z = az + wb * (bz - az) + wc * (cz - az)
                     if z < depth[y, x]:
                         depth[y, x] = z
-                        owner[y, x] = t
-                        weights[y, x, 0] = wb
-                        weights[y, x, 1] = wc
+                        if owned:
+                            owner[y, x] = t
+                            weights[y, x, 0] = wb
+                            weights[y, x, 1] = wc
                 wb += step_b
                 wc += step_c
 
 
-@kernel
 def rasterize_depth(screen, triangles, count, closed, depth):
     """Like `rasterize`, the depth alone: shadow maps."""
-    height, width = depth.shape
-    for t in range(count):
-        a, b, c = triangles[t, 0], triangles[t, 1], triangles[t, 2]
-        ax, ay, bx, by, cx, cy = screen[a, 0], screen[a, 1], screen[b, 0], screen[b, 1], screen[c, 0], screen[c, 1]
-        area = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
-        if area == 0.0 or (t < closed and area > 0.0):
-            continue
-        x0, x1 = max(int(np.ceil(min(ax, bx, cx) - 0.5)), 0), min(int(np.floor(max(ax, bx, cx) - 0.5)), width - 1)
-        y0, y1 = max(int(np.ceil(min(ay, by, cy) - 0.5)), 0), min(int(np.floor(max(ay, by, cy) - 0.5)), height - 1)
-        if x0 > x1 or y0 > y1:
-            continue
-        inverse = np.float32(1.0) / area
-        az, bz, cz = screen[a, 2], screen[b, 2], screen[c, 2]
-        step_b, step_c = (cy - ay) * inverse, (ay - by) * inverse
-        for y in range(y0, y1 + 1):
-            py = np.float32(y + 0.5) - ay
-            px = np.float32(x0 + 0.5) - ax
-            wb = (px * (cy - ay) - py * (cx - ax)) * inverse
-            wc = (py * (bx - ax) - px * (by - ay)) * inverse
-            first, end = span(wb, wc, step_b, step_c, x1 + 1 - x0)
-            wb += step_b * np.float32(first)
-            wc += step_c * np.float32(first)
-            for x in range(x0 + first, x0 + end):
-                if wb >= 0.0 and wc >= 0.0 and wb + wc <= 1.0:
-                    depth[y, x] = min(depth[y, x], az + wb * (bz - az) + wc * (cz - az))
-                wb += step_b
-                wc += step_c
+    rasterize(screen, triangles, count, closed, depth, NOBODY, NO_WEIGHTS)
 
 
 @kernel

@@ -7,6 +7,7 @@ The noise level `u` in [0, 1] is sigma / (alpha + sigma) of `alpha * latents + s
 time itself, for a discrete schedule the time step whose ratio comes nearest. It means the same for every family.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ Conditioning = dict[str, Tensor]
 """A prompt's embeddings as the denoiser takes them: every tensor is batch first."""
 
 
-class Backbone:
+class Backbone(ABC):
     """A diffusion model: pictures to latents, prompts to conditioning, noise to a prediction. Its models are frozen and in eval mode.
 
     Here is what all families share. Each has its own prompts, its denoiser's arguments, and its way from pictures to noise.
@@ -90,40 +91,40 @@ class Backbone:
         """How many chunks the longest of the prompts takes in the CLIP text encoders."""
         return max((ids.shape[1] for ids in self.tokenize(prompts).values() if ids.ndim == 3), default=1)
 
+    @abstractmethod
     def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
         """Prompts -> what `encode_tokens` takes, on the device, batch first.
 
         CLIP reads long prompts in chunks; all get as many as the longest takes, but at least `chunks`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_tokens(self, tokens: Conditioning) -> Conditioning:
         """Tokenized prompts -> conditioning, batch first; differentiable, for text encoders that carry a LoRA."""
-        raise NotImplementedError
 
     def encode_prompts(self, prompts: list[str], chunks: int = 1) -> Conditioning:
         """Both: prompts -> conditioning."""
         return self.encode_tokens(self.tokenize(prompts, chunks))
 
+    @abstractmethod
     def steps_for(self, levels: Tensor) -> Tensor:
         """Noise levels u (B,) in 0..1 -> the time steps (B,) that the denoiser takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The forward process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the denoiser is trained to predict: noise, velocity or flow."""
-        raise NotImplementedError
 
     def set_timesteps(self, schedule: Any, steps: int, noise: Tensor, **more: Any) -> None:
         """Sets a sampling scheduler's time steps for latents like `noise`."""
         schedule.set_timesteps(steps, device=noise.device, **more)
 
+    @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's output, of the latents' shape."""
-        raise NotImplementedError
 
     def denoise(self, noisy: Tensor, *arguments: Any, **conditioning: Any) -> Tensor:
         """Runs the denoiser in its own precision (but for the time step, which bf16 would round); its output has that of `noisy`."""

@@ -59,8 +59,7 @@ def run(args: Personalize) -> None:
         return
     from .. import formats, photos
     from ..checkpoint import write_json
-    from ..folders import read_caption
-    from ..personal_lora import PLACEHOLDER
+    from ..folders import caption_of
 
     check_lora_name(args.output)
     args.refuse_existing(args.output, args.tokens)
@@ -75,9 +74,7 @@ def run(args: Personalize) -> None:
         say(note)
     formats.check_layout(args.format, hdb.backbone.components)
     masks = hdb.read_masks(args.mask_file, args.photos, crop=args.crop, face=args.face) if args.mask_file else None
-    prompt = args.prompt or (read_caption(args.photos[0]) if len(args.photos) == 1 else None)
-    if prompt and PLACEHOLDER not in prompt:
-        prompt = f"{hdb.prompt}, {prompt}"
+    prompt = hdb.naming(args.prompt or caption_of(args.photos))
     config = hdb.personalize_config(args.config)
     args.machine.explain(config)
     loaded = time.perf_counter()

@@ -24,8 +24,6 @@ from ..lightweight import LightweightLora
 from ..lora import Hooks, find_targets
 from ..progress import Progress
 from ..tables import Table, save_row
-from ..tables import read_table as read_table
-from ..tables import read_table_config as read_table_config
 from ..trainable_lora import IdentityTable
 from ..training import Run, fit
 from ..training_settings import PreoptimizeConfig

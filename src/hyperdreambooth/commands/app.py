@@ -17,19 +17,14 @@ class App(WithHypernetwork):
         hyperdreambooth app --host 0.0.0.0 --auth anna:secret
     """
 
-    host: str = "127.0.0.1"
-    """The address to listen on."""
-    port: int | None = None
-    """The port to listen on. Default: the first free one from 7860."""
-    auth: str | None = None
-    """USER:PASSWORD, asked of everyone. Needed where others can reach the address."""
-    max_upload_mb: int = 50
-    """The largest file that is taken, in megabytes."""
-    browser: bool = False
-    """Also open the page in the default browser."""
+    host: str = "127.0.0.1"  # The address to listen on.
+    port: int | None = None  # The port to listen on. Default: the first free one from 7860.
+    auth: str | None = None  # USER:PASSWORD, asked of everyone. Needed where others can reach the address.
+    max_upload_mb: int = 50  # The largest file that is taken, in megabytes.
+    browser: bool = False  # Also open the page in the default browser.
 
 
-def run(args: App) -> None:
+def run_app(args: App) -> None:
     try:
         from .. import app
     except ImportError as error:

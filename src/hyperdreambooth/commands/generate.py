@@ -19,10 +19,8 @@ class Generate(WithBase, Writing):
         hyperdreambooth generate "a [V] face, oil painting" --lora me.safetensors:0.9 --style oil.safetensors:0.7 --count 4 -o pictures
     """
 
-    prompts: tyro.conf.Positional[tuple[str, ...]]
-    """What to draw."""
-    output: Output
-    """The folder that gets the pictures and, for several, a grid."""
+    prompts: tyro.conf.Positional[tuple[str, ...]]  # What to draw.
+    output: Output  # The folder that gets the pictures and, for several, a grid.
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FILE[:WEIGHT]; a folder with one or user/repo[/file] of the hub will do. The first is the person (a LoRA or a token file), further ones
     are styles. Can be repeated."""
@@ -31,7 +29,7 @@ class Generate(WithBase, Writing):
     config: Annotated[GenerateChoices, Flat] = field(default_factory=GenerateChoices)
 
 
-def run(args: Generate) -> None:
+def run_generate(args: Generate) -> None:
     from .. import photos
     from ..backbones import trained_by_flow
     from ..checkpoint import write_json

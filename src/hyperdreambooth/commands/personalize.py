@@ -27,33 +27,26 @@ class Personalize(WithHypernetwork, WithCrop, Writing):
         hyperdreambooth personalize me1.jpg me2.jpg --base runwayml/stable-diffusion-v1-5 --hypernetwork none -o me.safetensors
     """
 
-    photos: tyro.conf.Positional[tuple[Path, ...]]
-    """One photo or several of the same person; or one folder of people."""
-    output: Output
-    """The LoRA file to write (.safetensors); of a folder of people, the folder that gets them."""
-    tokens: Path | None = None
-    """Also write the prediction as a token file (about 120 KB for Stable Diffusion 1.5)."""
+    photos: tyro.conf.Positional[tuple[Path, ...]]  # One photo or several of the same person; or one folder of people.
+    output: Output  # The LoRA file to write (.safetensors); of a folder of people, the folder that gets them.
+    tokens: Path | None = None  # Also write the prediction as a token file (about 120 KB for Stable Diffusion 1.5).
     format: Layout = "diffusers"
     """Layout of the LoRA file: diffusers (also for PEFT, and for ComfyUI on SD 3 and Flux), or kohya, which ComfyUI and A1111 need on
     Stable Diffusion 1, 2 and XL and diffusers opens too."""
-    face: int | None = None
-    """Which face, by size from 1, where there are several."""
+    face: int | None = None  # Which face, by size from 1, where there are several.
     mask_file: tuple[Path, ...] = ()
     """Gray pictures as large as the photos, one for all or one each: white where the loss counts, black where not. Default: --mask."""
     prompt: str | None = None
     """What the photos show, such as "a [V] face on a blue background": what it names isn't learnt as the person. Default: the caption
     beside a single photo (me.txt beside me.jpg), else what the base itself sees in them, where the hypernetwork brings words to choose
     from (toon's does), else the person alone."""
-    preview: str | None = None
-    """Prompt of the preview picture; default: the person's own prompt."""
-    author: str | None = None
-    """Who made the LoRA, for its metadata."""
-    license: str | None = None
-    """The LoRA's license, for its metadata."""
+    preview: str | None = None  # Prompt of the preview picture; default: the person's own prompt.
+    author: str | None = None  # Who made the LoRA, for its metadata.
+    license: str | None = None  # The LoRA's license, for its metadata.
     config: Annotated[PersonalizeChoices, Flat] = field(default_factory=PersonalizeChoices)
 
 
-def run(args: Personalize) -> None:
+def run_personalize(args: Personalize) -> None:
     if len(args.photos) == 1 and args.photos[0].is_dir():
         run_folder(args)
         return

@@ -16,38 +16,16 @@ from ..assets import toon
 from ..checkpoint import read_json, read_tensors, write_json
 from ..errors import InputError
 from ..progress import say
-from . import harness, report
-from .atlas import Atlas, load_atlas
-from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, Judges, environment, fingerprint
+from . import Request, harness, report
+from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, Atlas, Judges, environment, fingerprint, load_atlas
 from .harness import Bench
 from .judges import Judge
 from .methods import METHODS, ROWS, Method
-from .request import Request
 
-COLUMNS = (
-    *("rank1", "rank1_crowd", "rank1_lookalikes", "similarity", "context_seen", "context_held_out"),
-    *("perceptual_distance", "pixel_distance", "copied"),
-)
-COMPARED = (
-    *("rank1", "rank1_crowd", "auc", "similarity", "context", "perceptual_distance"),
-    *("leakage", "prior_drift", "diversity", "steps", "seconds", "numbers"),
-)
-"""Columns of the comparison of methods."""
-TITLES = {
-    "rank1": "rank-1",
-    "rank1_crowd": "in the crowd",
-    "rank1_lookalikes": "among look-alikes",
-    "context_seen": "context, seen",
-    "context_held_out": "context, held out",
-    "copied": "copies",
-    "auc": "AUC",
-    "numbers": "trained numbers",
-}
-"""Of columns whose names don't say it."""
-TOGETHER = 10
-"""People of a row who are fine-tuned side by side."""
-SHEET = ("base", "prediction", "prediction+guidance", "finetuned", "finetuned+guidance")
-"""Rows on the contact sheet."""
+COLUMNS, COMPARED = (list(titles.items()) for titles in read_json(report.ASSETS / "columns.json").values())
+"""Figures and their titles in the table of rows, and in the comparison of methods."""
+TOGETHER = 10  # People of a row who are fine-tuned side by side.
+SHEET = ("base", "prediction", "prediction+guidance", "finetuned", "finetuned+guidance")  # Rows on the contact sheet.
 
 
 def run(args: Request, output: Path, open_base: Callable[[str, str], HyperDreamBooth]) -> None:
@@ -59,10 +37,10 @@ def run(args: Request, output: Path, open_base: Callable[[str, str], HyperDreamB
     files = [args.atlas / f"{name}.safetensors" for name in ("training", "strangers")]
     known = [read_tensors(file)[0]["embeddings"].float() if file.is_file() else None for file in files]
     judges = Judges(Judge.from_pretrained(toon.directory("recogniser")), Judge.from_pretrained(toon.directory("classifier")), *known)
-    folder = args.faithful or Path("benchmarks/faithful")
-    asked = any(method.faithful for method in methods.values())
-    faithful = open_base("toon", str(folder)) if asked and folder.is_dir() else None
-    if faithful is None:
+    folder, faithful = args.faithful or Path("benchmarks/faithful"), None
+    if any(method.faithful for method in methods.values()) and folder.is_dir():
+        faithful = open_base("toon", str(folder))
+    else:
         methods = {name: method for name, method in methods.items() if not method.faithful}
     personalize = json.loads(json.dumps(dataclasses.asdict(hdb.personalize_config())))
     settings = {
@@ -170,31 +148,23 @@ def run_methods(args: Request, output: Path, bench: Bench, methods: dict[str, Me
         timings = harness.timed(bench, methods)
     settings = {name: dataclasses.asdict(method) for name, method in methods.items()}
     searched = read_json(args.settings).get("search", {}) if args.settings else {}
-
-    def save(rows: dict[str, Any], curves: dict[str, Any], done: int) -> None:
-        figures = {**about, "methods": settings, "people": done, "timings": timings, "rows": rows, "curves": curves, "search": searched}
+    for rows, curves, people in harness.compare(bench, methods, timings, how_many(args, bench)):
+        figures = {**about, "methods": settings, "people": people, "timings": timings, "rows": rows, "curves": curves, "search": searched}
         write_json(output, figures)
         table = markdown_table(rows, COMPARED)
-        texts = {
-            ".md": table + "\n",
-            ".html": report.page("Methods of personalization", figures, table, bench.worst(methods, done)),
-        }
-        if curves:
-            texts[".svg"] = report.curves(curves, "seconds")
+        page = report.page("Methods of personalization", figures, table, bench.worst(methods, people))
+        texts = {".md": table + "\n", ".html": page, **({".svg": report.curves(curves, "seconds")} if curves else {})}
         for suffix, text in texts.items():
             output.with_suffix(suffix).write_text(text, encoding="utf-8")
-        say(f"{output}, .md and .html: {done} people")
-
-    harness.compare(bench, methods, timings, how_many(args, bench), save)
-    say(markdown_table(read_json(output)["rows"], COMPARED))
+        say(f"{output}, .md and .html: {people} people")
+    say(table)
 
 
-def markdown_table(rows: dict[str, Any], columns: Sequence[str] = COLUMNS) -> str:
+def markdown_table(rows: dict[str, Any], columns: Sequence[tuple[str, str]] = COLUMNS) -> str:
     """Rows x figures with their 95 % intervals; shares in per cent."""
-    titles = [TITLES.get(key, key.replace("_", " ")) for key in columns]
-    lines = ["| row | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = ["| row | " + " | ".join(title for _, title in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in [name for name in dict.fromkeys((*ROWS, *METHODS)) if name in rows]:
-        cells = [_cell(rows[name].get(key), key) for key in columns]
+        cells = [_cell(rows[name].get(key), key) for key, _ in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -71,9 +71,7 @@ class TrainHypernetwork(WithBase, WithCrop):
     encoder: str = "auto"  # A vision model of transformers, by directory or hub id (DINOv2, CLIP, ViT). auto: the shipped one for toon.
     validation_folder: Path | None = None  # Identities for the identity gain; default: the last tenth of the folder's.
     table: Path | None = None  # faithful: the folder of `preoptimize`.
-    start: str | None = None
-    """A hypernetwork (directory or hub id) whose weights it begins with: the same layers and encoder, and the
-    same sizes or a lower rank and fewer blocks."""
+    start: str | None = None  # A hypernetwork (directory or hub id) whose weights it begins with: the same layers, encoder and sizes.
     data: str = ""  # What the pictures are, in words, for the model card.
     license: str = ""  # The license of the weights, for the model card.
     config: Annotated[TrainHypernetworkConfig, Flat] = field(default_factory=TrainHypernetworkConfig)

@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0] if arguments else ""
     if name in ("", "-h", "--help", "help"):
         print(USAGE)
-        for group, names in commands.GROUPS.items():
+        for group, modules in commands.GROUPS.items():
+            names = [command for command, module in commands.COMMANDS.items() if module in modules]
             lines = [f"  {command:<19} {str(commands.load(command)[0].__doc__).splitlines()[0]}" for command in names]
             print("\n".join([group, *lines, ""]))
         return 0 if arguments else 2
@@ -71,9 +72,8 @@ def parse(name: str, kind: type, arguments: list[str]) -> object:
     arguments = [part for given in arguments for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
     default = None
     if "--config" in arguments[:-1]:
-        index = arguments.index("--config")
-        _, file = arguments[index : index + 2]
-        del arguments[index : index + 2]
+        file = arguments.pop(arguments.index("--config") + 1)
+        arguments.remove("--config")
         default = updated(commands_default(kind), read_config(file), file)
     return tyro.cli(kind, prog=f"hyperdreambooth {name}", args=arguments, default=default)
 

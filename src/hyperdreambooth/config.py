@@ -11,7 +11,6 @@ import typing
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
@@ -46,17 +45,17 @@ def required(kind: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING is field.default_factory]
 
 
-def parsed(kind: type[T], values: Any, where: str, defaults: Mapping[str, Any] = MappingProxyType({})) -> T:
+def parsed(kind: type[T], values: Any, where: str, defaults: Mapping[str, Any] | None = None) -> T:
     """A dataclass of `kind` out of a mapping. Raises InputError for an unknown, ill-typed or missing field."""
     if not isinstance(values, dict):
         raise InputError(f"{where} must be a mapping of settings, not {_short(values)}.")
-    hints, found = typing.get_type_hints(kind), dict(defaults)
+    hints, found = typing.get_type_hints(kind), dict(defaults or {})
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in hints:
             raise InputError(f"{where}: unknown setting {_short(key)}; there are {', '.join(hints)}.")
-        if dataclasses.is_dataclass(defaults.get(name)):
-            found[name] = updated(defaults[name], value, f"{where}: {key}")
+        if dataclasses.is_dataclass(found.get(name)):
+            found[name] = updated(found[name], value, f"{where}: {key}")
         else:
             found[name] = _coerced(value, hints[name], f"{where}: {key}")
     if lacking := [name for name in required(kind) if name not in found]:

@@ -176,9 +176,7 @@ class TrainHypernetworkConfig(StageConfig):
     """Train the encoder too, from pictures instead of features that are computed once: slower, and it may see what a
     ready encoder overlooks."""
     encoder_scale: float = 0.3  # A trained encoder's learning rate over the decoder's.
-    training: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(steps=20_000, learning_rate=1e-3, warmup=100, average=0.998, validate_every=500)
-    )
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=20_000, warmup=100, average=0.998, validate_every=500))
     """The loop."""
 
     def __post_init__(self) -> None:

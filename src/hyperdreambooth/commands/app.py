@@ -33,14 +33,8 @@ def run_app(args: App) -> None:
     if args.auth is not None and not (user and colon and password):
         raise InputError("--auth must be USER:PASSWORD.")
     app.check_host(args.host, args.auth)
-    server = app.start(
-        args.machine.open(args.base, args.hypernetwork),
-        host=args.host,
-        port=args.port,
-        auth=(user, password) if args.auth else None,
-        max_upload_mb=args.max_upload_mb,
-        browser=args.browser,
-    )
+    hdb, auth = args.machine.open(args.base, args.hypernetwork), (user, password) if args.auth else None
+    server = app.start(hdb, host=args.host, port=args.port, auth=auth, max_upload_mb=args.max_upload_mb, browser=args.browser)
     say(f"{server.url}: open it in a browser; Ctrl-C ends it and deletes what was uploaded and made")
     try:
         threading.Event().wait()

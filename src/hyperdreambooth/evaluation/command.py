@@ -32,6 +32,7 @@ def run(args: Request, output: Path, open_base: Callable[[str, str], HyperDreamB
     """Measures; keeps what the output has already, unless `overwrite`."""
     methods = chosen_methods(args)
     compared = bool(args.methods or args.search or args.quick)
+    args = dataclasses.replace(args, people=args.people or (2 if args.quick else None))
     hdb = open_base("toon", "auto")
     atlas = load_atlas(args.atlas, args.split).first(None if compared else args.people)
     files = [args.atlas / f"{name}.safetensors" for name in ("training", "strangers")]
@@ -127,18 +128,13 @@ def chosen_methods(args: Request) -> dict[str, Method]:
 
 def run_search(args: Request, output: Path, bench: Bench, methods: dict[str, Method], about: dict[str, Any]) -> None:
     """Searches the methods' settings, and writes what it has after each method."""
-    found, people = kept(args, output, about, "search").get("search", {}), how_many(args, bench)
+    found, people = kept(args, output, about, "search").get("search", {}), args.people or len(bench.atlas.people)
     few = dataclasses.replace(bench, atlas=bench.atlas.only(range(0, len(bench.atlas.prompts), 2)), extras=False)
     for name, method in methods.items():
         say(name)
         found[name] = found.get(name) or harness.search(few, method, name, people)
         write_json(output, {**about, "people": people, "search": found})
     say(f"{output}: all that was tried, and the best of it")
-
-
-def how_many(args: Request, bench: Bench) -> int:
-    """The people who are personalized; the others fill the gallery up."""
-    return args.people or (2 if args.quick else len(bench.atlas.people))
 
 
 def run_methods(args: Request, output: Path, bench: Bench, methods: dict[str, Method], about: dict[str, Any]) -> None:
@@ -148,7 +144,7 @@ def run_methods(args: Request, output: Path, bench: Bench, methods: dict[str, Me
         timings = harness.timed(bench, methods)
     settings = {name: dataclasses.asdict(method) for name, method in methods.items()}
     searched = read_json(args.settings).get("search", {}) if args.settings else {}
-    for rows, curves, people in harness.compare(bench, methods, timings, how_many(args, bench)):
+    for rows, curves, people in harness.compare(bench, methods, timings, args.people or len(bench.atlas.people)):
         figures = {**about, "methods": settings, "people": people, "timings": timings, "rows": rows, "curves": curves, "search": searched}
         write_json(output, figures)
         table = markdown_table(rows, COMPARED)
@@ -182,9 +178,8 @@ def _cell(figure: list[float] | float | None, key: str) -> str:
 def contact_sheet(atlas: Atlas, drawn: dict[str, Tensor], people: int = 20) -> Any:
     """A row a person: the reference, then for two prompts the right answer and every row's first picture."""
     shown = [name for name in SHEET if name in drawn]
-    rows, columns = [], ["reference"]
-    prompts = [0, len(atlas.prompts) - 3] if len(atlas.prompts) > 3 else [0]
-    columns += ["true", *shown] * len(prompts)
+    rows, prompts = [], [0, len(atlas.prompts) - 3] if len(atlas.prompts) > 3 else [0]
+    columns = ["reference", *["true", *shown] * len(prompts)]
     for person in range(min(people, len(atlas.people))):
         cells = [atlas.references[person]]
         for prompt in prompts:

@@ -112,16 +112,14 @@ def judge(images: Tensor, atlas: Atlas, judges: Judges) -> dict[str, Any]:
         "rank1_lookalikes": (metrics.lookalike_ranks(embedded, crowd, LOOKALIKES) == 0).float(),
         "auc": metrics.auc(embedded, gallery),
         "similarity": metrics.similarity(embedded, gallery[: len(images)]),
-        "rank1_seen": (order == 0).float()[:, seen],
-        "rank1_held_out": (order == 0).float()[:, ~seen],
         "context": right,
-        "context_seen": right[:, seen],
-        "context_held_out": right[:, ~seen],
         "pixel_distance": (images - answers).abs().mean((-3, -2, -1)) / 2,
         "perceptual_distance": judges.classifier.distance(images.flatten(0, 2), answers.flatten(0, 2)).reshape(images.shape[:3]),
         "feature_distance": 1 - (embedded * truths[:, :, None]).sum(-1),
         "psnr": metrics.psnr(images, answers),
     }
+    for name, which in (("seen", seen), ("held_out", ~seen)):
+        values |= {f"{figure}_{name}": values[figure][:, which] for figure in ("rank1", "context")}
     if judges.training is not None:
         values["copied"] = metrics.copied(embedded, references, judges.training)
     return rounded({name: value for name, value in values.items() if value.numel()})

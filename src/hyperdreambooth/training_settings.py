@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from .errors import InputError, in_range
@@ -186,5 +186,4 @@ class TrainHypernetworkConfig(StageConfig):
             raise InputError("what people have in common takes a batch of 2 or more to tell: raise batch, or set shared to 0.")
         if not 0 <= self.dropout <= 1:
             raise InputError(f"dropout is a fraction of the pictures, 0 to 1, not {self.dropout}.")
-        if self.lightweight.learnable != (self.mode == "pro"):
-            self.lightweight = LightweightConfig(**{**self.lightweight.__dict__, "learnable": self.mode == "pro"})
+        self.lightweight = replace(self.lightweight, learnable=self.mode == "pro")

@@ -137,9 +137,8 @@ def run_folder(args: Personalize) -> None:
     if sheet:
         save_sheet(args.output / "preview.png", [sheet], [""], names, "the first of them")
     write_json(args.output / "personalize.json", as_json(args, config))
-    made = len(missing) - len(refused)
-    say(f"{args.output}: {made} people in {time.perf_counter() - started:.1f} s, {len(refused)} left out")
-    if refused and not made:
+    say(f"{args.output}: {len(missing) - len(refused)} people in {time.perf_counter() - started:.1f} s, {len(refused)} left out")
+    if refused and len(refused) == len(missing):
         raise InputError(f"no photo of {args.photos[0]} could be read; the first: {next(iter(refused.values()))}")
 
 

@@ -273,9 +273,8 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
     model = toon.directory("hypernetwork") / "encoder" if args.encoder == "auto" else args.encoder
     encoder = FaceEncoder.from_pretrained(model, trained=config.train_encoder).to(hdb.device).eval()
     start = load_hypernetwork(args.start, hdb.backbone)[0] if args.start else None
-    read = partial(
-        load_identities, backbone=hdb.backbone, encoder=encoder, prompt=config.prompt, crop=args.crop, cache=args.output / "cache"
-    )
+    cache = args.output / "cache"
+    read = partial(load_identities, backbone=hdb.backbone, encoder=encoder, prompt=config.prompt, crop=args.crop, cache=cache)
     data = read(args.folder)
     if args.validation_folder:
         validation = read(args.validation_folder)

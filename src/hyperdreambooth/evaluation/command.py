@@ -99,13 +99,20 @@ def run_rows(args: Request, output: Path, bench: Bench, methods: dict[str, Metho
 
 
 def compare(words: Sequence[str]) -> None:
-    """`compare A.json B.json`: what differs beyond the intervals."""
+    """`compare A.json B.json`: a Markdown table of the figures whose intervals don't meet."""
     if len(words) != 3 or words[0] != "compare":
         raise InputError(f"{' '.join(words)!r} isn't understood: `compare A.json B.json` compares two results.")
     one, other = (read_json(Path(word)).get("rows") for word in words[1:])
     if not one or not other:
         raise InputError(f"{words[1] if not one else words[2]} holds no rows: it isn't a result of evaluate.")
-    say(report.differences(one, other))
+    lines = ["| row | figure | first | second |", "|---|---|---|---|"]
+    for row in [row for row in one if row in other]:
+        for name, figure in one[row].items():
+            after = other[row].get(name)
+            if isinstance(figure, list) and isinstance(after, list) and (figure[2] < after[1] or after[2] < figure[1]):
+                before, now = (f"{mean:.3f} ({low:.3f}-{high:.3f})" for mean, low, high in (figure, after))
+                lines.append(f"| {row} | {name} | {before} | {now} |")
+    say("\n".join(lines))
 
 
 def chosen_methods(args: Request) -> dict[str, Method]:

@@ -6,7 +6,7 @@ textual inversion are one person at a time. Their settings are searched on valid
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +26,9 @@ from ..trainable_lora import IdentityTable, RelaxedLora
 from ..training import Run, fit
 from ..training_settings import LightweightConfig, NoiseLevels, TrainingConfig
 
+OnMark = Callable[[int, LoraSet | None], None]  # Takes the steps that are done, and the updates so far.
 LEVELS = {"uniform": NoiseLevels(uniform=1.0), "high": NoiseLevels()}
 """Where noise levels may be drawn from: all alike (DreamBooth), or where it is decided who it is."""
-
-OnMark = Callable[[int, LoraSet | None], None]
 
 
 @dataclass(frozen=True)
@@ -81,25 +80,22 @@ def whole(denoiser: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def words(hdb: HyperDreamBooth) -> Iterator[nn.Module]:
     """The embeddings of the trigger's tokens in every text encoder, and nothing else (textual inversion; Gal et al., 2022)."""
-    vectors, handles = nn.ParameterList(), []
-    for name in hdb.backbone.text_components:
-        encoder: Any = hdb.backbone.components[name]
-        tokenizer = getattr(hdb.backbone.pipe, name.replace("text_encoder", "tokenizer"))
-        ids, table = tokenizer(hdb.identifier, add_special_tokens=False).input_ids, encoder.get_input_embeddings()
-        mine = nn.Parameter(table.weight[ids].detach().float().clone())
+    vectors = nn.ParameterList()
+    with ExitStack() as hooks:
+        for name in hdb.backbone.text_components:
+            encoder: Any = hdb.backbone.components[name]
+            tokenizer = getattr(hdb.backbone.pipe, name.replace("text_encoder", "tokenizer"))
+            ids, table = tokenizer(hdb.identifier, add_special_tokens=False).input_ids, encoder.get_input_embeddings()
+            mine = nn.Parameter(table.weight[ids].detach().float().clone())
 
-        def spoken(module: nn.Module, args: Any, output: Tensor, ids: list[int] = ids, mine: nn.Parameter = mine) -> Tensor:
-            for index, token in enumerate(ids):
-                output = torch.where((args[0] == token)[..., None], mine[index].to(output.dtype), output)
-            return output
+            def spoken(module: nn.Module, args: Any, output: Tensor, ids: list[int] = ids, mine: nn.Parameter = mine) -> Tensor:
+                for index, token in enumerate(ids):
+                    output = torch.where((args[0] == token)[..., None], mine[index].to(output.dtype), output)
+                return output
 
-        vectors.append(mine)
-        handles.append(table.register_forward_hook(spoken))
-    try:
+            vectors.append(mine)
+            hooks.callback(table.register_forward_hook(spoken).remove)
         yield InTheBase(vectors)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

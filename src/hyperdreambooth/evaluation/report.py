@@ -80,15 +80,3 @@ def page(title: str, figures: Mapping[str, Any], table: str, grids: Mapping[str,
             tried.setdefault(f"rate {one['rate']:g}, {one['levels']} levels", []).append((one["steps"], one["perceptual_distance"][0]))
         sections.append({"title": f"Search: {name}", "plot": plot(tried, "steps", "perceptual distance (low is good)")})
     return document(title, sections)
-
-
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Two results as a Markdown table of the figures whose intervals don't meet: row, figure, before, after."""
-    lines = ["| row | figure | first | second |", "|---|---|---|---|"]
-    for row in [row for row in one if row in other]:
-        for name, figure in one[row].items():
-            after = other[row].get(name)
-            if isinstance(figure, list) and isinstance(after, list) and (figure[2] < after[1] or after[2] < figure[1]):
-                before, now = (f"{mean:.3f} ({low:.3f}-{high:.3f})" for mean, low, high in (figure, after))
-                lines.append(f"| {row} | {name} | {before} | {now} |")
-    return "\n".join(lines)

@@ -21,8 +21,7 @@ from hyperdreambooth import HyperDreamBooth, photos
 from hyperdreambooth.assets import toon
 from hyperdreambooth.checkpoint import write_json
 from hyperdreambooth.evaluation import metrics
-from hyperdreambooth.evaluation.atlas import load_atlas
-from hyperdreambooth.evaluation.evaluate import predicted_loras
+from hyperdreambooth.evaluation.evaluate import load_atlas, predicted_loras
 from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.stages.dreambooth import Subject
 from hyperdreambooth.stages.generate import generate

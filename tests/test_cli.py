@@ -472,12 +472,12 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(tmp_path, capsys, face, mon
 
 
 def test_ctrl_c_says_so(monkeypatch, face, tmp_path, capsys):
-    from hyperdreambooth.commands import info
+    from hyperdreambooth.commands import files
 
     def stop(args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(info, "run", stop)
+    monkeypatch.setattr(files, "run_info", stop)
     assert run("info", face) == 130
     assert "stopped" in capsys.readouterr().err
 
@@ -497,12 +497,12 @@ def test_settings_say_where_they_came_from_and_can_be_given_back(me, face, tmp_p
 
 
 def test_an_error_that_nobody_foresaw_is_a_sentence_and_debug_shows_the_trace(monkeypatch, face, capsys):
-    from hyperdreambooth.commands import info
+    from hyperdreambooth.commands import files
 
     def stumble(args: object) -> None:
         raise RuntimeError("some library\nsays why.")
 
-    monkeypatch.setattr(info, "run", stumble)
+    monkeypatch.setattr(files, "run_info", stumble)
     refused(capsys, "RuntimeError: says why", "info", face)
     with pytest.raises(RuntimeError, match="some library"):
         run("info", face, "--debug")

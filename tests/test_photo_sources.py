@@ -68,7 +68,7 @@ def test_folders_take_pictures_by_content_and_name_the_rest(tmp_path, capsys):
     assert "2 files" in said
     assert all(name in said for name in ("gone.png", "notes.doc"))
     assert "Thumbs" not in said
-    assert folders.read_caption(tmp_path / "b.jfif") == "a man in a hat"
+    assert folders.caption_of(tmp_path / "b.jfif") == "a man in a hat"
 
 
 def test_auto_takes_the_face_or_says_that_it_took_the_middle(tmp_path):

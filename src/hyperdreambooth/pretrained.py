@@ -10,12 +10,11 @@ from typing import Any, Literal
 import torch
 
 from .backbones import Backbone
-from .cards import hypernetwork_card
 from .checkpoint import read_json, read_shapes, read_tensors, save_tensors, write_atomically, write_json
 from .config import parsed, updated
 from .encoder import FaceEncoder
 from .errors import InputError, in_range, some
-from .hub import download
+from .hub import download, hypernetwork_card
 from .hypernetwork import HyperNetwork
 from .lightweight import LightweightLora
 from .lora import Shape, canonical_modules, linear_shape

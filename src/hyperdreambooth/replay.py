@@ -8,6 +8,7 @@ A recording refers to memory, not to objects. So the next training of the same k
 values into the recorded memory and goes on there (`Memory`).
 """
 
+import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -33,11 +34,9 @@ class Memory(Protocol):
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, by name, once the work has run."""
-        ...
 
     def move_to(self, recorded: dict[str, Tensor]) -> None:
         """Copies the present values into the tensors of an earlier recording, and works with those from then on."""
-        ...
 
 
 @dataclass
@@ -57,7 +56,8 @@ class Recording:
 
 Key = tuple[Hashable, ...]
 _recordings: OrderedDict[tuple[Key, Hashable], Recording] = OrderedDict()
-_told: set[str] = set()
+_tokens: weakref.WeakKeyDictionary[object, object] = weakref.WeakKeyDictionary()
+_say_once = functools.cache(say)
 _off = False
 
 
@@ -66,9 +66,6 @@ def forget() -> None:
     _recordings.clear()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-_tokens: weakref.WeakKeyDictionary[object, object] = weakref.WeakKeyDictionary()
 
 
 def token(owner: object) -> object:
@@ -131,10 +128,8 @@ class Replayed:
         if self.recording is None and self.calls >= WARM_UP:
             self.recording = self._record(inputs)
         self.calls += 1
-        if self.recording is not None:
-            return self.recording(inputs)
-        if self.given_up:
-            return self.work(inputs)
+        if self.recording is not None or self.given_up:
+            return (self.recording or self.work)(inputs)
         stream = _side_stream(next(iter(inputs.values())).device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -159,24 +154,18 @@ class Replayed:
         try:
             with torch.cuda.graph(graph, stream=_side_stream(next(iter(static.values())).device)):
                 output = self.work(static)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
             self.given_up = True
             forget()
             why = "memory is short" if isinstance(error, torch.OutOfMemoryError) else str(error).splitlines()[0]
-            if why not in _told:
-                _told.add(why)
-                say(f"not recorded as a CUDA graph ({why}); it goes on step by step, more slowly.")
+            _say_once(f"not recorded as a CUDA graph ({why}); it goes on step by step, more slowly.")
             return None
-        memory = self.memory.tensors() if self.memory is not None else {}
-        recording = _recordings[self.key, self.signature] = Recording(graph, static, output, memory)
+        recording = Recording(graph, static, output, self.memory.tensors() if self.memory is not None else {})
+        _recordings[self.key, self.signature] = recording
         return recording
 
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
+@functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream on which work is warmed up and recorded, one a device."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
+    return torch.cuda.Stream(device)

@@ -30,7 +30,7 @@ from torch import nn
 from hyperdreambooth import replay
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.assets import clip
-from hyperdreambooth.backbones import Backbone, single_file, wrap
+from hyperdreambooth.backbones import Backbone, architectures, wrap
 from hyperdreambooth.checkpoint import write_json
 from hyperdreambooth.encoder import FaceEncoder
 from hyperdreambooth.lora import Hooks, Lora, LoraSet, find_targets, merged
@@ -47,7 +47,7 @@ RANK = 4
 
 def base(name: str, device: str = "cuda") -> Backbone:
     """A published architecture (sd15, sdxl) with random weights in bf16."""
-    found = single_file.models(name)
+    found = architectures.architecture(name, vae=True)
     torch.manual_seed(0)
     for model in found.values():
         model.to_empty(device=device).to(torch.bfloat16)
@@ -57,7 +57,7 @@ def base(name: str, device: str = "cuda") -> Backbone:
             else:
                 tensor.copy_(torch.arange(tensor.shape[-1]).expand_as(tensor))
     models: dict[str, Any] = dict(found.items())
-    models |= {"scheduler": single_file.scheduler(name, "epsilon", zero_snr=False), "tokenizer": clip.tokenizer()}
+    models |= {"scheduler": architectures.scheduler(name, "epsilon", zero_snr=False), "tokenizer": clip.tokenizer()}
     if name == "sdxl":
         return wrap(diffusers.StableDiffusionXLPipeline(**models, tokenizer_2=clip.tokenizer("!")), name)
     none: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,8 +48,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig, device:
     elif device.type == "cuda":
         groups = [{**group, "lr": torch.tensor(config.learning_rate, device=device)} for group in groups]
         settings |= {"capturable": True, "fused": True}
-    found: torch.optim.Optimizer = kind(groups, **settings)
-    return found
+    return cast(torch.optim.Optimizer, kind(groups, **settings))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

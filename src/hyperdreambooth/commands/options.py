@@ -65,7 +65,7 @@ class Machine:
         more: dict[str, Any] = {"device": self.device, "dtype": dtype, "prediction": self.prediction, "parts": self.parts}
         hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, **more)
         if self.gradient_checkpointing:
-            hdb.backbone.enable_checkpointing()
+            hdb.backbone.denoiser.enable_gradient_checkpointing()
         return hdb
 
 

@@ -24,7 +24,7 @@ from ..lora import LoraSet
 def base_metadata(pipe: Any, base: str, resolution: int) -> dict[str, str]:
     """What a LoRA's header says about its base, which the user calls `base`: a pipeline of diffusers, of pictures `resolution` pixels a side."""
     architecture, version = _architecture(pipe)
-    name = Path(base).name if Path(base).exists() else base  # where it lies on this machine is nobody's business
+    name = Path(base).name if Path(base).exists() else base  # the path on this machine doesn't belong into a file
     metadata = {
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.resolution": f"{resolution}x{resolution}",

@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
-from ..checkpoint import read_tensors, save_tensors
+from ..checkpoint import read_header, read_tensors, save_tensors
 from ..errors import InputError, fresh, some
 from ..lightweight import LightweightLora
 
@@ -36,9 +35,8 @@ def save_tokens(
 def is_tokens(path: str | Path) -> bool:
     """Whether a file's header says that it is a token file; False for anything else, readable or not."""
     try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            return KEY in (file.metadata() or {})
-    except (safetensors.SafetensorError, OSError):
+        return KEY in read_header(path)[1]
+    except InputError:
         return False
 
 

@@ -11,8 +11,7 @@ values into the recorded memory and goes on there (`Memory`).
 import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +26,8 @@ WARM_UP = 2
 """Calls before a recording: the first ones set up libraries and an optimizer's state."""
 KEPT = 4
 """Recordings that are kept; the one that wasn't used for longest goes first."""
+OFF = False
+"""Set to True, all work runs as it is: to compare with."""
 
 
 class Memory(Protocol):
@@ -58,7 +59,6 @@ Key = tuple[Hashable, ...]
 _recordings: OrderedDict[tuple[Key, Hashable], Recording] = OrderedDict()
 _tokens: weakref.WeakKeyDictionary[object, object] = weakref.WeakKeyDictionary()
 _say_once = functools.cache(say)
-_off = False
 
 
 def forget() -> None:
@@ -91,17 +91,6 @@ def _drop(mark: object) -> None:
         del _recordings[key]
 
 
-@contextmanager
-def switched_off() -> Iterator[None]:
-    """Runs all work as it is until the context closes: to compare with."""
-    global _off
-    before, _off = _off, True
-    try:
-        yield
-    finally:
-        _off = before
-
-
 class Replayed:
     """`work`, recorded where it can be. Its output is overwritten by the next call.
 
@@ -118,7 +107,7 @@ class Replayed:
         self.calls, self.given_up = 0, False
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        if self.given_up or _off or not isinstance(inputs, dict) or not all(value.is_cuda for value in inputs.values()):
+        if self.given_up or OFF or not isinstance(inputs, dict) or not all(value.is_cuda for value in inputs.values()):
             return self.work(inputs)
         signature = tuple((name, value.shape, value.dtype) for name, value in inputs.items())
         if signature != self.signature:

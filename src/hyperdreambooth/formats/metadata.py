@@ -56,17 +56,8 @@ def _architecture(pipe: Any) -> tuple[str, str]:
     return "stable-diffusion-v1", "sd_v1_v" if velocity else "sd_v1"
 
 
-def standard_metadata(
-    loras: LoraSet,
-    *,
-    title: str,
-    trigger: str,
-    identifier: str,
-    author: str | None = None,
-    license: str | None = None,
-    thumbnail: Image.Image | None = None,
-) -> dict[str, str]:
-    """What a LoRA's header says about the LoRA itself; `base_metadata` belongs beside it."""
+def standard_metadata(loras: LoraSet, *, title: str, trigger: str, identifier: str, **given: str | Image.Image | None) -> dict[str, str]:
+    """What a LoRA's header says about the LoRA itself; `base_metadata` belongs beside it. `given`: author, license, thumbnail."""
     rank = max(lora.rank for lora in loras.values())
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -85,8 +76,8 @@ def standard_metadata(
         "hyperdreambooth.version": __version__,
         "hyperdreambooth.identifier": identifier,
     }
-    given = {"author": author, "license": license, "thumbnail": _data_url(thumbnail) if thumbnail else None}
-    return metadata | {f"modelspec.{name}": value for name, value in given.items() if value}
+    texts = {name: _data_url(value) if isinstance(value, Image.Image) else value for name, value in given.items()}
+    return metadata | {f"modelspec.{name}": text for name, text in texts.items() if text}
 
 
 def _data_url(picture: Image.Image) -> str:

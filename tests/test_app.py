@@ -409,7 +409,7 @@ def test_ticking_the_palette_keeps_ones_own_lines(server):
 def test_visits_end_with_their_last_tab_or_after_an_hour(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(sessions.time, "monotonic", lambda: now[0])
-    visits = Visits(tmp_path, tmp_path / "public")
+    visits = Visits(tmp_path)
     first, second, other = visits.of("s1", "ann"), visits.of("s2", "ann"), visits.of("s3", "bob")
     first.seen = second.seen = other.seen = 0.0
     upload = tmp_path / "upload.png"

@@ -338,33 +338,6 @@ def test_a_hypernetwork_goes_on_from_another_ones_weights(backbone):
         train_hypernetwork(backbone, start.encoder, identity_data(), nothing, start=start)
 
 
-def test_a_hypernetwork_grows_without_forgetting(backbone):
-    """More rank and more blocks predict the same at first, and what is new learns."""
-    start = tiny_source(backbone)
-    for parameter in start.hypernetwork.parameters():  # none at its untrained value
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-    old = start.lightweight.config
-    config = TrainHypernetworkConfig(
-        lightweight=LightweightConfig(rank=3, down_dim=old.down_dim, up_dim=old.up_dim, learnable=True),
-        hypernetwork=dataclasses.replace(DECODER, blocks=DECODER.blocks + 2),
-        batch=4,
-        training=TrainingConfig(steps=0),
-    )
-    data = identity_data()
-    grown, _ = train_hypernetwork(backbone, start.encoder, data, config, start=start)
-    before, after = start(data.features[:2]), grown(data.features[:2])
-    for path in before:
-        assert after[path].rank == 3
-        torch.testing.assert_close(after[path].delta(), before[path].delta(), atol=1e-5, rtol=1e-4)
-    config.training = TrainingConfig(steps=2, learning_rate=1e-3)
-    trained, _ = train_hypernetwork(backbone, start.encoder, data, config, start=start)
-    _, up = trained.lightweight.split(trained.tokens(data.features[:2]))
-    assert up[..., 1:].abs().max() > 0
-    config.hypernetwork = dataclasses.replace(DECODER, dim=DECODER.dim * 2)
-    with pytest.raises(InputError, match="other layers or sizes"):
-        train_hypernetwork(backbone, start.encoder, data, config, start=start)
-
-
 def test_fine_tuning_draws_its_noise_as_it_was_told(backbone, monkeypatch):
     drawn = []
     draw = NoiseLevels.draw

@@ -6,18 +6,20 @@ from typing import Any
 import gradio as gr
 
 from .. import assets
-from ..assets import toon
 from ..errors import InputError
 from ..settings import GenerateConfig
 from .actions import Actions, bar, example_files
+from .sessions import GREETING
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 ON_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 """One at a time: a model carries one LoRA at a time."""
 SCHEDULERS = ["DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
 CSS = (Path(assets.__file__).parent / "page.css").read_text(encoding="utf-8")
-HEAD = """<meta property="og:title" content="hyperdreambooth">
-<meta property="og:description" content="One face photo in, a personal LoRA for Stable Diffusion out.">"""
+SHOWN = f"/gradio_api/file={GREETING}"
+HEAD = f"""<meta property="og:title" content="hyperdreambooth">
+<meta property="og:description" content="One face photo in, a personal LoRA for Stable Diffusion out.">
+<meta property="og:image" content="{SHOWN}">"""
 """What a link to the page is shown with."""
 
 
@@ -29,15 +31,19 @@ def theme() -> gr.themes.Base:
 
 def build(actions: Actions) -> gr.Blocks:
     """The page over `actions`: a function a section, each of which lays it out and says which action its buttons call."""
-    gr.set_static_paths([toon.directory("faces")])
+    gr.set_static_paths(actions.visits.public)
     with gr.Blocks(title="hyperdreambooth", analytics_enabled=False) as page:
         gr.Markdown(
             "# One face photo in, a personal LoRA out\n"
             f"Runs on this machine alone, on the base `{actions.hdb.base}`; nothing you give it leaves it, and all of it goes when you close this page."
         )
+        gr.HTML(f'<img src="{SHOWN}" alt="An example face, and five pictures that were drawn of it" class="hdb-greeting">')
         with gr.Tab("Make"):
-            _photo(actions)
-            consent, *begun = _personalize(actions)
+            with gr.Row():
+                with gr.Column(min_width=320):
+                    _photo(actions)
+                with gr.Column(min_width=320):
+                    consent, *begun = _personalize(actions)
             with gr.Column(visible=False, elem_id="later") as later:  # until there is a LoRA
                 jobs = [*begun, *_draw(actions), _mix(actions, consent)]
                 files = _take(actions)
@@ -60,19 +66,15 @@ def _photo(actions: Actions) -> None:
         "\n\nThis base, `toon`, draws small cartoon faces: a photograph of a person won't come out as that person. Example faces will."
     )
     gr.Markdown(
-        "## 1. Your photo\nDrop in one photo of a person, or a few of the same person, or take an example face."
-        + cartoon * (actions.hdb.base == "toon")
+        "## 1. A photo\nOne photo of a person, or a few of the same person, or an example face." + cartoon * (actions.hdb.base == "toon")
     )
+    examples = _pictures("examples", "hdb-faces", value=example_files(), allow_preview=False)
+    number = gr.Number(visible=False)
     with gr.Row():
-        with gr.Column(min_width=300):
-            sources: dict[str, Any] = {"sources": ["upload", "webcam", "clipboard"], "file_types": ["image"], "type": "filepath"}
-            uploaded = gr.Gallery(label="Photos", columns=4, height=220, elem_id="photos", **sources)
-            several = "Which face, where there are several"
-            face = gr.Number(1, label=several, info="1 is the largest.", precision=0, minimum=1, elem_id="face")
-        with gr.Column(min_width=300):
-            gr.Markdown("Example faces: drawn people whom nobody trained on")
-            examples = _pictures("examples", "hdb-faces", value=example_files(), allow_preview=False)
-            number = gr.Number(visible=False)
+        sources: dict[str, Any] = {"sources": ["upload", "webcam", "clipboard"], "file_types": ["image"], "type": "filepath"}
+        uploaded = gr.Gallery(label="Photos", columns=4, height=170, elem_id="photos", scale=2, **sources)
+        several = "Which face, where there are several"
+        face = gr.Number(1, label=several, info="1 is the largest.", precision=0, minimum=1, elem_id="face", min_width=120)
     note = gr.HTML(bar("What is understood of the photo appears here."), elem_id="note")
     seen = [_pictures("understood"), note]
     uploaded.change(actions.look, [uploaded, face], seen, api_name="look")
@@ -104,28 +106,31 @@ def _draw(actions: Actions) -> list[Any]:
     """The events after which there are new pictures."""
     hdb = actions.hdb
     gr.Markdown("## 3. Draw\nWrite prompts, a line each, with `[V]` where the person belongs, or tick some.")
-    prompts = gr.Textbox(hdb.prompt, label="Prompts", lines=3, max_length=4000, elem_id="prompts")
-    plain = [name for name, prompt in actions.palette["contexts"].items() if prompt == hdb.prompt]
-    contexts = gr.CheckboxGroup(list(actions.palette["contexts"]), value=plain, label="Contexts", elem_id="contexts")
-    styles = gr.CheckboxGroup(list(actions.palette["styles"]), label="Styles", elem_id="styles")
+    with gr.Row():
+        with gr.Column(min_width=320):
+            prompts = gr.Textbox(hdb.prompt, label="Prompts", lines=3, max_length=4000, elem_id="prompts")
+            plain = [name for name, prompt in actions.palette["contexts"].items() if prompt == hdb.prompt]
+            contexts = gr.CheckboxGroup(list(actions.palette["contexts"]), value=plain, label="Contexts", elem_id="contexts")
+            styles = gr.CheckboxGroup(list(actions.palette["styles"]), label="Styles", elem_id="styles")
+            with gr.Row():
+                count = gr.Slider(1, 8, 1, step=1, label="Pictures of each", elem_id="count")
+                strength = gr.Slider(0, 1.5, 1, step=0.05, label="Identity strength", elem_id="strength")
+            with gr.Accordion("More settings", open=False):
+                seed = gr.Number(0, label="First seed", precision=0, minimum=0, maximum=2**53, elem_id="seed")
+                settings = {"prompts": prompts, "seed": seed, "count": count, "strength": strength, **_more_settings(hdb.generate_config())}
+            with gr.Row():
+                draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=90)
+                compare = gr.Button("Compare", elem_id="compare", min_width=90)
+                stop = gr.Button("Stop", elem_id="stop-drawing", min_width=90)
+        with gr.Column(min_width=320):
+            drawing = gr.HTML(bar("Pictures appear here. Compare draws each prompt without the LoRA as well."), elem_id="drawing")
+            # a prompt a row: without the LoRA, the prediction where there is one, with the LoRA
+            columns = "hdb-three" if hdb.source else "hdb-two"
+            buttons = [("draw", draw, _pictures("pictures", "hdb-pictures hdb-large"))]
+            buttons += [("compare", compare, _pictures("compared", f"hdb-pictures {columns}"))]
     for ticked in (contexts, styles):
         ticked.change(actions.pick, [contexts, styles, prompts], prompts, queue=False, **PRIVATE)
-    with gr.Row():
-        count = gr.Slider(1, 8, 1, step=1, label="Pictures of each", elem_id="count")
-        seed = gr.Number(0, label="First seed", precision=0, minimum=0, maximum=2**53, elem_id="seed")
-        nobody = "0 is the base without the person."
-        strength = gr.Slider(0, 1.5, 1, step=0.05, label="Identity strength", info=nobody, elem_id="strength")
-    with gr.Accordion("More settings", open=False):
-        settings = {"prompts": prompts, "seed": seed, "count": count, "strength": strength, **_more_settings(hdb.generate_config())}
-    with gr.Row():
-        draw = gr.Button("Draw", variant="primary", elem_id="draw")
-        compare = gr.Button("Compare without LoRA, prediction, fine-tuned", elem_id="compare")
-        stop = gr.Button("Stop", elem_id="stop-drawing")
-    drawing = gr.HTML(elem_id="drawing")
     stop.click(actions.stop, None, drawing, queue=False, **PRIVATE)
-    # a prompt a row: without the LoRA, the prediction where there is one, with the LoRA
-    columns = "hdb-three" if hdb.source else "hdb-two"
-    buttons = [("draw", draw, _pictures("pictures")), ("compare", compare, _pictures("compared", f"hdb-pictures {columns}"))]
     return [
         _waiting(button, actions, drawing).success(
             actions.draw,
@@ -155,23 +160,22 @@ def _more_settings(defaults: GenerateConfig) -> dict[str, Any]:
 
 
 def _mix(actions: Actions, consent: gr.Checkbox) -> Any:
-    gr.Markdown(
-        "## 4. Mix two people\nGive a second person; the mix is who is drawn from then on. Fine-tuning isn't in a mix of two predictions."
-    )
-    with gr.Row():
-        second = gr.File(label="A photo, a LoRA or a token file", elem_id="second")
-        with gr.Column():
-            numbers = [("none", 0), *((f"example face {number}", number) for number in range(1, len(example_files()) + 1))]
-            example = gr.Dropdown(numbers, value=0, label="Or an example face", elem_id="second-example")
-            share = gr.Slider(0, 1, 0.5, step=0.05, label="From the first person to the second", elem_id="share")
-            mix = gr.Button("Mix", elem_id="mix")
-    shown = [gr.HTML(elem_id="mixing"), _pictures("mixed")]
+    with gr.Accordion("Mix two people", open=False, elem_id="two"):
+        gr.Markdown("Give a second person; the mix is who is drawn from then on. Fine-tuning isn't in a mix of two predictions.")
+        with gr.Row():
+            second = gr.File(label="A photo, a LoRA or a token file", elem_id="second", height=170)
+            with gr.Column():
+                numbers = [("none", 0), *((f"example face {number}", number) for number in range(1, len(example_files()) + 1))]
+                example = gr.Dropdown(numbers, value=0, label="Or an example face", elem_id="second-example")
+                share = gr.Slider(0, 1, 0.5, step=0.05, label="From the first person to the second", elem_id="share")
+                mix = gr.Button("Mix", elem_id="mix")
+        shown = [gr.HTML(elem_id="mixing"), _pictures("mixed")]
     return mix.click(actions.mix, [second, example, share, consent], shown, api_name="mix", **ON_MODEL)
 
 
 def _take(actions: Actions) -> gr.File:
     gr.Markdown(
-        "## 5. Take it home\n`person.safetensors` opens in diffusers, `person-kohya.safetensors` in A1111 and ComfyUI; put "
+        "## 4. Take it home\n`person.safetensors` opens in diffusers, `person-kohya.safetensors` in A1111 and ComfyUI; put "
         f"`{actions.hdb.prompt.replace('[V]', actions.hdb.identifier)}` into the prompt there. The zip holds every picture and a contact sheet."
     )
     return gr.File(label="Your files", file_count="multiple", interactive=False, elem_id="files")

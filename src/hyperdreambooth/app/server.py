@@ -19,7 +19,6 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..api import HyperDreamBooth
-from ..assets import toon
 from ..errors import InputError
 from .actions import Actions
 from .page import CSS, HEAD, build, theme
@@ -71,7 +70,7 @@ def start(
     Raises InputError for another address than loopback without `auth`, and where the port is taken.
     """
     check_host(host, auth)
-    visits = Visits(Path(tempfile.mkdtemp(prefix="hyperdreambooth-")).resolve(), toon.directory("faces").resolve())
+    visits = Visits(Path(tempfile.mkdtemp(prefix="hyperdreambooth-")).resolve())
     cache = os.environ.get("GRADIO_TEMP_DIR")
     os.environ["GRADIO_TEMP_DIR"] = str(visits.root)
 

@@ -25,6 +25,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
+from .. import assets
+from ..assets import toon
 from ..errors import InputError
 from ..personal_lora import PersonalLora
 
@@ -33,6 +35,8 @@ IDLE = 3600.0
 """Seconds after which an idle visit, and whatever it left, goes."""
 MAX_BODY = 2_000_000
 """Bytes of a call's JSON: files aren't in it, they are uploaded before."""
+GREETING = Path(assets.__file__).with_name("greeting.webp").resolve()
+"""A finished example, for everyone to see."""
 CONTENT_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; connect-src 'self' data: blob:; "
@@ -101,8 +105,9 @@ class Visit:
 class Visits:
     """Who is here, and which files are whose. Everything lies under `root`, which goes with the server."""
 
-    def __init__(self, root: Path, public: Path, idle: float = IDLE):
-        self.root, self.public, self.idle = root, public, idle
+    def __init__(self, root: Path, idle: float = IDLE):
+        self.root, self.idle = root, idle
+        self.public = [toon.directory("faces").resolve(), GREETING]
         self.visits: dict[str, Visit] = {}
         self.uploads: dict[str, dict[str, float]] = {}
         """Path -> visitor -> when: the same file lies in the same place, whoever uploads it."""
@@ -167,7 +172,11 @@ class Visits:
     def may_read(self, owner: str, path: str) -> bool:
         """Whether a file is this visitor's own, or everyone's."""
         whole = Path(os.path.abspath(path))  # without "..", and never looked up on the disk
-        return whole.is_relative_to(self.folder(owner)) or whole.is_relative_to(self.public) or owner in self.uploads.get(str(whole), {})
+        return (
+            whole.is_relative_to(self.folder(owner))
+            or any(map(whole.is_relative_to, self.public))
+            or owner in self.uploads.get(str(whole), {})
+        )
 
 
 class Guard:

@@ -35,8 +35,7 @@ class TrainHypernetwork(WithBase, WithCrop):
     table: Path | None = None
     """faithful: the folder of `preoptimize`."""
     start: str | None = None
-    """A hypernetwork (directory or hub id) whose weights it begins with: the same layers and encoder, and the
-    same sizes or a lower rank and fewer blocks."""
+    """A hypernetwork (directory or hub id) whose weights it begins with: the same layers, encoder and sizes."""
     data: str = ""
     """What the pictures are, in words, for the model card."""
     license: str = ""

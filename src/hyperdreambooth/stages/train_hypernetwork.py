@@ -73,8 +73,7 @@ def train_hypernetwork(
 
     Args:
         encoder: trained too where `encoder.trained`; its batch statistics stay as they are.
-        start: begin with the weights of this hypernetwork, of the same sizes, or of a lower rank or fewer
-            blocks.
+        start: begin with the weights of this hypernetwork, of the same sizes.
     """
     if config.mode == "faithful" and not table:
         raise InputError("the faithful mode needs a table of pre-optimized tokens: run `preoptimize` first, or take mode pro.")
@@ -147,33 +146,14 @@ def preview(backbone: Backbone, source: nn.Module, data: IdentityData, count: in
 
 
 def begin_with(source: PredictedLora, start: PredictedLora) -> None:
-    """Copies another hypernetwork's weights: of the very same sizes, or of a lower rank or fewer blocks.
-
-    What is added changes no prediction at first: directions begin as a fresh hypernetwork's do, down random and up zero,
-    and blocks pass on what they get. Raises InputError where layers or other sizes differ.
-    """
-    mine, theirs = source.state_dict(), start.state_dict()
-    old, new = start.lightweight.config, source.lightweight.config
-    if old.rank < new.rank and (old.down_dim, old.up_dim) == (new.down_dim, new.up_dim):
-        downs = torch.arange(old.rank * old.down_dim)
-        ups = (torch.arange(old.up_dim)[:, None] * new.rank + torch.arange(old.rank)).flatten() + new.rank * new.down_dim
-        columns = torch.cat([downs, ups])
-        for name in ("hypernetwork.start", "hypernetwork.embed.weight", "hypernetwork.head"):
-            wide = torch.zeros_like(mine[name]) if name.endswith("weight") else mine[name].clone()
-            if wide.shape[:-1] == theirs[name].shape[:-1]:
-                wide[..., columns] = theirs[name].to(wide)
-                theirs[name] = wide
-    for name in mine.keys() - theirs.keys():
-        if name.startswith("hypernetwork.decoder.layers."):
-            last = name.rsplit(".", 2)[-2] in ("out_proj", "linear2")
-            theirs[name] = torch.zeros_like(mine[name]) if last else mine[name]
-    sizes, others = ({name: tuple(t.shape) for name, t in one.items()} for one in (mine, theirs))
-    if sizes != others or source.lightweight.targets != start.lightweight.targets:
-        names = sorted(set(sizes.items()) ^ set(others.items()))
+    """Copies another hypernetwork's weights. Raises InputError where layers or sizes differ."""
+    mine, theirs = ({name: tuple(tensor.shape) for name, tensor in one.state_dict().items()} for one in (source, start))
+    if mine != theirs or source.lightweight.targets != start.lightweight.targets:
+        names = sorted(set(mine.items()) ^ set(theirs.items()))
         raise InputError(
             f"the hypernetwork to start from has other layers or sizes{f' ({names[0][0]})' if names else ''}: give the same settings."
         )
-    source.load_state_dict(theirs)
+    source.load_state_dict(start.state_dict())
 
 
 class IdentityGain:

@@ -42,8 +42,6 @@ class Lora:
 
     def __add__(self, other: Lora) -> Lora:
         """The sum of two updates: they concatenate along the rank."""
-        if self.down.ndim != other.down.ndim:
-            raise ValueError(f"a batch of updates and a single one can't be added: {self.down.shape}, {other.down.shape}")
         return Lora(torch.cat([self.down, other.down], -2), torch.cat([self.up, other.up], -1))
 
     def added(self, output: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -282,11 +280,9 @@ def shared_norm(loras: LoraSet) -> Tensor:
     """Squared Frobenius norm of what a batch's updates have in common, a scalar: of their mean, estimated without bias.
 
     The mean of a finite batch holds its samples' own updates too; leaving a sample's product with itself out, what is
-    left is an estimate of the mean over everyone. It may be negative. Raises ValueError for fewer than two samples.
+    left is an estimate of the mean over everyone. It may be negative. Of fewer than two samples there is no estimate (NaN).
     """
     norms = update_norms(loras)
-    if norms.ndim != 1 or len(norms) < 2:
-        raise ValueError(f"a batch of two updates or more is needed: {tuple(norms.shape)}")
     # the sum of all updates is one update of their joint rank
     total = {path: replace(lora, down=lora.down.flatten(0, 1), up=lora.up.movedim(0, 1).flatten(1)) for path, lora in loras.items()}
     return (update_norms(LoraSet(total)) - norms.sum()) / (len(norms) * (len(norms) - 1))

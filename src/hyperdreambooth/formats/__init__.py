@@ -11,6 +11,5 @@ from .lora_file import styled as styled
 from .metadata import base_metadata as base_metadata
 from .metadata import standard_metadata as standard_metadata
 from .tokens import is_tokens as is_tokens
-from .tokens import mix_tokens as mix_tokens
 from .tokens import read_tokens as read_tokens
 from .tokens import save_tokens as save_tokens

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from hyperdreambooth import cli, formats
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.backbones import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL, load_backbone, trained_by_flow, wrap
-from hyperdreambooth.backbones.flux import pack, unpack
+from hyperdreambooth.backbones.flow import pack, unpack
 from hyperdreambooth.data import IdentityData, PromptCache, conditioning_in
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import applied, canonical, canonical_modules, find_targets
@@ -176,7 +176,7 @@ def test_gradients_are_the_same_with_and_without_checkpointing(family):
     for checkpointing in (False, True):
         base = wrap(families.make(family), family)
         if checkpointing:
-            base.enable_checkpointing()
+            base.denoiser.enable_gradient_checkpointing()
         latents = noise_for(base, [3, 4])
         loras = random_loras(base, batch=2).map(lambda tensor: tensor.clone().requires_grad_())
         with applied(base.components, loras):

@@ -484,7 +484,7 @@ def test_checkpointing_a_frozen_model_changes_nothing():
     for checkpointing in (False, True):
         backbone = StableDiffusion(tiny_pipe())
         if checkpointing:
-            backbone.enable_checkpointing()
+            backbone.denoiser.enable_gradient_checkpointing()
             calls = []
             block = backbone.components["unet"].up_blocks[1].resnets[0]
             block.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))

@@ -342,9 +342,9 @@ class HyperDreamBooth:
         """
         if not people:
             raise InputError("there is nobody to mix.")
-        tokens = [(person.tokens, weight) for person, weight in people if person.tokens is not None]
+        tokens = [person.tokens * weight for person, weight in people if person.tokens is not None]
         if self.source and len(tokens) == len(people):
-            return self.from_tokens(formats.mix_tokens(tokens))
+            return self.from_tokens(torch.stack(tokens).sum(0))
         total = LoraSet()
         for person, weight in people:
             total = total + person.loras.scaled(weight)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import read_json, read_shapes, write_json
+from .checkpoint import read_header, read_json, write_json
 from .errors import InputError, some
 
 LARGEST_PICTURE = 2048
@@ -135,7 +135,7 @@ def _check_depths(folder: Path) -> None:
     weights, config = folder / "model.safetensors", folder / "config.json"
     if not (weights.is_file() and config.is_file()):
         return  # something else for transformers to open, or to refuse
-    most, values = len(read_shapes(weights)), read_json(config)
+    most, values = len(read_header(weights)[0]), read_json(config)
     for part in (values, *(value for value in values.values() if isinstance(value, dict))):
         for name, value in part.items():
             depths = value if isinstance(value, list) else [value]

@@ -85,7 +85,7 @@ class Table(Mapping[str, Tensor]):
         return {self._header(file).get("identity", file.stem): file for file in files}
 
     def _header(self, file: Path) -> dict[str, str]:
-        header = read_header(file)
+        header = read_header(file)[1]
         if header.get("fingerprint") != self.fingerprint:
             prints = f"fingerprint {header.get('fingerprint')}, here {self.fingerprint}"
             raise InputError(f"{file} is for other targets, token sizes or aux seed ({prints}). Use its config, or another folder.")

@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,7 @@ class IdentityTable(nn.Module):
         self.tokens = nn.Parameter(lightweight.start().expand(count, -1, -1).clone())
 
     def forward(self, rows: Tensor) -> LoraSet:
-        loras: LoraSet = self.lightweight(self.tokens[rows])
-        return loras
+        return cast(LoraSet, self.lightweight(self.tokens[rows]))
 
 
 class PredictedLora(nn.Module):
@@ -38,12 +37,10 @@ class PredictedLora(nn.Module):
 
     def tokens(self, photos: Tensor) -> Tensor:
         """Photos or their features -> tokens (B, layers, width)."""
-        predicted: Tensor = self.hypernetwork(self.encoder(photos) if photos.ndim == 4 else photos)
-        return predicted
+        return cast(Tensor, self.hypernetwork(self.encoder(photos) if photos.ndim == 4 else photos))
 
     def forward(self, photos: Tensor) -> LoraSet:
-        loras: LoraSet = self.lightweight(self.tokens(photos))
-        return loras
+        return cast(LoraSet, self.lightweight(self.tokens(photos)))
 
 
 class RelaxedLora(nn.Module):
@@ -80,17 +77,12 @@ class RelaxedLora(nn.Module):
         for path, shape in targets.items():
             rows = min(rank, shape.inputs)
             down = orthonormal(rows, shape.inputs, f"{seed}/{path}/residual") * math.sqrt(1 / 3)  # the scale of torch's Linear
-            fresh = Lora(down, torch.zeros(shape.outputs, rows))
-            if predicted is None and people > 1:
-                fresh = Lora(fresh.down.expand(people, -1, -1), fresh.up.expand(people, -1, -1))
-            if predicted is not None:
-                reference = predicted[path]
-                batch = reference.down.shape[:-2]
-                fresh = Lora(
-                    fresh.down.to(reference.down.device).expand(*batch, -1, -1), fresh.up.to(reference.up.device).expand(*batch, -1, -1)
-                )
-                if order == "merged":
-                    fresh = reference + fresh
+            reference = predicted[path] if predicted is not None else None
+            device = reference.down.device if reference else down.device
+            batch = reference.down.shape[:-2] if reference else (people,) * (people > 1)
+            fresh = Lora(*(matrix.to(device).expand(*batch, -1, -1) for matrix in (down, torch.zeros(shape.outputs, rows))))
+            if reference and order == "merged":
+                fresh = reference + fresh
             self.downs.append(nn.Parameter(fresh.down.clone()))
             self.ups.append(nn.Parameter(fresh.up.clone()))
 
@@ -102,5 +94,4 @@ class RelaxedLora(nn.Module):
 
     def forward(self, batch: object = None) -> LoraSet:
         trained = LoraSet({path: Lora(down, up) for path, down, up in zip(self.paths, self.downs, self.ups, strict=True)})
-        predicted = self.predicted
-        return LoraSet({**predicted, **trained}) if self.order == "merged" else predicted + trained
+        return LoraSet({**self.predicted, **trained}) if self.order == "merged" else self.predicted + trained

@@ -34,14 +34,13 @@ class Targets:
 
 def run_targets(args: Targets) -> None:
     from ..backbones import load_backbone
-    from ..backbones.architectures import FAMILIES, architecture
-    from ..backbones.targets import PRESETS
+    from ..backbones.architectures import FAMILIES, PRESETS, architecture
     from ..lora import find_targets
 
     if args.targets and args.preset:
         raise InputError("give --targets or --preset, not both.")
     if args.base in FAMILIES:
-        components, family = architecture(args.base), FAMILIES[args.base][0]
+        components, family = architecture(args.base), FAMILIES[args.base]
     else:
         backbone = load_backbone(args.base)
         components, family = backbone.components, backbone.family

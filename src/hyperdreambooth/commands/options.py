@@ -62,7 +62,7 @@ class Machine:
             base, hypernetwork=hypernetwork, device=self.device, dtype=dtype, prediction=self.prediction, parts=self.parts
         )
         if self.gradient_checkpointing:
-            hdb.backbone.enable_checkpointing()
+            hdb.backbone.denoiser.enable_gradient_checkpointing()
         return hdb
 
 

@@ -14,8 +14,7 @@ from hyperdreambooth.lora import applied, find_targets, shared_norm, update_norm
 from hyperdreambooth.objectives import denoising
 from hyperdreambooth.pretrained import build, check_targets, load_hypernetwork
 from hyperdreambooth.settings import PersonalizeChoices, PersonalizeConfig, resolve
-from hyperdreambooth.stages.dreambooth import Subject, ellipse_mask, train_light
-from hyperdreambooth.stages.personalize import finish, personalize
+from hyperdreambooth.stages.dreambooth import Subject, ellipse_mask, finish, personalize, train_light
 from hyperdreambooth.stages.preoptimize import preoptimize
 from hyperdreambooth.stages.train_hypernetwork import IdentityGain, train_hypernetwork
 from hyperdreambooth.tables import read_table

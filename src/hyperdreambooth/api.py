@@ -11,6 +11,7 @@ images = hdb.generate("a pencil sketch of a [V] face", me, seed=0)
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import tempfile
 import time
@@ -34,9 +35,8 @@ from .pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 from .progress import say
 from .settings import SCRATCH, GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
 from .stages.describe import describe, strangeness
-from .stages.dreambooth import Subject
+from .stages.dreambooth import Subject, finish, personalize
 from .stages.generate import generate
-from .stages.personalize import finish, personalize
 from .trainable_lora import PredictedLora
 
 Files = Sequence[str | Path] | str | Path
@@ -118,18 +118,12 @@ class HyperDreamBooth:
 
     @property
     def device(self) -> torch.device:
-        return next(self.backbone.components.parameters()).device
+        return self.backbone.device
 
     def person(self, loras: LoraSet, prompt: str | None = None, *, metadata: Mapping[str, str] | None = None, **more: Any) -> PersonalLora:
         """A person's update of this base, unbatched. `more`: further fields of PersonalLora."""
-        about = formats.base_metadata(self.backbone.pipe, self.base, self.backbone.size)
-        return PersonalLora(
-            loras,
-            self.base,
-            prompt=prompt or self.prompt,
-            **{"identifier": self.identifier, **more},
-            metadata={**(metadata or {}), **about},
-        )
+        about = {**(metadata or {}), **formats.base_metadata(self.backbone.pipe, self.base, self.backbone.size)}
+        return PersonalLora(loras, self.base, **{"identifier": self.identifier, "prompt": prompt or self.prompt, **more}, metadata=about)
 
     def personalize_config(self, choices: PersonalizeChoices | PersonalizeConfig | None = None, **changes: Any) -> PersonalizeConfig:
         """The settings of a fine-tuning: `changes`, then `choices`, then the hypernetwork's own, then general ones."""
@@ -159,11 +153,8 @@ class HyperDreamBooth:
         return self.source.tokens(pixels.to(self.device)).mean(0)
 
     def describe(self, latents: Tensor, predicted: LoraSet | None = None) -> list[str]:
-        """What photos' latents (N, C, h, w) show, in the base's own words; the person alone where no alternatives are known.
-
-        Args:
-            predicted: the people's updates, one or N.
-        """
+        """What photos' latents (N, C, h, w) of people with the updates `predicted`, one or N, show, in the base's own words; the person
+        alone where no alternatives are known."""
         slots = self.info.describe if self.info else []
         texts = describe(self.backbone, latents, slots, predicted) if slots else [self.prompt] * len(latents)
         return [text.replace(PLACEHOLDER, self.identifier) for text in texts]
@@ -174,10 +165,9 @@ class HyperDreamBooth:
         found = strangeness(self.backbone, latents, self.prompt).max().item() if limit else 0.0
         if limit is None or found <= limit:
             return ""
-        return (
-            f"this photo is unlike anything that {self.base} was trained on (its loss is {found:.2f}, familiar pictures stay under {limit:.2f}): "
-            "what is drawn won't look like the person. Take a base that can draw such photos (--base)."
-        )
+        figures = f"its loss is {found:.2f}, familiar pictures stay under {limit:.2f}"
+        unlike = f"this photo is unlike anything that {self.base} was trained on ({figures})"
+        return f"{unlike}: what is drawn won't look like the person. Take a base that can draw such photos (--base)."
 
     def naming(self, prompt: str | None) -> str | None:
         """What a photo shows, in words that name the person: a caption that doesn't has the person's own prompt put before it."""
@@ -264,10 +254,10 @@ class HyperDreamBooth:
         quiet: bool = False,
     ) -> list[PersonalLora]:
         """People with n photos (n, 3, size, size) each, in one batch. `masks` and `on_step` are for a single one."""
-        seconds, clock, count, each = {}, time.perf_counter(), len(pixels), len(pixels[0])
+        clocks, count, each = [time.perf_counter()], len(pixels), len(pixels[0])
         tokens = torch.stack([self.predict(mine) for mine in pixels]) if self.source else None
         predicted = self.source.lightweight(tokens).detach() if self.source else None
-        seconds["predict"], clock = time.perf_counter() - clock, time.perf_counter()
+        clocks.append(time.perf_counter())
         # fp32 for what is trained and for its latents, whatever the base's precision
         latents = torch.stack([self.backbone.encode_images(mine).float() for mine in pixels])
         texts, warnings = [], []
@@ -279,7 +269,7 @@ class HyperDreamBooth:
             mine = predicted.select(slice(index, index + 1)) if predicted else None
             plain = prompt or warnings[-1] or config.steps == 0
             texts.append([given] * each if plain else self.describe(latents[index], mine))
-        seconds["describe"], clock = time.perf_counter() - clock, time.perf_counter()
+        clocks.append(time.perf_counter())
         mask = nn.functional.interpolate(masks, latents.shape[-2:], mode="area").to(latents)[None] if masks is not None else None
         batched = predicted is not None or count > 1
 
@@ -289,23 +279,21 @@ class HyperDreamBooth:
         step = (lambda done, loras: on_step(done, single(loras))) if on_step else None
         subject = Subject(latents, texts, mask)
         loras, report = personalize(self.backbone, subject, predicted, config, directory=directory, on_step=step, quiet=quiet)
-        seconds["finetune"], clock = time.perf_counter() - clock, time.perf_counter()
+        clocks.append(time.perf_counter())
         merged = [finish(single(loras, index)) for index in range(count)]
-        seconds["export"] = time.perf_counter() - clock
-        return [
-            self.person(
-                merged[index],
-                predicted=predicted.select(index) if predicted else None,
-                tokens=tokens[index].cpu() if tokens is not None else None,
-                lightweight=self.source.lightweight if self.source else None,
-                losses=report.losses,
-                seconds={key: value / count for key, value in seconds.items()},
-                shown=texts[index],
-                warning=warnings[index],
-                metadata={"hyperdreambooth.steps": str(report.steps)},
-            )
-            for index in range(count)
-        ]
+        ends = zip(("predict", "describe", "finetune", "export"), itertools.pairwise([*clocks, time.perf_counter()]), strict=True)
+        shared: dict[str, Any] = {"losses": report.losses, "seconds": {name: (after - before) / count for name, (before, after) in ends}}
+        made = []
+        for index, loras in enumerate(merged):
+            own: dict[str, Any] = {
+                "shown": texts[index],
+                "warning": warnings[index],
+                "metadata": {"hyperdreambooth.steps": str(report.steps)},
+            }
+            if self.source and predicted is not None and tokens is not None:
+                own |= {"predicted": predicted.select(index), "tokens": tokens[index].cpu(), "lightweight": self.source.lightweight}
+            made.append(self.person(loras, **own, **shared))
+        return made
 
     def load(self, path: str | Path) -> PersonalLora:
         """A LoRA (a file, a folder or a hub id), or a token file of this hypernetwork, as a PersonalLora.

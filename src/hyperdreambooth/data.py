@@ -102,10 +102,10 @@ class IdentityData:
         last = self.people >= len(self.names) - count
         if last.all():
             raise InputError(f"{len(self.names)} identities are too few to keep {count} for validation.")
-        parts = []
-        for keep, names in ((~last, self.names[:-count]), (last, self.names[-count:])):
-            people, prompts = self.people[keep], [self.prompts[index] for index in keep.nonzero()[:, 0].tolist()]
-            parts.append(IdentityData(self.latents[keep], self.features[keep], people - people.min(), names, prompts, self.reference[keep]))
+        parts, first = [], len(self.names) - count
+        for keep, names, start in ((~last, self.names[:first], 0), (last, self.names[first:], first)):
+            people, prompts = self.people[keep] - start, [self.prompts[index] for index in keep.nonzero()[:, 0].tolist()]
+            parts.append(IdentityData(self.latents[keep], self.features[keep], people, names, prompts, self.reference[keep]))
         return parts[0], parts[1]
 
     def inputs(self, chosen: Tensor) -> Tensor:
@@ -148,9 +148,8 @@ def load_identities(
 ) -> IdentityData:
     """Reads `identity/picture.png`, or one picture each, and encodes every picture once.
 
-    Broken pictures are named, counted and skipped. With `cache`, latents and features are kept there under a key of
-    the files' names, sizes and dates. An encoder that is trained gets the pictures, not features. Raises InputError for
-    an empty folder.
+    Broken pictures are named, counted and skipped. With `cache`, latents and features are kept there under a key of the files' names,
+    sizes and dates. An encoder that is trained gets the pictures, not features. Raises InputError for an empty folder.
     """
     found = list_identities(folder)
     files = [(name, file) for name, group in found.items() for file in group]

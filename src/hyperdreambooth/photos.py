@@ -66,7 +66,7 @@ def read_photo(source: Source) -> tuple[Image.Image, str]:
                 source = Path(getattr(source, "filename", "")) if getattr(source, "filename", "") else source
             if isinstance(source, (np.ndarray, Tensor)):
                 source = _from_array(source, name)
-            return _finish(source if isinstance(source, Image.Image) else _open(_read_bytes(source, name), name), name)
+            return _finish(source if isinstance(source, Image.Image) else _open(source, name), name)
     except InputError:  # is a ValueError, and would be wrapped below
         raise
     except Image.DecompressionBombError as error:
@@ -88,8 +88,8 @@ def photo_name(source: Source) -> str:
 
 def _read_bytes(source: str | Path | bytes | BinaryIO, name: str) -> bytes:
     if isinstance(source, (bytes, bytearray)):
-        data = bytes(source)
-    elif isinstance(source, (str, Path)):
+        return bytes(source)
+    if isinstance(source, (str, Path)):
         if isinstance(source, str) and re.match(r"(?i)(https?|ftp|data):", source):
             raise InputError(f"{name[:80]}: nothing is fetched from the web. Save the picture and name the file.")
         is_url = isinstance(source, str) and source.lower().startswith("file://")
@@ -99,22 +99,22 @@ def _read_bytes(source: str | Path | bytes | BinaryIO, name: str) -> bytes:
         if not path.is_file():
             raise InputError(f"{name}: no such file. Check the path.")
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    elif hasattr(source, "read"):
-        data = source.read(MAX_BYTES + 1)
-        if not isinstance(data, bytes):
-            raise InputError(f"{name} was opened as text. Open it in binary mode.")
-    else:
+            return file.read(MAX_BYTES + 1)
+    if not hasattr(source, "read"):
         raise InputError(f"{name} is no picture: give a path, bytes, an open file, a PIL image, an array or a tensor.")
+    data = source.read(MAX_BYTES + 1)
+    if not isinstance(data, bytes):
+        raise InputError(f"{name} was opened as text. Open it in binary mode.")
+    return data
+
+
+def _open(source: str | Path | bytes | BinaryIO, name: str) -> Image.Image:
+    """Opens a file by its content; no pixel is decoded yet."""
+    data = _read_bytes(source, name)
     if not data:
         raise InputError(f"{name} is empty (0 bytes). Was it cut off while copying?")
     if len(data) > MAX_BYTES:
         raise InputError(f"{name} is too large: the limit is {MAX_BYTES / 1e6:.0f} MB. Scale it down first.")
-    return data
-
-
-def _open(data: bytes, name: str) -> Image.Image:
-    """Opens a file by its content; no pixel is decoded yet."""
     if data.startswith(b"\xff\xd8\xff"):
         # Image.open refuses over 179 megapixels, which the reduced decoding below can take
         image: Image.Image = JpegImagePlugin.jpeg_factory(io.BytesIO(data))
@@ -208,8 +208,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         top = (1.0 if largest <= 1 else 255.0) if image.mode == "F" else whole
         return Image.fromarray(((values / top).clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        layered = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layered).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 

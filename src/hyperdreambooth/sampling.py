@@ -9,12 +9,9 @@ so g pushes along the prompt, i along the person, and a branch whose weight is z
 cost two branches, as plain guidance does. Plain guidance, (1 - g) e(empty, person) + g e(prompt, person), keeps the LoRA in
 both branches; it strengthens the prompt alone.
 
-Context guidance is the same mix at i = 1 in the first steps, before plain guidance: there the prompt's direction is the base's own, and
-what a prompt asks for is decided early, as the person is. A LoRA may have blurred it: without, "a [V] face wearing a santa hat" on the
-embedded base draws a hat in the color of the person's hair.
-
-The person is decided while there is much noise. Later, i above 1 only distorts what the prompt asked for, so it may fall to 1 on
-the way (a guidance interval: Kynkäänniemi et al., arXiv 2404.07724).
+Context guidance is the same mix at i = 1 in the first steps, before plain guidance: what a prompt asks for is decided early, there in the
+base's own direction, which a LoRA may have blurred. Later, i above 1 only distorts what the prompt asked for, so it may fall to 1 on the
+way (a guidance interval: Kynkäänniemi et al., arXiv 2404.07724).
 """
 
 import importlib.util

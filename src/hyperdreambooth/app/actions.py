@@ -15,7 +15,7 @@ import queue
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ..assets import toon
 from ..errors import InputError, NoFaceError, TrainingError
 from ..lora import LoraSet
 from ..personal_lora import PersonalLora
+from ..settings import GenerateConfig
 from .sessions import COOKIE, Picture, Visit, Visits
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class Actions:
 
     def __init__(self, hdb: HyperDreamBooth, visits: Visits):
         self.hdb, self.visits = hdb, visits
-        self.model = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.submit: Callable[..., Future[Any]] = ThreadPoolExecutor(1, thread_name_prefix="model").submit
         self.palette = toon.palette()
 
     def visit(self, request: gr.Request) -> Visit:
@@ -116,7 +117,7 @@ class Actions:
         return text.replace("--face N takes another", "change the face's number")
 
     def _on_model(self, work: Callable[..., Any], *args: Any, **more: Any) -> Any:
-        return self.model.submit(work, *args, **more).result()
+        return self.submit(work, *args, **more).result()
 
     @plainly
     def enter(self, request: gr.Request) -> None:
@@ -152,7 +153,7 @@ class Actions:
             raise InputError(f"{len(uploaded)} photos are more than {MAX_PHOTOS}. Take the best ones.")
         which = int(face) if face and face > 1 else None
         seen = [self._understand(file, which) for file, _ in uploaded]
-        visit.pixels = pixels = self.hdb.read_photos([image for image, _ in seen])[0]
+        visit.pixels = pixels = photos.to_tensor([image for image, _ in seen])
         warning = self._on_model(lambda: self.hdb.unlike(self.hdb.backbone.encode_images(pixels).float()))
         return [(str(visit.save(image)), "") for image, _ in seen], bar(" ".join([*(note for _, note in seen), warning]).strip())
 
@@ -212,16 +213,13 @@ class Actions:
 
     def _preview(self, visit: Visit, person: PersonalLora | LoraSet, label: str) -> Shown:
         """The person as such, drawn in the model's thread."""
-        prompt = self.hdb.prompt
-        image = self.hdb.generate(prompt, person, seed=0)[0]
-        metadata = self.hdb.picture_metadata(prompt, 0, self.hdb.generate_config(), [("person", 1.0)])
-        return [(self._keep(visit, image, prompt, 0, label, metadata), label)]
+        return [(self._draw_one(visit, person, Picture(self.hdb.prompt, 0, label), self.hdb.generate_config()), label)]
 
     def _fine_tune(self, visit: Visit, total: int, shown: Shown) -> Iterator[tuple[str, Shown]]:
         """Shows the steps as they are made; where nobody listens any more, they end."""
         if not total:
             return
-        news: queue.Queue[tuple[int, Shown]] = queue.Queue()
+        news: queue.Queue[tuple[int, Shown] | None] = queue.Queue()
         started = time.monotonic()
 
         def on_step(done: int, loras: LoraSet) -> bool:
@@ -229,25 +227,16 @@ class Actions:
             news.put((done, self._preview(visit, loras, f"step {done}") if quarter else []))
             return visit.stop.is_set()
 
-        def work() -> tuple[PersonalLora, Shown]:
-            assert visit.pixels is not None
-            me = self.hdb.personalize(visit.pixels, steps=total, on_step=on_step, quiet=True)
-            return me, self._preview(visit, me, "fine-tuned")
-
-        job = self.model.submit(work)
+        job = self.submit(self.hdb.personalize, visit.pixels, steps=total, on_step=on_step, quiet=True)
+        job.add_done_callback(lambda _: news.put(None))
         try:
             yield bar("Fine-tuning ...", 0, total), shown
-            while not (job.done() and news.empty()):
-                try:
-                    done, preview = news.get(timeout=0.1)
-                except queue.Empty:
-                    continue
+            for done, preview in iter(news.get, None):
                 shown += preview
                 left = (time.monotonic() - started) / done * (total - done)
                 yield bar(f"Fine-tuning: step {done} of {total}, about {left:.0f} s left", done, total), shown
-            me, preview = job.result()
-            visit.mine = visit.me = me
-            shown += preview
+            visit.mine = visit.me = me = job.result()
+            shown += self._on_model(self._preview, visit, me, "fine-tuned")
         finally:  # also where the tab was closed
             visit.stop.set()
             wait([job])
@@ -275,7 +264,7 @@ class Actions:
         if file and not photo:
             second = self._on_model(self.hdb.load, file)
         else:
-            face = self._understand(file, None)[0] if file else example_face(example or 1)
+            face = photos.to_tensor([self._understand(file, None)[0]]) if file else example_face(example or 1)
             second = self._on_model(self.hdb.personalize, face, steps=0, quiet=True)
         visit.me = self._on_model(self.hdb.mix, [(visit.mine, 1 - share), (second, share)])
         shown = self._on_model(self._preview, visit, visit.me, f"{100 * share:.0f} % the second person")
@@ -307,39 +296,41 @@ class Actions:
             raise InputError("there is nobody to draw yet. Personalize somebody, or load a LoRA.")
         who: list[tuple[str, PersonalLora | LoraSet | None]] = [("", visit.me)]
         if compare:
-            who = [("without the LoRA", None)]
-            who += [("prediction", visit.me.predicted)] if visit.me and visit.me.predicted else []
-            who += [("with the LoRA", visit.me)] if visit.me else []
-        orders = [(prompt, int(seed) + i, label, person) for prompt in wanted for i in range(int(count)) for label, person in who]
+            there = {"prediction": visit.me and visit.me.predicted, "with the LoRA": visit.me}
+            who = [("without the LoRA", None), *((label, person) for label, person in there.items() if person)]
+        orders = [(Picture(prompt, int(seed) + i, label), person) for prompt in wanted for i in range(int(count)) for label, person in who]
         if len(orders) > MAX_PICTURES:
             raise InputError(f"{len(orders)} pictures are more than {MAX_PICTURES}. Ask for fewer prompts or fewer pictures of each.")
         settings |= {"steps": int(settings["steps"]), "scheduler": settings["scheduler"] or None}
         config = self.hdb.generate_config(identity_guidance=settings.pop("identity") or "off", **settings)
         files = [(file, style_weight) for file in styles or []]
-        loras = [(Path(file).name, weight) for file, weight in files]
         shown: Shown = []
         finished = "{} of {} pictures. Each says in its metadata how it was made, and that it is generated."
         with visit.job():
             yield bar("Drawing ...", 0, len(orders)), shown
-            for prompt, number, label, person in orders:
+            for picture, person in orders:
                 if visit.stop.is_set():
                     break
-                image = self._on_model(self.hdb.generate, prompt, person, seed=number, styles=files, config=config)[0]
-                used = [("person", config.strength), *loras] if person else loras
-                file = self._keep(visit, image, prompt, number, label, self.hdb.picture_metadata(prompt, number, config, used))
-                shown.append((file, f"{label}: " * bool(label) + f"{prompt} (seed {number})"))
+                file = self._on_model(self._draw_one, visit, person, picture, config, files)
+                shown.append((file, f"{picture.label}: " * bool(picture.label) + f"{picture.prompt} (seed {picture.seed})"))
                 yield bar(f"{len(shown)} of {len(orders)} pictures", len(shown), len(orders)), shown
             yield bar(finished.format(len(shown), len(orders))), shown
 
-    def _keep(self, visit: Visit, image: Image.Image, prompt: str, seed: int, label: str, metadata: dict[str, str]) -> str:
-        """Writes a picture that was made, and forgets the oldest beyond KEPT."""
-        name = "-".join(part for part in (prompt.replace("[V]", "person"), label, f"seed {seed}") if part)
-        file = visit.fresh() / ("".join(c if c.isalnum() else "-" for c in name)[:80] + ".png")
-        visit.pictures.append(Picture(photos.save_png(image, file, metadata), prompt, seed, label))
+    def _draw_one(
+        self, visit: Visit, person: PersonalLora | LoraSet | None, picture: Picture, config: GenerateConfig, styles: list[Any] | None = None
+    ) -> str:
+        """Draws and writes a picture, in the model's thread, and forgets the oldest beyond KEPT."""
+        prompt, seed = picture.prompt, picture.seed
+        image = self.hdb.generate(prompt, person, seed=seed, styles=styles or [], config=config)[0]
+        used = [("person", config.strength)] * bool(person) + [(Path(file).name, weight) for file, weight in styles or []]
+        name = "-".join(part for part in (prompt.replace("[V]", "person"), picture.label, f"seed {seed}") if part)
+        picture.file = visit.fresh() / ("".join(c if c.isalnum() else "-" for c in name)[:80] + ".png")
+        photos.save_png(image, picture.file, self.hdb.picture_metadata(prompt, seed, config, used))
+        visit.pictures.append(picture)
         for old in visit.pictures[:-KEPT]:
             old.file.unlink(missing_ok=True)
         del visit.pictures[:-KEPT]
-        return str(file)
+        return str(picture.file)
 
     @plainly
     def take(self, request: gr.Request) -> list[str]:
@@ -376,8 +367,6 @@ class Actions:
             lines.append(f"- **Tokens**: {tokens} layers x {width} numbers = {count:,}, or {count / 250:.0f} KB: the whole prediction.")
         lines += [f"- **{name}**: {seconds:.2f} s" for name, seconds in me.seconds.items()]
         strengths = me.strengths()
-        strongest = sorted(strengths, key=lambda path: -strengths[path])[:5]
-        lines += ["", "Changed most:", *(f"1. `{path}` ({strengths[path]:.2f})" for path in strongest)]
         layers = {"layer": range(1, len(strengths) + 1), "strength": strengths.values(), "block": map(block, strengths), "name": strengths}
         changes = pd.DataFrame({name: list(values) for name, values in layers.items()})
         return "\n".join(lines), changes, pd.DataFrame(me.losses, columns=["step", "loss"]) if me.losses else None

@@ -1,13 +1,11 @@
 """The page: a line of explanation for each step, and which action each button calls; and how it is run, on the loopback address unless
 told otherwise, and then only with a password."""
 
-import asyncio
-import contextlib
 import ipaddress
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,6 +209,7 @@ class Server:
 
     def close(self) -> None:
         """Ends it, and deletes all that was uploaded and made."""
+        self.visits.over.set()
         for session in list(self.visits.visits):
             self.visits.end(session)
         self.page.close(verbose=False)
@@ -247,16 +246,9 @@ def start(
     cache = os.environ.get("GRADIO_TEMP_DIR")
     os.environ["GRADIO_TEMP_DIR"] = str(visits.root)
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Any) -> AsyncIterator[None]:
-        async def sweep() -> None:
-            while True:
-                await asyncio.sleep(SWEEP)
-                visits.sweep()
-
-        task = asyncio.create_task(sweep())
-        yield
-        task.cancel()
+    def sweep() -> None:
+        while not visits.over.wait(SWEEP):
+            visits.sweep()
 
     gates = [Middleware(Guard, visits=visits)]
     if is_loopback(host):  # a name that another site lets point here isn't answered
@@ -268,12 +260,12 @@ def start(
     where: dict[str, Any] = {"server_name": host, "server_port": port, "auth": auth, "inbrowser": browser}
     limits = {"max_file_size": max_upload_mb * 1_000_000, "state_session_capacity": 100}
     off = dict.fromkeys(("share", "show_error", "ssr_mode", "run_history", "mcp_server"), False)
-    asgi = {"middleware": gates, "lifespan": lifespan}
     try:
-        _, url, _ = page.launch(**where, **looks, **limits, **off, prevent_thread_lock=True, quiet=True, app_kwargs=asgi)
+        _, url, _ = page.launch(**where, **looks, **limits, **off, prevent_thread_lock=True, quiet=True, app_kwargs={"middleware": gates})
     except OSError as error:
         clean(visits, cache)
         raise InputError(f"port {port or '7860 and the hundred after it'} can't be used on {host}. Give another with --port.") from error
+    threading.Thread(target=sweep, daemon=True).start()
     return Server(page, url, visits, cache)
 
 

@@ -41,7 +41,6 @@ def generate(
         if value is not None and (value < 1 or value % backbone.unit):
             raise InputError(f"{name} must be a multiple of {backbone.unit} for this base, not {value}.")
     cache = PromptCache(backbone)
-    text = any(is_text(path, backbone) for path in personal or {})
     batched = personal is not None and next(iter(personal.values())).down.ndim == 3
     pictures = []
     for start in range(0, len(prompts), config.batch):
@@ -51,12 +50,14 @@ def generate(
         noise = noise_for(backbone, seeds[part], config.height, config.width)
         scaled = mine.scaled(config.strength) if mine else None
         without = [config.negative] * len(wanted)
-        conditioning, negative = cache(wanted, without), cache(without, wanted)
-        plain = conditioning
-        if text and scaled:  # a text encoder's LoRA belongs to the branches with the person
+        plain, negative = cache(wanted, without), cache(without, wanted)
+        conditioning = plain
+        text = LoraSet({path: lora for path, lora in (scaled or {}).items() if is_text(path, backbone)})
+        if text:  # it belongs to the branches with the person
             longest = cache.longest([*wanted, config.negative])
-            conditioning = encode_under(backbone, wanted, scaled, longest)
-            negative = negative if config.identity is not None else encode_under(backbone, without, scaled, longest)
+            with applied(backbone.components, text), torch.no_grad():
+                conditioning = backbone.encode_prompts(wanted, longest)
+                negative = negative if config.identity is not None else backbone.encode_prompts(without, longest)
         generator = torch.Generator().manual_seed(seeds[start])
         latents = sample(backbone, Prompts(conditioning, negative, plain), noise, config, personal=scaled, generator=generator)
         pictures.append(decoded(backbone, latents).cpu())
@@ -85,11 +86,3 @@ def decoded(backbone: Backbone, latents: Tensor) -> Tensor:
     if (pixels.flatten(1).amax(1) == pixels.flatten(1).amin(1)).any():
         raise InputError(f"a picture came out as one color alone, which is no picture (in {dtype}). Try --dtype float32, or another base.")
     return pixels
-
-
-@torch.no_grad()
-def encode_under(backbone: Backbone, prompts: list[str], loras: LoraSet, chunks: int = 1) -> dict[str, Tensor]:
-    """Conditioning of prompts, of `chunks` chunks or more, while the text encoders carry `loras`."""
-    mine = LoraSet({path: lora for path, lora in loras.items() if is_text(path, backbone)})
-    with applied(backbone.components, mine):
-        return backbone.encode_prompts(prompts, chunks)

@@ -1,8 +1,7 @@
 """Weight pre-optimization (paper, section 4.2): tokens for every identity of a data set.
 
-A chunk of identities shares a batch, each sample with its own tokens. A chunk is trained to the end and written,
-row by row, before the next begins: no optimizer ever moves a row whose identity isn't in the batch. All identities see
-the same noise and time steps and start from the same tokens, so that their rows can be compared.
+A chunk of identities shares a batch, each sample with its own tokens, and is trained to the end and written before the next begins. All
+identities see the same noise and time steps and start from the same tokens, so that their rows can be compared.
 
 The size of a batch, and whoever else is in it, decide how its sums are rounded. So who shares a chunk follows from all identities'
 names alone, never from which rows are there or whose turn it is: shards, machines and interruptions change no bit of a row.

@@ -14,11 +14,10 @@ from hyperdreambooth.lora import Hooks, LoraSet, applied, find_targets, shared_n
 from hyperdreambooth.objectives import denoising
 from hyperdreambooth.pretrained import build, check_targets, load_hypernetwork
 from hyperdreambooth.settings import PersonalizeChoices, PersonalizeConfig, resolve
-from hyperdreambooth.stages.dreambooth import Subject, ellipse_mask
+from hyperdreambooth.stages.dreambooth import Subject, ellipse_mask, train_light
 from hyperdreambooth.stages.personalize import finish, personalize
 from hyperdreambooth.stages.preoptimize import preoptimize
 from hyperdreambooth.stages.train_hypernetwork import HyperNetworkLosses, IdentityGain, train_hypernetwork
-from hyperdreambooth.stages.train_light import train_light
 from hyperdreambooth.tables import read_table
 from hyperdreambooth.training_settings import (
     LightweightConfig,

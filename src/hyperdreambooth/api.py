@@ -11,11 +11,12 @@ images = hdb.generate("a pencil sketch of a [V] face", me, seed=0)
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 from . import formats, photos
 from .assets import toon
 from .backbones import Backbone, load_backbone, wrap
-from .devices import best_device, best_dtype
 from .errors import InputError
 from .folders import caption_of, list_identities
 from .hub import push
@@ -39,12 +39,12 @@ from .stages.generate import generate
 from .stages.personalize import finish, personalize
 from .trainable_lora import PredictedLora
 
-T = TypeVar("T", PersonalizeConfig, GenerateConfig)
 Files = Sequence[str | Path] | str | Path
-Photos = Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor
-"""One photo or several: files, pictures, or what `read_photos` made of them."""
-RARE_TOKEN = "ohwx"
-"""Names the person on bases whose tokenizer has no token of its own for the placeholder."""
+Photos = (
+    Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor
+)  # One or several: files, pictures, or what `read_photos` gives.
+OnStep = Callable[[int, LoraSet], bool] | None
+RARE_TOKEN = "ohwx"  # Names the person on bases whose tokenizer has no token of its own for the placeholder.
 
 
 class HyperDreamBooth:
@@ -73,12 +73,16 @@ class HyperDreamBooth:
             base: "toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id.
             hypernetwork: a directory or hub id; None for none; "auto" takes the shipped one for toon, none elsewhere.
             device: cuda, mps or cpu; by default the best there is.
-            dtype: the frozen base's precision; by default what `best_dtype` says.
+            dtype: the frozen base's precision; by default bfloat16 on a CUDA card that has it, float16 on older ones, float32 elsewhere and for
+                toon, which is small.
             prediction, parts: as `load_backbone` takes them.
         """
-        device = device or best_device()
-        dtype = dtype or best_dtype(base, device)
-        backbone = load_backbone(base, device=device, dtype=dtype, prediction=prediction, parts=parts)
+        if device is None and torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one GPU for each process of `accelerate launch`
+        device = device or ("mps" if torch.backends.mps.is_available() else "cpu")
+        if dtype is None and device.startswith("cuda") and str(base) != "toon":
+            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        backbone = load_backbone(base, device=device, dtype=dtype or torch.float32, prediction=prediction, parts=parts)
         if hypernetwork == "auto":
             hypernetwork = toon.directory("hypernetwork") if str(base) == "toon" else None
         return cls._opened(backbone, str(base), hypernetwork)
@@ -129,19 +133,15 @@ class HyperDreamBooth:
 
     def personalize_config(self, choices: PersonalizeChoices | PersonalizeConfig | None = None, **changes: Any) -> PersonalizeConfig:
         """The settings of a fine-tuning: `changes`, then `choices`, then the hypernetwork's own, then general ones."""
-        if isinstance(choices, PersonalizeConfig):  # complete already
-            return _changed(choices, changes)
-        own = self.info.personalize if self.info else {}
-        scratch = {} if self.source else SCRATCH
-        return resolve(PersonalizeConfig, ("given", changes), ("given", choices or {}), ("hypernetwork", own), ("from scratch", scratch))
+        own = ("hypernetwork", self.info.personalize if self.info else {}), ("from scratch", {} if self.source else SCRATCH)
+        complete = isinstance(choices, PersonalizeConfig)
+        return resolve(PersonalizeConfig, ("given", changes), ("given", choices or {}), *(() if complete else own))
 
     def generate_config(self, choices: GenerateChoices | GenerateConfig | None = None, **changes: Any) -> GenerateConfig:
         """The settings of drawing: `changes`, then `choices`, then the hypernetwork's own, then the family's, then general ones."""
-        if isinstance(choices, GenerateConfig):  # complete already
-            return _changed(choices, changes)
-        own = self.info.generate if self.info else {}
-        family = self.backbone.generation
-        return resolve(GenerateConfig, ("given", changes), ("given", choices or {}), ("hypernetwork", own), ("family", family))
+        own = ("hypernetwork", self.info.generate if self.info else {}), ("family", self.backbone.generation)
+        complete = isinstance(choices, GenerateConfig)
+        return resolve(GenerateConfig, ("given", changes), ("given", choices or {}), *(() if complete else own))
 
     def read_photos(self, files: Photos, *, crop: photos.Crop = "auto", face: int | None = None) -> tuple[Tensor, list[str]]:
         """Photos in the base's size, see `photos.read_photos`."""
@@ -187,13 +187,10 @@ class HyperDreamBooth:
         self,
         files: Photos,
         *,
-        steps: int | None = None,
-        crop: photos.Crop = "auto",
-        face: int | None = None,
         masks: Tensor | None = None,
         prompt: str | None = None,
         directory: str | Path | None = None,
-        on_step: Callable[[int, LoraSet], bool] | None = None,
+        on_step: OnStep = None,
         quiet: bool = False,
         config: PersonalizeChoices | PersonalizeConfig | None = None,
         **changes: Any,
@@ -201,9 +198,8 @@ class HyperDreamBooth:
         """A person's LoRA from one photo or several: predict, fine-tune, merge.
 
         Args:
-            steps: fine-tuning steps; 0 keeps the prediction. Default: 25, or 300 without a hypernetwork.
-            changes: any field of PersonalizeChoices.
-            config: the same as one object; `changes` and `steps` win over it.
+            changes: any field of PersonalizeChoices: `steps` (0 keeps the prediction; default: 25, or 300 without a hypernetwork), `crop`, `face`.
+            config: the same as one object; `changes` win over it.
             masks: (n, 1, size, size) in 0..1 from `read_masks`: where the loss counts in each photo. Default: the config's `mask`.
             prompt: what the photos show, such as "a [V] face wearing a cap on a blue background": what it names isn't learnt as the
                 person. Default: what `describe` finds in each.
@@ -211,15 +207,14 @@ class HyperDreamBooth:
             on_step: called after every fine-tuning step with the number of steps done and the person's update so far, which
                 `generate` takes; where it returns True, that update is the result. Called in this thread, between two steps.
         """
-        config = self.personalize_config(config, steps=steps, **changes)
-        pixels, _ = self.read_photos(files, crop=crop, face=face)
+        config = self.personalize_config(config, **changes)
+        pixels, _ = self.read_photos(files, crop=config.crop, face=config.face)
         return self._people([pixels], [prompt], config, masks=masks, directory=directory, on_step=on_step, quiet=quiet)[0]
 
     def personalize_all(
         self,
         people: Mapping[str, Photos] | str | Path,
         *,
-        crop: photos.Crop = "auto",
         side_by_side: int | None = None,
         on_refused: Callable[[str, InputError], None] | None = None,
         quiet: bool = False,
@@ -239,7 +234,7 @@ class HyperDreamBooth:
         ready: dict[int, list[tuple[str, Tensor, str | None]]] = {}
         for number, (name, files) in enumerate(known.items(), 1):
             try:
-                pixels, _ = self.read_photos(files, crop=crop)
+                pixels, _ = self.read_photos(files, crop=config.crop, face=config.face)
                 # people of a batch have as many photos as one another
                 ready.setdefault(len(pixels), []).append((name, pixels, self.naming(caption_of(files))))
             except InputError as error:
@@ -265,7 +260,7 @@ class HyperDreamBooth:
         *,
         masks: Tensor | None = None,
         directory: str | Path | None = None,
-        on_step: Callable[[int, LoraSet], bool] | None = None,
+        on_step: OnStep = None,
         quiet: bool = False,
     ) -> list[PersonalLora]:
         """People with n photos (n, 3, size, size) each, in one batch. `masks` and `on_step` are for a single one."""
@@ -356,20 +351,19 @@ class HyperDreamBooth:
         person: PersonalLora | LoraSet | str | Path | None = None,
         *,
         styles: Sequence[formats.Style] = (),
-        seed: int | None = None,
-        count: int | None = None,
         on_picture: Callable[[int], None] | None = None,
         config: GenerateChoices | GenerateConfig | None = None,
         **changes: Any,
     ) -> list[Image.Image]:
-        """Pictures, `count` for each prompt, in order. Any field of GenerateChoices can be given, and wins over `config`.
+        """Pictures, `count` for each prompt, in order.
 
         Args:
             person: a PersonalLora, a LoRA file or a token file; None generates with the base alone.
             styles: LoRAs of any kind for every branch: each a file, a folder or a hub id, or (one of these, strength).
-            seed: of each prompt's first picture; the next ones count up.
+            changes: any field of GenerateChoices, such as `steps`, `seed` (of each prompt's first picture; the next ones count up) and `count`;
+                they win over `config`.
         """
-        config = self.generate_config(config, seed=seed, count=count, **changes)
+        config = self.generate_config(config, **changes)
         if isinstance(person, (str, Path)):
             person = self.load(person)
         if person is not None and not isinstance(person, (PersonalLora, LoraSet)):
@@ -393,8 +387,3 @@ class HyperDreamBooth:
         """What a PNG carries: how it was made, and that a machine made it."""
         made = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("seed", "count", "batch", "origins")}
         return photos.generated({"prompt": prompt, "seed": seed, **made, "base": self.base, "loras": [list(lora) for lora in loras]})
-
-
-def _changed(settings: T, changes: dict[str, Any]) -> T:
-    """Settings with every change that isn't None."""
-    return dataclasses.replace(settings, **{key: value for key, value in changes.items() if value is not None})

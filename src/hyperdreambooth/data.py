@@ -102,11 +102,11 @@ class IdentityData:
         last = self.people >= len(self.names) - count
         if last.all():
             raise InputError(f"{len(self.names)} identities are too few to keep {count} for validation.")
-        return self._subset(~last, self.names[:-count], 0), self._subset(last, self.names[-count:], len(self.names) - count)
-
-    def _subset(self, keep: Tensor, names: list[str], first: int) -> IdentityData:
-        prompts = [prompt for prompt, kept in zip(self.prompts, keep.tolist(), strict=True) if kept]
-        return IdentityData(self.latents[keep], self.features[keep], self.people[keep] - first, names, prompts, self.reference[keep])
+        parts = []
+        for keep, names in ((~last, self.names[:-count]), (last, self.names[-count:])):
+            people, prompts = self.people[keep], [self.prompts[index] for index in keep.nonzero()[:, 0].tolist()]
+            parts.append(IdentityData(self.latents[keep], self.features[keep], people - people.min(), names, prompts, self.reference[keep]))
+        return parts[0], parts[1]
 
     def inputs(self, chosen: Tensor) -> Tensor:
         """The hypernetwork's inputs for the chosen pictures (B,): features, or pictures (B, 3, H, W) in -1..1; float32."""
@@ -128,10 +128,7 @@ class FolderOfPeople:
 
     def __init__(self, folder: str | Path, backbone: Backbone, crop: photos.Crop = "auto"):
         self.files, self.backbone, self.crop = list_identities(folder), backbone, crop
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.files)
+        self.names = list(self.files)
 
     def latents_of(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Latents (pictures, C, h, w) of each of these people. Broken pictures are named and skipped, and so is who has no others."""
@@ -184,8 +181,10 @@ def _grouped(files: list[tuple[str, Path]], tensors: dict[str, Tensor], prompt: 
     return IdentityData(tensors["latents"], tensors["features"], people, names, [prompt] * len(kept), reference)
 
 
-def _seen_by(encoder: FaceEncoder, pixels: Tensor) -> Tensor:
+def _seen_by(encoder: FaceEncoder | None, pixels: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in -1..1 as `IdentityData.features` keeps them: features, or themselves in the encoder's size."""
+    if encoder is None:
+        return torch.zeros(len(pixels), 0, 0)
     if not encoder.trained:
         return encoder(pixels.to(next(encoder.parameters()).device)).cpu()
     return ((encoder.resized(pixels).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -219,7 +218,7 @@ def _encode(
                     # the CPU's convolutions are faster with channels last
                     pixels = photos.to_tensor(images).contiguous(memory_format=torch.channels_last)
                     latents.append(backbone.encode_images(pixels).cpu())
-                    features.append(_seen_by(encoder, pixels) if encoder else torch.zeros(len(images), 0, 0))
+                    features.append(_seen_by(encoder, pixels))
                 progress.update(start + len(batch))
     for message in skipped:
         say(f"skipped: {message}")

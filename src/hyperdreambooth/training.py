@@ -44,18 +44,14 @@ Validate = Callable[[int, nn.Module], Mapping[str, "float | Image.Image"]]
 class Run:
     """One run of a training: where it is kept, how long it goes on, and who is told."""
 
-    directory: str | Path | None = None
-    """Where `state.safetensors` is kept; found there, the training resumes from it."""
-    device: str | torch.device | None = None
-    """Default: the best there is."""
+    directory: str | Path | None = None  # Where `state.safetensors` is kept; found there, the training resumes from it.
+    device: str | torch.device | None = None  # Default: the best there is.
     groups: list[dict[str, Any]] | None = None
     """Parameter groups of the optimizer where learning rates differ (`lr_scale` multiplies the schedule)."""
-    validate: Validate | None = None
-    """`validate(step, model)` returns named figures, which are logged, and pictures, which a tracker gets."""
+    validate: Validate | None = None  # `validate(step, model)` returns named figures, which are logged, and pictures, which a tracker gets.
     on_step: Callable[[int], bool] | None = None
     """Called after every step with the number of steps done; where it returns True, the training stops (and checkpoints)."""
-    minutes: float | None = None
-    """Stop (and checkpoint) after this time; a later call goes on."""
+    minutes: float | None = None  # Stop (and checkpoint) after this time; a later call goes on.
     name: str = "training"
     quiet: bool = False
 

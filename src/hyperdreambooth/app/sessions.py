@@ -31,12 +31,9 @@ from ..errors import InputError
 from ..personal_lora import PersonalLora
 
 COOKIE = "hyperdreambooth-visitor"
-IDLE = 3600.0
-"""Seconds after which an idle visit, and whatever it left, goes."""
-MAX_BODY = 2_000_000
-"""Bytes of a call's JSON: files aren't in it, they are uploaded before."""
-GREETING = Path(assets.__file__).with_name("greeting.webp").resolve()
-"""A finished example, for everyone to see."""
+IDLE = 3600.0  # Seconds after which an idle visit, and whatever it left, goes.
+MAX_BODY = 2_000_000  # Bytes of a call's JSON: files aren't in it, they are uploaded before.
+GREETING = Path(assets.__file__).with_name("greeting.webp").resolve()  # A finished example, for everyone to see.
 CONTENT_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; connect-src 'self' data: blob:; "
@@ -61,16 +58,12 @@ class Visit:
 
     folder: Path
     owner: str
-    pixels: Tensor | None = None
-    """The photos as the method sees them, (n, 3, size, size)."""
+    pixels: Tensor | None = None  # The photos as the method sees them, (n, 3, size, size).
     needs_consent: bool = True
-    mine: PersonalLora | None = None
-    """Who was personalized or loaded."""
-    me: PersonalLora | None = None
-    """Who is drawn: the same, or a mix."""
+    mine: PersonalLora | None = None  # Who was personalized or loaded.
+    me: PersonalLora | None = None  # Who is drawn: the same, or a mix.
     pictures: list[Picture] = field(default_factory=list)
-    take: Path | None = None
-    """The folder of the files to download, until they are made anew."""
+    take: Path | None = None  # The folder of the files to download, until they are made anew.
     stop: threading.Event = field(default_factory=threading.Event)
     busy: bool = False
     closed: bool = False
@@ -109,8 +102,7 @@ class Visits:
         self.root, self.idle = root, idle
         self.public = [toon.directory("faces").resolve(), GREETING]
         self.visits: dict[str, Visit] = {}
-        self.uploads: dict[str, dict[str, float]] = {}
-        """Path -> visitor -> when: the same file lies in the same place, whoever uploads it."""
+        self.uploads: dict[str, dict[str, float]] = {}  # Path -> visitor -> when: the same file lies in the same place, whoever uploads it.
         self.lock = threading.Lock()
 
     def folder(self, owner: str) -> Path:
@@ -209,6 +201,7 @@ class Guard:
             await send(message)
 
         files: Iterable[str] = ()
+        rest = receive
         if any(part in path for part in ("/proxy=", "/component_server", "/deep_link", "/stream/")):
             await PlainTextResponse("not found", 404)(scope, receive, answer)
             return
@@ -222,25 +215,20 @@ class Guard:
                     if len(content) > MAX_BODY:
                         await PlainTextResponse("too long", 413)(scope, receive, answer)
                         return
-            files, receive = paths_in(content), again(content, receive)
+            files, waiting = paths_in(content), [{"type": "http.request", "body": content}]
+
+            async def again() -> Message:  # the body that was read already, before whatever else comes
+                return waiting.pop() if waiting else await receive()
+
+            rest = again
         allowed = all(self.visits.may_read(owner, file) for file in files)
-        await (self.app if allowed else PlainTextResponse("this file isn't yours", 403))(scope, receive, answer)
+        await (self.app if allowed else PlainTextResponse("this file isn't yours", 403))(scope, rest, answer)
 
 
 def visitor(cookies: str) -> str | None:
     """The visitor of a cookie header."""
     found = cookie_parser(cookies).get(COOKIE, "")
     return found if len(found) >= 32 else None
-
-
-def again(content: bytes, receive: Receive) -> Receive:
-    """`receive` with the body that was read already put before it."""
-    waiting: list[Message] = [{"type": "http.request", "body": content}]
-
-    async def first() -> Message:
-        return waiting.pop() if waiting else await receive()
-
-    return first
 
 
 def paths_in(content: bytes) -> list[str]:

@@ -1,7 +1,8 @@
 """DreamBooth on people's photos, for `train-light`, `preoptimize` and `personalize` alike: losses, and the batches that they take."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 from .. import replay
 from ..backbones import Backbone
 from ..data import PromptCache, conditioning_in
-from ..lora import Hooks
+from ..lightweight import LightweightLora
+from ..lora import Hooks, find_targets
 from ..objectives import denoising_loss
 from ..sampling import Prompts, sample
 from ..settings import GenerateConfig, resolve
-from ..training import Draw
-from ..training_settings import NoiseLevels
+from ..trainable_lora import IdentityTable
+from ..training import Draw, Run, TrainingReport, fit
+from ..training_settings import NoiseLevels, TrainingConfig, TrainLightConfig
 
 
 @dataclass
@@ -53,16 +56,14 @@ class PhotoLosses:
 
     def __call__(self, source: nn.Module, batch: dict[str, Any]) -> Tensor:
         self.hooks.set(source(batch["people"]))
-        losses = self._denoising(batch, "photo")
-        if "prior.latents" in batch:
-            losses = losses + self.prior_weight * self._denoising(batch, "prior")
-        return losses
 
-    def _denoising(self, batch: dict[str, Any], of: str) -> Tensor:
-        conditioning = conditioning_in(batch, f"{of}.prompt.", self.backbone)
-        return denoising_loss(
-            self.backbone, batch[f"{of}.latents"], conditioning, batch[f"{of}.noise"], batch[f"{of}.timesteps"], batch.get(f"{of}.mask")
-        )
+        def denoising(of: str) -> Tensor:
+            latents, noise, timesteps = (batch[f"{of}.{name}"] for name in ("latents", "noise", "timesteps"))
+            conditioning = conditioning_in(batch, f"{of}.prompt.", self.backbone)
+            return denoising_loss(self.backbone, latents, conditioning, noise, timesteps, batch.get(f"{of}.mask"))
+
+        losses = denoising("photo")
+        return losses + self.prior_weight * denoising("prior") if "prior.latents" in batch else losses
 
 
 def draw_photos(backbone: Backbone, subject: Subject, levels: NoiseLevels, copies: int, *, trains_text: bool, seed: int) -> Draw:
@@ -103,6 +104,41 @@ def draw_photos(backbone: Backbone, subject: Subject, levels: NoiseLevels, copie
     return draw
 
 
+def train_on_photos(
+    backbone: Backbone,
+    subject: Subject,
+    source: nn.Module,
+    carried: Mapping[str, Any],
+    levels: NoiseLevels,
+    copies: int,
+    training: TrainingConfig,
+    run: Run,
+) -> TrainingReport:
+    """Trains `source`, rows (P,) -> updates of the layers `carried`, on the photos of P people."""
+    draw = draw_photos(backbone, subject, levels, copies, trains_text=trains_text(carried, backbone), seed=training.seed)
+    with Hooks(backbone.components, carried) as hooks:
+
+        def after_step(done: int) -> bool:
+            hooks.clear()  # whoever is told may draw
+            return bool(run.on_step and run.on_step(done))
+
+        told = replace(run, device=subject.latents.device, on_step=after_step)
+        return fit(PhotoLosses(backbone, subject.prior_weight, hooks), source, draw, training, told)
+
+
+def train_light(
+    backbone: Backbone, subject: Subject, config: TrainLightConfig, *, directory: str | Path | None = None, quiet: bool = False
+) -> tuple[IdentityTable, TrainingReport]:
+    """Lightweight DreamBooth on one subject's photos (paper, section 4.1): a table with one row of tokens. Resumes from `directory`."""
+    targets = find_targets(backbone.components, config.targets or backbone.default_targets)
+    if config.prior_pictures and subject.prior is None:
+        subject.prior = prior_latents(backbone, config.prior_prompt, config.prior_pictures, config.training.seed)
+        subject.prior_prompt, subject.prior_weight = config.prior_prompt, config.prior_weight
+    source = IdentityTable(1, LightweightLora(targets, config.lightweight)).to(subject.latents.device)
+    run = Run(directory=directory, name="train-light", quiet=quiet)
+    return source, train_on_photos(backbone, subject, source, targets, config.levels, config.copies, config.training, run)
+
+
 def trains_text(paths: Iterable[str], backbone: Backbone) -> bool:
     """Whether any layer of a text encoder is a target: then prompts can't be cached."""
     return any(path.split(".")[0] in backbone.text_components for path in paths)
@@ -118,15 +154,12 @@ def ellipse_mask(height: int, width: int) -> Tensor:
     return ((1.1 - distance) / 0.3).clamp(0, 1)[None]
 
 
-def prior_latents(backbone: Backbone, prompt: str, count: int, seed: int, on_step: Callable[[int], None] | None = None) -> Tensor:
+def prior_latents(backbone: Backbone, prompt: str, count: int, seed: int) -> Tensor:
     """Generates the class's own pictures for prior preservation: latents (count, C, h, w)."""
     noise = torch.randn(count, *backbone.latent_shape(), generator=torch.Generator().manual_seed(seed)).to(backbone.device)
     prompts = PromptCache(backbone)
     own = {key: value for key, value in backbone.generation.items() if key in ("steps", "guidance")}
     settings = resolve(GenerateConfig, ("family", own), ("prior preservation", {"steps": 20, "guidance": 3.0}))
     wanted, without = [prompt], [settings.negative]
-    parts = []
-    for part in noise.split(8):
-        both = Prompts(prompts(wanted * len(part), without), prompts(without * len(part), wanted))
-        parts.append(sample(backbone, both, part, settings, on_step=on_step))
-    return torch.cat(parts)
+    both = [Prompts(prompts(wanted * len(part), without), prompts(without * len(part), wanted)) for part in noise.split(8)]
+    return torch.cat([sample(backbone, mine, part, settings) for mine, part in zip(both, noise.split(8), strict=True)])

@@ -17,8 +17,7 @@ from ..settings import GenerateConfig
 def noise_for(backbone: Backbone, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
     """Initial noise (B, C, h, w), one seed each: a picture depends on its own seed, never on the batch."""
     shape = backbone.latent_shape(height, width)
-    device = next(backbone.components.parameters()).device
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(backbone.device)
 
 
 def generate(
@@ -38,11 +37,9 @@ def generate(
 
     Raises InputError where width or height don't fit the base.
     """
-    identity = config.identity
-    unit = backbone.unit
     for name, value in (("width", config.width), ("height", config.height)):
-        if value is not None and (value < unit or value % unit):
-            raise InputError(f"{name} must be a multiple of {unit} for this base, not {value}.")
+        if value is not None and (value < 1 or value % backbone.unit):
+            raise InputError(f"{name} must be a multiple of {backbone.unit} for this base, not {value}.")
     cache = PromptCache(backbone)
     text = any(is_text(path, backbone) for path in personal or {})
     batched = personal is not None and next(iter(personal.values())).down.ndim == 3
@@ -59,10 +56,9 @@ def generate(
         if text and scaled:  # a text encoder's LoRA belongs to the branches with the person
             longest = cache.longest([*wanted, config.negative])
             conditioning = encode_under(backbone, wanted, scaled, longest)
-            negative = negative if identity is not None else encode_under(backbone, without, scaled, longest)
-        prompted = Prompts(conditioning, negative, plain)
+            negative = negative if config.identity is not None else encode_under(backbone, without, scaled, longest)
         generator = torch.Generator().manual_seed(seeds[start])
-        latents = sample(backbone, prompted, noise, config, personal=scaled, generator=generator)
+        latents = sample(backbone, Prompts(conditioning, negative, plain), noise, config, personal=scaled, generator=generator)
         pictures.append(decoded(backbone, latents).cpu())
         if on_picture:
             on_picture(start + len(wanted))

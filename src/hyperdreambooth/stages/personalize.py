@@ -6,12 +6,12 @@ from pathlib import Path
 
 from ..backbones import Backbone
 from ..errors import InputError
-from ..lora import Hooks, LoraSet, Shape, compress, find_targets
+from ..lora import LoraSet, Shape, compress, find_targets
 from ..settings import PersonalizeConfig
 from ..trainable_lora import RelaxedLora
-from ..training import Run, TrainingReport, fit
+from ..training import Run, TrainingReport
 from ..training_settings import NoiseLevels, TrainingConfig
-from .dreambooth import PhotoLosses, Subject, draw_photos, ellipse_mask, prior_latents, trains_text
+from .dreambooth import Subject, ellipse_mask, prior_latents, train_on_photos
 
 
 def personalize(
@@ -42,38 +42,19 @@ def personalize(
     if config.mask == "ellipse" and subject.mask is None:
         people, photos, _, height, width = subject.latents.shape
         subject.mask = ellipse_mask(height, width).to(subject.latents).expand(people, photos, 1, height, width)
-    source = RelaxedLora(predicted, config.rank, targets=targets, order=config.order, seed=config.seed, people=len(subject.latents)).to(
-        subject.latents.device
-    )
+    source = RelaxedLora(predicted, config.rank, targets=targets, order=config.order, seed=config.seed, people=len(subject.latents))
+    source.to(subject.latents.device)
     carried = {**targets, **(predicted or {})}
     levels = NoiseLevels(mean=config.noise_mean, std=config.noise_std)
-    draw = draw_photos(backbone, subject, levels, config.copies, trains_text=trains_text(carried, backbone), seed=config.seed)
     # no clipping: its norm would run over all people of a batch
-    training = TrainingConfig(
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        cooldown=0.2,
-        max_grad_norm=0.0,
-        seed=config.seed,
-        log_every=max(1, config.steps // 10),
-    )
+    training = TrainingConfig(steps=config.steps, learning_rate=config.learning_rate, seed=config.seed, cooldown=0.2, max_grad_norm=0.0)
+    training.log_every = max(1, config.steps // 10)
     # the loss is a mean over people, so everyone's gradient is divided by their number, and Adam's epsilon must be too:
     # then a person of a batch gets the very update that the same person gets alone
-    with Hooks(backbone.components, carried) as hooks:
-
-        def after_step(done: int) -> bool:
-            hooks.clear()
-            return bool(on_step and on_step(done, source().detach()))
-
-        run = Run(
-            directory=directory,
-            device=subject.latents.device,
-            groups=[{"params": list(source.parameters()), "eps": 1e-8 / len(subject.latents)}],
-            on_step=after_step if on_step else None,
-            name="fine-tuning",
-            quiet=quiet,
-        )
-        report = fit(PhotoLosses(backbone, subject.prior_weight, hooks), source, draw, training, run)
+    groups = [{"params": list(source.parameters()), "eps": 1e-8 / len(subject.latents)}]
+    step = (lambda done: on_step(done, source().detach())) if on_step else None
+    run = Run(directory, groups=groups, on_step=step, name="fine-tuning", quiet=quiet)
+    report = train_on_photos(backbone, subject, source, carried, levels, config.copies, training, run)
     return source().detach(), report
 
 

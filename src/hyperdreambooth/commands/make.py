@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from .. import STARTED
 from ..errors import InputError
 from ..progress import Progress, say
 from ..settings import GenerateChoices, Layout, PersonalizeChoices
@@ -58,7 +59,6 @@ def run_personalize(args: Personalize) -> None:
 
     check_lora_name(args.output)
     args.refuse_existing(args.output, args.tokens)
-    started = time.perf_counter()
     for file in args.photos:  # a photo's fault shows before seconds go into loading the base
         photos.load_photo(file)
     hdb = args.machine.open(args.base, args.hypernetwork)
@@ -98,7 +98,7 @@ def run_personalize(args: Personalize) -> None:
     say(f"{preview}: a preview")
     if me.warning:
         say(me.warning)
-    say(f"loading {loaded - started:.1f} s, {took}, in all {time.perf_counter() - started:.1f} s")
+    say(f"starting and loading {loaded - STARTED:.1f} s, {took}, in all {time.perf_counter() - STARTED:.1f} s")
 
 
 def run_folder(args: Personalize) -> None:

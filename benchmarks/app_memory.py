@@ -50,7 +50,7 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    page = subprocess.Popen([sys.executable, "-m", "hyperdreambooth.cli", "app", "--port", str(port)])
+    page = subprocess.Popen([sys.executable, "-m", "hyperdreambooth", "app", "--port", str(port)])
     url = f"http://127.0.0.1:{port}/"
     try:
         while True:

@@ -19,8 +19,7 @@ import torch
 from safetensors.torch import save
 
 from hyperdreambooth import formats
-from hyperdreambooth.backbones.architectures import FAMILIES, architecture
-from hyperdreambooth.backbones.targets import PRESETS
+from hyperdreambooth.backbones.architectures import FAMILIES, PRESETS, architecture
 from hyperdreambooth.checkpoint import write_json
 from hyperdreambooth.lora import Lora, LoraSet, Shape, find_targets
 from hyperdreambooth.training_settings import LightweightConfig
@@ -51,7 +50,7 @@ def stages_tested() -> dict[str, str]:
 def count() -> list[dict[str, Any]]:
     tested = stages_tested()
     rows = []
-    for name, (family, _) in FAMILIES.items():
+    for name, family in FAMILIES.items():
         components = architecture(name)
         for preset, patterns in PRESETS[family].items():
             shapes = find_targets(components, patterns)

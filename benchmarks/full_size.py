@@ -34,10 +34,10 @@ def write_base(folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from benchmarks.original_layout import original_name
     from hyperdreambooth.assets import clip
-    from hyperdreambooth.backbones import single_file
+    from hyperdreambooth.backbones import architectures
 
     torch.manual_seed(0)
-    found = single_file.models("sd15")
+    found = architectures.architecture("sd15", vae=True)
     tensors = {}
     for component, model in found.items():
         # made on the meta device; a small normal keeps every layer's output finite
@@ -51,7 +51,7 @@ def write_base(folder: Path) -> None:
             tensors[key] = tensor[..., None, None] if matrix else tensor
     save_file(tensors, folder / "model.safetensors")
     models: dict[str, Any] = dict(found.items())
-    scheduler = single_file.scheduler("sd15", "epsilon", zero_snr=False)
+    scheduler = architectures.scheduler("sd15", "epsilon", zero_snr=False)
     pipe = diffusers.StableDiffusionPipeline(
         **models,
         tokenizer=clip.tokenizer(),
@@ -70,7 +70,7 @@ def measure(base: str, output: Path) -> dict[str, float]:
 
     started = time.perf_counter()
     hdb = HyperDreamBooth.from_pretrained(base, hypernetwork="none", device="cpu")
-    hdb.backbone.enable_checkpointing()
+    hdb.backbone.denoiser.enable_gradient_checkpointing()
     loaded = time.perf_counter()
     copies = COPIES[Path(base).name]
     me = hdb.personalize(sorted(toon.directory("faces").glob("*.png"))[0], steps=STEPS, copies=copies)

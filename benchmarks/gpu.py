@@ -15,10 +15,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import torch
@@ -30,15 +30,14 @@ from torch import nn
 from hyperdreambooth import replay
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.assets import clip
-from hyperdreambooth.backbones import Backbone, single_file, wrap
+from hyperdreambooth.backbones import Backbone, architectures, wrap
 from hyperdreambooth.checkpoint import write_json
 from hyperdreambooth.encoder import FaceEncoder
 from hyperdreambooth.lora import Hooks, Lora, LoraSet, find_targets, merged
 from hyperdreambooth.pretrained import HyperNetworkInfo, build
 from hyperdreambooth.sampling import Prompts, sample
 from hyperdreambooth.settings import GenerateConfig, PersonalizeConfig
-from hyperdreambooth.stages.dreambooth import Subject
-from hyperdreambooth.stages.personalize import finish, personalize
+from hyperdreambooth.stages.dreambooth import Subject, finish, personalize
 from hyperdreambooth.training_settings import HyperNetworkConfig, LightweightConfig
 
 PROMPT = "a ohwx face"
@@ -47,7 +46,7 @@ RANK = 4
 
 def base(name: str, device: str = "cuda") -> Backbone:
     """A published architecture (sd15, sdxl) with random weights in bf16."""
-    found = single_file.models(name)
+    found = architectures.architecture(name, vae=True)
     torch.manual_seed(0)
     for model in found.values():
         model.to_empty(device=device).to(torch.bfloat16)
@@ -57,7 +56,7 @@ def base(name: str, device: str = "cuda") -> Backbone:
             else:
                 tensor.copy_(torch.arange(tensor.shape[-1]).expand_as(tensor))
     models: dict[str, Any] = dict(found.items())
-    models |= {"scheduler": single_file.scheduler(name, "epsilon", zero_snr=False), "tokenizer": clip.tokenizer()}
+    models |= {"scheduler": architectures.scheduler(name, "epsilon", zero_snr=False), "tokenizer": clip.tokenizer()}
     if name == "sdxl":
         return wrap(diffusers.StableDiffusionXLPipeline(**models, tokenizer_2=clip.tokenizer("!")), name)
     none: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -102,15 +101,6 @@ def fresh() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-@contextmanager
-def eager(off: bool) -> Iterator[None]:
-    if off:
-        with replay.switched_off():
-            yield
-    else:
-        yield
-
-
 def steps(backbone: Backbone, copies: int, count: int, *, people: int = 1, off: bool = False) -> tuple[LoraSet, list[float], float]:
     """Fine-tunes `people` people from scratch: the updates, milliseconds of the steps after the first six, peak GB."""
     torch.cuda.reset_peak_memory_stats()
@@ -124,7 +114,7 @@ def steps(backbone: Backbone, copies: int, count: int, *, people: int = 1, off: 
 
     start = person(backbone, batch=people).scaled(0.1)
     config = PersonalizeConfig(steps=count, copies=copies, rank=RANK, learning_rate=1e-4)
-    with eager(off):
+    with mock.patch.object(replay, "OFF", off):
         tuned, _ = personalize(backbone, Subject(latents, PROMPT), start, config, on_step=on_step, quiet=True)
     times = [1000 * (b - a) for a, b in itertools.pairwise(moments[6:])]
     return tuned, times, torch.cuda.max_memory_allocated() / 1e9
@@ -196,7 +186,7 @@ def checks(backbone: Backbone) -> dict[str, Any]:
     noise = torch.randn(1, *backbone.latent_shape(), generator=torch.Generator().manual_seed(1)).to(backbone.device)
     settings = GenerateConfig(steps=8)
     latents = {}
-    with replay.switched_off():
+    with mock.patch.object(replay, "OFF", True):
         latents["base"] = sample(backbone, prompts, noise, settings)
         latents["merged"] = sample(backbone, prompts, noise, settings, personal=mine)
         latents["hooked"] = sample(backbone, prompts, noise, settings, personal=LoraSet(mine.map(lambda t: t[None])))
@@ -301,7 +291,7 @@ def drawing(hdb: HyperDreamBooth, folder: Path) -> dict[str, Any]:
         for name, work in (("ours_person", ours(me)), ("ours_other_person", ours(other)), ("ours_base", ours(None)), ("diffusers", theirs)):
             rounds[name].append(timed(work))
     results |= {f"{name}_s": statistics.median(times) for name, times in rounds.items()}
-    with replay.switched_off():
+    with mock.patch.object(replay, "OFF", True):
         results["ours_person_plain_s"] = statistics.median(timed(ours(me)) for _ in range(3))
     switches, merges = [], []
     for _ in range(3):

@@ -21,11 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hyperdreambooth import backbones
-from hyperdreambooth.backbones.architectures import FAMILIES, architecture
-from hyperdreambooth.backbones.targets import PRESETS
+from hyperdreambooth.backbones.architectures import FAMILIES, PRESETS, architecture, build
 from hyperdreambooth.checkpoint import write_json
-from hyperdreambooth.hypernetwork import HyperNetwork
 from hyperdreambooth.lora import Lora, LoraSet, Shape, applied, find_targets
+from hyperdreambooth.trainable_lora import HyperNetwork
 from hyperdreambooth.training_settings import HyperNetworkConfig, LightweightConfig
 
 CLASSES: dict[str, Any] = {
@@ -77,12 +76,12 @@ def conditioning(family: str, batch: int, denoiser: Any) -> dict[str, Tensor]:
 
 def activations(name: str, dtype: torch.dtype, *, checkpointing: bool, batch: int = 1, rank: int = 4) -> int:
     """Bytes that a forward pass of the denoiser keeps for the backward pass, each sample under its own float32 LoRA."""
-    family = FAMILIES[name][0]
+    family = FAMILIES[name]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with FakeTensorMode():
-            parts = FAMILIES[name][1]()
+            parts = build(name)
             key = "unet" if "unet" in parts else "transformer"
             root = nn.ModuleDict({key: parts[key]}).requires_grad_(False)
             denoiser: Any = root[key]
@@ -125,7 +124,7 @@ def activations(name: str, dtype: torch.dtype, *, checkpointing: bool, batch: in
 
 def forward_tflop(name: str) -> float:
     """10^12 operations of a forward pass of the denoiser for one sample, without its LoRA (a multiplication and an addition are two)."""
-    family = FAMILIES[name][0]
+    family = FAMILIES[name]
     components = architecture(name)
     denoiser: Any = components["unet" if "unet" in components else "transformer"]
     base: Any = SimpleNamespace(denoiser=denoiser, unit=8, device=torch.device("meta"))
@@ -151,7 +150,7 @@ def trained(shapes: dict[str, Shape], what: str) -> tuple[int, int]:
 
 
 def row(name: str, what: str, batch: int, dtype: torch.dtype, *, checkpointing: bool, cache: dict[Any, int]) -> dict[str, Any]:
-    components, family = architecture(name), FAMILIES[name][0]
+    components, family = architecture(name), FAMILIES[name]
     weights = sum(p.numel() for p in components.parameters()) + 84_000_000 + (T5 if family in ("sd3", "flux") else 0)
     numbers, factored = trained(find_targets(components, PRESETS[family]["attention+ff"]), what)
     key = (name, dtype, checkpointing)

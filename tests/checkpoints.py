@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.original_layout import original_name, vae_name
-from hyperdreambooth.backbones import single_file
+from hyperdreambooth.backbones import architectures
 from hyperdreambooth.backbones.architectures import autoencoder
 
 Shapes = dict[str, tuple[int, ...]]
@@ -24,7 +24,7 @@ BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8
 def published(family: str) -> Shapes:
     """A checkpoint of SD 1.5, SD 2.1 or SDXL ("sd15", "sd21", "sdxl")."""
     shapes: Shapes = {"alphas_cumprod": (1000,)}
-    for component, model in single_file.models(family).items():
+    for component, model in architectures.architecture(family, vae=True).items():
         for name, tensor in model.state_dict().items():
             key = original_name(component, name, model.config, xl=family == "sdxl")
             shapes[key] = (3 * tensor.shape[0], *tensor.shape[1:]) if "in_proj_" in key else tuple(tensor.shape)

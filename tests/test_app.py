@@ -294,7 +294,7 @@ def test_one_visitors_files_are_nobody_elses(connect, server, face, world):
     mine.predict(api_name="/take")
     visit = server.visits.visits[mine.session_hash]
     made = [str(file) for file in visit.folder.rglob("*") if file.is_file()]
-    uploaded = [path for path, owners in server.visits.uploads.items() if visit.owner in owners]
+    uploaded = [path for path, owner in server.visits.uploads if owner == visit.owner]
     assert len(made) > 4
     assert uploaded
     for path in [*made, *uploaded]:
@@ -409,7 +409,7 @@ def test_ticking_the_palette_keeps_ones_own_lines(server):
 def test_visits_end_with_their_last_tab_or_after_an_hour(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(sessions.time, "monotonic", lambda: now[0])
-    visits = Visits(tmp_path, tmp_path / "public")
+    visits = Visits(tmp_path)
     first, second, other = visits.of("s1", "ann"), visits.of("s2", "ann"), visits.of("s3", "bob")
     first.seen = second.seen = other.seen = 0.0
     upload = tmp_path / "upload.png"

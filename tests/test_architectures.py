@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from hyperdreambooth.backbones.architectures import FAMILIES, architecture
-from hyperdreambooth.backbones.targets import PRESETS
+from hyperdreambooth.backbones.architectures import FAMILIES, PRESETS, architecture
 from hyperdreambooth.lora import find_targets
 
 # numbers in the denoiser as the models' cards give them, in billions
@@ -21,7 +20,7 @@ def test_published_sizes_and_targets(name):
     assert all(parameter.device.type == "meta" for parameter in components.parameters())
     # with the table of positions, which SD 3 keeps in its files
     assert sum(tensor.numel() for tensor in denoiser.state_dict().values()) / 1e9 == pytest.approx(PUBLISHED[name], rel=0.05)
-    presets = {key: find_targets(components, patterns) for key, patterns in PRESETS[FAMILIES[name][0]].items()}
+    presets = {key: find_targets(components, patterns) for key, patterns in PRESETS[FAMILIES[name]].items()}
     assert set(presets["attention"]) < set(presets["attention+ff"])
     assert set(presets["attention"]) < set(presets["paper"])
     text = {path.split(".")[0] for path in presets["paper"]} - {"unet", "transformer"}
@@ -49,7 +48,7 @@ def test_the_docs_tables_are_the_results_and_the_results_are_todays():
     for table in (tables.families_table(), tables.memory_table(), tables.full_size_table()):
         assert table in text
     for row in json.loads((tables.RESULTS / "families.json").read_text(encoding="utf-8")):
-        shapes = find_targets(architecture(row["base"]), PRESETS[FAMILIES[row["base"]][0]][row["preset"]])
+        shapes = find_targets(architecture(row["base"]), PRESETS[FAMILIES[row["base"]]][row["preset"]])
         assert row["layers"] == len(shapes)
         assert row["lora_variables"] == sum(shape.inputs + shape.outputs for shape in shapes.values())
         assert row["five_stages"] == "passed"

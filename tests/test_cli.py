@@ -177,7 +177,7 @@ def test_what_the_prompt_names_changes_what_is_learnt(tmp_path, face):
 
 
 def test_a_config_file_gives_the_flags(tmp_path, face, capsys):
-    (tmp_path / "c.yaml").write_text("config:\n  steps: 1\n  rank: 3\n  learning_rate: 1e-3\nformat: kohya\n")
+    (tmp_path / "c.yaml").write_text("config:\n  steps: 1\n  rank: 3\n  learning_rate: 1e-3\nformat: kohya\ncrop: center\nface: null\n")
     assert run("personalize", face, "-o", tmp_path / "a.safetensors", "--config", tmp_path / "c.yaml") == 0
     file = formats.read_lora(tmp_path / "a.safetensors")
     assert file.layout == "kohya"
@@ -472,12 +472,12 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(tmp_path, capsys, face, mon
 
 
 def test_ctrl_c_says_so(monkeypatch, face, tmp_path, capsys):
-    from hyperdreambooth.commands import info
+    from hyperdreambooth.commands import files
 
     def stop(args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(info, "run", stop)
+    monkeypatch.setattr(files, "run_info", stop)
     assert run("info", face) == 130
     assert "stopped" in capsys.readouterr().err
 
@@ -497,12 +497,12 @@ def test_settings_say_where_they_came_from_and_can_be_given_back(me, face, tmp_p
 
 
 def test_an_error_that_nobody_foresaw_is_a_sentence_and_debug_shows_the_trace(monkeypatch, face, capsys):
-    from hyperdreambooth.commands import info
+    from hyperdreambooth.commands import files
 
     def stumble(args: object) -> None:
         raise RuntimeError("some library\nsays why.")
 
-    monkeypatch.setattr(info, "run", stumble)
+    monkeypatch.setattr(files, "run_info", stumble)
     refused(capsys, "RuntimeError: says why", "info", face)
     with pytest.raises(RuntimeError, match="some library"):
         run("info", face, "--debug")

@@ -18,8 +18,8 @@ from hyperdreambooth.cli import main
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.evaluation import evaluate as protocol
 from hyperdreambooth.evaluation import harness, metrics, report
-from hyperdreambooth.evaluation.atlas import Atlas, load_atlas
 from hyperdreambooth.evaluation.command import contact_sheet, markdown_table
+from hyperdreambooth.evaluation.evaluate import Atlas, load_atlas
 from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.evaluation.methods import METHODS, ROWS, Method
 from hyperdreambooth.pretrained import HyperNetworkInfo
@@ -247,8 +247,7 @@ def test_the_comparison_measures_everything_and_goes_on(bench, monkeypatch):
     timings = harness.timed(bench, methods, rounds=1, steps=2)
     assert set(timings) == {"DreamBooth-LoRA 4", "hypernetwork + fine-tuning"}
     assert all(found["step"] > 0 and found["numbers"] > 0 for found in timings.values())
-    saved = []
-    harness.compare(bench, methods, timings, PEOPLE, lambda *state: saved.append(state), together=2)
+    saved = list(harness.compare(bench, methods, timings, PEOPLE, together=2))
     assert [people for _, _, people in saved] == [2, 3]
     rows, curves, _ = saved[-1]
     assert list(rows) == list(methods)
@@ -259,9 +258,7 @@ def test_the_comparison_measures_everything_and_goes_on(bench, monkeypatch):
     assert [point["steps"] for point in curves["DreamBooth-LoRA 4"]] == [1, 2, 3]
     assert [point["steps"] for point in curves["hypernetwork + fine-tuning"]] == [0, 1, 2]
     monkeypatch.setattr(harness, "train", None)
-    again = []
-    harness.compare(bench, methods, timings, PEOPLE, lambda *state: again.append(state), together=2)
-    assert again == saved
+    assert list(harness.compare(bench, methods, timings, PEOPLE, together=2)) == saved
     json.dumps(saved, allow_nan=False)
 
 

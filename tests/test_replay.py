@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +12,8 @@ from hyperdreambooth import replay
 from hyperdreambooth.backbones import StableDiffusion
 from hyperdreambooth.lora import Hooks
 from hyperdreambooth.settings import GenerateConfig, PersonalizeConfig
-from hyperdreambooth.stages.dreambooth import PhotoLosses, Subject
+from hyperdreambooth.stages.dreambooth import PhotoLosses, Subject, personalize
 from hyperdreambooth.stages.generate import generate
-from hyperdreambooth.stages.personalize import personalize
 
 from .conftest import random_loras, tiny_pipe
 
@@ -84,7 +84,7 @@ def test_recorded_work_gives_what_plain_work_gives():
     predicted = random_loras(base, batch=1, rank=1).scaled(0.1).map(lambda tensor: tensor.cuda())
     subject = Subject(torch.randn(1, 1, 4, 8, 8, device="cuda"), "a [V] face")
     config, drawing = PersonalizeConfig(steps=8, rank=2, copies=2), GenerateConfig(steps=6)
-    with replay.switched_off():
+    with mock.patch.object(replay, "OFF", True):
         plain, _ = personalize(base, subject, predicted, config, quiet=True)
         picture = generate(base, ["a [V] face"], [1], drawing, personal=plain.select(0))
     for _ in range(2):  # the second time by the same recording

@@ -36,9 +36,7 @@ def command(arguments: list[str], environment: dict[str, str]) -> None:
 def server():
     """Forks processes that have torch and diffusers imported already: a test would else spend most of its time on that."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["tests.test_resume", *(f"hyperdreambooth.commands.{file}" for file in ("personalize", "train_hypernetwork"))]
-    )
+    context.set_forkserver_preload(["tests.test_resume", *(f"hyperdreambooth.commands.{file}" for file in ("make", "train"))])
     with pytest.MonkeyPatch.context() as patch:  # the server looks for modules by PYTHONPATH alone
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT)]))
         patch.setenv("OMP_NUM_THREADS", "1")

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from hyperdreambooth.assets import clip
-from hyperdreambooth.backbones import load_backbone, single_file
-from hyperdreambooth.backbones.checkpoint_files import components, fitted, read_header
+from hyperdreambooth.backbones import architectures, load_backbone, single_file
+from hyperdreambooth.backbones.single_file import components, fitted, read_header
 from hyperdreambooth.errors import InputError
 
 from . import checkpoints, families
@@ -36,7 +36,7 @@ def opened(path: Path) -> str:
     stored, _ = read_header(path)
     parts = components(stored)
     family = single_file.detect(parts, stored, path)
-    for part, model in single_file.models_of(family, parts).values():
+    for part, model in architectures.models_of(family, parts).values():
         fitted(part, parts[part], model, None)
     return family
 
@@ -117,7 +117,7 @@ def small(family: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tenso
     """A small checkpoint of a family, whose architecture is taken for the published one."""
     torch.manual_seed(0)
     models = tiny(family)
-    monkeypatch.setattr(single_file, "models", lambda name: tiny(name))
+    monkeypatch.setattr(architectures, "architecture", lambda name, vae: tiny(name))
     return checkpoints.written(models, xl=family == "sdxl")
 
 
@@ -286,9 +286,9 @@ def test_the_tokenizer_is_clips():
 
 
 def test_schedulers_are_the_published_ones():
-    assert single_file.scheduler("sd15", "epsilon", zero_snr=False).config.steps_offset == 1
-    assert single_file.scheduler("sd21", "v_prediction", zero_snr=False).config.prediction_type == "v_prediction"
-    xl = single_file.scheduler("sdxl", "v_prediction", zero_snr=True)
+    assert architectures.scheduler("sd15", "epsilon", zero_snr=False).config.steps_offset == 1
+    assert architectures.scheduler("sd21", "v_prediction", zero_snr=False).config.prediction_type == "v_prediction"
+    xl = architectures.scheduler("sdxl", "v_prediction", zero_snr=True)
     assert xl.config.rescale_betas_zero_snr
     assert xl.config.timestep_spacing == "trailing"
 

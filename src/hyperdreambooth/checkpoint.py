@@ -8,8 +8,7 @@ project is written, to a temporary name first and then renamed.
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +23,22 @@ from .errors import InputError
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Calls `write(temporary)` and renames the result to `path`; on any error nothing is left behind.
 
-    The temporary file stands in the same folder (a rename is atomic only within one file system) and keeps the
-    suffix, which some writers go by. Raises InputError where the folder can't be written or the disk is full.
+    The temporary file stands in a folder beside it (a rename is atomic only within one file system) and has the same name, whose
+    suffix some writers go by. Raises InputError where the folder can't be written or the disk is full.
     """
     path = Path(path)
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
-        temporary = None
+        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as scratch:
+            temporary = Path(scratch) / path.name
+            write(temporary)
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(0o666 & ~mask)  # safetensors writes for its owner alone
+            temporary.replace(path)
     except (OSError, safetensors.SafetensorError) as error:  # the second is how safetensors reports a full disk
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path} can't be written: {reason}. Free some space or name another place.") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -99,27 +92,16 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
-    with _opened(path) as file:
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}, dict(file.metadata() or {})
+    header = read_header(path)[1]
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}, header
 
 
-def read_header(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file. Raises InputError as `read_tensors`."""
-    with _opened(path) as file:
-        return dict(file.metadata() or {})
-
-
-def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a safetensors file's tensors, from its header alone. Raises InputError as `read_tensors`."""
-    with _opened(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
+def read_header(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The shapes of a safetensors file's tensors, and its metadata, from its header alone. Raises InputError as `read_tensors`."""
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            yield file
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return shapes, dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}). Was it cut off while copying?") from error
 
@@ -142,8 +124,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
     while seen != (now := os.stat(path).st_mtime_ns if os.path.isfile(path) else 0):
         seen = now  # read again where another process replaced the file meanwhile: header and tensors would not be of one step
         tensors, header = read_tensors(path)
-    model: dict[str, Tensor] = {}
-    average: dict[str, Tensor] = {}
+    weights: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         kind, rest = name.split("/", 1)
@@ -151,6 +132,6 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
             index, key = rest.split("/", 1)
             state.setdefault(int(index), {})[key] = value
         else:
-            (model if kind == "model" else average)[rest] = value
+            weights[kind][rest] = value
     optimizer = {"state": state, "param_groups": json.loads(header["param_groups"])}
-    return model, optimizer, average, json.loads(header["meta"])
+    return weights["model"], optimizer, weights["average"], json.loads(header["meta"])

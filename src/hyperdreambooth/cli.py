@@ -1,6 +1,6 @@
 """The command line: a mapping of names to plain functions.
 
-Every command is a dataclass whose fields are its flags and whose docstrings are its help; `--config FILE` reads them
+Every command is a dataclass whose fields are its flags; what stands behind or below each is its help; `--config FILE` reads them
 from YAML or JSON. What a user got wrong is one line on stderr and exit code 2, never a traceback.
 """
 
@@ -8,6 +8,12 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+
+import tyro
+
+from . import __version__, commands
+from .config import read_config, required, updated
+from .errors import InputError, TrainingError, unexpected
 
 # before transformers is imported: without torchvision it prints two lines at import that concern nobody here
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -20,34 +26,23 @@ One face photo in, a personal LoRA out, for any Stable Diffusion. --debug shows 
 """
 
 
-def usage() -> str:
-    """The help of the command line itself."""
-    from .commands import GROUPS, load
-
-    lines = {name: str(load(name)[0].__doc__).splitlines()[0] for names in GROUPS.values() for name in names}
-    groups = [f"{group}\n" + "".join(f"  {name:<19} {lines[name]}\n" for name in names) for group, names in GROUPS.items()]
-    return "\n".join([USAGE, *groups])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
+    name = arguments[0] if arguments else ""
+    if name in ("", "-h", "--help", "help"):
+        print(USAGE)
+        for group, modules in commands.GROUPS.items():
+            names = [command for command, module in commands.COMMANDS.items() if module in modules]
+            lines = [f"  {command:<19} {str(commands.load(command)[0].__doc__).splitlines()[0]}" for command in names]
+            print("\n".join([group, *lines, ""]))
         return 0 if arguments else 2
-    if arguments[0] == "--version":
-        from . import __version__
-
+    if name == "--version":
         print(__version__)
         return 0
-    from .errors import InputError, TrainingError, unexpected
-
     try:
-        from . import commands
-
-        name = arguments[0]
         if name not in commands.COMMANDS:
             raise InputError(f"{name} is no command. There are: {', '.join(commands.COMMANDS)}.")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -74,28 +69,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(name: str, kind: type, arguments: list[str]) -> object:
     """A command's dataclass from flags, over a config file where `--config` names one."""
-    import tyro
-
-    from .config import read_config, updated
-
     arguments = [part for given in arguments for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
     default = None
+    arguments = getattr(kind, "expanded", list)(arguments)
     if "--config" in arguments[:-1]:
-        index = arguments.index("--config")
-        _, file = arguments[index : index + 2]
-        del arguments[index : index + 2]
-        default = updated(commands_default(kind), read_config(file), file)
+        file = arguments.pop(arguments.index("--config") + 1)
+        arguments.remove("--config")
+        default, values = commands_default(kind), read_config(file)
+        # a setting of `config` may stand beside it as well, as its flag does
+        config = vars(default.config).keys() - vars(default).keys() if hasattr(default, "config") else ()
+        inner = {key: values.pop(key) for key in list(values) if str(key).replace("-", "_") in config}
+        default = updated(updated(default, {"config": inner} if inner else {}, file), values, file)
     return tyro.cli(kind, prog=f"hyperdreambooth {name}", args=arguments, default=default)
 
 
 def commands_default(kind: type) -> object:
     """A command's dataclass with what it requires still missing, for a config file to be laid over."""
-    import tyro
-
-    from .config import required
-
     return kind(**dict.fromkeys(required(kind), tyro.MISSING))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

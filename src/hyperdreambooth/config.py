@@ -8,6 +8,8 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +17,7 @@ import yaml
 
 from .errors import InputError
 
-RESOLVED = "resolved"
-"""What saved settings hold for people alone: nothing is read from it."""
+RESOLVED = "resolved"  # What saved settings hold for people alone: nothing is read from it.
 T = TypeVar("T")
 
 
@@ -36,12 +37,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def updated(default: T, values: Any, where: str) -> T:
     """`default` with `values` over it, nested dataclasses included. Raises InputError for an unknown or ill-typed field."""
-    return _filled(type(default), vars(default), values, where)
-
-
-def parsed(kind: type[T], values: Any, where: str) -> T:
-    """A dataclass of `kind` out of a mapping. Raises InputError for an unknown, ill-typed or missing field."""
-    return _filled(kind, {}, values, where)
+    return parsed(type(default), values, where, vars(default))
 
 
 def required(kind: Any) -> list[str]:
@@ -49,16 +45,17 @@ def required(kind: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING is field.default_factory]
 
 
-def _filled(kind: type[T], defaults: dict[str, Any], values: Any, where: str) -> T:
+def parsed(kind: type[T], values: Any, where: str, defaults: Mapping[str, Any] | None = None) -> T:
+    """A dataclass of `kind` out of a mapping. Raises InputError for an unknown, ill-typed or missing field."""
     if not isinstance(values, dict):
         raise InputError(f"{where} must be a mapping of settings, not {_short(values)}.")
-    hints, found = typing.get_type_hints(kind, include_extras=True), dict(defaults)
+    hints, found = typing.get_type_hints(kind), dict(defaults or {})
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in hints:
             raise InputError(f"{where}: unknown setting {_short(key)}; there are {', '.join(hints)}.")
-        if dataclasses.is_dataclass(defaults.get(name)):
-            found[name] = updated(defaults[name], value, f"{where}: {key}")
+        if dataclasses.is_dataclass(found.get(name)):
+            found[name] = updated(found[name], value, f"{where}: {key}")
         else:
             found[name] = _coerced(value, hints[name], f"{where}: {key}")
     if lacking := [name for name in required(kind) if name not in found]:
@@ -81,30 +78,22 @@ def _coerced(value: Any, hint: Any, where: str) -> Any:
         if value is None and type(None) in choices:
             return None
         for choice in choices:
-            try:
+            with suppress(InputError):
                 return _coerced(value, choice, where)
-            except InputError:
-                continue
     elif origin is typing.Literal:
         if any(value == choice and type(value) is type(choice) for choice in choices):
             return value
         raise InputError(f"{where} must be one of {', '.join(map(str, choices))}, not {_short(value)}.")
-    elif origin in (tuple, list):
-        if isinstance(value, (list, tuple)):
-            return origin(_coerced(item, choices[0], where) for item in value) if choices else origin(value)
-    elif origin is dict:
-        if isinstance(value, dict):
-            return {_coerced(key, choices[0], where): _coerced(item, choices[1], f"{where}: {key}") for key, item in value.items()}
-    elif origin is typing.Annotated:
-        return _coerced(value, choices[0], where)
+    elif origin in (tuple, list) and isinstance(value, (list, tuple)):
+        return origin(_coerced(item, choices[0], where) for item in value) if choices else origin(value)
+    elif origin is dict and isinstance(value, dict):
+        return {_coerced(key, choices[0], where): _coerced(item, choices[1], f"{where}: {key}") for key, item in value.items()}
     elif dataclasses.is_dataclass(hint):
         return parsed(hint, value, where)  # type: ignore[arg-type]
     elif hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
+        with suppress(ValueError, OverflowError):
             if math.isfinite(float(value)):
                 return float(value)
-        except (ValueError, OverflowError):
-            pass
     elif hint is Path and isinstance(value, str):
         return Path(value)
     elif hint is Any or (isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool))):

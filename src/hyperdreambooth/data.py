@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from . import photos
@@ -102,11 +103,11 @@ class IdentityData:
         last = self.people >= len(self.names) - count
         if last.all():
             raise InputError(f"{len(self.names)} identities are too few to keep {count} for validation.")
-        return self._subset(~last, self.names[:-count], 0), self._subset(last, self.names[-count:], len(self.names) - count)
-
-    def _subset(self, keep: Tensor, names: list[str], first: int) -> IdentityData:
-        prompts = [prompt for prompt, kept in zip(self.prompts, keep.tolist(), strict=True) if kept]
-        return IdentityData(self.latents[keep], self.features[keep], self.people[keep] - first, names, prompts, self.reference[keep])
+        parts, first = [], len(self.names) - count
+        for keep, names, start in ((~last, self.names[:first], 0), (last, self.names[first:], first)):
+            people, prompts = self.people[keep] - start, [self.prompts[index] for index in keep.nonzero()[:, 0].tolist()]
+            parts.append(IdentityData(self.latents[keep], self.features[keep], people, names, prompts, self.reference[keep]))
+        return parts[0], parts[1]
 
     def inputs(self, chosen: Tensor) -> Tensor:
         """The hypernetwork's inputs for the chosen pictures (B,): features, or pictures (B, 3, H, W) in -1..1; float32."""
@@ -128,10 +129,7 @@ class FolderOfPeople:
 
     def __init__(self, folder: str | Path, backbone: Backbone, crop: photos.Crop = "auto"):
         self.files, self.backbone, self.crop = list_identities(folder), backbone, crop
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.files)
+        self.names = list(self.files)
 
     def latents_of(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Latents (pictures, C, h, w) of each of these people. Broken pictures are named and skipped, and so is who has no others."""
@@ -151,9 +149,8 @@ def load_identities(
 ) -> IdentityData:
     """Reads `identity/picture.png`, or one picture each, and encodes every picture once.
 
-    Broken pictures are named, counted and skipped. With `cache`, latents and features are kept there under a key of
-    the files' names, sizes and dates. An encoder that is trained gets the pictures, not features. Raises InputError for
-    an empty folder.
+    Broken pictures are named, counted and skipped. With `cache`, latents and features are kept there under a key of the files' names,
+    sizes and dates. An encoder that is trained gets the pictures, not features. Raises InputError for an empty folder.
     """
     found = list_identities(folder)
     files = [(name, file) for name, group in found.items() for file in group]
@@ -184,8 +181,38 @@ def _grouped(files: list[tuple[str, Path]], tensors: dict[str, Tensor], prompt: 
     return IdentityData(tensors["latents"], tensors["features"], people, names, [prompt] * len(kept), reference)
 
 
-def _seen_by(encoder: FaceEncoder, pixels: Tensor) -> Tensor:
+def decoded(files: Sequence[Path], size: int, crop: photos.Crop, many: int, progress: str = "") -> Iterator[dict[int, Image.Image]]:
+    """Pictures as `photos.prepare` makes them, by their places in `files`, out of `many` files at a time, where any of these can be read.
+
+    Threads decode the next ones meanwhile. Broken pictures are named and counted at the end. `progress`: what is said on the way.
+    """
+    skipped = []
+    # Pillow's warnings are silenced here for all threads at once: each thread's own silence would end another's
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("ignore")
+        with Progress(progress, len(files), quiet=not progress) as bar:
+            ahead = [pool.submit(photos.prepare, file, size, crop) for file in files[:many]]
+            for start in range(0, len(files), many):
+                batch, images = ahead, {}
+                ahead = [pool.submit(photos.prepare, file, size, crop) for file in files[start + many : start + 2 * many]]
+                for index, future in enumerate(batch, start):
+                    try:
+                        images[index] = future.result()[0]
+                    except InputError as error:
+                        skipped.append(str(error))
+                if images:
+                    yield images
+                bar.update(start + len(batch))
+    for message in skipped:
+        say(f"skipped: {message}")
+    if skipped:
+        say(f"{len(skipped)} of {len(files)} pictures were skipped.")
+
+
+def _seen_by(encoder: FaceEncoder | None, pixels: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in -1..1 as `IdentityData.features` keeps them: features, or themselves in the encoder's size."""
+    if encoder is None:
+        return torch.zeros(len(pixels), 0, 0)
     if not encoder.trained:
         return encoder(pixels.to(next(encoder.parameters()).device)).cpu()
     return ((encoder.resized(pixels).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -196,34 +223,16 @@ def _encode(
 ) -> dict[str, Tensor]:
     """Latents and features of the pictures that can be read, and `kept`, their places in `files`.
 
-    Threads decode the next batch while the models look at this one. Which pictures share a batch follows from `files` alone, since
-    the batch decides how sums are rounded.
+    Which pictures share a batch follows from `files` alone, since the batch decides how sums are rounded.
     """
     many = max(1, min(LARGEST_BATCH, BATCH_PIXELS // backbone.size**2))
-    latents, features, kept, skipped = [], [], [], []
-    # Pillow's warnings are silenced here for all threads at once: each thread's own silence would end another's
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, torch.no_grad():
-        warnings.simplefilter("ignore")
-        with Progress("encoding pictures", len(files), quiet=quiet) as progress:
-            ahead = [pool.submit(photos.prepare, file, backbone.size, crop) for _, file in files[:many]]
-            for start in range(0, len(files), many):
-                batch, images = ahead, []
-                ahead = [pool.submit(photos.prepare, file, backbone.size, crop) for _, file in files[start + many : start + 2 * many]]
-                for index, future in enumerate(batch, start):
-                    try:
-                        images.append(future.result()[0])
-                        kept.append(index)
-                    except InputError as error:
-                        skipped.append(str(error))
-                if images:
-                    # the CPU's convolutions are faster with channels last
-                    pixels = photos.to_tensor(images).contiguous(memory_format=torch.channels_last)
-                    latents.append(backbone.encode_images(pixels).cpu())
-                    features.append(_seen_by(encoder, pixels) if encoder else torch.zeros(len(images), 0, 0))
-                progress.update(start + len(batch))
-    for message in skipped:
-        say(f"skipped: {message}")
-    if skipped:
-        say(f"{len(skipped)} of {len(files)} pictures were skipped.")
+    latents, features, kept = [], [], list[int]()
+    with torch.no_grad():
+        for images in decoded([file for _, file in files], backbone.size, crop, many, "" if quiet else "encoding pictures"):
+            # the CPU's convolutions are faster with channels last
+            pixels = photos.to_tensor(list(images.values())).contiguous(memory_format=torch.channels_last)
+            latents.append(backbone.encode_images(pixels).cpu())
+            features.append(_seen_by(encoder, pixels))
+            kept += images
     empty = torch.zeros(0)
     return {"latents": torch.cat(latents or [empty]), "features": torch.cat(features or [empty]), "kept": torch.tensor(kept)}

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import read_json, read_shapes, write_json
+from .checkpoint import read_header, read_json, write_json
 from .errors import InputError, some
 
-LARGEST_PICTURE = 2048
-"""Side of the pictures that an encoder may ask for, in pixels."""
+LARGEST_PICTURE = 2048  # Side of the pictures that an encoder may ask for, in pixels.
 
 
 class FaceEncoder(nn.Module):
@@ -39,8 +38,7 @@ class FaceEncoder(nn.Module):
         self._values: Tensor
         self.register_buffer("_values", torch.tensor([mean, std]).reshape(2, 1, 3, 1, 1), persistent=False)
         config: Any = model.config
-        self.dim = int((getattr(config, "hidden_sizes", None) or [config.hidden_size])[-1])
-        """Channels of the features."""
+        self.dim = int((getattr(config, "hidden_sizes", None) or [config.hidden_size])[-1])  # Channels of the features.
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, trained: bool = False) -> FaceEncoder:
@@ -135,7 +133,7 @@ def _check_depths(folder: Path) -> None:
     weights, config = folder / "model.safetensors", folder / "config.json"
     if not (weights.is_file() and config.is_file()):
         return  # something else for transformers to open, or to refuse
-    most, values = len(read_shapes(weights)), read_json(config)
+    most, values = len(read_header(weights)[0]), read_json(config)
     for part in (values, *(value for value in values.values() if isinstance(value, dict))):
         for name, value in part.items():
             depths = value if isinstance(value, list) else [value]

@@ -54,19 +54,19 @@ def _looks_like_picture(file: Path) -> bool:
         return False
 
 
-def read_caption(photo: str | Path) -> str | None:
-    """The caption beside a photo, NAME.txt in one line, or None."""
-    file = Path(photo).with_suffix(".txt")
+def caption_of(photos: object) -> str | None:
+    """The caption beside a person's only photo, NAME.txt in one line; None where there is none, or the photo is no file.
+
+    Raises InputError for a caption that can't be read.
+    """
+    group = photos if isinstance(photos, (list, tuple)) else [photos]
+    if len(group) != 1 or not isinstance(group[0], (str, Path)):
+        return None
+    file = Path(group[0]).with_suffix(".txt")
     try:
         return " ".join(file.read_text("utf-8-sig").split()) or None if file.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the caption {file} can't be read ({error}). Save it as UTF-8 text.") from error
-
-
-def caption_of(photos: object) -> str | None:
-    """The caption beside a person's only photo, where that is a file."""
-    group = [photos] if isinstance(photos, (str, Path)) else photos if isinstance(photos, (list, tuple)) else []
-    return read_caption(group[0]) if len(group) == 1 and isinstance(group[0], (str, Path)) else None
 
 
 def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:

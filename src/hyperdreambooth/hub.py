@@ -1,22 +1,26 @@
-"""The model hub: where hypernetworks and LoRAs are fetched from and uploaded to.
+"""The model hub: where hypernetworks and LoRAs are fetched from and uploaded to, with model cards.
 
 Nothing is uploaded but what is listed here: a hypernetwork's weights and config, or a LoRA and its preview. Training folders
 also hold caches of people's photos and paths of this machine; those stay.
 """
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whatever HTTP library it uses
+from huggingface_hub.hf_api import RepoFile
 
-from .cards import lora_card
 from .errors import InputError
 from .formats import read_lora
-from .photos import is_generated, preview_path
+from .photos import SUFFIXES, is_generated, preview_path
 
 HYPERNETWORK_FILES = ["README.md", "config.json", "model.safetensors", "encoder/*.json", "encoder/*.safetensors"]
 CONSENT = "A LoRA of a face is biometric data: whoever has the file can draw this person. Upload it only if the person agrees."
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # Folders of data sets that are no people.
+CARDS = Path(__file__).parent / "assets" / "cards"  # Templates of Jinja's, with the metadata in front as `card_data`.
 REFUSALS = (HTTPError, OSError, ValueError)
 """What huggingface_hub raises for a hub that can't be reached, a refused token, an invalid name, and an invalid model card."""
 
@@ -30,6 +34,46 @@ def download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except REFUSALS as error:
         raise InputError(f"{name} is neither a folder nor a model on the hub that can be reached: {_first_line(error)}") from error
+
+
+def list_pictures(name: str) -> dict[str, int]:
+    """The pictures of a data set on the hub, `user/name` or `user/name/folder`: path -> bytes.
+
+    Raises InputError where it can't be reached, keeps its pictures in other files (parquet, archives), or has splits to choose from.
+    """
+    repository, folder = _data_set(name)
+    try:
+        tree = HfApi().list_repo_tree(repository, repo_type="dataset", recursive=True)
+        found = {item.path: item.size for item in tree if isinstance(item, RepoFile) and item.path.startswith(folder)}
+    except REFUSALS as error:
+        raise InputError(f"{name} is no data set on the hub that can be reached: {_first_line(error)}") from error
+    pictures = {path: size for path, size in found.items() if Path(path).suffix.lower() in SUFFIXES}
+    if not pictures:
+        kinds = ", ".join(sorted({Path(path).suffix for path in found} - {"", ".md"})) or "nothing"
+        raise InputError(f"{name} holds no picture files but {kinds}, which isn't read: save its pictures in a folder, and name that.")
+    splits = {path.removeprefix(folder).split("/")[0] for path in pictures}
+    if len(splits) > 1 and splits <= SPLITS:
+        raise InputError(f"{name} has the splits {', '.join(sorted(splits))}: take one of them, as hf:{name}/{min(splits)}.")
+    return pictures
+
+
+def download_pictures(name: str) -> Path:
+    """Fetches what `list_pictures` lists, but for what is here already, and returns the folder of people on this machine."""
+    repository, folder = _data_set(name)
+    kinds = [f"{folder}*{end}" for suffix in SUFFIXES for end in (suffix, suffix.upper())]
+    try:
+        place = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=kinds)) / folder
+    except REFUSALS as error:
+        raise InputError(f"{name} can't be fetched from the hub: {_first_line(error)} Run the same line again.") from error
+    while place.is_dir() and len(inside := list(place.iterdir())) == 1 and inside[0].is_dir():
+        place = inside[0]  # such as data/train, which the people are in
+    return place
+
+
+def _data_set(name: str) -> tuple[str, str]:
+    """user/name/some/folder -> (user/name, some/folder/)."""
+    parts = name.strip("/").split("/")
+    return "/".join(parts[:2]), "".join(f"{part}/" for part in parts[2:])
 
 
 def push(path: str | Path, name: str, *, public: bool = False) -> str:
@@ -46,16 +90,11 @@ def push(path: str | Path, name: str, *, public: bool = False) -> str:
         api = HfApi()
         try:
             address = str(api.create_repo(name, private=not public, exist_ok=True))
-            api.upload_folder(
-                repo_id=name,
-                folder_path=folder,
-                allow_patterns=HYPERNETWORK_FILES if path.is_dir() else None,
-                commit_message="Upload by hyperdreambooth",
-            )
+            only = HYPERNETWORK_FILES if path.is_dir() else None
+            api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=only, commit_message="Upload by hyperdreambooth")
         except REFUSALS as error:
-            raise InputError(
-                f"{path} can't be uploaded to {name}: {_first_line(error)} Check the network, the name (user/name), and your token (`hf auth login`)."
-            ) from error
+            check = "Check the network, the name (user/name), and your token (`hf auth login`)."
+            raise InputError(f"{path} can't be uploaded to {name}: {_first_line(error)} {check}") from error
     return address
 
 
@@ -74,3 +113,32 @@ def _lora_folder(path: Path, folder: Path) -> Path:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return f"{text.splitlines()[0].rstrip('.')}."
+
+
+def lora_card(metadata: Mapping[str, str], file: str, picture: str | None = None, *, kohya: bool = False) -> str:
+    """The card of a LoRA file, from its header. `picture`: the name of a picture beside it."""
+    base = metadata.get("hyperdreambooth.base") or metadata.get("ss_sd_model_name") or "unknown"
+    trigger, title = metadata.get("modelspec.trigger_phrase", ""), metadata.get("modelspec.title", Path(file).stem)
+    about: dict[str, Any] = {"instance_prompt": trigger or None, "library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    about["tags"] = ["lora", "text-to-image", "hyperdreambooth"]
+    values = {"metadata": metadata, "trigger": trigger, "title": title, "file": file, "picture": picture, "kohya": kohya}
+    return _card("lora.md", base, metadata.get("modelspec.license"), about, values)
+
+
+def hypernetwork_card(config: Mapping[str, Any]) -> str:
+    """The card of a hypernetwork, from its config.json: what, base, data, metrics, license, and how to use it in three lines."""
+    base = Path(config["base"]).name if Path(config["base"]).exists() else config["base"]  # no paths of this machine
+    sizes, layers, trained = config["lightweight"], len(config["targets"]), dict(config["trained"])
+    rank, width = sizes.get("rank", 1), sizes.get("down_dim", 100) + sizes.get("up_dim", 50)
+    metrics = (trained.pop("validation", None) or [{}])[-1]
+    values = {**config, "rank": rank, "layers": layers, "numbers": layers * rank * width, "metrics": metrics, "trained": trained}
+    return _card("hypernetwork.md", base, config["license"], {"tags": ["hyperdreambooth", "hypernetwork", "lora", "text-to-image"]}, values)
+
+
+def _card(template: str, base: str, terms: str | None, about: dict[str, Any], values: dict[str, Any]) -> str:
+    """A filled template. The hub knows a list of lower-case licenses; anything else is `other`, with a name."""
+    if terms:
+        about |= {"license": terms.lower()} if " " not in terms and "/" not in terms else {"license": "other", "license_name": terms}
+    data = ModelCardData(base_model=base if base.count("/") == 1 else None, **about)
+    card = ModelCard.from_template(data, template_path=str(CARDS / template), **{**values, "base": base, "terms": terms})
+    return f"{card}\n"

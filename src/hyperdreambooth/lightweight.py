@@ -50,19 +50,18 @@ class LightweightLora(nn.Module):
                     f"aux dimensions {config.down_dim} and {config.up_dim} don't fit {path}, which has {shape.inputs} inputs and "
                     f"{shape.outputs} outputs. Lower down_dim and up_dim, or leave that layer out of the targets."
                 )
-            # names in a state dict can't contain dots, see `name`
-            self._register(self.name(path, "down"), orthonormal(config.down_dim, shape.inputs, f"{config.seed}/{path}/down"))
-            self._register(self.name(path, "up"), orthonormal(config.up_dim, shape.outputs, f"{config.seed}/{path}/up").mT.contiguous())
+            down = orthonormal(config.down_dim, shape.inputs, f"{config.seed}/{path}/down")
+            up = orthonormal(config.up_dim, shape.outputs, f"{config.seed}/{path}/up").mT.contiguous()
+            for name, matrix in ((self.name(path, "down"), down), (self.name(path, "up"), up)):
+                if config.learnable:
+                    self.register_parameter(name, nn.Parameter(matrix))
+                else:
+                    self.register_buffer(name, matrix, persistent=False)
 
     @staticmethod
     def name(path: str, side: str) -> str:
+        """A matrix's name in the state dict, which can't contain dots."""
         return f"{path.replace('.', '/')}/{side}"
-
-    def _register(self, name: str, value: Tensor) -> None:
-        if self.config.learnable:
-            self.register_parameter(name, nn.Parameter(value))
-        else:
-            self.register_buffer(name, value, persistent=False)
 
     def aux(self, path: str) -> tuple[Tensor, Tensor]:
         """A layer's aux matrices: down (a, in) and up (out, b)."""
@@ -79,13 +78,11 @@ class LightweightLora(nn.Module):
         Zero in both would be a saddle without gradient; a random down for each identity would leave the weight loss to
         fit factors that are arbitrary.
         """
-        config = self.config
-        generator = torch.Generator().manual_seed(config.seed + 1)
-        down = torch.randn(len(self.targets), config.rank, config.down_dim, generator=generator, dtype=torch.float64) / math.sqrt(
-            config.down_dim
-        )
-        tokens = torch.zeros(len(self.targets), config.width)
-        tokens[:, : config.rank * config.down_dim] = down.flatten(1).float()
+        rank, width = self.config.rank, self.config.down_dim
+        generator = torch.Generator().manual_seed(self.config.seed + 1)
+        down = torch.randn(len(self.targets), rank, width, generator=generator, dtype=torch.float64) / math.sqrt(width)
+        tokens = torch.zeros(self.token_shape)
+        tokens[:, : rank * width] = down.flatten(1).float()
         return tokens
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -41,29 +42,23 @@ class Lora:
 
     def __add__(self, other: Lora) -> Lora:
         """The sum of two updates: they concatenate along the rank."""
-        if self.down.ndim != other.down.ndim:
-            raise ValueError(f"a batch of updates and a single one can't be added: {self.down.shape}, {other.down.shape}")
         return Lora(torch.cat([self.down, other.down], -2), torch.cat([self.up, other.up], -1))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """up @ down @ x for x (B, ..., in); a batch of updates takes as many samples or a multiple of them (tiled)."""
-        return self.added(torch.zeros((), dtype=self.down.dtype, device=x.device).expand(*x.shape[:-1], self.up.shape[-2]), x)
-
     def added(self, output: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """output (B, ..., out) + up @ down @ x, in the precision of `output`; see `__call__`.
+        """output (B, ..., out) + up @ down @ x for x (B, ..., in), in the precision of `output`.
 
         Args:
             weights: (B,) multiplies each sample's update.
+
+        A batch of updates takes as many samples or a multiple of them (tiled). Raises ValueError for another number.
         """
-        down, up, tiles = self.down, self.up, 1
+        down, up = self.down, self.up
         if down.ndim == 3 and len(down) == 1:  # one person in all samples: matrices, not a batch of copies of them
             down, up = down[0], up[0]
-        if down.ndim == 3:
+        if down.ndim == 3 and len(down) != len(x):
             if len(x) % len(down):
                 raise ValueError(f"{len(down)} updates for a batch of {len(x)}: it must be a multiple")
-            tiles = len(x) // len(down)
-        if tiles > 1:
-            down, up = down.repeat(tiles, 1, 1), up.repeat(tiles, 1, 1)
+            down, up = (matrix.repeat(len(x) // len(down), 1, 1) for matrix in (down, up))
         flat = x.to(down.dtype).reshape(len(x), -1, x.shape[-1]) if down.ndim == 3 else x.to(down.dtype)
         hidden = flat @ down.mT
         if weights is not None:
@@ -103,10 +98,6 @@ class LoraSet(dict[str, Lora]):
         """One sample's updates out of a batch (an int), or several samples', still batched (a slice, or indices)."""
         return self.map(lambda tensor: tensor[index])
 
-    def repeat(self, times: int) -> LoraSet:
-        """Each sample's updates `times` in a row: for several pictures a prompt."""
-        return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
-
 
 class Shape(NamedTuple):
     """A linear layer's dimensions."""
@@ -115,10 +106,14 @@ class Shape(NamedTuple):
     outputs: int
 
 
+def unwrapped(layer: nn.Module) -> Any:
+    """A layer itself, also where PEFT has wrapped it."""
+    return getattr(layer, "base_layer", layer)
+
+
 def linear_shape(module: nn.Module) -> Shape | None:
-    """The dimensions of a layer that a LoRA can be added to, or None: linear layers, and 1 x 1 convolutions, which are
-    linear at every position. Layers that PEFT has wrapped count as what they wrap."""
-    layer = getattr(module, "base_layer", module)
+    """The dimensions of a layer that a LoRA can be added to, or None: of linear layers, and 1 x 1 convolutions, which are linear anywhere."""
+    layer = unwrapped(module)
     if isinstance(layer, nn.Linear):
         return Shape(layer.in_features, layer.out_features)
     if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.groups == 1:
@@ -154,21 +149,20 @@ def find_targets(root: nn.Module, patterns: Sequence[str]) -> dict[str, Shape]:
 
     Raises InputError for a pattern that matches nothing, or something that isn't linear, and for a fused model.
     """
-    modules = canonical_modules(root)
+    modules: dict[str, Any] = canonical_modules(root)
     found: set[str] = set()
     for pattern in patterns:
         hits = fnmatch.filter(modules, pattern)
+        other = [path for path in hits if not isinstance(unwrapped(modules[path]), nn.Linear)]
         if not hits:
-            raise InputError(
-                f"target pattern {pattern!r} matches no layer of {', '.join(dict(root.named_children()))}. See `hyperdreambooth targets BASE`."
-            )
-        for path in hits:
-            if not isinstance(modules[path], nn.Linear) and not hasattr(modules[path], "base_layer"):
-                raise InputError(
-                    f"target pattern {pattern!r} matches {path}, a {type(modules[path]).__name__}: only linear layers can carry a LoRA. Narrow the pattern."
-                )
-        found.update(hits)
-    return {path: Shape(module.in_features, module.out_features) for path, module in modules.items() if path in found}  # type: ignore[arg-type]
+            what = f"no layer of {', '.join(dict(root.named_children()))}. See `hyperdreambooth targets BASE`"
+        elif other:
+            what = f"{other[0]}, a {type(modules[other[0]]).__name__}: only linear layers can carry a LoRA. Narrow the pattern"
+        else:
+            found.update(hits)
+            continue
+        raise InputError(f"target pattern {pattern!r} matches {what}.")
+    return {path: Shape(module.in_features, module.out_features) for path, module in modules.items() if path in found}
 
 
 def layers_of(root: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
@@ -192,7 +186,7 @@ class Hooks:
         self.dtypes = {path: compute_dtype(layer) for path, layer in self.layers.items()}
         self.current: Mapping[str, Lora] = {}
         self.weights: Tensor | None = None
-        self.handles = [layer.register_forward_hook(self._hook(path)) for path, layer in self.layers.items()]
+        self.handles = [layer.register_forward_hook(partial(self._add, path)) for path, layer in self.layers.items()]
 
     def set(self, loras: Mapping[str, Lora], weights: Tensor | None = None) -> None:
         """The update that counts from now on; a layer that isn't in it keeps its own output.
@@ -208,16 +202,13 @@ class Hooks:
         """No update until the next one is set: whoever draws or validates between two steps brings an update of their own."""
         self.current, self.weights = {}, None
 
-    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            lora = self.current.get(path)
-            if lora is None:
-                return output
-            if isinstance(getattr(module, "base_layer", module), nn.Conv2d):  # channels come first there
-                return lora.added(output.movedim(1, -1), args[0].movedim(1, -1), self.weights).movedim(-1, 1)
-            return lora.added(output, args[0], self.weights)
-
-        return add
+    def _add(self, path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        lora = self.current.get(path)
+        if lora is None:
+            return output
+        if isinstance(unwrapped(module), nn.Conv2d):  # channels come first there
+            return lora.added(output.movedim(1, -1), args[0].movedim(1, -1), self.weights).movedim(-1, 1)
+        return lora.added(output, args[0], self.weights)
 
     def __enter__(self) -> Hooks:
         return self
@@ -228,11 +219,16 @@ class Hooks:
         self.clear()
 
 
+def can_be_added_to(weight: Tensor) -> bool:
+    """Whether something can be added to a layer's weight: not to a quantized one."""
+    return weight.is_floating_point() and weight.itemsize > 1
+
+
 def compute_dtype(layer: nn.Module) -> torch.dtype:
     """The precision that a layer computes in: its weights', or what a quantized one expands them to."""
-    layer, weight = getattr(layer, "base_layer", layer), _weight(layer)
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1:
-        return weight.dtype
+    layer = unwrapped(layer)
+    if isinstance(layer.weight, Tensor) and can_be_added_to(layer.weight):
+        return layer.weight.dtype
     return getattr(layer, "compute_dtype", None) or torch.bfloat16
 
 
@@ -244,24 +240,14 @@ def applied(root: nn.Module, loras: Mapping[str, Lora], weights: Tensor | None =
         yield
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    """A layer's own weight, (out, in) or (out, in, 1, 1), also where PEFT has wrapped the layer."""
-    inner: Any = getattr(layer, "base_layer", layer)
-    weight: Tensor = inner.weight
-    return weight
-
-
 def mergeable(root: nn.Module, loras: Mapping[str, Lora]) -> bool:
     """Whether `merged` can take these updates: one person's, on weights that can be added to, with memory for their originals."""
-    layers = layers_of(root, loras).values()
-    plain = all(type(getattr(layer, "base_layer", layer)) in (nn.Linear, nn.Conv2d) for layer in layers)
-    if not plain or any(lora.down.ndim != 2 for lora in loras.values()):
+    layers = [unwrapped(layer) for layer in layers_of(root, loras).values()]
+    if any(type(layer) not in (nn.Linear, nn.Conv2d) or not can_be_added_to(layer.weight) for layer in layers):
         return False
-    weights = [_weight(layer) for layer in layers]
-    if not all(weight.is_floating_point() and weight.itemsize > 1 for weight in weights):
-        return False
-    cuda = [weight for weight in weights if weight.is_cuda]
-    return not cuda or 2 * sum(weight.nbytes for weight in cuda) < torch.cuda.mem_get_info(cuda[0].device)[0]
+    cuda = [layer.weight for layer in layers if layer.weight.is_cuda]
+    enough = not cuda or 2 * sum(weight.nbytes for weight in cuda) < torch.cuda.mem_get_info(cuda[0].device)[0]
+    return enough and all(lora.down.ndim == 2 for lora in loras.values())
 
 
 @contextmanager
@@ -272,39 +258,31 @@ def merged(root: nn.Module, loras: Mapping[str, Lora]) -> Iterator[None]:
     Afterwards, also after an error, the weights are what they were, bit for bit: they are put back, since subtracting an update
     drifts in half precision. The weights stay where they lie in memory, so a recorded CUDA graph sees them.
     """
-    weights = {path: _weight(layer) for path, layer in layers_of(root, loras).items()}
-    originals: dict[str, Tensor] = {}
+    originals: dict[Tensor, Tensor] = {}
     try:
-        for path, weight in weights.items():
-            originals[path] = weight.detach().clone()
+        for path, layer in layers_of(root, loras).items():
+            weight = unwrapped(layer).weight
+            originals.setdefault(weight, weight.detach().clone())
             weight.copy_(weight.float() + loras[path].delta().to(weight.device).float().reshape(weight.shape))
         yield
     finally:
-        for path, original in originals.items():
-            weights[path].copy_(original)
+        for weight, original in originals.items():
+            weight.copy_(original)
 
 
 def update_norms(loras: LoraSet) -> Tensor:
     """Squared Frobenius norm of each sample's whole update, (B,), without forming an (out, in) matrix."""
-    total: Tensor | None = None
-    for lora in loras.values():
-        # |up down|^2 = trace((up^T up) (down down^T))
-        value = ((lora.up.mT @ lora.up) * (lora.down @ lora.down.mT)).sum((-2, -1))
-        total = value if total is None else total + value
-    if total is None:
-        raise ValueError("no layers")
-    return total
+    # |up down|^2 = trace((up^T up) (down down^T))
+    return sum(((lora.up.mT @ lora.up) * (lora.down @ lora.down.mT)).sum((-2, -1)) for lora in loras.values())  # type: ignore[return-value]
 
 
 def shared_norm(loras: LoraSet) -> Tensor:
     """Squared Frobenius norm of what a batch's updates have in common, a scalar: of their mean, estimated without bias.
 
     The mean of a finite batch holds its samples' own updates too; leaving a sample's product with itself out, what is
-    left is an estimate of the mean over everyone. It may be negative. Raises ValueError for fewer than two samples.
+    left is an estimate of the mean over everyone. It may be negative. Of fewer than two samples there is no estimate (NaN).
     """
     norms = update_norms(loras)
-    if norms.ndim != 1 or len(norms) < 2:
-        raise ValueError(f"a batch of two updates or more is needed: {tuple(norms.shape)}")
     # the sum of all updates is one update of their joint rank
     total = {path: replace(lora, down=lora.down.flatten(0, 1), up=lora.up.movedim(0, 1).flatten(1)) for path, lora in loras.items()}
     return (update_norms(LoraSet(total)) - norms.sum()) / (len(norms) * (len(norms) - 1))

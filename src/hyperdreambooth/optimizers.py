@@ -1,12 +1,18 @@
 """Optimizers and learning rates of the training loop."""
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
 
 from .errors import InputError
-from .muon import Muon
 from .training_settings import TrainingConfig
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of Muon's quintic Newton-Schulz iteration: after five rounds all singular values are some 0.7 to 1.2."""
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
@@ -22,34 +28,106 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig, device:
 
     On CUDA, AdamW keeps its step counts and learning rates on the device, so that a step can be recorded as a CUDA graph.
     """
+    kind: Any = torch.optim.AdamW
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adafactor":
         from transformers.optimization import Adafactor
 
         # the learning rate as it is given: scaled by a weight's size, a LoRA that starts at zero would hardly move
-        own = [{key: value for key, value in group.items() if key != "eps"} for group in groups]
-        found: torch.optim.Optimizer = Adafactor(own, **settings, scale_parameter=False, relative_step=False)
-        return found
-    if config.optimizer == "muon":
-        return Muon(groups, **settings)
-    if config.optimizer == "adamw8bit":
+        kind = Adafactor
+        settings |= {"scale_parameter": False, "relative_step": False}
+        groups = [{key: value for key, value in group.items() if key != "eps"} for group in groups]
+    elif config.optimizer == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise InputError("adamw8bit needs bitsandbytes: pip install 'hyperdreambooth[8bit]', or take adamw.") from error
-        eight: torch.optim.Optimizer = AdamW8bit(groups, **settings)
-        return eight
-    if device.type == "cuda":
+        kind = AdamW8bit
+    elif config.optimizer == "muon":
+        kind = Muon
+    elif device.type == "cuda":
         groups = [{**group, "lr": torch.tensor(config.learning_rate, device=device)} for group in groups]
-        return torch.optim.AdamW(groups, **settings, capturable=True, fused=True)
-    return torch.optim.AdamW(groups, **settings)
+        settings |= {"capturable": True, "fused": True}
+    return cast(torch.optim.Optimizer, kind(groups, **settings))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Sets every group's learning rate: `rate` times its `lr_scale`. One that is a tensor stays the same tensor."""
     for group in optimizer.param_groups:
         value = rate * group.get("lr_scale", 1.0)
-        if isinstance(group["lr"], torch.Tensor):
+        if isinstance(group["lr"], Tensor):
             group["lr"].fill_(value)
         else:
             group["lr"] = value
+
+
+class Muon(torch.optim.Optimizer):
+    """Every matrix's update is made orthogonal, so that directions with small gradients move as far as those with large ones.
+
+    Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; scaled so that AdamW's learning rates serve (Liu et
+    al., arXiv 2502.16982, section 2.2). `torch.optim.Muon` knows single matrices alone and rounds to bfloat16. Here each matrix of a
+    stack (count, rows, columns), such as a hypernetwork's heads, is updated as if it were alone, in the precision of the parameters. A
+    kernel (out, in, height, width) is one matrix of `out` rows. Vectors get AdamW.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": (0.9, 0.999), "eps": 1e-8})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of whatever has a gradient."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for group in self.param_groups:
+            alike: dict[tuple[Any, ...], dict[Tensor, Tensor]] = defaultdict(dict)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    kind = _stack(parameter).shape[1:] if parameter.ndim > 1 else (), parameter.device, parameter.dtype
+                    alike[kind][parameter] = parameter.grad
+            for (matrix, *_), gradients in alike.items():
+                if not matrix:
+                    self._adamw(gradients, group)
+                    continue
+                parameters, updates = list(gradients), self._updates(gradients, group["momentum"])
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+        return loss
+
+    def _adamw(self, gradients: dict[Tensor, Tensor], group: dict[str, Any]) -> None:
+        """Updates vectors as torch's AdamW does."""
+        for parameter in gradients:
+            if not self.state[parameter]:
+                self.state[parameter] = {"step": torch.zeros(()), **{n: torch.zeros_like(parameter) for n in ("exp_avg", "exp_avg_sq")}}
+        means, squares, steps = ([self.state[one][name] for one in gradients] for name in ("exp_avg", "exp_avg_sq", "step"))
+        settings = {"beta1": group["betas"][0], "beta2": group["betas"][1], **{key: group[key] for key in ("lr", "weight_decay", "eps")}}
+        adamw(list(gradients), list(gradients.values()), means, squares, [], steps, foreach=True, amsgrad=False, maximize=False, **settings)
+
+    def _updates(self, gradients: dict[Tensor, Tensor], momentum: float) -> list[Tensor]:
+        """Updates of parameters whose matrices are of one size, orthogonalized together."""
+        for parameter in gradients:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in gradients]
+        torch._foreach_lerp_(momenta, list(gradients.values()), 1 - momentum)
+        nesterov = torch._foreach_lerp(list(gradients.values()), momenta, momentum)
+        stacks = [_stack(one) for one in nesterov]
+        updates = orthogonalized(torch.cat(stacks)) * (0.2 * max(stacks[0].shape[1:]) ** 0.5)  # the root mean square of AdamW's updates
+        return [part.view_as(one) for part, one in zip(updates.split([len(stack) for stack in stacks]), nesterov, strict=True)]
+
+
+def orthogonalized(matrices: Tensor, rounds: int = 5) -> Tensor:
+    """About U V^T of each matrix's U S V^T: (..., rows, columns) -> the same shape."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(rounds):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def _stack(tensor: Tensor) -> Tensor:
+    """A parameter's matrices, (count, rows, columns)."""
+    matrices = tensor.flatten(1) if tensor.ndim > 3 else tensor
+    return matrices if matrices.ndim == 3 else matrices[None]

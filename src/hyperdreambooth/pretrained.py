@@ -10,17 +10,15 @@ from typing import Any, Literal
 import torch
 
 from .backbones import Backbone
-from .cards import hypernetwork_card
-from .checkpoint import read_json, read_shapes, read_tensors, save_tensors, write_atomically, write_json
+from .checkpoint import read_header, read_json, read_tensors, save_tensors, write_atomically, write_json
 from .config import parsed, updated
 from .encoder import FaceEncoder
 from .errors import InputError, in_range, some
-from .hub import download
-from .hypernetwork import HyperNetwork
+from .hub import download, hypernetwork_card
 from .lightweight import LightweightLora
 from .lora import Shape, canonical_modules, linear_shape
 from .settings import GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
-from .trainable_lora import PredictedLora
+from .trainable_lora import HyperNetwork, PredictedLora
 from .training_settings import LARGEST_LAYER, HyperNetworkConfig, LightweightConfig
 
 FORMAT = 1
@@ -102,7 +100,7 @@ def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> t
         check_targets(targets, backbone, str(folder))
     encoder = FaceEncoder.from_pretrained(folder / info.encoder)
     file = folder / "model.safetensors"
-    wanted, found = expected_shapes(targets, encoder.dim, lightweight, config), read_shapes(file)
+    wanted, found = expected_shapes(targets, encoder.dim, lightweight, config), read_header(file)[0]
     wrong = sorted(name for name in {*wanted, *found} if not name.startswith("encoder.") and wanted.get(name) != found.get(name))
     if wrong:
         sizes = f"{wanted.get(wrong[0], 'none')} by the config, {found.get(wrong[0], 'none')} in the file"
@@ -167,12 +165,12 @@ def check_targets(targets: dict[str, Shape], backbone: Backbone, name: str) -> N
     """Raises InputError unless `backbone` has every layer, in the same size."""
     modules = canonical_modules(backbone.components)
     here = {path: linear_shape(modules[path]) if path in modules else None for path in targets}
-    absent = [path for path, shape in here.items() if shape is None]
     other = [
-        f"{path} ({targets[path].inputs} x {targets[path].outputs} there, {shape.inputs} x {shape.outputs} here)"
-        for path, shape in here.items()
-        if shape is not None and shape != targets[path]
+        f"{path} ({shape.inputs} x {shape.outputs} there, {f'{found.inputs} x {found.outputs}' if found else 'none'} here)"
+        for path, shape in targets.items()
+        if (found := here[path]) != shape
     ]
-    differences = [f"this one lacks {some(absent)}"] * bool(absent) + [f"other sizes have {some(other)}"] * bool(other)
-    if differences:
-        raise InputError(f"{name} was made for another base: of its {len(targets)} layers {'; '.join(differences)}. Open its own base.")
+    if other:
+        raise InputError(
+            f"{name} was made for another base: {len(other)} of its {len(targets)} layers differ: {some(other)}. Open its own base."
+        )

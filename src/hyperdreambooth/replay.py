@@ -8,10 +8,10 @@ A recording refers to memory, not to objects. So the next training of the same k
 values into the recorded memory and goes on there (`Memory`).
 """
 
+import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,8 @@ WARM_UP = 2
 """Calls before a recording: the first ones set up libraries and an optimizer's state."""
 KEPT = 4
 """Recordings that are kept; the one that wasn't used for longest goes first."""
+OFF = False
+"""Set to True, all work runs as it is: to compare with."""
 
 
 class Memory(Protocol):
@@ -33,11 +35,9 @@ class Memory(Protocol):
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, by name, once the work has run."""
-        ...
 
     def move_to(self, recorded: dict[str, Tensor]) -> None:
         """Copies the present values into the tensors of an earlier recording, and works with those from then on."""
-        ...
 
 
 @dataclass
@@ -57,8 +57,8 @@ class Recording:
 
 Key = tuple[Hashable, ...]
 _recordings: OrderedDict[tuple[Key, Hashable], Recording] = OrderedDict()
-_told: set[str] = set()
-_off = False
+_tokens: weakref.WeakKeyDictionary[object, object] = weakref.WeakKeyDictionary()
+_say_once = functools.cache(say)
 
 
 def forget() -> None:
@@ -66,9 +66,6 @@ def forget() -> None:
     _recordings.clear()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-_tokens: weakref.WeakKeyDictionary[object, object] = weakref.WeakKeyDictionary()
 
 
 def token(owner: object) -> object:
@@ -94,17 +91,6 @@ def _drop(mark: object) -> None:
         del _recordings[key]
 
 
-@contextmanager
-def switched_off() -> Iterator[None]:
-    """Runs all work as it is until the context closes: to compare with."""
-    global _off
-    before, _off = _off, True
-    try:
-        yield
-    finally:
-        _off = before
-
-
 class Replayed:
     """`work`, recorded where it can be. Its output is overwritten by the next call.
 
@@ -121,7 +107,7 @@ class Replayed:
         self.calls, self.given_up = 0, False
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        if self.given_up or _off or not isinstance(inputs, dict) or not all(value.is_cuda for value in inputs.values()):
+        if self.given_up or OFF or not isinstance(inputs, dict) or not all(value.is_cuda for value in inputs.values()):
             return self.work(inputs)
         signature = tuple((name, value.shape, value.dtype) for name, value in inputs.items())
         if signature != self.signature:
@@ -131,10 +117,8 @@ class Replayed:
         if self.recording is None and self.calls >= WARM_UP:
             self.recording = self._record(inputs)
         self.calls += 1
-        if self.recording is not None:
-            return self.recording(inputs)
-        if self.given_up:
-            return self.work(inputs)
+        if self.recording is not None or self.given_up:
+            return (self.recording or self.work)(inputs)
         stream = _side_stream(next(iter(inputs.values())).device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -159,24 +143,18 @@ class Replayed:
         try:
             with torch.cuda.graph(graph, stream=_side_stream(next(iter(static.values())).device)):
                 output = self.work(static)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
             self.given_up = True
             forget()
             why = "memory is short" if isinstance(error, torch.OutOfMemoryError) else str(error).splitlines()[0]
-            if why not in _told:
-                _told.add(why)
-                say(f"not recorded as a CUDA graph ({why}); it goes on step by step, more slowly.")
+            _say_once(f"not recorded as a CUDA graph ({why}); it goes on step by step, more slowly.")
             return None
-        memory = self.memory.tensors() if self.memory is not None else {}
-        recording = _recordings[self.key, self.signature] = Recording(graph, static, output, memory)
+        recording = Recording(graph, static, output, self.memory.tensors() if self.memory is not None else {})
+        _recordings[self.key, self.signature] = recording
         return recording
 
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
+@functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream on which work is warmed up and recorded, one a device."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
+    return torch.cuda.Stream(device)

@@ -13,20 +13,16 @@ from typing import Any, Literal, TypeVar
 from .errors import InputError
 
 T = TypeVar("T")
-Crop = Literal["auto", "center", "face"]
-"""What of a photo is taken."""
-Layout = Literal["diffusers", "kohya"]
-"""How a LoRA file names its layers."""
+Crop = Literal["auto", "center", "face"]  # What of a photo is taken.
+Layout = Literal["diffusers", "kohya"]  # How a LoRA file names its layers.
 
 
 @dataclass
 class PersonalizeChoices:
     """Rank-relaxed fast fine-tuning."""
 
-    steps: int | None = None
-    """Fine-tuning steps. 0 stops at the prediction. Default: the hypernetwork's own (25), or 300 from scratch."""
-    rank: int | None = None
-    """Rank of the residual that is trained beside the prediction. Default: the hypernetwork's own, or 4."""
+    steps: int | None = None  # Fine-tuning steps. 0 stops at the prediction. Default: the hypernetwork's own (25), or 300 from scratch.
+    rank: int | None = None  # Rank of the residual that is trained beside the prediction. Default: the hypernetwork's own, or 4.
     targets: tuple[str, ...] | None = None
     """Glob patterns of the layers that are fine-tuned, such as "*up_blocks.1*": of those that the hypernetwork predicts ("*": all of
     them); without one, of the base's linear layers. Default: the hypernetwork's own, or all; without one, the base's own."""
@@ -34,22 +30,21 @@ class PersonalizeChoices:
     """residual: the prediction stays frozen, a residual is trained (the paper). merged: all of it is trained. Default: residual."""
     learning_rate: float | None = None
     """Peak learning rate; constant, then it falls over the last fifth. Default: the hypernetwork's own, or 1e-3."""
-    copies: int | None = None
-    """Noised copies of the photo in every step. Default: the hypernetwork's own, or 4."""
+    copies: int | None = None  # Noised copies of the photo in every step. Default: the hypernetwork's own, or 4.
     noise_mean: float | None = None
     """Mean of logit(u), where noise levels u are drawn from: high ones ask who it is, those near 0 what the details are.
     Default: the hypernetwork's own, or 1.5."""
-    noise_std: float | None = None
-    """Standard deviation of logit(u). Default: the hypernetwork's own, or 1."""
+    noise_std: float | None = None  # Standard deviation of logit(u). Default: the hypernetwork's own, or 1.
     mask: Literal["ellipse", "none"] | None = None
     """Where the loss counts: an ellipse in the middle of the photo, where a face crop has the face, or all of it. Default: the
     hypernetwork's own, or all of it."""
-    prior_pictures: int | None = None
-    """Prior preservation: pictures of the class that the base generates first. Default: 0, none."""
-    prior_weight: float | None = None
-    """Weight of the prior loss. Default: 1."""
-    seed: int | None = None
-    """Noise and the residual's start follow from this number. Default: 0."""
+    prior_pictures: int | None = None  # Prior preservation: pictures of the class that the base generates first. Default: 0, none.
+    prior_weight: float | None = None  # Weight of the prior loss. Default: 1.
+    seed: int | None = None  # Noise and the residual's start follow from this number. Default: 0.
+    crop: Crop | None = None
+    """What of a photo is taken. auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the
+    middle square. Faces are found with the extra `faces`. Default: auto."""
+    face: int | None = None  # Which face, by size from 1, where there are several. Default: the largest.
 
 
 @dataclass
@@ -68,8 +63,9 @@ class PersonalizeConfig:
     prior_pictures: int = 0
     prior_weight: float = 1.0
     seed: int = 0
-    origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
-    """Where each value came from, see `resolve`."""
+    crop: Crop = "auto"
+    face: int | None = None
+    origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # Where each value came from, see `resolve`.
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.copies < 1 or self.steps < 0:
@@ -78,20 +74,17 @@ class PersonalizeConfig:
             raise InputError(f"noise_std must be at least 0 and learning_rate above 0, not {self.noise_std} and {self.learning_rate}.")
 
 
-SCRATCH: Mapping[str, Any] = {"steps": 300}
-"""What differs where there is no hypernetwork to start from."""
+SCRATCH: Mapping[str, Any] = {"steps": 300}  # What differs where there is no hypernetwork to start from.
 
 
 @dataclass
 class GenerateChoices:
     """How pictures are made."""
 
-    negative: str | None = None
-    """Negative prompt. Default: none."""
+    negative: str | None = None  # Negative prompt. Default: none.
     steps: int | None = None
     """Denoising steps. Default: the hypernetwork's own, or the family's (25; SD 3 and Flux dev 28, Flux schnell 4)."""
-    guidance: float | None = None
-    """Prompt guidance scale; 1 is none. Default: the hypernetwork's own, or the family's (5; SD 3 7, Flux 1)."""
+    guidance: float | None = None  # Prompt guidance scale; 1 is none. Default: the hypernetwork's own, or the family's (5; SD 3 7, Flux 1).
     embedded_guidance: float | None = None
     """Flux dev: the guidance scale that it takes as a condition, without a second branch. Default: 3.5."""
     identity_guidance: float | Literal["off"] | None = None
@@ -106,20 +99,14 @@ class GenerateChoices:
     context_until: float | None = None
     """The fraction of the denoising steps, 0 to 1, that context guidance takes; plain guidance follows. 0 turns it off, and identity guidance
     takes its place. Default: the hypernetwork's own, or 0."""
-    strength: float | None = None
-    """Weight of the personal LoRA. Default: 1."""
+    strength: float | None = None  # Weight of the personal LoRA. Default: 1.
     scheduler: str | None = None
     """A scheduler of diffusers by class name, such as EulerDiscreteScheduler; any other word lists them. Default: the base's own."""
-    width: int | None = None
-    """Width in pixels. Default: the base's own."""
-    height: int | None = None
-    """Height in pixels. Default: the base's own."""
-    seed: int | None = None
-    """The first picture's seed; the next ones count up. Default: 0."""
-    count: int | None = None
-    """Pictures a prompt. Default: 1."""
-    batch: int | None = None
-    """Pictures that are denoised side by side. Default: 8."""
+    width: int | None = None  # Width in pixels. Default: the base's own.
+    height: int | None = None  # Height in pixels. Default: the base's own.
+    seed: int | None = None  # The first picture's seed; the next ones count up. Default: 0.
+    count: int | None = None  # Pictures a prompt. Default: 1.
+    batch: int | None = None  # Pictures that are denoised side by side. Default: 8.
 
 
 @dataclass
@@ -141,16 +128,14 @@ class GenerateConfig:
     seed: int = 0
     count: int = 1
     batch: int = 8
-    origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
-    """Where each value came from, see `resolve`."""
+    origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # Where each value came from, see `resolve`.
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.count < 1 or self.batch < 1:
             raise InputError(f"steps, count and batch must be at least 1, not {self.steps}, {self.count} and {self.batch}.")
-        if not 0 <= self.identity_until <= 1:
-            raise InputError(f"identity_until is a fraction of the steps, 0 to 1, not {self.identity_until}.")
-        if not 0 <= self.context_until <= 1:
-            raise InputError(f"context_until is a fraction of the steps, 0 to 1, not {self.context_until}.")
+        for name, value in (("identity_until", self.identity_until), ("context_until", self.context_until)):
+            if not 0 <= value <= 1:
+                raise InputError(f"{name} is a fraction of the steps, 0 to 1, not {value}.")
 
     @property
     def identity(self) -> float | None:

@@ -25,8 +25,7 @@ from .config import parsed
 from .errors import InputError
 from .training_settings import LightweightConfig
 
-PACK_BYTES = 1 << 28
-"""Size of a packed file, at most. Merging takes a few times as much memory."""
+PACK_BYTES = 1 << 28  # Size of a packed file, at most. Merging takes a few times as much memory.
 
 
 @dataclass
@@ -50,14 +49,10 @@ def read_table_config(folder: str | Path) -> TableConfig:
     return parsed(TableConfig, {"base": values.get("base"), **known}, str(file))
 
 
-def row_file(folder: str | Path, name: str) -> Path:
-    """Where one identity's tokens are written."""
-    return Path(folder) / "rows" / f"{name}.safetensors"
-
-
 def save_row(folder: str | Path, name: str, tokens: Tensor, fingerprint: str) -> Path:
     """Writes one identity's tokens (layers, width), whole or not at all."""
-    return save_tensors(row_file(folder, name), {"tokens": tokens}, {"fingerprint": fingerprint, "identity": name})
+    file = Path(folder) / "rows" / f"{name}.safetensors"
+    return save_tensors(file, {"tokens": tokens}, {"fingerprint": fingerprint, "identity": name})
 
 
 class Table(Mapping[str, Tensor]):
@@ -90,7 +85,7 @@ class Table(Mapping[str, Tensor]):
         return {self._header(file).get("identity", file.stem): file for file in files}
 
     def _header(self, file: Path) -> dict[str, str]:
-        header = read_header(file)
+        header = read_header(file)[1]
         if header.get("fingerprint") != self.fingerprint:
             prints = f"fingerprint {header.get('fingerprint')}, here {self.fingerprint}"
             raise InputError(f"{file} is for other targets, token sizes or aux seed ({prints}). Use its config, or another folder.")
@@ -98,7 +93,7 @@ class Table(Mapping[str, Tensor]):
 
     def has(self, name: str) -> bool:
         """Whether that identity has a row by now, another process's included."""
-        file = row_file(self.folder, name)
+        file = self.folder / "rows" / f"{name}.safetensors"
         return name in self.packed or (file.is_file() and bool(self._header(file)))
 
     def __getitem__(self, name: str) -> Tensor:

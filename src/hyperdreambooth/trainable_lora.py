@@ -1,19 +1,19 @@
-"""Where a LoRA comes from while it is trained: three modules, `forward(batch) -> LoraSet`.
+"""Where a LoRA comes from while it is trained: three modules, `forward(batch) -> LoraSet`, and the hypernetwork in one of them.
 
 `parameters()` is what is trained, `state_dict()` what is saved.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from .encoder import FaceEncoder
-from .hypernetwork import HyperNetwork
 from .lightweight import LightweightLora, orthonormal
 from .lora import Lora, LoraSet, Shape
+from .training_settings import HyperNetworkConfig
 
 
 class IdentityTable(nn.Module):
@@ -25,8 +25,45 @@ class IdentityTable(nn.Module):
         self.tokens = nn.Parameter(lightweight.start().expand(count, -1, -1).clone())
 
     def forward(self, rows: Tensor) -> LoraSet:
-        loras: LoraSet = self.lightweight(self.tokens[rows])
-        return loras
+        return cast(LoraSet, self.lightweight(self.tokens[rows]))
+
+
+class HyperNetwork(nn.Module):
+    """Features (B, positions, feature_dim) -> tokens (B, layers, width), refined over several passes (paper, section 4.2).
+
+        tokens = start;  repeat: tokens = tokens + head(decoder(layer_embedding + embed(tokens), features))
+
+    Every target layer is one query of a transformer decoder that attends to the features. The head of the up part starts
+    at zero, so an untrained hypernetwork predicts no update at all, yet has gradients (the down part starts random).
+    `start` are the tokens (layers, width) before the first pass; they are learnt, and shared by all identities.
+    """
+
+    def __init__(self, start: Tensor, down_width: int, feature_dim: int, config: HyperNetworkConfig):
+        super().__init__()
+        layers, width = start.shape
+        self.config = config
+        self.start = nn.Parameter(start.clone())
+        with torch.random.fork_rng(devices=[]):  # initializing a module must not change the state of the global generator
+            torch.manual_seed(0)
+            self.features = nn.Sequential(nn.LayerNorm(feature_dim), nn.Linear(feature_dim, config.dim))
+            self.layers = nn.Parameter(torch.randn(layers, config.dim) * 0.02)
+            self.embed = nn.Linear(width, config.dim)
+            block = nn.TransformerDecoderLayer(
+                config.dim, config.heads, 2 * config.dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            self.decoder = nn.TransformerDecoder(block, config.blocks, norm=nn.LayerNorm(config.dim))
+            # a head for each layer: the same token means another update in every layer
+            self.head = nn.Parameter(torch.randn(layers, config.dim, width) * 0.02 / config.dim**0.5)
+        with torch.no_grad():
+            self.head[:, :, down_width:] = 0
+
+    def forward(self, features: Tensor) -> Tensor:
+        memory = self.features(features)
+        tokens = self.start.expand(len(features), -1, -1)
+        for _ in range(self.config.passes):
+            hidden = self.decoder(self.layers + self.embed(tokens), memory)
+            tokens = tokens + torch.einsum("bld,ldw->blw", hidden, self.head)
+        return tokens
 
 
 class PredictedLora(nn.Module):
@@ -38,12 +75,10 @@ class PredictedLora(nn.Module):
 
     def tokens(self, photos: Tensor) -> Tensor:
         """Photos or their features -> tokens (B, layers, width)."""
-        predicted: Tensor = self.hypernetwork(self.encoder(photos) if photos.ndim == 4 else photos)
-        return predicted
+        return cast(Tensor, self.hypernetwork(self.encoder(photos) if photos.ndim == 4 else photos))
 
     def forward(self, photos: Tensor) -> LoraSet:
-        loras: LoraSet = self.lightweight(self.tokens(photos))
-        return loras
+        return cast(LoraSet, self.lightweight(self.tokens(photos)))
 
 
 class RelaxedLora(nn.Module):
@@ -80,17 +115,12 @@ class RelaxedLora(nn.Module):
         for path, shape in targets.items():
             rows = min(rank, shape.inputs)
             down = orthonormal(rows, shape.inputs, f"{seed}/{path}/residual") * math.sqrt(1 / 3)  # the scale of torch's Linear
-            fresh = Lora(down, torch.zeros(shape.outputs, rows))
-            if predicted is None and people > 1:
-                fresh = Lora(fresh.down.expand(people, -1, -1), fresh.up.expand(people, -1, -1))
-            if predicted is not None:
-                reference = predicted[path]
-                batch = reference.down.shape[:-2]
-                fresh = Lora(
-                    fresh.down.to(reference.down.device).expand(*batch, -1, -1), fresh.up.to(reference.up.device).expand(*batch, -1, -1)
-                )
-                if order == "merged":
-                    fresh = reference + fresh
+            reference = predicted[path] if predicted is not None else None
+            device = reference.down.device if reference else down.device
+            batch = reference.down.shape[:-2] if reference else (people,) * (people > 1)
+            fresh = Lora(*(matrix.to(device).expand(*batch, -1, -1) for matrix in (down, torch.zeros(shape.outputs, rows))))
+            if reference and order == "merged":
+                fresh = reference + fresh
             self.downs.append(nn.Parameter(fresh.down.clone()))
             self.ups.append(nn.Parameter(fresh.up.clone()))
 
@@ -102,5 +132,4 @@ class RelaxedLora(nn.Module):
 
     def forward(self, batch: object = None) -> LoraSet:
         trained = LoraSet({path: Lora(down, up) for path, down, up in zip(self.paths, self.downs, self.ups, strict=True)})
-        predicted = self.predicted
-        return LoraSet({**predicted, **trained}) if self.order == "merged" else predicted + trained
+        return LoraSet({**self.predicted, **trained}) if self.order == "merged" else self.predicted + trained

@@ -1,9 +1,9 @@
-"""The settings of the trainings: one dataclass a stage, the loop's in all of them. Attribute docstrings are `--help`."""
+"""The settings of the trainings: one dataclass a stage, the loop's in all of them. What stands behind or below a field is `--help`."""
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from .errors import InputError, in_range
@@ -14,52 +14,38 @@ if TYPE_CHECKING:
 
 
 TRACKERS = ("tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")
-LARGEST_LAYER = 1 << 17
-"""Inputs or outputs of a layer; those of the largest known bases are a tenth of it."""
+LARGEST_LAYER = 1 << 17  # Inputs or outputs of a layer; those of the largest known bases are a tenth of it.
 
 
 @dataclass
 class TrainingConfig:
     """How a training runs; the same for every stage."""
 
-    steps: int = 1000
-    """Optimizer steps in all."""
+    steps: int = 1000  # Optimizer steps in all.
     optimizer: Literal["adamw", "muon", "adamw8bit", "adafactor"] = "adamw"
     """adamw; muon (orthogonal updates of matrices: fewer steps); adamw8bit (its state in 8 bits, on CUDA, with the extra `8bit`);
     adafactor (its second moment as rows and columns)."""
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    warmup: int = 0
-    """Steps over which the learning rate rises from zero."""
+    learning_rate: float = 1e-3  # Peak learning rate.
+    weight_decay: float = 0.0  # Decoupled weight decay.
+    warmup: int = 0  # Steps over which the learning rate rises from zero.
     cooldown: float = 0.2
     """Last fraction of the steps, over which the learning rate falls to zero. It is constant before: to cool a long
     training at any moment, lower `steps` and resume."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm; 0 turns it off."""
-    gradient_accumulation: int = 1
-    """Batches for one optimizer step."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast of the forward pass."""
-    average: float = 0.0
-    """Decay of an exponential moving average of the weights; 0 turns it off."""
-    seed: int = 0
-    """Batches, noise and timesteps follow from this number and the step."""
-    log_every: int = 50
-    """Steps between two log lines."""
-    validate_every: int = 0
-    """Steps between two validations; 0 validates at the end only."""
-    checkpoint_minutes: float = 3.0
-    """Minutes between two checkpoints."""
+    max_grad_norm: float = 1.0  # Gradients are clipped to this norm; 0 turns it off.
+    gradient_accumulation: int = 1  # Batches for one optimizer step.
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # Autocast of the forward pass.
+    average: float = 0.0  # Decay of an exponential moving average of the weights; 0 turns it off.
+    seed: int = 0  # Batches, noise and timesteps follow from this number and the step.
+    log_every: int = 50  # Steps between two log lines.
+    validate_every: int = 0  # Steps between two validations; 0 validates at the end only.
+    checkpoint_minutes: float = 3.0  # Minutes between two checkpoints.
     tracker: str | None = None
     """An experiment tracker that gets losses, rates, validations and preview pictures: tensorboard (files in the output's folder) or wandb,
     which are extras, or another one of accelerate's that is installed (aim, clearml, comet_ml, dvclive, mlflow, swanlab, trackio)."""
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.gradient_accumulation < 1:
-            numbers = f"{self.steps} and {self.gradient_accumulation}"
-            raise InputError(f"steps must be 0 or more and gradient_accumulation 1 or more, not {numbers}.")
+            raise InputError(f"steps must be 0 or more, gradient_accumulation 1 or more, not {self.steps}, {self.gradient_accumulation}.")
         if not 0 <= self.cooldown <= 1 or not 0 <= self.average < 1:
             raise InputError(f"cooldown must lie in 0..1 and average in 0..1 (exclusive), not {self.cooldown} and {self.average}.")
         if isinstance(self.tracker, str):
@@ -78,12 +64,9 @@ class NoiseLevels:
     noise asks for them. Hence the mean well above zero wherever an identity is learnt.
     """
 
-    mean: float = 1.5
-    """Mean of logit(u)."""
-    std: float = 1.0
-    """Standard deviation of logit(u)."""
-    uniform: float = 0.0
-    """Fraction of the samples whose level is uniform in 0..1 instead."""
+    mean: float = 1.5  # Mean of logit(u).
+    std: float = 1.0  # Standard deviation of logit(u).
+    uniform: float = 0.0  # Fraction of the samples whose level is uniform in 0..1 instead.
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Noise levels, shape (count,), on the CPU."""
@@ -98,21 +81,15 @@ class NoiseLevels:
 class LightweightConfig:
     """The size of a token; the paper's numbers are 100 and 50 at rank 1."""
 
-    rank: int = 1
-    """Rank of the predicted update."""
-    down_dim: int = 100
-    """a: numbers a layer and rank for `down`; at most the layer's inputs."""
-    up_dim: int = 50
-    """b: numbers a layer and rank for `up`; at most the layer's outputs."""
-    learnable: bool = False
-    """Pro mode: the aux matrices are trained, shared by all identities."""
-    seed: int = 0
-    """The frozen aux matrices follow from this number and the layer's path."""
+    rank: int = 1  # Rank of the predicted update.
+    down_dim: int = 100  # a: numbers a layer and rank for `down`; at most the layer's inputs.
+    up_dim: int = 50  # b: numbers a layer and rank for `up`; at most the layer's outputs.
+    learnable: bool = False  # Pro mode: the aux matrices are trained, shared by all identities.
+    seed: int = 0  # The frozen aux matrices follow from this number and the layer's path.
 
     def __post_init__(self) -> None:
-        in_range(self.rank, 1, 1024, "rank")
-        in_range(self.down_dim, 1, LARGEST_LAYER, "down_dim")
-        in_range(self.up_dim, 1, LARGEST_LAYER, "up_dim")
+        for name, high in (("rank", 1024), ("down_dim", LARGEST_LAYER), ("up_dim", LARGEST_LAYER)):
+            in_range(getattr(self, name), 1, high, name)
         in_range(self.seed, 0, 2**63 - 2, "seed")
 
     @property
@@ -125,19 +102,14 @@ class LightweightConfig:
 class HyperNetworkConfig:
     """Size of the decoder."""
 
-    dim: int = 256
-    """Width of the decoder."""
-    blocks: int = 3
-    """Decoder blocks, shared by all passes."""
-    heads: int = 4
-    """Attention heads."""
-    passes: int = 2
-    """Refinements of the tokens (the paper's iterative prediction, k)."""
+    dim: int = 256  # Width of the decoder.
+    blocks: int = 3  # Decoder blocks, shared by all passes.
+    heads: int = 4  # Attention heads.
+    passes: int = 2  # Refinements of the tokens (the paper's iterative prediction, k).
 
     def __post_init__(self) -> None:
-        for name, value, high in (("dim", self.dim, 1 << 16), ("blocks", self.blocks, 256), ("heads", self.heads, 1024)):
-            in_range(value, 1, high, name)
-        in_range(self.passes, 1, 64, "passes")
+        for name, high in (("dim", 1 << 16), ("blocks", 256), ("heads", 1024), ("passes", 64)):
+            in_range(getattr(self, name), 1, high, name)
         if self.dim % self.heads:
             raise InputError(f"dim must be a multiple of heads, not {self.dim} and {self.heads}.")
 
@@ -146,12 +118,10 @@ class HyperNetworkConfig:
 class StageConfig:
     """What all trainings of tokens have in common."""
 
-    prompt: str = "a [V] face"
-    """The prompt that names a person."""
+    prompt: str = "a [V] face"  # The prompt that names a person.
     targets: tuple[str, ...] = ()
     """Glob patterns of layers; default: the base's own. Add "text_encoder.*" patterns to train the text encoder too."""
-    lightweight: LightweightConfig = field(default_factory=LightweightConfig)
-    """Token size."""
+    lightweight: LightweightConfig = field(default_factory=LightweightConfig)  # Token size.
     levels: NoiseLevels = field(default_factory=NoiseLevels)
     """Where noise levels are drawn from. Low noise shows who it is without the tokens' help: keep the mean high."""
 
@@ -162,34 +132,25 @@ class TrainLightConfig(StageConfig):
 
     levels: NoiseLevels = field(default_factory=lambda: NoiseLevels(mean=1.0))
     """Where noise levels are drawn from."""
-    copies: int = 4
-    """Noised photos in every step."""
-    prior_pictures: int = 0
-    """Prior preservation: pictures of the class that the base generates first. 0: none."""
-    prior_prompt: str = "a face"
-    """The class's prompt."""
-    prior_weight: float = 1.0
-    """Weight of the prior loss."""
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=300, learning_rate=5e-3, log_every=20))
-    """The loop."""
+    copies: int = 4  # Noised photos in every step.
+    prior_pictures: int = 0  # Prior preservation: pictures of the class that the base generates first. 0: none.
+    prior_prompt: str = "a face"  # The class's prompt.
+    prior_weight: float = 1.0  # Weight of the prior loss.
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=300, learning_rate=5e-3, log_every=20))  # The loop.
 
 
 @dataclass
 class PreoptimizeConfig(StageConfig):
     """Pre-optimization of many identities."""
 
-    chunk: int = 16
-    """Identities trained side by side."""
-    copies: int = 4
-    """Noised pictures of each identity in every step."""
+    chunk: int = 16  # Identities trained side by side.
+    copies: int = 4  # Noised pictures of each identity in every step.
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=300, learning_rate=5e-3, max_grad_norm=0.0))
     """The loop of one chunk."""
 
     def __post_init__(self) -> None:
         if self.lightweight.learnable:
-            raise InputError(
-                "pre-optimization needs frozen aux matrices: rows that are trained one after another can't share learnable ones."
-            )
+            raise InputError("pre-optimization needs frozen aux matrices: rows trained one after another can't share learnable ones.")
         if self.chunk < 1:
             raise InputError(f"chunk must be at least 1, not {self.chunk}.")
 
@@ -198,32 +159,37 @@ class PreoptimizeConfig(StageConfig):
 class TrainHypernetworkConfig(StageConfig):
     """Training of a hypernetwork."""
 
-    mode: Literal["pro", "faithful"] = "pro"
-    """pro: learnable aux, no table needed. faithful: frozen aux and a weight loss against a table."""
-    hypernetwork: HyperNetworkConfig = field(default_factory=HyperNetworkConfig)
-    """Decoder size."""
-    batch: int = 16
-    """Pictures in every step."""
-    penalty: float = 1e-5
-    """pro: weight of the update's mean squared Frobenius norm a layer."""
+    mode: Literal["pro", "faithful"] = "pro"  # pro: learnable aux, no table needed. faithful: frozen aux and a weight loss against a table.
+    hypernetwork: HyperNetworkConfig = field(default_factory=HyperNetworkConfig)  # Decoder size.
+    batch: int = 16  # Pictures in every step.
+    penalty: float = 1e-5  # pro: weight of the update's mean squared Frobenius norm a layer.
     shared: float = 1e-3
     """pro: weight of the squared Frobenius norm, a mean over layers, of the update that all people have in common. It tells
     nobody apart, takes up rank, and shifts what prompts mean that were never trained on. 0 leaves it free."""
     weight_loss: float = 1e-2
     """faithful: weight of the squared Frobenius distance between predicted and pre-optimized updates, a mean over layers."""
+    preserve: float = 0.0
+    """Weight of preservation: an update may add the person to what the base makes of a prompt and change nothing else; of a prompt that
+    names nobody, nothing at all. It keeps hats their color and strangers strangers, for some three times the seconds. 0: none."""
+    preserved: tuple[str, ...] = (
+        "a face",
+        "a face wearing a hat",
+        "a [V] face wearing a hat",
+        "a smiling [V] face",
+        "a painting of a [V] face",
+    )
+    """Prompts for that, drawn at random: as people write them, with and without "[V]"."""
     dropout: float = 0.1
     """Fraction of the pictures, 0 to 1, that are trained with an empty prompt: plain guidance applies the LoRA to its unconditional
     branch too, and the prompt of that branch is empty."""
-    aux_scale: float = 2.0
-    """pro: the aux matrices' learning rate over the decoder's."""
+    aux_scale: float = 2.0  # pro: the aux matrices' learning rate over the decoder's.
     train_encoder: bool = False
     """Train the encoder too, from pictures instead of features that are computed once: slower, and it may see what a
     ready encoder overlooks."""
-    encoder_scale: float = 0.3
-    """A trained encoder's learning rate over the decoder's."""
-    training: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(steps=20_000, learning_rate=1e-3, warmup=100, average=0.998, validate_every=500)
-    )
+    encoder_scale: float = 0.3  # A trained encoder's learning rate over the decoder's.
+    give_up: float = 0.0
+    """From this fraction of the steps on, 0 to 1, stop at a validation whose identity gain isn't above 0 by its 95 % interval. 0: never."""
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=20_000, warmup=100, average=0.998, validate_every=500))
     """The loop."""
 
     def __post_init__(self) -> None:
@@ -231,7 +197,8 @@ class TrainHypernetworkConfig(StageConfig):
             raise InputError(f"mode must be pro or faithful, not {self.mode}.")
         if self.mode == "pro" and self.shared and self.batch < 2:
             raise InputError("what people have in common takes a batch of 2 or more to tell: raise batch, or set shared to 0.")
-        if not 0 <= self.dropout <= 1:
-            raise InputError(f"dropout is a fraction of the pictures, 0 to 1, not {self.dropout}.")
-        if self.lightweight.learnable != (self.mode == "pro"):
-            self.lightweight = LightweightConfig(**{**self.lightweight.__dict__, "learnable": self.mode == "pro"})
+        if self.preserve and not self.preserved:
+            raise InputError("preservation needs prompts: give some as preserved, or set preserve to 0.")
+        if not 0 <= self.dropout <= 1 or not 0 <= self.give_up <= 1:
+            raise InputError(f"dropout and give_up are fractions, 0 to 1, not {self.dropout} and {self.give_up}.")
+        self.lightweight = replace(self.lightweight, learnable=self.mode == "pro")

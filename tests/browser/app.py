@@ -50,7 +50,7 @@ def url() -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "hyperdreambooth.cli", "app", "--port", str(port), "--max-upload-mb", "50"]
+    command = [sys.executable, "-m", "hyperdreambooth", "app", "--port", str(port), "--max-upload-mb", "50"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
     server = subprocess.Popen(command, env=environment)
     address = f"http://127.0.0.1:{port}/"

@@ -21,8 +21,7 @@ from hyperdreambooth import HyperDreamBooth
 from hyperdreambooth.assets import toon
 from hyperdreambooth.checkpoint import read_tensors
 from hyperdreambooth.data import IdentityData
-from hyperdreambooth.evaluation.atlas import Atlas, load_atlas
-from hyperdreambooth.evaluation.evaluate import Judges, judge, predicted_loras
+from hyperdreambooth.evaluation.evaluate import Atlas, Judges, judge, load_atlas, predicted_loras
 from hyperdreambooth.evaluation.harness import Bench
 from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.lightweight import LightweightLora

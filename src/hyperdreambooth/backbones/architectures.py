@@ -1,21 +1,37 @@
-"""Published architectures by name, without weights: their layers can be counted where no checkpoint is at hand.
+"""Published architectures by name, without weights: to count their layers, and to load checkpoints into them.
 
 Sizes (assets/bases.json) as in the configs that were published with the weights: CompVis and Runway (SD 1.x), Stability AI (SD 2.1,
 SDXL 1.0, SD 3 medium, SD 3.5 medium and large), Black Forest Labs (Flux.1). SD 2.x reads all but the last layer of OpenCLIP ViT-H/14.
 """
 
 import json
-from collections.abc import Callable
-from functools import partial
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 BASES: dict[str, Any] = json.loads((Path(__file__).parents[1] / "assets" / "bases.json").read_text(encoding="utf-8"))
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+CLIP = ("text_encoder*.[qkv]_proj", "text_encoder*.out_proj")
+
+
+def presets(attention: list[str], first: list[str], second: list[str]) -> dict[str, tuple[str, ...]]:
+    """Which layers carry a LoRA, by glob patterns of a denoiser's attention, and of the first and second layers of its feed-forwards.
+
+    "paper" is the choice of Ruiz et al., supplement; "attention+ff" is the default. In SD 3 and Flux the text has projections of its own in
+    every joint block (`add_*`, `ff_context`), and a single block of Flux has one output layer for both (`proj_out`).
+    """
+    return {"paper": (*attention, *first, *CLIP), "attention": (*attention,), "attention+ff": (*attention, *first, *second)}
+
+
+PRESETS = {family: presets(**patterns) for family, patterns in BASES["targets"].items()}
+"""Family (`Backbone.family`) -> preset -> patterns."""
 
 
 def sd3_transformer(layers: int, positions: int, *, normed: bool, dual: int = 0) -> SD3Transformer2DModel:
@@ -23,22 +39,12 @@ def sd3_transformer(layers: int, positions: int, *, normed: bool, dual: int = 0)
 
     `normed`: whether queries and keys are normalized; `dual`: blocks, from the first, with a second attention of the picture alone.
     """
-    return SD3Transformer2DModel(
-        num_layers=layers,
-        num_attention_heads=layers,
-        caption_projection_dim=64 * layers,
-        pos_embed_max_size=positions,
-        qk_norm="rms_norm" if normed else None,
-        dual_attention_layers=tuple(range(dual)),
-    )
+    sizes = {"num_layers": layers, "num_attention_heads": layers, "caption_projection_dim": 64 * layers, "pos_embed_max_size": positions}
+    return SD3Transformer2DModel(**sizes, qk_norm="rms_norm" if normed else None, dual_attention_layers=tuple(range(dual)))
 
 
-DENOISERS: dict[str, Callable[..., nn.Module]] = {
-    "sd": UNet2DConditionModel,
-    "sdxl": UNet2DConditionModel,
-    "sd3": sd3_transformer,
-    "flux": FluxTransformer2DModel,
-}
+UNETS = dict.fromkeys(("sd", "sdxl"), UNet2DConditionModel)
+DENOISERS: dict[str, Callable[..., nn.Module]] = {**UNETS, "sd3": sd3_transformer, "flux": FluxTransformer2DModel}
 
 
 def clip_tower(name: str, family: str) -> nn.Module:
@@ -56,18 +62,77 @@ def build(name: str) -> nn.ModuleDict:
     return nn.ModuleDict({**models, **dict(zip(("text_encoder", "text_encoder_2"), towers, strict=False))})
 
 
-FAMILIES: dict[str, tuple[str, Callable[[], nn.ModuleDict]]] = {
-    name: (base["family"], partial(build, name)) for name, base in BASES["architectures"].items()
-}
-"""Name -> family (`Backbone.family`) and what builds it."""
+FAMILIES: dict[str, str] = {name: base["family"] for name, base in BASES["architectures"].items()}
+"""Name -> family (`Backbone.family`)."""
 
 
-def architecture(name: str) -> nn.ModuleDict:
-    """The modules of a published architecture on the meta device: shapes, no memory."""
+def architecture(name: str, *, vae: bool = False) -> nn.ModuleDict:
+    """The modules of a published architecture on the meta device (shapes, no memory), if wanted with its autoencoder."""
     with torch.device("meta"):
-        return build(name)
+        return nn.ModuleDict({**build(name), **({"vae": autoencoder(FAMILIES[name])} if vae else {})})
 
 
 def autoencoder(family: str) -> AutoencoderKL:
     """The autoencoder of a family ("sd", "sdxl", "sd3", "flux"): all have the same layers; scale and channels of the latents differ."""
     return AutoencoderKL(**BASES["autoencoder"], **BASES["autoencoders"][family])
+
+
+def text_names(kind: str) -> dict[str, str]:
+    """The pipeline's names of the text encoders -> theirs in a file."""
+    texts = BASES["architectures"][kind]["texts"]
+    return dict(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), texts, strict=False))
+
+
+def count(tensors: Mapping[str, Any], blocks: str) -> int:
+    """The number of blocks whose tensors' names begin with `blocks`."""
+    return len({key.removeprefix(blocks).split(".")[0] for key in tensors if key.startswith(blocks)})
+
+
+def flux(tensors: Mapping[str, Any]) -> nn.Module:
+    """Flux's denoiser, of the sizes that its tensors have."""
+    depths = {"num_layers": count(tensors, "double_blocks."), "num_single_layers": count(tensors, "single_blocks.")}
+    return diffusers.FluxTransformer2DModel(**depths, guidance_embeds="guidance_in.in_layer.weight" in tensors)
+
+
+def sd3(tensors: Mapping[str, Any]) -> nn.Module:
+    """SD 3's denoiser, of the sizes that its tensors have."""
+    side = math.isqrt(tensors["pos_embed"].shape[1]) if "pos_embed" in tensors else 192
+    dual = len({key.split(".")[1] for key in tensors if ".attn2." in key})
+    normed = any("ln_q" in key for key in tensors)
+    return sd3_transformer(count(tensors, "joint_blocks."), side, normed=normed, dual=dual)
+
+
+def t5(tensors: Mapping[str, Any]) -> nn.Module:
+    """The encoder of T5 v1.1, of the sizes that its tensors have."""
+    ends = ("shared.weight", "wi_0.weight", "relative_attention_bias.weight")
+    (words, width), (inner, _), (_, heads) = (next((t.shape for key, t in tensors.items() if key.endswith(end)), (64, 64)) for end in ends)
+    sizes = {"vocab_size": words, "d_model": width, "d_ff": inner, "num_layers": count(tensors, "encoder.block."), "num_heads": heads}
+    return T5EncoderModel(T5Config(**sizes, d_kv=64, feed_forward_proj="gated-gelu"))
+
+
+def scheduler(kind: str, prediction: str, *, zero_snr: bool) -> Any:
+    """The scheduler that a base was published with. `prediction`: of SD and SDXL "epsilon" or "v_prediction", of Flux "dev" or "schnell"."""
+    if kind in ("sd3", "flux"):
+        shifting = kind == "flux" and prediction == "dev"
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0 if kind == "sd3" or shifting else 1.0, use_dynamic_shifting=shifting)
+    snr = {"timestep_spacing": "trailing" if zero_snr else "leading", "rescale_betas_zero_snr": zero_snr}
+    if kind == "sdxl":
+        return diffusers.EulerDiscreteScheduler(**BETAS, prediction_type=prediction, **snr)
+    if prediction == "v_prediction":
+        return diffusers.DDIMScheduler(**BETAS, prediction_type=prediction, clip_sample=False, set_alpha_to_one=False, **snr)
+    return diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False)
+
+
+def models_of(kind: str, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, nn.Module]]:
+    """The pipeline's name of each model -> (its name in `parts`, itself on the meta device), for those that a file has.
+
+    SD 1 and 2 and SDXL have the published sizes, SD 3, Flux and T5 those of their tensors (anything with a shape, by name).
+    """
+    denoiser = {"unet": "unet"} if "unet" in parts else {"transformer": kind}
+    names = {name: part for name, part in {**denoiser, "vae": "vae", **text_names(kind)}.items() if part in parts}
+    if "unet" in parts:
+        found = architecture(kind, vae=True)
+        return {name: (part, found[name]) for name, part in names.items()}
+    makers = {"vae": lambda _: autoencoder(kind), "sd3": sd3, "flux": flux, "t5": t5}
+    with torch.device("meta"):
+        return {name: (part, makers[part](parts[part]) if part in makers else clip_tower(part, kind)) for name, part in names.items()}

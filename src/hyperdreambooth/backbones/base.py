@@ -7,17 +7,23 @@ The noise level `u` in [0, 1] is sigma / (alpha + sigma) of `alpha * latents + s
 time itself, for a discrete schedule the time step whose ratio comes nearest. It means the same for every family.
 """
 
+import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..progress import say
+from .architectures import PRESETS
 
 Conditioning = dict[str, Tensor]
 """A prompt's embeddings as the denoiser takes them: every tensor is batch first."""
+CLIP_LENGTH = 77
+_say_once = functools.cache(say)
 
 
 class Backbone(ABC):
@@ -28,7 +34,6 @@ class Backbone(ABC):
 
     family: str
     text_components: tuple[str, ...]
-    default_targets: tuple[str, ...]
     denoiser_name: str
     needed: Sequence[str]
     """The components without which the family can't be used."""
@@ -42,7 +47,7 @@ class Backbone(ABC):
         for model in pipe.components.values():
             if isinstance(model, nn.Module):
                 model.requires_grad_(False).eval()
-        # an autoencoder that overflows in fp16 says so
+        # `force_upcast` marks an autoencoder that overflows in fp16
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
             pipe.vae.to(torch.float32)
         names = [name for name in (self.denoiser_name, *self.text_components) if getattr(pipe, name, None) is not None]
@@ -50,6 +55,7 @@ class Backbone(ABC):
         self.components = nn.ModuleDict({name: getattr(pipe, name) for name in names})
         """The models that can carry a LoRA which other tools load."""
         self.denoiser: Any = self.components[self.denoiser_name]
+        self.default_targets = PRESETS[self.family]["attention+ff"]
         self.generation: dict[str, Any] = {}
         """Settings of generation that suit the family, by `GenerateConfig`'s names."""
         self.unit = int(pipe.vae_scale_factor)
@@ -60,25 +66,19 @@ class Backbone(ABC):
 
     @property
     def device(self) -> torch.device:
-        found: torch.device = self.denoiser.device
-        return found
-
-    def enable_checkpointing(self) -> None:
-        """Gradient checkpointing of the denoiser: activations are computed again in the backward pass."""
-        self.denoiser.enable_gradient_checkpointing()
+        return cast(torch.device, self.denoiser.device)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """(C, h, w) of a picture's latents; by default of the base's own size."""
         factor = self.pipe.vae_scale_factor
         return int(self.pipe.vae.config.latent_channels), (height or self.size) // factor, (width or self.size) // factor
 
-    def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in -1..1 -> latents (B, C, h, w), scaled as the denoiser expects."""
         vae = self.pipe.vae
         with torch.no_grad():
             latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-        scaled: Tensor = (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-        return scaled.to(self.denoiser.dtype)
+        return cast(Tensor, (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).to(self.denoiser.dtype)
 
     def decode_images(self, latents: Tensor) -> Tensor:
         """Latents -> pictures (B, 3, H, W) in -1..1."""
@@ -91,12 +91,14 @@ class Backbone(ABC):
         """How many chunks the longest of the prompts takes in the CLIP text encoders."""
         return max((ids.shape[1] for ids in self.tokenize(prompts).values() if ids.ndim == 3), default=1)
 
-    @abstractmethod
     def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
-        """Prompts -> what `encode_tokens` takes, on the device, batch first.
+        """Prompts -> what `encode_tokens` takes, on the device, batch first: "ids", and those of further encoders.
 
         CLIP reads long prompts in chunks; all get as many as the longest takes, but at least `chunks`.
         """
+        numbers = [name.removeprefix("text_encoder") for name in self.text_components]
+        pairs = {f"ids{n}": (getattr(self.pipe, f"tokenizer{n}"), getattr(self.pipe, f"text_encoder{n}")) for n in numbers}
+        return {ids: clip_ids(*pair, prompts, chunks).to(self.device) for ids, pair in pairs.items() if pair[0]}
 
     @abstractmethod
     def encode_tokens(self, tokens: Conditioning) -> Conditioning:
@@ -122,13 +124,47 @@ class Backbone(ABC):
         """Sets a sampling scheduler's time steps for latents like `noise`."""
         schedule.set_timesteps(steps, device=noise.device, **more)
 
-    @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's output, of the latents' shape."""
+        return self.denoise(noisy, timestep=timesteps, **conditioning)
 
-    def denoise(self, noisy: Tensor, *arguments: Any, **conditioning: Any) -> Tensor:
+    def denoise(self, noisy: Tensor, **conditioning: Any) -> Tensor:
         """Runs the denoiser in its own precision (but for the time step, which bf16 would round); its output has that of `noisy`."""
         dtype = self.denoiser.dtype
         given = {key: value.to(dtype) if isinstance(value, Tensor) and key != "timestep" else value for key, value in conditioning.items()}
-        output: Tensor = self.denoiser(noisy.to(dtype), *arguments, **given, return_dict=False)[0]
-        return output.to(noisy.dtype)
+        return cast(Tensor, self.denoiser(noisy.to(dtype), **given, return_dict=False)[0]).to(noisy.dtype)
+
+
+def clip_ids(tokenizer: Any, encoder: Any, prompts: list[str], chunks: int = 1) -> Tensor:
+    """Prompts as CLIP reads them, (B, chunks, 77): a long one in chunks of 75 tokens between start and end, as A1111 and ComfyUI do.
+
+    All get as many chunks as the longest takes, but at least `chunks`; 77 is whatever tokenizer and encoder have.
+    """
+    size = min(tokenizer.model_max_length, encoder.config.max_position_embeddings if encoder is not None else CLIP_LENGTH) - 2
+    # the tokenizer would warn that its encoder can't read that many at once
+    words = [tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids for prompt in prompts]
+    chunks = max(chunks, *(math.ceil(len(ids) / size) for ids in words))
+    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    parts = [[ids[size * i : size * (i + 1)] for i in range(chunks)] for ids in words]
+    return torch.tensor([[[start, *part, end, *[pad] * (size - len(part))] for part in row] for row in parts])
+
+
+def t5_ids(tokenizer: Any, prompts: list[str], length: int) -> Tensor:
+    """Prompts padded or cut to `length` tokens, (B, length). What is cut off is said, once."""
+    for prompt in prompts:
+        ids = tokenizer(prompt, verbose=False).input_ids
+        if len(ids) > length:
+            lost = tokenizer.decode(ids[length - 1 :], skip_special_tokens=True)
+            _say_once(f"the prompt is too long for T5, which reads {length} tokens of {len(ids)}. Lost there: {lost}")
+    return cast(Tensor, tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids)
+
+
+def joined(hidden: Tensor, ids: Tensor) -> Tensor:
+    """Hidden states of all chunks (B * chunks, 77, width), one after another in the sequence: (B, chunks * 77, width)."""
+    return hidden.unflatten(0, ids.shape[:2]).flatten(1, 2)
+
+
+def clip_embeddings(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """CLIP's penultimate hidden states (B, chunks * 77, width), which SDXL and SD 3 read, and the first chunk's pooled text, projected."""
+    output = encoder(ids.flatten(0, 1), output_hidden_states=True)
+    return joined(output.hidden_states[-2], ids), output[0].unflatten(0, ids.shape[:2])[:, 0]

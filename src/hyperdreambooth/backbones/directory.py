@@ -79,8 +79,7 @@ def link_component(folder: Path, target: Path) -> set[str]:
             found[SHARD.sub("", match["tags"]).strip(".")].append(file)
     # one whole file goes before the same in shards
     found = {variant: [file for file in files if not SHARD.search(file.name)] or files for variant, files in found.items()}
-    rank = {variant: VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS) + ("ema" in variant) for variant in found}
-    best = sorted(found, key=lambda variant: rank[variant])
+    best = sorted(found, key=lambda variant: VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS) + ("ema" in variant))
     # a variant with a missing shard, which a broken download leaves, is none
     whole = (v for v in best if {match[2] for f in found[v] if (match := SHARD.search(f.name))} <= {f"{len(found[v]):05}"})
     if (variant := next(whole, None)) is None:

@@ -9,14 +9,10 @@ import torch
 
 from ..errors import InputError
 from .base import Backbone
-from .checkpoint_files import components, read_header
 from .directory import load_directory, read_index
-from .flux import Flux
-from .schedules import Flow
-from .sd import StableDiffusion
-from .sd3 import StableDiffusion3
-from .sdxl import StableDiffusionXL
-from .single_file import OTHERS, load_single_file, refuse_channels
+from .discrete import StableDiffusion, StableDiffusionXL
+from .flow import Flow, Flux, StableDiffusion3
+from .single_file import OTHERS, components, load_single_file, read_header, refuse_channels
 
 FAMILIES: dict[str, type[Backbone]] = {
     "StableDiffusionPipeline": StableDiffusion,
@@ -24,7 +20,7 @@ FAMILIES: dict[str, type[Backbone]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
 }
-"""diffusers' pipeline -> the family that it is of. A new family is a file of its own and a line here."""
+"""diffusers' pipeline -> the family that it is of. A new family is a class and a line here."""
 
 
 def load_backbone(

@@ -1,31 +1,39 @@
 """A base in one `.safetensors` file, as most people have them, opened without a hub: SD 1.x, SD 2.x, SDXL, SD 3, SD 3.5, Flux.1.
 
-What the file is and whether it is whole is read off its header before anything is loaded. The configs follow from the published
-architectures and from the shapes; CLIP's tokenizer is shipped. A denoiser alone takes what it lacks from other files or directories.
+What lies in the file, its tensors' names tell, under whatever prefix: those of the code that each model was first published with, which
+diffusers' converters turn into its own. They are run on the shapes of the header first, so that a file with a missing layer is refused
+before anything is loaded. CLIP's tokenizer is shipped. A denoiser alone takes what it lacks from other files or directories.
 """
 
-import math
+import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import safetensors
 import torch
-from diffusers.loaders.single_file_utils import fetch_original_config, infer_diffusers_model_type
-from torch import nn
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from diffusers.loaders import single_file_utils as diffusers_names
+from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from ..assets import clip
-from ..errors import InputError
+from ..errors import InputError, some
 from ..progress import say
 from . import architectures
-from .architectures import BASES
-from .checkpoint_files import Stored, components, fitted, read_header, tensors_of
+from .architectures import BASES, text_names
 from .directory import load_directory
 
-Parts = dict[str, dict[str, Stored]]
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+MARKS: dict[str, str] = BASES["files"]["marks"]
+"""Model -> what only its tensors' names have. What stands before it is the prefix of the whole model."""
+TOWERS: dict[int, str] = {config["hidden_size"]: name for name, config in BASES["clip"].items()}
+"""Width of a CLIP text encoder -> its name: "clip_l", "clip_h" or "clip_g"."""
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+MOST_HEADER = 100_000_000
+"""Bytes: safetensors' own limit."""
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 WIDTHS = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
 """The width of what a UNet's cross-attention reads tells the families apart."""
 TOKENIZER = ("spiece.model", "tokenizer.json")
@@ -33,8 +41,119 @@ T5_NAME = "google/t5-v1_1-xxl"
 SPOKEN: dict[str, str] = BASES["files"]["spoken"]
 OTHERS: dict[str, str] = BASES["files"]["others"]
 """What is in a tensor's name -> what a file is that has one."""
-DOORS = {"unet": ("input_blocks.0.0.weight", 4, 1), "sd3": ("x_embedder.proj.weight", 16, 1), "flux": ("img_in.weight", 16, 4)}
+FIRST_LAYERS = {"unet": ("input_blocks.0.0.weight", 4, 1), "sd3": ("x_embedder.proj.weight", 16, 1), "flux": ("img_in.weight", 16, 4)}
 """Denoiser -> its first layer, the channels of latents, and how many of that layer's inputs each channel takes."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: `scale` multiplies it (of fp8 weights, one number or one a row)."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    kind: str
+    scale: str | None = None
+
+
+Parts = dict[str, dict[str, Stored]]
+
+
+def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Names and shapes of a file's tensors, and its metadata. Raises InputError where it isn't whole safetensors."""
+    if path.suffix.lower() == ".gguf":
+        raise InputError(f"{path} is quantized (GGUF). Give the file in fp16, bf16 or fp8.")
+    if path.suffix.lower() in PICKLES:
+        raise InputError(f"{path}: only .safetensors is opened (a pickle, as in .ckpt, .pt, .bin, can run any code). Convert it first.")
+    try:
+        # by hand, for safetensors maps the whole file into memory first, which fails for one that is larger than what is free
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(start - 8, MOST_HEADER)))
+        metadata = header.pop("__metadata__", {})
+        end = max((one["data_offsets"][1] for one in header.values()), default=0)
+        if path.stat().st_size != start + end:
+            raise ValueError(f"{path.stat().st_size:,} bytes instead of {start + end:,}")
+        stored = {}
+        for key, one in header.items():
+            scales = (f"{key.removesuffix('.weight')}.{name}" for name in ("scale_weight", "weight_scale"))
+            stored[key] = Stored(path, key, tuple(one["shape"]), one["dtype"], next((scale for scale in scales if scale in header), None))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}). Was it cut off while copying?") from error
+    return stored, metadata
+
+
+def components(stored: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
+    """The models in a file, by name ("unet", "sd3", "flux", "vae", "clip_l", "clip_g", "clip_h", "t5"): their tensors without the prefix."""
+    found: dict[str, dict[str, Stored]] = {}
+    for kind, mark in MARKS.items():
+        matches = (re.match(rf"((?:.*?\.)??){mark}", key) for key in stored)
+        for prefix in dict.fromkeys(match[1] for match in matches if match):
+            if "vis" in prefix:  # the other half of CLIP, which some files keep
+                continue
+            tensors = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+            width = next((value.shape[-1] for key, value in tensors.items() if key.endswith(("q_proj.weight", "attn.in_proj_weight"))), 0)
+            found.setdefault(TOWERS.get(width, kind) if "clip" in kind else kind, tensors)
+    return found
+
+
+def tensors_of(stored: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors themselves in `dtype`, or for None their shapes alone (on the meta device)."""
+    if dtype is None:
+        return {name: torch.empty(one.shape, device="meta") for name, one in stored.items()}
+    found = {}
+    for path in dict.fromkeys(one.path for one in stored.values()):
+        with safetensors.safe_open(path, framework="pt") as file:
+            for name, one in stored.items():
+                if one.path == path and one.kind in FLOATS:
+                    tensor = file.get_tensor(one.key).to(dtype)
+                    if one.scale:
+                        tensor = tensor * file.get_tensor(one.scale).to(dtype).reshape(-1, *[1] * (tensor.ndim - 1))
+                    found[name] = tensor
+    return found
+
+
+def converted(kind: str, tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """A model's state dict by diffusers' names. Raises KeyError where a tensor is missing that others need."""
+    found = dict(tensors)
+    if kind == "unet":
+        found = diffusers_names.convert_ldm_unet_checkpoint({diffusers_names.LDM_UNET_KEY + k: v for k, v in found.items()}, model.config)
+    elif kind == "vae":
+        found = diffusers_names.convert_ldm_vae_checkpoint({f"vae.{k}": v for k, v in found.items()}, model.config)
+    elif kind == "sd3":
+        found = diffusers_names.convert_sd3_transformer_checkpoint_to_diffusers(found)
+    elif kind == "flux":
+        found = diffusers_names.convert_flux_transformer_checkpoint_to_diffusers(found)
+    elif any("resblocks" in key for key in found):
+        found = diffusers_names.convert_open_clip_checkpoint(model, found, prefix="")
+    if "shared.weight" in found:  # T5 reads words by one table under two names
+        found["encoder.embed_tokens.weight"] = found["shared.weight"]
+    if "clip" in kind:  # transformers calls the tensors of a text encoder with or without this step
+        step = "text_model." if any(key.startswith("text_model.") for key in model.state_dict()) else ""
+        found = {(key if key.startswith("text_projection") else step + key.removeprefix("text_model.")): v for key, v in found.items()}
+    return found
+
+
+def fitted(kind: str, stored: Mapping[str, Stored], model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A model's whole state dict, in `dtype` or as shapes. Raises InputError where a layer is missing, quantized or of another size."""
+    path, wanted = next(iter(stored.values())).path, model.state_dict()
+    for key, one in stored.items():
+        if key.endswith("weight") and one.kind not in FLOATS:
+            raise InputError(f"{path} is quantized ({key} is stored as {one.kind}). Give the file in fp16, bf16 or fp8.")
+    try:
+        found = converted(kind, tensors_of(stored, dtype), model)
+    except KeyError as error:
+        raise InputError(f"{path} lacks layers of its {kind}, the first of them {error.args[0]}. Give a full checkpoint.") from error
+    if "text_projection.weight" in wanted and kind == "clip_l":  # SD 3 takes this encoder's pooled text as it is
+        size = len(wanted["text_projection.weight"])
+        found["text_projection.weight"] = torch.eye(size, dtype=dtype, device="meta" if dtype is None else "cpu")
+    if missing := [key for key in wanted if key not in found]:
+        raise InputError(f"{path} lacks {len(missing)} layers of its {kind}: {some(missing)}. Is it pruned? Give a full checkpoint.")
+    for key, tensor in wanted.items():
+        if found[key].numel() != tensor.numel():
+            raise InputError(f"{path}: {key} of its {kind} is of shape {tuple(found[key].shape)}, which no base of this kind has.")
+    # the same matrix is a linear layer in one code and a 1 x 1 convolution in another
+    return {key: found[key].reshape(tensor.shape) for key, tensor in wanted.items()}
 
 
 def detect(parts: Parts, stored: Mapping[str, Stored], path: Path) -> str:
@@ -42,20 +161,20 @@ def detect(parts: Parts, stored: Mapping[str, Stored], path: Path) -> str:
     for mark, what in OTHERS.items():
         if any(re.search(mark, key) for key in stored):
             raise InputError(f"{path} is {what}.")
-    kind = next((kind for kind in DOORS if kind in parts), None)
+    kind = next((kind for kind in FIRST_LAYERS if kind in parts), None)
     if kind is None and parts:
         held = ", ".join(SPOKEN.get(part, part) for part in parts)
         raise InputError(f"{path} holds {held} alone, without a denoiser: give the base as --base, and this file as --parts.")
     if kind is None:
         try:
-            known = infer_diffusers_model_type(tensors_of(stored, None))
+            known = diffusers_names.infer_diffusers_model_type(tensors_of(stored, None))
         except (KeyError, IndexError, ValueError, UnboundLocalError):
             known = "v1"
         what = "it has none of their layers" if known == "v1" else f"it is {known}"
         raise InputError(f"{path} is no Stable Diffusion checkpoint and no Flux: {what}.")
-    door, latent, share = DOORS[kind]
-    if door in parts[kind]:
-        refuse_channels(parts[kind][door].shape[1] // share, latent, path)
+    first, latent, share = FIRST_LAYERS[kind]
+    if first in parts[kind]:
+        refuse_channels(parts[kind][first].shape[1] // share, latent, path)
     if kind != "unet":
         return kind
     width = next((one.shape[-1] for key, one in parts[kind].items() if key.endswith("attn2.to_k.weight")), 0)
@@ -73,78 +192,6 @@ def refuse_channels(channels: int, latent: int, name: object) -> None:
         raise InputError(f"{name} is {what}; only text-to-image bases are supported.")
 
 
-def models(kind: str) -> nn.ModuleDict:
-    """The models of a published architecture (a key of `architectures.FAMILIES`) on the meta device, with its autoencoder."""
-    found = architectures.architecture(kind)
-    with torch.device("meta"):
-        found["vae"] = architectures.autoencoder(architectures.FAMILIES[kind][0])
-    return found
-
-
-def models_of(kind: str, parts: Parts) -> dict[str, tuple[str, nn.Module]]:
-    """The pipeline's name of each model -> (its name in `parts`, itself on the meta device), for those that the file has.
-
-    SD 1 and 2 and SDXL have the published sizes, SD 3, Flux and T5 those of their tensors.
-    """
-    denoiser = {"unet": "unet"} if "unet" in parts else {"transformer": kind}
-    names = {name: part for name, part in {**denoiser, "vae": "vae", **text_names(kind)}.items() if part in parts}
-    if "unet" in parts:
-        found = models(kind)
-        return {name: (part, found[name]) for name, part in names.items()}
-    makers = {"vae": lambda _: architectures.autoencoder(kind), "sd3": sd3, "flux": flux, "t5": t5}
-    with torch.device("meta"):
-        return {
-            name: (part, makers[part](parts[part]) if part in makers else architectures.clip_tower(part, kind))
-            for name, part in names.items()
-        }
-
-
-def text_names(kind: str) -> dict[str, str]:
-    """The pipeline's names of the text encoders -> theirs in a file."""
-    texts = BASES["architectures"][kind]["texts"]
-    return dict(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), texts, strict=False))
-
-
-def count(tensors: Mapping[str, Stored], blocks: str) -> int:
-    """The number of blocks whose tensors' names begin with `blocks`."""
-    return len({key.removeprefix(blocks).split(".")[0] for key in tensors if key.startswith(blocks)})
-
-
-def flux(tensors: Mapping[str, Stored]) -> nn.Module:
-    """Flux's denoiser, of the sizes that its tensors have."""
-    depths = {"num_layers": count(tensors, "double_blocks."), "num_single_layers": count(tensors, "single_blocks.")}
-    return diffusers.FluxTransformer2DModel(**depths, guidance_embeds="guidance_in.in_layer.weight" in tensors)
-
-
-def sd3(tensors: Mapping[str, Stored]) -> nn.Module:
-    """SD 3's denoiser, of the sizes that its tensors have."""
-    side = math.isqrt(tensors["pos_embed"].shape[1]) if "pos_embed" in tensors else 192
-    dual = len({key.split(".")[1] for key in tensors if ".attn2." in key})
-    normed = any("ln_q" in key for key in tensors)
-    return architectures.sd3_transformer(count(tensors, "joint_blocks."), side, normed=normed, dual=dual)
-
-
-def t5(tensors: Mapping[str, Stored]) -> nn.Module:
-    """The encoder of T5 v1.1, of the sizes that its tensors have."""
-    ends = ("shared.weight", "wi_0.weight", "relative_attention_bias.weight")
-    (words, width), (inner, _), (_, heads) = (next((t.shape for key, t in tensors.items() if key.endswith(end)), (64, 64)) for end in ends)
-    sizes = {"vocab_size": words, "d_model": width, "d_ff": inner, "num_layers": count(tensors, "encoder.block."), "num_heads": heads}
-    return T5EncoderModel(T5Config(**sizes, d_kv=64, feed_forward_proj="gated-gelu"))
-
-
-def scheduler(kind: str, prediction: str, *, zero_snr: bool) -> Any:
-    """The scheduler that a base was published with. `prediction`: of SD and SDXL "epsilon" or "v_prediction", of Flux "dev" or "schnell"."""
-    if kind in ("sd3", "flux"):
-        shifting = kind == "flux" and prediction == "dev"
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0 if kind == "sd3" or shifting else 1.0, use_dynamic_shifting=shifting)
-    snr = {"timestep_spacing": "trailing" if zero_snr else "leading", "rescale_betas_zero_snr": zero_snr}
-    if kind == "sdxl":
-        return diffusers.EulerDiscreteScheduler(**BETAS, prediction_type=prediction, **snr)
-    if prediction == "v_prediction":
-        return diffusers.DDIMScheduler(**BETAS, prediction_type=prediction, clip_sample=False, set_alpha_to_one=False, **snr)
-    return diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False)
-
-
 def prediction_of(path: Path, stored: Mapping[str, Stored], header: Mapping[str, str]) -> tuple[str | None, bool]:
     """What a checkpoint says of itself: "epsilon" or "v_prediction" (None: nothing), and whether its noise goes up to pure noise (zero SNR).
 
@@ -154,7 +201,7 @@ def prediction_of(path: Path, stored: Mapping[str, Stored], header: Mapping[str,
     beside = (path.with_suffix(".yaml"), path.with_suffix(".yml"), path.with_name(f"{path.name}.yaml"))
     if file := next((file for file in beside if file.is_file()), None):
         try:
-            params = fetch_original_config(str(file))["model"]["params"]
+            params = diffusers_names.fetch_original_config(str(file))["model"]["params"]
             scaling = params.get("denoiser_config", {}).get("params", {}).get("scaling_config", {}).get("target", "")
         except Exception as error:
             raise InputError(f"{file}, beside the checkpoint, is no config of one ({error}). Move it away.") from error
@@ -201,7 +248,7 @@ def load_single_file(
     stored, header = read_header(path)
     parts = components(stored)
     kind = detect(parts, stored, path)
-    settings = dict(BASES["pipelines"][architectures.FAMILIES[kind][0]])
+    settings = dict(BASES["pipelines"][architectures.FAMILIES[kind]])
     pipeline = settings.pop("class")
     given: dict[str, Any] = {}
     for source in more:
@@ -214,20 +261,20 @@ def load_single_file(
             raise InputError(f"--parts {source}: there is no such file, and no directory that holds components or T5's tokenizer.")
     require(kind, parts, given, path)
     given |= tokenizers(kind, parts, given, more)
-    found = models_of(kind, parts)
+    found = architectures.models_of(kind, parts)
     for part, model in found.values():
         fitted(part, parts[part], model, None)
-    said, zero_snr = prediction_of(path, stored, header)
     for name, (part, model) in found.items():
         # T5's outputs overflow in float16
         own = torch.float32 if part == "t5" and dtype == torch.float16 else dtype
         model.load_state_dict(fitted(part, parts[part], model, own), assign=True)
         module: Any
         for module in model.modules():
-            if "position_ids" in module._buffers:  # CLIP counts words, which isn't in every file
+            if "position_ids" in module._buffers:  # the numbers of CLIP's positions aren't in every file
                 module.register_buffer("position_ids", torch.arange(module.position_embedding.num_embeddings)[None], persistent=False)
         given[name] = model
     unet: Any = given.get("unet")
+    said, zero_snr = prediction_of(path, stored, header)
     if prediction != "auto":
         said = prediction
     elif said is None and unet is not None and (said := predicts(unet.to(device))) != "epsilon":
@@ -237,7 +284,7 @@ def load_single_file(
         said = "dev" if given["transformer"].config.guidance_embeds else "schnell"
     if kind == "sd21" and said == "epsilon":  # SD 2.x predicts noise at 512 pixels and velocity at 768
         unet.register_to_config(sample_size=64)
-    noising = scheduler(kind, said or "epsilon", zero_snr=zero_snr)
+    noising = architectures.scheduler(kind, said or "epsilon", zero_snr=zero_snr)
     pipe = getattr(diffusers, pipeline)(**{**settings, **given, "scheduler": noising})
     pipe.register_to_config(_name_or_path=str(path))
     return pipe.to(device)

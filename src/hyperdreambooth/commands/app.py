@@ -17,19 +17,14 @@ class App(WithHypernetwork):
         hyperdreambooth app --host 0.0.0.0 --auth anna:secret
     """
 
-    host: str = "127.0.0.1"
-    """The address to listen on."""
-    port: int | None = None
-    """The port to listen on. Default: the first free one from 7860."""
-    auth: str | None = None
-    """USER:PASSWORD, asked of everyone. Needed where others can reach the address."""
-    max_upload_mb: int = 50
-    """The largest file that is taken, in megabytes."""
-    browser: bool = False
-    """Also open the page in the default browser."""
+    host: str = "127.0.0.1"  # The address to listen on.
+    port: int | None = None  # The port to listen on. Default: the first free one from 7860.
+    auth: str | None = None  # USER:PASSWORD, asked of everyone. Needed where others can reach the address.
+    max_upload_mb: int = 50  # The largest file that is taken, in megabytes.
+    browser: bool = False  # Also open the page in the default browser.
 
 
-def run(args: App) -> None:
+def run_app(args: App) -> None:
     try:
         from .. import app
     except ImportError as error:
@@ -38,14 +33,8 @@ def run(args: App) -> None:
     if args.auth is not None and not (user and colon and password):
         raise InputError("--auth must be USER:PASSWORD.")
     app.check_host(args.host, args.auth)
-    server = app.start(
-        args.machine.open(args.base, args.hypernetwork),
-        host=args.host,
-        port=args.port,
-        auth=(user, password) if args.auth else None,
-        max_upload_mb=args.max_upload_mb,
-        browser=args.browser,
-    )
+    hdb, auth = args.machine.open(args.base, args.hypernetwork), (user, password) if args.auth else None
+    server = app.start(hdb, host=args.host, port=args.port, auth=auth, max_upload_mb=args.max_upload_mb, browser=args.browser)
     say(f"{server.url}: open it in a browser; Ctrl-C ends it and deletes what was uploaded and made")
     try:
         threading.Event().wait()

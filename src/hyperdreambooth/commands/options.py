@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ..config import RESOLVED
-from ..errors import InputError
+from ..errors import InputError, fresh
 from ..progress import say
 from ..settings import Crop, explained
 
@@ -25,16 +25,14 @@ if TYPE_CHECKING:
     from ..api import HyperDreamBooth
 
 Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-Flat = tyro.conf.arg(name="")
-"""A nested dataclass whose fields are flags without a prefix."""
+Flat = tyro.conf.arg(name="")  # A nested dataclass whose fields are flags without a prefix.
 
 
 @dataclass
 class Machine:
     """Where it runs."""
 
-    device: str | None = None
-    """cuda, mps or cpu. Default: the best there is."""
+    device: str | None = None  # cuda, mps or cpu. Default: the best there is.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the frozen base; what is trained is always float32. auto: bfloat16 on a CUDA card that has it, float16 on an older
     one, float32 on a CPU."""
@@ -42,10 +40,8 @@ class Machine:
     """What the base predicts. auto: what it says of itself; a single file that says nothing is asked."""
     parts: tuple[str, ...] = ()
     """What a single-file base lacks (text encoders, autoencoder, T5's tokenizer): files, or directories in diffusers' layout."""
-    verbose: bool = False
-    """Also print every setting of personalize and generate with where its value came from."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: slower, but a fraction of the memory."""
+    verbose: bool = False  # Also print every setting of personalize and generate with where its value came from.
+    gradient_checkpointing: bool = False  # Compute activations again in the backward pass: slower, but a fraction of the memory.
 
     def explain(self, settings: object) -> None:
         for line in explained(settings) if self.verbose else ():
@@ -62,10 +58,11 @@ class Machine:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
-        more: dict[str, Any] = {"device": self.device, "dtype": dtype, "prediction": self.prediction, "parts": self.parts}
-        hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, **more)
+        hdb = HyperDreamBooth.from_pretrained(
+            base, hypernetwork=hypernetwork, device=self.device, dtype=dtype, prediction=self.prediction, parts=self.parts
+        )
         if self.gradient_checkpointing:
-            hdb.backbone.enable_checkpointing()
+            hdb.backbone.denoiser.enable_gradient_checkpointing()
         return hdb
 
 
@@ -78,14 +75,12 @@ class Command:
 
 @dataclass(kw_only=True)
 class WithBase(Command):
-    base: str = "toon"
-    """"toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id."""
+    base: str = "toon"  # "toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id.
 
 
 @dataclass(kw_only=True)
 class WithHypernetwork(WithBase):
-    hypernetwork: str = "auto"
-    """A directory or hub id; "none" trains from scratch, on any base; "auto" takes the shipped one for toon."""
+    hypernetwork: str = "auto"  # A directory or hub id; "none" trains from scratch, on any base; "auto" takes the shipped one for toon.
 
 
 @dataclass(kw_only=True)
@@ -97,14 +92,13 @@ class WithCrop:
 
 @dataclass(kw_only=True)
 class Writing:
-    overwrite: bool = False
-    """Replace what is there already."""
+    overwrite: bool = False  # Replace what is there already.
 
     def refuse_existing(self, *paths: Path | None) -> None:
         """Before any work is done: an output that is there is never replaced unasked."""
         for path in paths:
-            if path and path.exists() and not self.overwrite:
-                raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")
+            if path:
+                fresh(path, self.overwrite)
 
 
 def check_lora_name(path: Path) -> None:

@@ -16,60 +16,39 @@ from ..assets import toon
 from ..checkpoint import read_json, read_tensors, write_json
 from ..errors import InputError
 from ..progress import say
-from . import harness, report
-from .atlas import Atlas, load_atlas
-from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, Judges, environment, fingerprint
+from . import Request, harness, report
+from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, Atlas, Judges, environment, fingerprint, load_atlas
 from .harness import Bench
 from .judges import Judge
 from .methods import METHODS, ROWS, Method
-from .request import Request
 
-COLUMNS = (
-    *("rank1", "rank1_crowd", "rank1_lookalikes", "similarity", "context_seen", "context_held_out"),
-    *("perceptual_distance", "pixel_distance", "copied"),
-)
-COMPARED = (
-    *("rank1", "rank1_crowd", "auc", "similarity", "context", "perceptual_distance"),
-    *("leakage", "prior_drift", "diversity", "steps", "seconds", "numbers"),
-)
-"""Columns of the comparison of methods."""
-TITLES = {
-    "rank1": "rank-1",
-    "rank1_crowd": "in the crowd",
-    "rank1_lookalikes": "among look-alikes",
-    "context_seen": "context, seen",
-    "context_held_out": "context, held out",
-    "copied": "copies",
-    "auc": "AUC",
-    "numbers": "trained numbers",
-}
-"""Of columns whose names don't say it."""
-TOGETHER = 10
-"""People of a row who are fine-tuned side by side."""
-SHEET = ("base", "prediction", "prediction+guidance", "finetuned", "finetuned+guidance")
-"""Rows on the contact sheet."""
+COLUMNS, COMPARED = (list(titles.items()) for titles in read_json(report.ASSETS / "columns.json").values())
+"""Figures and their titles in the table of rows, and in the comparison of methods."""
+TOGETHER = 10  # People of a row who are fine-tuned side by side.
+SHEET = ("base", "prediction", "prediction+guidance", "finetuned", "finetuned+guidance")  # Rows on the contact sheet.
 
 
 def run(args: Request, output: Path, open_base: Callable[[str, str], HyperDreamBooth]) -> None:
     """Measures; keeps what the output has already, unless `overwrite`."""
     methods = chosen_methods(args)
     compared = bool(args.methods or args.search or args.quick)
+    args = dataclasses.replace(args, people=args.people or (2 if args.quick else None))
     hdb = open_base("toon", "auto")
     atlas = load_atlas(args.atlas, args.split).first(None if compared else args.people)
     files = [args.atlas / f"{name}.safetensors" for name in ("training", "strangers")]
     known = [read_tensors(file)[0]["embeddings"].float() if file.is_file() else None for file in files]
     judges = Judges(Judge.from_pretrained(toon.directory("recogniser")), Judge.from_pretrained(toon.directory("classifier")), *known)
-    folder = args.faithful or Path("benchmarks/faithful")
-    asked = any(method.faithful for method in methods.values())
-    faithful = open_base("toon", str(folder)) if asked and folder.is_dir() else None
-    if faithful is None:
+    folder, faithful = args.faithful or Path("benchmarks/faithful"), None
+    if any(method.faithful for method in methods.values()) and folder.is_dir():
+        faithful = open_base("toon", str(folder))
+    else:
         methods = {name: method for name, method in methods.items() if not method.faithful}
     personalize = json.loads(json.dumps(dataclasses.asdict(hdb.personalize_config())))
     settings = {
         "split": args.split,
         "people": len(atlas.people),
         "pictures": args.pictures,
-        "personalize": {name: value for name, value in personalize.items() if name != "origins"},
+        "personalize": {name: value for name, value in personalize.items() if name not in ("origins", "crop", "face")},
         "denoising_steps": hdb.generate_config().steps,
         "guidance": GUIDANCE,
         "identity_guidance": IDENTITY_GUIDANCE,
@@ -120,13 +99,20 @@ def run_rows(args: Request, output: Path, bench: Bench, methods: dict[str, Metho
 
 
 def compare(words: Sequence[str]) -> None:
-    """`compare A.json B.json`: what differs beyond the intervals."""
+    """`compare A.json B.json`: a Markdown table of the figures whose intervals don't meet."""
     if len(words) != 3 or words[0] != "compare":
         raise InputError(f"{' '.join(words)!r} isn't understood: `compare A.json B.json` compares two results.")
     one, other = (read_json(Path(word)).get("rows") for word in words[1:])
     if not one or not other:
         raise InputError(f"{words[1] if not one else words[2]} holds no rows: it isn't a result of evaluate.")
-    say(report.differences(one, other))
+    lines = ["| row | figure | first | second |", "|---|---|---|---|"]
+    for row in [row for row in one if row in other]:
+        for name, figure in one[row].items():
+            after = other[row].get(name)
+            if isinstance(figure, list) and isinstance(after, list) and (figure[2] < after[1] or after[2] < figure[1]):
+                before, now = (f"{mean:.3f} ({low:.3f}-{high:.3f})" for mean, low, high in (figure, after))
+                lines.append(f"| {row} | {name} | {before} | {now} |")
+    say("\n".join(lines))
 
 
 def chosen_methods(args: Request) -> dict[str, Method]:
@@ -149,18 +135,13 @@ def chosen_methods(args: Request) -> dict[str, Method]:
 
 def run_search(args: Request, output: Path, bench: Bench, methods: dict[str, Method], about: dict[str, Any]) -> None:
     """Searches the methods' settings, and writes what it has after each method."""
-    found, people = kept(args, output, about, "search").get("search", {}), how_many(args, bench)
+    found, people = kept(args, output, about, "search").get("search", {}), args.people or len(bench.atlas.people)
     few = dataclasses.replace(bench, atlas=bench.atlas.only(range(0, len(bench.atlas.prompts), 2)), extras=False)
     for name, method in methods.items():
         say(name)
         found[name] = found.get(name) or harness.search(few, method, name, people)
         write_json(output, {**about, "people": people, "search": found})
     say(f"{output}: all that was tried, and the best of it")
-
-
-def how_many(args: Request, bench: Bench) -> int:
-    """The people who are personalized; the others fill the gallery up."""
-    return args.people or (2 if args.quick else len(bench.atlas.people))
 
 
 def run_methods(args: Request, output: Path, bench: Bench, methods: dict[str, Method], about: dict[str, Any]) -> None:
@@ -170,31 +151,23 @@ def run_methods(args: Request, output: Path, bench: Bench, methods: dict[str, Me
         timings = harness.timed(bench, methods)
     settings = {name: dataclasses.asdict(method) for name, method in methods.items()}
     searched = read_json(args.settings).get("search", {}) if args.settings else {}
-
-    def save(rows: dict[str, Any], curves: dict[str, Any], done: int) -> None:
-        figures = {**about, "methods": settings, "people": done, "timings": timings, "rows": rows, "curves": curves, "search": searched}
+    for rows, curves, people in harness.compare(bench, methods, timings, args.people or len(bench.atlas.people)):
+        figures = {**about, "methods": settings, "people": people, "timings": timings, "rows": rows, "curves": curves, "search": searched}
         write_json(output, figures)
         table = markdown_table(rows, COMPARED)
-        texts = {
-            ".md": table + "\n",
-            ".html": report.page("Methods of personalization", figures, table, bench.worst(methods, done)),
-        }
-        if curves:
-            texts[".svg"] = report.curves(curves, "seconds")
+        page = report.page("Methods of personalization", figures, table, bench.worst(methods, people))
+        texts = {".md": table + "\n", ".html": page, **({".svg": report.curves(curves, "seconds")} if curves else {})}
         for suffix, text in texts.items():
             output.with_suffix(suffix).write_text(text, encoding="utf-8")
-        say(f"{output}, .md and .html: {done} people")
-
-    harness.compare(bench, methods, timings, how_many(args, bench), save)
-    say(markdown_table(read_json(output)["rows"], COMPARED))
+        say(f"{output}, .md and .html: {people} people")
+    say(table)
 
 
-def markdown_table(rows: dict[str, Any], columns: Sequence[str] = COLUMNS) -> str:
+def markdown_table(rows: dict[str, Any], columns: Sequence[tuple[str, str]] = COLUMNS) -> str:
     """Rows x figures with their 95 % intervals; shares in per cent."""
-    titles = [TITLES.get(key, key.replace("_", " ")) for key in columns]
-    lines = ["| row | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = ["| row | " + " | ".join(title for _, title in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in [name for name in dict.fromkeys((*ROWS, *METHODS)) if name in rows]:
-        cells = [_cell(rows[name].get(key), key) for key in columns]
+        cells = [_cell(rows[name].get(key), key) for key, _ in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -212,9 +185,8 @@ def _cell(figure: list[float] | float | None, key: str) -> str:
 def contact_sheet(atlas: Atlas, drawn: dict[str, Tensor], people: int = 20) -> Any:
     """A row a person: the reference, then for two prompts the right answer and every row's first picture."""
     shown = [name for name in SHEET if name in drawn]
-    rows, columns = [], ["reference"]
-    prompts = [0, len(atlas.prompts) - 3] if len(atlas.prompts) > 3 else [0]
-    columns += ["true", *shown] * len(prompts)
+    rows, prompts = [], [0, len(atlas.prompts) - 3] if len(atlas.prompts) > 3 else [0]
+    columns = ["reference", *["true", *shown] * len(prompts)]
     for person in range(min(people, len(atlas.people))):
         cells = [atlas.references[person]]
         for prompt in prompts:

@@ -7,7 +7,7 @@ time with all methods: whenever it ends, the figures are of the same people for 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,17 +26,13 @@ from ..progress import say
 from ..stages.dreambooth import Subject, prior_latents
 from ..stages.generate import generate
 from . import metrics, report
-from .atlas import Atlas
-from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, Judges, judge, predicted_loras, rounded
+from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, Atlas, Judges, judge, predicted_loras, rounded
 from .methods import LEVELS, METHODS, Method, train
 
-PLAIN = "a face"
-"""Names nobody: whoever is seen in its pictures has leaked."""
-MARKS = (5, 10, 25, 50, 100, 200)
-"""Steps after which the curves' methods are looked at."""
+PLAIN = "a face"  # Names nobody: whoever is seen in its pictures has leaked.
+MARKS = (5, 10, 25, 50, 100, 200)  # Steps after which the curves' methods are looked at.
 CURVES = ("DreamBooth", "DreamBooth-LoRA 4", "hypernetwork + fine-tuning")
-SCORE = "perceptual_distance"
-"""What a search minimizes: the distance to the true render counts the person and the context alike."""
+SCORE = "perceptual_distance"  # What a search minimizes: the distance to the true render counts the person and the context alike.
 
 
 @dataclass
@@ -51,13 +47,10 @@ class Bench:
     stamp: str
     faithful: HyperDreamBooth | None = None
     faithful_stamp: str = ""
-    count: int = 1
-    """Pictures a prompt."""
-    extras: bool = True
-    """Whether to draw nobody's face and the plain person too: a search doesn't need them."""
+    count: int = 1  # Pictures a prompt.
+    extras: bool = True  # Whether to draw nobody's face and the plain person too: a search doesn't need them.
     texts: dict[tuple[int, bool], str] = field(default_factory=dict)
-    tuned: dict[str, LoraSet] = field(default_factory=dict)
-    """The last people's updates: a guided row draws those of the row before it."""
+    tuned: dict[str, LoraSet] = field(default_factory=dict)  # The last people's updates: a guided row draws those of the row before it.
 
     @property
     def prompts(self) -> list[str]:
@@ -186,11 +179,9 @@ class Bench:
         alike = self.alike(list(drawn.values())[-1][:, : len(self.atlas.prompts)]).mean(1)
         grids = {}
         for person in alike.argsort()[:count].tolist():
-            rows = [(name, pictures[person, : len(self.atlas.prompts)]) for name, pictures in drawn.items()]
-            shown = [
-                [name, *map(report.embedded, photos.to_images(row))]
-                for name, row in [("reference", self.atlas.references[[person]]), *rows]
-            ]
+            rows = {"reference": self.atlas.references[[person]]}
+            rows |= {name: pictures[person, : len(self.atlas.prompts)] for name, pictures in drawn.items()}
+            shown = [[name, *map(report.embedded, photos.to_images(row))] for name, row in rows.items()]
             grids[f"Person {person + 1}, similarity {alike[person]:.2f}"] = shown, ["", *self.atlas.prompts]
         return grids
 
@@ -207,14 +198,9 @@ def timed(bench: Bench, methods: Mapping[str, Method], rounds: int = 2, steps: i
 
 
 def compare(
-    bench: Bench,
-    methods: Mapping[str, Method],
-    timings: Mapping[str, Mapping[str, float]],
-    everyone: int,
-    save: Callable[[dict[str, Any], dict[str, Any], int], None],
-    together: int = 4,
-) -> None:
-    """Every method on every person; `save(rows, curves, people)` after each few of them.
+    bench: Bench, methods: Mapping[str, Method], timings: Mapping[str, Mapping[str, float]], everyone: int, together: int = 4
+) -> Iterator[tuple[dict[str, Any], dict[str, Any], int]]:
+    """Every method on every person: rows, curves, and how many people they are of, after each few of them.
 
     Args:
         everyone: how many of the atlas's people are personalized; the others fill the gallery up.
@@ -234,7 +220,7 @@ def compare(
         for name in [name for name in methods if name in CURVES]:
             end, first = bench.steps(methods[name]), [0] if methods[name].kind == "relaxed" else []
             curves[name] = [point(name, methods[name], step) for step in [*first, *(mark for mark in MARKS if mark < end), end]]
-        save({name: point(name, method, bench.steps(method)) for name, method in methods.items()}, curves, people)
+        yield {name: point(name, method, bench.steps(method)) for name, method in methods.items()}, curves, people
 
 
 def search(bench: Bench, method: Method, name: str, people: int) -> dict[str, Any]:
@@ -263,7 +249,6 @@ def with_settings(methods: Mapping[str, Method], found: Mapping[str, Any]) -> di
     """The methods with what a search found best for them, or for the method that they are `like`."""
     changed = {}
     for name, method in methods.items():
-        best = found.get(method.like or name, {}).get("best", {})
-        taken = ("rate", "levels") if method.like else ("rate", "levels", "steps")
-        changed[name] = dataclasses.replace(method, **{key: value for key, value in best.items() if key in taken})
+        best, taken = found.get(method.like or name, {}).get("best", {}), {"rate", "levels", *(() if method.like else ("steps",))}
+        changed[name] = dataclasses.replace(method, **{key: best[key] for key in taken & best.keys()})
     return changed

@@ -5,15 +5,14 @@ They share no weights, seed or architecture with the encoder that predicts.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import ConvNextV2Config, ConvNextV2Model
 
-from ..checkpoint import read_tensors, save_tensors, write_json
-from ..errors import InputError
+from ..checkpoint import read_json, read_tensors, save_tensors, write_json
 
 
 class Judge(nn.Module):
@@ -24,8 +23,6 @@ class Judge(nn.Module):
 
     def __init__(self, backbone: dict[str, Any], heads: dict[str, list[str]]):
         super().__init__()
-        from transformers import ConvNextV2Config, ConvNextV2Model
-
         self.spec = {"backbone": backbone, "heads": heads}
         self.backbone = ConvNextV2Model(ConvNextV2Config(**backbone))
         width = backbone["hidden_sizes"][-1]
@@ -38,8 +35,7 @@ class Judge(nn.Module):
     @torch.no_grad()
     def embed(self, pixels: Tensor, batch: int = 256) -> Tensor:
         """Unit vectors (N, dim) whose dot product says how alike two people are."""
-        parts = [nn.functional.normalize(self(chunk)["identity"], dim=-1) for chunk in pixels.split(batch)]
-        return torch.cat(parts)
+        return torch.cat([nn.functional.normalize(self(chunk)["identity"], dim=-1) for chunk in pixels.split(batch)])
 
     @torch.no_grad()
     def classify(self, pixels: Tensor, batch: int = 256) -> list[dict[str, str]]:
@@ -56,13 +52,10 @@ class Judge(nn.Module):
 
         As LPIPS does (Zhang et al., 2018): squared differences of unit feature vectors, a mean over positions and stages.
         """
-        parts = []
+        parts, unit = [], nn.functional.normalize
         for pair in zip(pictures.split(batch), others.split(batch), strict=True):
             one, other = (self.backbone(pixel_values=pixels, output_hidden_states=True).hidden_states for pixels in pair)
-            stages = [
-                (nn.functional.normalize(a) - nn.functional.normalize(b)).square().sum(1).mean((1, 2))
-                for a, b in zip(one, other, strict=True)
-            ]
+            stages = [(unit(a) - unit(b)).square().sum(1).mean((1, 2)) for a, b in zip(one, other, strict=True)]
             parts.append(torch.stack(stages).mean(0))
         return torch.cat(parts)
 
@@ -73,10 +66,7 @@ class Judge(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Judge:
-        file = Path(folder) / "config.json"
-        if not file.is_file():
-            raise InputError(f"{folder} has no config.json, so it isn't a judge.")
-        spec = json.loads(file.read_text(encoding="utf-8"))
+        spec = read_json(Path(folder) / "config.json")
         judge = cls(spec["backbone"], spec["heads"])
         tensors, _ = read_tensors(Path(folder) / "model.safetensors")
         judge.load_state_dict({name: value.float() for name, value in tensors.items()})

@@ -1,4 +1,4 @@
-"""DreamBooth and its relatives, each a row of one table, on the one training loop.
+"""DreamBooth and its relatives, each a line of assets/methods.json, on the one training loop.
 
 LoRAs of several people are trained side by side in one batch, where people don't affect one another; full DreamBooth and
 textual inversion are one person at a time. Their settings are searched on validation people, see `harness.search`.
@@ -6,22 +6,26 @@ textual inversion are one person at a time. Their settings are searched on valid
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .. import assets
 from ..api import HyperDreamBooth
+from ..checkpoint import read_json
+from ..config import parsed
 from ..lightweight import LightweightLora
 from ..lora import Hooks, Lora, LoraSet, find_targets
-from ..stages.dreambooth import PhotoLosses, Subject, draw_photos, trains_text
-from ..stages.personalize import trained_targets
+from ..stages.dreambooth import PhotoLosses, Subject, draw_photos, trained_targets, trains_text
 from ..trainable_lora import IdentityTable, RelaxedLora
 from ..training import Run, fit
 from ..training_settings import LightweightConfig, NoiseLevels, TrainingConfig
 
+OnMark = Callable[[int, LoraSet | None], None]  # Takes the steps that are done, and the updates so far.
 LEVELS = {"uniform": NoiseLevels(uniform=1.0), "high": NoiseLevels()}
 """Where noise levels may be drawn from: all alike (DreamBooth), or where it is decided who it is."""
 
@@ -36,46 +40,18 @@ class Method:
     levels: str = "uniform"
     copies: int = 4
     rank: int = 4
-    prior: bool = False
-    """Prior preservation (Ruiz et al., 2023): pictures of the class that the base drew are denoised beside the photo."""
+    prior: bool = False  # Prior preservation (Ruiz et al., 2023): pictures of the class that the base drew are denoised beside the photo.
     faithful: bool = False
-    guided: bool = False
-    """Drawn with identity guidance."""
-    rates: tuple[float, ...] = ()
-    """Learning rates that a search tries."""
-    like: str = ""
-    """The method whose searched rate and levels it takes."""
+    guided: bool = False  # Drawn with identity guidance.
+    rates: tuple[float, ...] = ()  # Learning rates that a search tries.
+    like: str = ""  # The method whose searched rate and levels it takes.
 
 
-ROWS = {
-    "true": Method("true"),
-    "reconstruction": Method("reconstruction"),
-    "base": Method("base"),
-    "prediction": Method("prediction"),
-    "prediction+guidance": Method("prediction", guided=True),
-    "finetuned": Method("relaxed"),
-    "finetuned+guidance": Method("relaxed", guided=True),
-    "faithful": Method("prediction", faithful=True),
-}
-"""This project's own ways, with their ceiling and floor."""
-
-METHODS = {
-    "true render": Method("true"),
-    "base": Method("base"),
-    "textual inversion": Method("words", 60, 1e-2, rates=(1e-2, 3e-2)),
-    "DreamBooth": Method("full", 60, 1e-4, rates=(3e-5, 1e-4)),
-    "DreamBooth, 40 steps": Method("full", 40, 3e-4, rates=(1e-4, 3e-4)),
-    "DreamBooth-LoRA 4": Method("lora", 60, 3e-3, like="no hypernetwork, 25 steps"),
-    "DreamBooth-LoRA 4 + prior": Method("lora", 60, 3e-3, prior=True, like="no hypernetwork, 25 steps"),
-    "DreamBooth-LoRA 16": Method("lora", 60, 3e-3, rank=16, like="no hypernetwork, 25 steps"),
-    "DreamBooth-LoRA 16 + prior": Method("lora", 60, 3e-3, rank=16, prior=True, like="no hypernetwork, 25 steps"),
-    "lightweight DreamBooth": Method("light", 60, 1e-2, rates=(1e-2, 3e-2)),
-    "no hypernetwork, 25 steps": Method("lora", 25, 1e-2, copies=8, rank=8, rates=(3e-3, 1e-2, 3e-2)),
-    "no hypernetwork, 40 steps": Method("lora", 40, 1e-2, copies=8, rank=8, like="no hypernetwork, 25 steps"),
-    "faithful hypernetwork": Method("prediction", faithful=True),
-    "hypernetwork": Method("prediction"),
-    "hypernetwork + fine-tuning": Method("relaxed"),
-}
+ROWS, METHODS = (
+    {name: parsed(Method, values, f"methods.json: {name}") for name, values in table.items()}
+    for table in read_json(Path(assets.__file__).parent / "methods.json").values()
+)
+"""This project's own ways, with their ceiling and floor; and what they are compared with."""
 
 
 class InTheBase(nn.Module):
@@ -103,25 +79,22 @@ def whole(denoiser: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def words(hdb: HyperDreamBooth) -> Iterator[nn.Module]:
     """The embeddings of the trigger's tokens in every text encoder, and nothing else (textual inversion; Gal et al., 2022)."""
-    vectors, handles = nn.ParameterList(), []
-    for name in hdb.backbone.text_components:
-        encoder: Any = hdb.backbone.components[name]
-        tokenizer = getattr(hdb.backbone.pipe, name.replace("text_encoder", "tokenizer"))
-        ids, table = tokenizer(hdb.identifier, add_special_tokens=False).input_ids, encoder.get_input_embeddings()
-        mine = nn.Parameter(table.weight[ids].detach().float().clone())
+    vectors = nn.ParameterList()
+    with ExitStack() as hooks:
+        for name in hdb.backbone.text_components:
+            encoder: Any = hdb.backbone.components[name]
+            tokenizer = getattr(hdb.backbone.pipe, name.replace("text_encoder", "tokenizer"))
+            ids, table = tokenizer(hdb.identifier, add_special_tokens=False).input_ids, encoder.get_input_embeddings()
+            mine = nn.Parameter(table.weight[ids].detach().float().clone())
 
-        def spoken(module: nn.Module, args: Any, output: Tensor, ids: list[int] = ids, mine: nn.Parameter = mine) -> Tensor:
-            for index, token in enumerate(ids):
-                output = torch.where((args[0] == token)[..., None], mine[index].to(output.dtype), output)
-            return output
+            def spoken(module: nn.Module, args: Any, output: Tensor, ids: list[int] = ids, mine: nn.Parameter = mine) -> Tensor:
+                for index, token in enumerate(ids):
+                    output = torch.where((args[0] == token)[..., None], mine[index].to(output.dtype), output)
+                return output
 
-        vectors.append(mine)
-        handles.append(table.register_forward_hook(spoken))
-    try:
+            vectors.append(mine)
+            hooks.callback(table.register_forward_hook(spoken).remove)
         yield InTheBase(vectors)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -148,12 +121,7 @@ def opened(hdb: HyperDreamBooth, method: Method, people: int, predicted: LoraSet
 
 
 def train(
-    hdb: HyperDreamBooth,
-    method: Method,
-    subject: Subject,
-    predicted: LoraSet | None,
-    marks: Sequence[int],
-    on_mark: Callable[[int, LoraSet | None], None],
+    hdb: HyperDreamBooth, method: Method, subject: Subject, predicted: LoraSet | None, marks: Sequence[int], on_mark: OnMark
 ) -> tuple[float, int]:
     """Personalizes the P people of `subject`: (seconds of a step, trained numbers a person).
 
@@ -164,11 +132,10 @@ def train(
         marks: numbers of steps after which `on_mark` is called, with the updates so far; None where the base carries them.
     """
     people, own = len(subject.latents), hdb.personalize_config()
-    steps, rate, copies, levels = method.steps, method.rate, method.copies, LEVELS.get(method.levels)
+    steps, rate, copies, levels = method.steps, method.rate, method.copies, LEVELS[method.levels]
     if method.kind == "relaxed":
         steps, rate, copies = steps or own.steps, own.learning_rate, own.copies
         levels = NoiseLevels(mean=own.noise_mean, std=own.noise_std)
-    assert levels is not None
     clock = time.process_time if hdb.device.type == "cpu" else time.perf_counter
     rows, spent, counted, since = torch.arange(people, device=subject.latents.device), 0.0, 0, 0.0
     with opened(hdb, method, people, predicted) as (source, paths), Hooks(hdb.backbone.components, paths) as hooks:
@@ -187,7 +154,7 @@ def train(
 
         text = method.kind == "words" or trains_text(paths, hdb.backbone)
         draw = draw_photos(hdb.backbone, subject, levels, copies, trains_text=text, seed=own.seed)
-        # as in stages.personalize: the loss is a mean over people, so Adam's epsilon is divided by their number
+        # as in `personalize`: the loss is a mean over people, so Adam's epsilon is divided by their number
         groups = [{"params": trained, "eps": 1e-8 / people}]
         run = Run(device=subject.latents.device, groups=groups, on_step=after, name=method.kind, quiet=True)
         training = TrainingConfig(steps=steps, learning_rate=rate, cooldown=0.2, max_grad_norm=0.0, seed=own.seed, log_every=steps)

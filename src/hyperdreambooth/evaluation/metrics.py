@@ -20,9 +20,8 @@ def lookalike_ranks(embedded: Tensor, gallery: Tensor, count: int) -> Tensor:
     own = gallery[: len(embedded)]
     alike = (own @ gallery.mT).fill_diagonal_(-torch.inf)
     nearest = gallery[alike.topk(min(count, len(gallery) - 1)).indices]
-    return torch.stack(
-        [ranks(pictures[None], torch.cat([me[None], others]))[0] for pictures, me, others in zip(embedded, own, nearest, strict=True)]
-    )
+    crowds = torch.cat([own[:, None], nearest], 1)
+    return torch.cat([ranks(pictures[None], crowd) for pictures, crowd in zip(embedded, crowds, strict=True)])
 
 
 def similarity(embedded: Tensor, gallery: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lokr.layer import make_kron, make_weight_cp
@@ -48,14 +48,13 @@ class Adapter:
             if whole in parts:
                 return parts[whole]
             a, b = parts[left].flatten(1), parts[right].flatten(1)
-            product: Tensor = make_weight_cp(parts[core], a.T if left == "up" else a, b) if core in parts else a @ b
-            return product
+            return cast(Tensor, make_weight_cp(parts[core], a.T if left == "up" else a, b)) if core in parts else a @ b
 
         if any(part.startswith("hada") for part in parts):
             return factor("", "hada_w1_a", "hada_w1_b", "hada_t1") * factor("", "hada_w2_a", "hada_w2_b", "hada_t2")
         if any(part.startswith("lokr") for part in parts):
-            kron: Tensor = make_kron(*(factor(f"lokr_w{n}", f"lokr_w{n}_a", f"lokr_w{n}_b", f"lokr_t{n}") for n in (1, 2)))
-            return kron
+            factors = (factor(f"lokr_w{n}", f"lokr_w{n}_a", f"lokr_w{n}_b", f"lokr_t{n}") for n in (1, 2))
+            return cast(Tensor, make_kron(*factors))
         if parts.keys() <= {"bias", "diff_b", "dora_scale", "magnitude"}:
             return torch.zeros(())
         return factor("diff", "up", "down", "mid")
@@ -188,7 +187,7 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise
         with Path(path).open("rb") as file:
             start = file.read(64).decode("latin-1")
-        for what in (what for mark, what in TABLES["files"].items() if re.match(mark, start, re.I)):
+        if what := next((what for mark, what in TABLES["files"].items() if re.match(mark, start, re.I)), None):
             raise InputError(f"{path} is not a whole safetensors file: it {what}") from error
         raise
     if not tensors:

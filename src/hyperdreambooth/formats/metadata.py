@@ -1,7 +1,8 @@
 """What the header of a LoRA file tells UIs: Stability's model metadata standard (`modelspec.*`) and kohya's keys (`ss_*`, `sshs_*`).
 
 A1111 and Forge group LoRAs by `ss_base_model_version` and `ss_v2`, list them as `ss_output_name`, and show
-`ss_tag_frequency`; ComfyUI and SwarmUI read `modelspec.*`, with the picture in `modelspec.thumbnail`.
+`ss_tag_frequency`; ComfyUI and SwarmUI read `modelspec.*`, with the picture in `modelspec.thumbnail`. What a
+header says is in assets/loras.json, with names for what differs.
 """
 
 import base64
@@ -19,21 +20,15 @@ from torch import Tensor
 
 from .. import __version__
 from ..lora import LoraSet
+from .keys import TABLES
 
 
 def base_metadata(pipe: Any, base: str, resolution: int) -> dict[str, str]:
     """What a LoRA's header says about its base, which the user calls `base`: a pipeline of diffusers, of pictures `resolution` pixels a side."""
     architecture, version = _architecture(pipe)
-    name = Path(base).name if Path(base).exists() else base  # where it lies on this machine is nobody's business
-    metadata = {
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.resolution": f"{resolution}x{resolution}",
-        "ss_base_model_version": version,
-        "ss_v2": str(version.startswith("sd_v2")),
-        "ss_sd_model_name": name,
-        "ss_resolution": f"({resolution}, {resolution})",
-        "hyperdreambooth.base": name,
-    }
+    name = Path(base).name if Path(base).exists() else base  # the path on this machine doesn't belong into a file
+    values = {"architecture": architecture, "version": version, "second": version.startswith("sd_v2"), "name": name, "side": resolution}
+    metadata = {key: text.format(**values) for key, text in TABLES["header"]["base"].items()}
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(pipe.scheduler.config.get("prediction_type", ""))
     return metadata | ({"modelspec.prediction_type": prediction} if prediction else {})
 
@@ -56,37 +51,14 @@ def _architecture(pipe: Any) -> tuple[str, str]:
     return "stable-diffusion-v1", "sd_v1_v" if velocity else "sd_v1"
 
 
-def standard_metadata(
-    loras: LoraSet,
-    *,
-    title: str,
-    trigger: str,
-    identifier: str,
-    author: str | None = None,
-    license: str | None = None,
-    thumbnail: Image.Image | None = None,
-) -> dict[str, str]:
-    """What a LoRA's header says about the LoRA itself; `base_metadata` belongs beside it."""
+def standard_metadata(loras: LoraSet, *, title: str, trigger: str, identifier: str, **given: str | Image.Image | None) -> dict[str, str]:
+    """What a LoRA's header says about the LoRA itself; `base_metadata` belongs beside it. `given`: author, license, thumbnail."""
     rank = max(lora.rank for lora in loras.values())
-    metadata = {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": title,
-        "modelspec.description": f"A personal LoRA of one person. Write {trigger!r} into the prompt.",
-        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "modelspec.trigger_phrase": trigger,
-        "modelspec.usage_hint": f"weight 1.0, prompt: {trigger}",
-        "modelspec.tags": "person",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(float(rank)),
-        "ss_output_name": title,
-        "ss_tag_frequency": json.dumps({"hyperdreambooth": {trigger: 1}}),
-        "hyperdreambooth.version": __version__,
-        "hyperdreambooth.identifier": identifier,
-    }
-    given = {"author": author, "license": license, "thumbnail": _data_url(thumbnail) if thumbnail else None}
-    return metadata | {f"modelspec.{name}": value for name, value in given.items() if value}
+    values = {"title": title, "trigger": trigger, "identifier": identifier, "rank": rank, "alpha": float(rank), "version": __version__}
+    frequency, date = json.dumps({"hyperdreambooth": {trigger: 1}}), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    metadata = {key: text.format(**values, frequency=frequency, date=date) for key, text in TABLES["header"]["lora"].items()}
+    texts = {name: _data_url(value) if isinstance(value, Image.Image) else value for name, value in given.items()}
+    return metadata | {f"modelspec.{name}": text for name, text in texts.items() if text}
 
 
 def _data_url(picture: Image.Image) -> str:

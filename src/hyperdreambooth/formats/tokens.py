@@ -5,15 +5,14 @@ recipe (frozen aux) or of the matrices (learnt aux), and another one is refused.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
-from ..checkpoint import read_tensors, save_tensors
+from ..checkpoint import read_header, read_tensors, save_tensors
 from ..errors import InputError, fresh, some
 from ..lightweight import LightweightLora
 
@@ -36,9 +35,8 @@ def save_tokens(
 def is_tokens(path: str | Path) -> bool:
     """Whether a file's header says that it is a token file; False for anything else, readable or not."""
     try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            return KEY in (file.metadata() or {})
-    except (safetensors.SafetensorError, OSError):
+        return KEY in read_header(path)[1]
+    except InputError:
         return False
 
 
@@ -61,13 +59,6 @@ def read_tokens(path: str | Path, lightweight: LightweightLora) -> Tensor:
     if any(tuple(row.shape) != (width,) or not row.is_floating_point() or not row.float().isfinite().all() for row in rows):
         raise InputError(f"{path} is damaged: its tokens aren't {width} finite numbers a layer.")
     return torch.stack([row.float() for row in rows])
-
-
-def mix_tokens(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """The weighted sum of several people's tokens (layers, width). Raises InputError for nothing to mix."""
-    if not parts:
-        raise InputError("there is nothing to mix.")
-    return torch.stack([tokens * weight for tokens, weight in parts]).sum(0)
 
 
 def describe_tokens(path: str | Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ pro: learnable aux matrices, denoising loss, and a penalty on the update's norm 
 is the same update). faithful: frozen aux matrices, denoising loss and a weight loss against pre-optimized tokens, for
 the identities that have a row.
 
+Preservation, where it is asked for, teaches either mode what context guidance does while drawing: see `preservation`.
+
 The denoising loss alone hardly moves. Watch the *identity gain*: the loss with a stranger's photo minus the loss with
 one's own, same noise, same pictures.
 """
@@ -18,13 +20,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import photos
-from ..backbones import Backbone
+from ..backbones import Backbone, Conditioning
 from ..data import IdentityData, PromptCache, conditioning_in
 from ..encoder import FaceEncoder
-from ..errors import InputError
+from ..errors import InputError, TrainingError
 from ..lightweight import LightweightLora
-from ..lora import Hooks, applied, find_targets, shared_norm, update_norms
+from ..lora import Hooks, LoraSet, applied, find_targets, shared_norm, update_norms
 from ..objectives import denoising, denoising_loss, gaussian, weight_loss
+from ..personal_lora import PLACEHOLDER
 from ..pretrained import build
 from ..settings import GenerateConfig, resolve
 from ..trainable_lora import PredictedLora
@@ -32,6 +35,12 @@ from ..training import Run, TrainingReport, fit
 from ..training_settings import NoiseLevels, TrainHypernetworkConfig
 from .dreambooth import trains_text
 from .generate import generate
+
+HOPELESS = (
+    "the identity gain is {identity_gain:.2g} ± {identity_gain_interval:.2g} after {done} of {steps} steps: the hypernetwork tells nobody apart, "
+    "and more steps rarely mend that. Look at the pictures (are the faces large and sharp?), take more people, raise --levels.mean or the "
+    "learning rate; --give-up 0 goes on all the same."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +63,29 @@ class HyperNetworkLosses:
                 losses = losses + config.shared * shared_norm(loras) / len(loras)
         elif "rows" in batch:
             losses = losses + config.weight_loss * batch["has_row"] * weight_loss(loras, self.lightweight(batch["rows"]))
+        if config.preserve:
+            losses = losses + config.preserve * self.preservation(loras, batch)
         return losses
+
+    def preservation(self, loras: LoraSet, batch: dict[str, Tensor]) -> Tensor:
+        """How far the updates change what the base makes of prompts beyond adding the person, (B,): a squared distance of predictions.
+
+        The prediction for a prompt p that names the person should be base(p) + person(p0) - base(p0), p0 being the person's own prompt:
+        what is asked for comes from the base, whoever is asked for. For one that names nobody it should be base(p): DreamBooth's
+        prior preservation (Ruiz et al., arXiv 2208.12242, section 3.2), with the base's prediction as the target instead of pictures.
+        """
+        noisy = self.backbone.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
+        steps, asked = batch["timesteps"], conditioning_in(batch, "asked.", self.backbone)
+
+        def predict(updates: LoraSet, conditioning: Conditioning) -> Tensor:
+            self.hooks.set(updates)
+            return self.backbone.predict(noisy, steps, conditioning)
+
+        with torch.no_grad():
+            own = conditioning_in(batch, "own.", self.backbone)
+            person = predict(loras, own) - predict(LoraSet(), own)
+            target = predict(LoraSet(), asked) + batch["named"].reshape(-1, *[1] * (person.ndim - 1)) * person
+        return (predict(loras, asked) - target).float().square().flatten(1).mean(1)
 
 
 def train_hypernetwork(
@@ -73,8 +104,7 @@ def train_hypernetwork(
 
     Args:
         encoder: trained too where `encoder.trained`; its batch statistics stay as they are.
-        start: begin with the weights of this hypernetwork, of the same sizes, or of a lower rank or fewer
-            blocks.
+        start: begin with the weights of this hypernetwork, of the same sizes.
     """
     if config.mode == "faithful" and not table:
         raise InputError("the faithful mode needs a table of pre-optimized tokens: run `preoptimize` first, or take mode pro.")
@@ -103,6 +133,11 @@ def train_hypernetwork(
             "noise": gaussian(latents.shape, noise).to(latents),
             **prompts.inputs(texts, "prompt."),
         }
+        if config.preserve:
+            chance = torch.randint(len(config.preserved), (config.batch,), generator=generator).tolist()
+            asked = [config.preserved[index] for index in chance]
+            batch |= {**prompts.inputs(asked, "asked."), **prompts.inputs([config.prompt] * config.batch, "own.")}
+            batch["named"] = torch.tensor([float(PLACEHOLDER in text) for text in asked], device=device)
         if known is not None:
             names = [data.names[person] for person in data.people[chosen].tolist()]
             rows = torch.stack([known.get(name, empty) for name in names])
@@ -118,7 +153,11 @@ def train_hypernetwork(
 
         def validate(done: int, model: nn.Module) -> dict[str, float | Image.Image]:
             hooks.clear()
-            figures: dict[str, float | Image.Image] = dict(gain(done, model)) if gain else {}
+            found = gain(done, model) if gain else {}
+            low = found.get("identity_gain", 0.0) - found.get("identity_gain_interval", 0.0)
+            if low <= 0 and 0 < config.give_up * config.training.steps <= done < config.training.steps:
+                raise TrainingError(HOPELESS.format(done=done, steps=config.training.steps, **{"identity_gain_interval": 0.0, **found}))
+            figures: dict[str, float | Image.Image] = dict(found)
             if config.training.tracker and validation:
                 figures["preview"] = preview(backbone, model, validation)
             return figures
@@ -147,33 +186,14 @@ def preview(backbone: Backbone, source: nn.Module, data: IdentityData, count: in
 
 
 def begin_with(source: PredictedLora, start: PredictedLora) -> None:
-    """Copies another hypernetwork's weights: of the very same sizes, or of a lower rank or fewer blocks.
-
-    What is added changes no prediction at first: directions begin as a fresh hypernetwork's do, down random and up zero,
-    and blocks pass on what they get. Raises InputError where layers or other sizes differ.
-    """
-    mine, theirs = source.state_dict(), start.state_dict()
-    old, new = start.lightweight.config, source.lightweight.config
-    if old.rank < new.rank and (old.down_dim, old.up_dim) == (new.down_dim, new.up_dim):
-        downs = torch.arange(old.rank * old.down_dim)
-        ups = (torch.arange(old.up_dim)[:, None] * new.rank + torch.arange(old.rank)).flatten() + new.rank * new.down_dim
-        columns = torch.cat([downs, ups])
-        for name in ("hypernetwork.start", "hypernetwork.embed.weight", "hypernetwork.head"):
-            wide = torch.zeros_like(mine[name]) if name.endswith("weight") else mine[name].clone()
-            if wide.shape[:-1] == theirs[name].shape[:-1]:
-                wide[..., columns] = theirs[name].to(wide)
-                theirs[name] = wide
-    for name in mine.keys() - theirs.keys():
-        if name.startswith("hypernetwork.decoder.layers."):
-            last = name.rsplit(".", 2)[-2] in ("out_proj", "linear2")
-            theirs[name] = torch.zeros_like(mine[name]) if last else mine[name]
-    sizes, others = ({name: tuple(t.shape) for name, t in one.items()} for one in (mine, theirs))
-    if sizes != others or source.lightweight.targets != start.lightweight.targets:
-        names = sorted(set(sizes.items()) ^ set(others.items()))
+    """Copies another hypernetwork's weights. Raises InputError where layers or sizes differ."""
+    mine, theirs = ({name: tuple(tensor.shape) for name, tensor in one.state_dict().items()} for one in (source, start))
+    if mine != theirs or source.lightweight.targets != start.lightweight.targets:
+        names = sorted(set(mine.items()) ^ set(theirs.items()))
         raise InputError(
             f"the hypernetwork to start from has other layers or sizes{f' ({names[0][0]})' if names else ''}: give the same settings."
         )
-    source.load_state_dict(theirs)
+    source.load_state_dict(start.state_dict())
 
 
 class IdentityGain:
@@ -195,12 +215,16 @@ class IdentityGain:
         self.backbone, self.prompts, self.device = backbone, prompts, device
 
     def __call__(self, step: int, model: nn.Module) -> dict[str, float]:
-        own, stranger = (self.loss(model, photos) for photos in (self.own, self.strangers))
-        return {"identity_gain": stranger - own, "loss": own}
+        """The gain, half of its 95 % interval over people (where there are two or more), and the loss with one's own photo."""
+        own, stranger = (self.losses(model, photos) for photos in (self.own, self.strangers))
+        gains, people = stranger - own, self.data.people[self.chosen]
+        each = torch.stack([gains[people == person].mean() for person in people.unique()])
+        interval = {"identity_gain_interval": 1.96 * (each.std() / len(each) ** 0.5).item()} if len(each) > 1 else {}
+        return {"identity_gain": gains.mean().item(), **interval, "loss": own.mean().item()}
 
-    def loss(self, source: nn.Module, photos: Tensor) -> float:
-        """Mean denoising loss when predicted from `photos` (indices into the data)."""
-        total = 0.0
+    def losses(self, source: nn.Module, photos: Tensor) -> Tensor:
+        """Denoising losses (pictures,) on the CPU when predicted from `photos` (indices into the data)."""
+        found = []
         prompts = [self.data.prompts[i] for i in self.chosen.tolist()]
         for start in range(0, len(photos), 32):
             part = slice(start, start + 32)
@@ -209,5 +233,5 @@ class IdentityGain:
                 losses = denoising(
                     self.backbone, self.latents[part], self.prompts(prompts[part]), self.levels[part], torch.Generator().manual_seed(start)
                 )
-            total += losses.sum().item()
-        return total / len(photos)
+            found.append(losses.float().cpu())
+        return torch.cat(found)

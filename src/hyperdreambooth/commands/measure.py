@@ -1,3 +1,5 @@
+"""Commands that look and measure, and change nothing."""
+
 import json
 from dataclasses import dataclass
 from typing import Literal
@@ -5,6 +7,8 @@ from typing import Literal
 import tyro
 
 from ..errors import InputError
+from ..evaluation import Request
+from .options import Command
 
 
 @dataclass
@@ -18,31 +22,25 @@ class Targets:
     base: tyro.conf.Positional[str] = "toon"
     """"toon", a directory in diffusers' layout, a .safetensors checkpoint, or a hub id. sd15, sd21, sdxl, sd3, sd35-medium, sd35-large and
     flux stand for their published architectures: no weights are needed."""
-    targets: tuple[str, ...] = ()
-    """Glob patterns; default: the base's own."""
+    targets: tuple[str, ...] = ()  # Glob patterns; default: the base's own.
     preset: Literal["paper", "attention", "attention+ff"] | None = None
     """Named patterns instead: attention of the denoiser; with its feed-forward (the default); or the paper's, attention of the denoiser and
     of the CLIP text encoders and the feed-forward's first layer."""
-    rank: int = 1
-    """Rank of the LoRA that is counted."""
-    down_dim: int = 100
-    """Token numbers a layer for `down`."""
-    up_dim: int = 50
-    """Token numbers a layer for `up`."""
-    json: bool = False
-    """Print JSON."""
+    rank: int = 1  # Rank of the LoRA that is counted.
+    down_dim: int = 100  # Token numbers a layer for `down`.
+    up_dim: int = 50  # Token numbers a layer for `up`.
+    json: bool = False  # Print JSON.
 
 
-def run(args: Targets) -> None:
+def run_targets(args: Targets) -> None:
     from ..backbones import load_backbone
-    from ..backbones.architectures import FAMILIES, architecture
-    from ..backbones.targets import PRESETS
+    from ..backbones.architectures import FAMILIES, PRESETS, architecture
     from ..lora import find_targets
 
     if args.targets and args.preset:
         raise InputError("give --targets or --preset, not both.")
     if args.base in FAMILIES:
-        components, family = architecture(args.base), FAMILIES[args.base][0]
+        components, family = architecture(args.base), FAMILIES[args.base]
     else:
         backbone = load_backbone(args.base)
         components, family = backbone.components, backbone.family
@@ -68,3 +66,28 @@ def run(args: Targets) -> None:
     for path, shape in shapes.items():
         print(f"{shape.inputs:6d} -> {shape.outputs:<6d} {path}")
     print("\n".join(f"{key}: {value}" for key, value in summary.items()))
+
+
+@dataclass
+class Evaluate(Request, Command):
+    """Measure fidelity on people that were never trained on: identity, context, copying; a JSON and a table.
+
+    hyperdreambooth evaluate -o fidelity.json
+    hyperdreambooth evaluate --split validation --people 20 --rows prediction -o quick.json
+    hyperdreambooth evaluate --split validation --people 8 --search -o search.json
+    hyperdreambooth evaluate --methods all --settings search.json -o comparison.json
+    hyperdreambooth evaluate compare before.json after.json
+    """
+
+    words: tyro.conf.Positional[tuple[str, ...]] = ()  # compare A.json B.json: which figures of two results differ beyond their intervals.
+
+
+def run_evaluate(args: Evaluate) -> None:
+    from ..evaluation import command
+
+    if args.words:
+        command.compare(args.words)
+    elif args.output is None:
+        raise InputError("where do the figures go? Give -o FILE.json.")
+    else:
+        command.run(args, args.output, args.machine.open)

@@ -1,0 +1,319 @@
+"""Commands that train on photos: the tokens of one subject or of many identities, and a hypernetwork."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from ..errors import InputError, some
+from ..progress import Progress, say
+from ..training_settings import PreoptimizeConfig, TrainHypernetworkConfig, TrainLightConfig
+from .options import Flat, Output, WithBase, WithCrop, Writing, as_json, save_sheet
+
+if TYPE_CHECKING:
+    from ..api import HyperDreamBooth
+    from ..encoder import FaceEncoder
+    from ..stages.preoptimize import Rows
+    from ..tables import Table
+
+MOST_BLOCKS = 4096  # Of Ray's: items that are handed out together, where there are more chunks.
+NO_MATTER = ("log_every", "validate_every", "checkpoint_minutes", "tracker", "give_up")  # Settings that change nothing about weights.
+
+
+@dataclass
+class TrainLight(WithBase, WithCrop, Writing):
+    """Lightweight DreamBooth: train one subject's tokens on its photos (1 to n), over frozen random aux matrices.
+
+    hyperdreambooth train-light photos/*.jpg -o light --training.steps 300
+    hyperdreambooth train-light me.jpg -o light --targets "unet*attn?.to_q" "text_encoder*q_proj" --prior-pictures 16
+    """
+
+    photos: tyro.conf.Positional[tuple[Path, ...]]  # Photos of one subject.
+    output: Output  # The folder of the run: tokens, LoRA, preview, config, checkpoint.
+    config: Annotated[TrainLightConfig, Flat] = field(default_factory=TrainLightConfig)
+
+
+def run_train_light(args: TrainLight) -> None:
+    from ..checkpoint import write_json
+    from ..personal_lora import PLACEHOLDER
+    from ..stages.dreambooth import Subject, finish, train_light
+    from ..tables import save_row
+
+    lora = args.output / "lora.safetensors"
+    args.refuse_existing(lora)
+    hdb = args.machine.open(args.base, None)
+    pixels, notes = hdb.read_photos(args.photos, crop=args.crop)
+    for note in notes:
+        say(note)
+    prompt = args.config.prompt.replace(PLACEHOLDER, hdb.identifier)
+    subject = Subject(hdb.backbone.encode_images(pixels)[None].float(), prompt)
+    table, report = train_light(hdb.backbone, subject, args.config, directory=args.output)
+    loras = finish(table.lightweight(table.tokens.detach()).detach().select(0))
+    me = hdb.person(loras, args.config.prompt, tokens=table.tokens[0].detach().cpu(), lightweight=table.lightweight)
+    me.save(lora, overwrite=True)
+    save_row(args.output, "subject", table.tokens[0].detach().cpu(), table.lightweight.fingerprint())
+    write_json(args.output / "config.json", as_json(args))
+    say(f"{lora}: rank {me.rank}, {len(me.loras)} layers, {report.seconds:.0f} s")
+    pictures = hdb.generate([args.config.prompt] * 4, me, seed=0)
+    save_sheet(args.output / "preview.png", [pictures], [args.config.prompt], [""] * 4, "a preview")
+
+
+@dataclass
+class Preoptimize(WithBase, WithCrop):
+    """Pre-optimize tokens for every identity of a folder: identity/picture.png, or one picture each.
+
+    Chunks of identities are trained side by side and written row by row; stop it at any moment and start it again.
+    `export` makes a LoRA of any row. Any number of machines that see both folders can share the work, a shard each.
+
+        hyperdreambooth preoptimize faces -o table
+        hyperdreambooth preoptimize faces -o table --shard 0/2
+        hyperdreambooth preoptimize faces -o table --merge
+        hyperdreambooth export table --identity alice -o alice.safetensors
+    """
+
+    folder: tyro.conf.Positional[Path]  # Pictures of identities.
+    output: Output  # The table's folder.
+    shard: str = "0/1"  # i/n: only the i-th of n parts of the identities, from 0 to n-1. Rows are the same however many parts there are.
+    merge: bool = False  # Train nothing: check that every identity has its row, and pack the rows into a few files.
+    engine: Literal["local", "ray"] = "local"
+    """local: this process. ray: Ray Data, with the extra `ray`: a worker on each card of a cluster, or two workers on this machine."""
+    address: str | None = None  # ray: a running cluster, such as auto or ray://head:10001. Every machine must see both folders.
+    config: Annotated[PreoptimizeConfig, Flat] = field(default_factory=PreoptimizeConfig)
+
+
+def run_preoptimize(args: Preoptimize) -> None:
+    from ..personal_lora import PLACEHOLDER
+    from ..stages.preoptimize import chunks_of, parse_shard, preoptimize
+
+    shard = parse_shard(args.shard)
+    if args.address and args.engine != "ray":
+        raise InputError("--address is a Ray cluster's: give --engine ray too.")
+    hdb = args.machine.open(args.base, None)
+    args.config.prompt = args.config.prompt.replace(PLACEHOLDER, hdb.identifier)
+    rows = opened(args, hdb)
+    keep_settings(args)
+    table, chunks = rows.table, chunks_of(rows.data.names, args.config.chunk, shard)
+    if args.merge:
+        table = packed(rows)
+    elif args.engine == "ray" and chunks:
+        on_ray(args, chunks)
+    else:
+        table = preoptimize(hdb.backbone, rows.data, args.config, args.output, shard=shard)
+    names = [name for chunk in chunks for name in chunk]
+    without = [name for name in names if not table.has(name)]
+    if without:
+        say(f"{len(without)} identities have no row, since none of their pictures could be read: {some(without, 20)}")
+    if names and len(without) == len(names):
+        raise InputError(f"none of the pictures of {args.folder} could be read.")
+    say(f"{args.output}: {len(names) - len(without)} identities{'' if shard == (0, 1) else f' of shard {args.shard}'}")
+    if shard == (0, 1):
+        shown = [name for name in names if table.has(name)][:8]
+        updates = rows.lightweight.to(hdb.device)
+        loras = [updates(table[name][None].to(hdb.device)).detach().select(0) for name in shown]
+        sheet = [hdb.generate([args.config.prompt] * 3, mine, seed=0) for mine in loras]
+        save_sheet(args.output / "preview.png", sheet, shown, [""] * 3, "the first of them")
+
+
+class Worker:
+    """A worker of Ray: opens the base once, then makes the rows of one chunk after another. What a user got wrong comes back in words."""
+
+    def __init__(self, args: Preoptimize):
+        self.args = args
+        self.rows: Rows | None = None
+
+    def __call__(self, item: dict[str, str]) -> dict[str, str]:
+        try:
+            self.rows = self.rows or opened(self.args)
+            self.rows(json.loads(item["chunk"]))
+            return {"problem": ""}
+        except InputError as error:
+            return {"problem": str(error)}
+
+
+def on_ray(args: Preoptimize, chunks: Sequence[Sequence[str]]) -> None:
+    """Makes the rows of all chunks with Ray Data, by a worker on each GPU of the cluster, or on each CPU core.
+
+    Without `args.address` or RAY_ADDRESS a Ray with two workers is started on this machine and ends with the work. A worker that vanishes
+    is replaced and its chunks are done again. Raises InputError where a worker does, and where Ray isn't installed or can't be reached.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise InputError('the engine ray needs Ray: pip install "hyperdreambooth[ray]", or use --engine local.') from error
+    base = str(Path(args.base).resolve()) if Path(args.base).exists() else args.base
+    work = dataclasses.replace(args, base=base, folder=args.folder.resolve(), output=args.output.resolve())
+    where, count = args.address or os.environ.get("RAY_ADDRESS") or "local", len(chunks)
+    # two workers of its own, and little shared memory, since items are but names
+    own: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 1 << 28} if where == "local" else {}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(where, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(f"there is no Ray at {where} ({str(error).splitlines()[0]}). Check --address, or leave it out.") from error
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        cards, cores = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
+        # two blocks a worker in flight: the next one waits beside the one in work
+        pool = ray.data.ActorPoolStrategy(size=min(count, cards or cores), max_tasks_in_flight_per_actor=2)
+        items = ray.data.from_items([{"chunk": json.dumps(chunk)} for chunk in chunks], override_num_blocks=min(count, MOST_BLOCKS))
+        done = items.map(Worker, fn_constructor_args=(work,), compute=pool, num_cpus=1, num_gpus=1 if cards else 0)
+        with Progress("chunks", count) as progress:
+            for number, row in enumerate(done.iter_rows(), 1):
+                if row["problem"]:
+                    raise InputError(row["problem"])
+                progress.update(number)
+    finally:
+        ray.shutdown()
+
+
+def opened(args: Preoptimize, hdb: HyperDreamBooth | None = None) -> Rows:
+    """What rows are made with, here or by a worker."""
+    from ..data import FolderOfPeople
+    from ..stages.preoptimize import Rows
+
+    backbone = (hdb or args.machine.open(args.base, None)).backbone
+    return Rows(backbone, FolderOfPeople(args.folder, backbone, args.crop), args.config, args.output)
+
+
+def keep_settings(args: Preoptimize) -> None:
+    """Writes config.json, or raises InputError where the table was begun with other settings: its rows could not be compared."""
+    from ..tables import read_table_config
+
+    if (args.output / "config.json").is_file():
+        read_table_config(args.output)  # refuses a damaged one
+    keep(args.output / "config.json", as_json(args), ("rows", "packed", "chunk"))
+
+
+def keep(file: Path, now: dict[str, Any], begun: Sequence[str]) -> None:
+    """Writes a command's settings. Raises InputError where others are there, and a folder beside them that work is `begun` with those."""
+    from ..checkpoint import read_json, write_json
+
+    before, wanted = (decisive(values) for values in (read_json(file) if file.is_file() else {}, now))
+    differing = [f"{name} {value}, not {wanted[name]}" for name, value in before.items() if wanted.get(name, value) != value]
+    if differing and any((file.parent / folder).is_dir() for folder in begun):
+        raise InputError(f"{file} was made with {some(differing)}. Use that, or another folder.")
+    if differing or not before:
+        write_json(file, now)
+
+
+def decisive(values: dict[str, Any]) -> dict[str, Any]:
+    """Of a command's settings those that decide what it makes, by their names as flags."""
+    found: dict[str, Any] = {name: values[name] for name in ("crop", "data", "people", "held_out", "encoder") if name in values}
+    found |= {"base": Path(values["base"]).name} if "base" in values else {}
+    for prefix, group in (("", values.get("config")), ("table.", values.get("table"))):
+        for name, value in (group or {}).items():
+            parts = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+            found |= {prefix + key: part for key, part in parts.items() if key.split(".")[-1] not in NO_MATTER}
+    return found
+
+
+def packed(rows: Rows) -> Table:
+    """The merged table. Raises InputError where somebody has no row whose pictures can be read."""
+    from ..tables import merge
+
+    names = rows.data.names
+    missing = [name for name in names if name not in rows.table]
+    unmade = next((name for name in missing if rows.data.latents_of([name])), None)
+    if unmade is not None:
+        number = f"{len(missing)} of {len(names)}"
+        raise InputError(f"{number} identities have no row yet, such as {unmade}. Run their shards (again), then merge.")
+    merged = merge(rows.output, rows.table.fingerprint)
+    shutil.rmtree(rows.output / "chunk", ignore_errors=True)  # what killed processes left
+    return merged
+
+
+@dataclass
+class TrainHypernetwork(WithBase, WithCrop):
+    """Train a hypernetwork: a face photo in, LoRA tokens out.
+
+    pro (default) needs no table: aux matrices are learnt, with the denoising loss. faithful is the paper's: frozen aux,
+    and a weight loss against the table of `preoptimize`. Watch the identity gain (loss with a stranger's photo minus loss
+    with one's own): it must rise; the loss itself hardly moves.
+
+        hyperdreambooth train-hypernetwork faces --validation-folder strangers -o hypernetwork
+        hyperdreambooth train-hypernetwork faces --table table --mode faithful -o hypernetwork
+    """
+
+    folder: tyro.conf.Positional[Path]  # Pictures of identities: identity/picture.png, or one picture each.
+    output: Output  # The hypernetwork's folder; `personalize --hypernetwork` takes it.
+    encoder: str = "auto"  # A vision model of transformers, by directory or hub id (DINOv2, CLIP, ViT). auto: the shipped one for toon.
+    validation_folder: Path | None = None  # Identities for the identity gain; default: the last tenth of the folder's.
+    table: Path | None = None  # faithful: the folder of `preoptimize`.
+    start: str | None = None  # A hypernetwork (directory or hub id) whose weights it begins with: the same layers, encoder and sizes.
+    data: str = ""  # What the pictures are, in words, for the model card.
+    license: str = ""  # The license of the weights, for the model card.
+    config: Annotated[TrainHypernetworkConfig, Flat] = field(default_factory=TrainHypernetworkConfig)
+
+
+def open_encoder(hdb: HyperDreamBooth, name: str, trained: bool) -> FaceEncoder:
+    """The vision model of that name, or the shipped one for `auto`. Raises InputError where there is none for the base."""
+    from ..assets import toon
+    from ..encoder import FaceEncoder
+
+    if name == "auto" and hdb.base != "toon":
+        raise InputError(f"{hdb.base} has no encoder of its own: name a vision model with --encoder, such as facebook/dinov2-small.")
+    model = toon.directory("hypernetwork") / "encoder" if name == "auto" else name
+    return FaceEncoder.from_pretrained(model, trained=trained).to(hdb.device).eval()
+
+
+def run_train_hypernetwork(args: TrainHypernetwork) -> None:
+    from .. import photos
+    from ..checkpoint import write_json
+    from ..data import load_identities
+    from ..lightweight import LightweightLora
+    from ..lora import find_targets
+    from ..personal_lora import PLACEHOLDER
+    from ..pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
+    from ..stages.describe import familiar
+    from ..stages.train_hypernetwork import preview, train_hypernetwork
+    from ..tables import read_table
+
+    hdb = args.machine.open(args.base, None)
+    config = args.config
+    config.prompt = config.prompt.replace(PLACEHOLDER, hdb.identifier)
+    encoder = open_encoder(hdb, args.encoder, config.train_encoder)
+    start = load_hypernetwork(args.start, hdb.backbone)[0] if args.start else None
+    cache = args.output / "cache"
+    read = partial(load_identities, backbone=hdb.backbone, encoder=encoder, prompt=config.prompt, crop=args.crop, cache=cache)
+    data = read(args.folder)
+    if args.validation_folder:
+        validation = read(args.validation_folder)
+    else:
+        data, validation = data.split(max(2, len(data.names) // 10))
+    table = None
+    if args.table:
+        targets = find_targets(hdb.backbone.components, config.targets or hdb.backbone.default_targets)
+        table = read_table(args.table, LightweightLora(targets, config.lightweight).fingerprint())
+    write_json(args.output / "training.json", as_json(args))
+    source, report = train_hypernetwork(
+        hdb.backbone, encoder, data, config, directory=args.output / "run", validation=validation, table=table, start=start
+    )
+    info = HyperNetworkInfo(
+        base=args.base,
+        targets={path: list(shape) for path, shape in source.lightweight.targets.items()},
+        lightweight=dataclasses.asdict(config.lightweight),
+        hypernetwork=dataclasses.asdict(config.hypernetwork),
+        mode=config.mode,
+        prompt=args.config.prompt.replace(hdb.identifier, PLACEHOLDER),
+        data=args.data,
+        license=args.license,
+        familiar=familiar(hdb.backbone, validation.latents[:64].to(hdb.device).float(), config.prompt),
+        trained={"steps": report.steps, "identities": len(data.names), "validation": report.validations[-1:]},
+    )
+    save_hypernetwork(args.output, source, info)
+    say(f"{args.output}: a hypernetwork; {report.validations[-1] if report.validations else ''}")
+    sheet = preview(hdb.backbone, source.eval(), validation, 6)
+    shown = photos.save_png(sheet, args.output / "preview.png", {"ai_generated": "true"}, overwrite=True)
+    say(f"{shown}: people it never saw, and what is drawn of them")

@@ -120,7 +120,6 @@ def preflight(args: Recipe) -> int:
     import psutil
     import torch
 
-    from .. import hub
     from ..checkpoint import read_json, write_json
 
     file, card = args.output / "preflight.json", torch.cuda.get_device_name() if torch.cuda.is_available() else "no card"
@@ -128,20 +127,21 @@ def preflight(args: Recipe) -> int:
     if file.is_file() and (known := read_json(file)) == known | key:
         return int(known["size"])
     say("stage: preflight")
-    listed = hub.list_pictures(args.data[3:]) if args.data.startswith("hf:") else {}
-    people = ([[Path(name)] for name in listed] or list(people_of(args.data).values()))[: args.people]
-    count, pictures, found = len(people), sum(map(len, people)), measured(args)
-    chunks = -(-count // args.table.chunk) if found["row"] else 0
-    hours = (found["step"] * args.config.training.steps + found["chunk_step"] * args.table.training.steps * chunks) / 3600
+    found, people = measured(args), list(people_of(args.data).values())[: args.people]
+    count, pictures = len(people), sum(map(len, people))
+    table = found["chunk_step"] * args.table.training.steps * -(-count // args.table.chunk)
+    hours = (found["step"] * args.config.training.steps + table) / 3600
     cost = f", {hours * args.price:,.2f} at {args.price:g} an hour" if args.price is not None else ""
     say(f"{count} people, {pictures} pictures, {found['step']:.3g} s a step: {hours:.3g} hours{cost}, besides reading and drawing pictures")
-    # downloads; pictures as PNG, at most; what they are encoded to; two states, while one replaces the other; rows
-    disk = sum(listed.values()) + pictures * (3 * found["size"] ** 2 + found["encoded"]) + 2 * found["state"] + count * found["row"]
+    # pictures as PNG, at most; what they are encoded to; two states, while one replaces the other; rows
+    disk = pictures * (3 * found["size"] ** 2 + found["encoded"]) + 2 * found["state"] + count * found["row"]
     there = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
-    free = {"disk": shutil.disk_usage(args.output).free + there, "main memory": psutil.virtual_memory().available}
-    for name, needed in {"disk": disk, "main memory": 2 * pictures * found["encoded"]}.items():
-        say(f"{name}: {needed / 1e9:.2f} GB needed, {free[name] / 1e9:.2f} GB free")
-        if needed > free[name]:
+    needs = [("disk", disk, shutil.disk_usage(args.output).free + there)]
+    needs += [("main memory", 2 * pictures * found["encoded"], psutil.virtual_memory().available)]
+    needs += [("the card's memory", found["card"], torch.cuda.mem_get_info()[1])] if found["card"] else []
+    for name, needed, free in needs:
+        say(f"{name}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB there")
+        if needed > free:
             raise InputError(f"there isn't enough {name} for {pictures} pictures. Take fewer with --people, or another machine.")
     write_json(file, {**key, **found, "hours": hours})
     return int(found["size"])

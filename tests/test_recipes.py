@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -86,6 +87,13 @@ def test_a_recipe_parses_and_its_targets_are_the_familys(name):
         assert args.config.give_up == 0.2
 
 
+def test_the_launchers_line_is_the_commands(tmp_path):
+    task = yaml.safe_load((ROOT / "recipes/launchers/recipe.yaml").read_text())
+    words = shlex.split(task["run"].replace("$RECIPE", task["envs"]["RECIPE"]))
+    args = parse("recipe", load("recipe")[0], words[2:])
+    assert (args.recipe, args.data, str(args.output)) == ("sd15-pro", "/shared/faces", "/shared/runs/sd15-pro")
+
+
 @pytest.mark.parametrize("name", ["sd15-pro", "sdxl-faithful"])
 def test_a_recipe_runs_on_a_tiny_base(name, tmp_path, people):
     families.make({"sd15": "sd1", "sdxl": "sdxl"}[name.split("-")[0]]).save_pretrained(tmp_path / "base")
@@ -121,6 +129,8 @@ def test_a_recipe_says_what_it_takes_and_holds_the_last_people_out(tiny_world, p
     assert recipe("toon-faithful", "--data", people, "--price", "9", *SMALL, *SHORT, "-o", run) == 0  # all is done, and stays
     after = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
     assert after == before
+    for command, settings in (("preoptimize", "table/config.json"), ("train-hypernetwork", "hypernetwork/training.json")):
+        assert main([command, "--config", str(run / settings)]) == 0  # how other processes share a stage
     assert recipe("toon-faithful", "--data", people, *SMALL, *SHORT, "--people", "4", "-o", run) == 2  # another run needs another folder
     assert "people None, not 4" in capsys.readouterr().err
 

@@ -151,7 +151,7 @@ def measured(args: Recipe) -> dict[str, float]:
     """Seconds a step, and bytes, of the stages themselves with batches of made pictures. Raises InputError where a batch doesn't fit."""
     import torch
 
-    from .. import photos
+    from .. import photos, replay
     from ..data import load_identities
     from ..stages.preoptimize import preoptimize
     from ..stages.train_hypernetwork import train_hypernetwork
@@ -175,6 +175,7 @@ def measured(args: Recipe) -> dict[str, float]:
                 seconds |= {f"chunk-{steps}": middle - begun, f"step-{steps}": time.monotonic() - middle}
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise InputError("a batch doesn't fit: lower --batch and --table.chunk, or give --gradient-checkpointing.") from error
+    replay.forget()  # a recorded step would keep this base on the card beside the next stage's
     return {
         "size": size,
         "step": max(seconds["step-6"] - seconds["step-2"], 1e-6) / 4,

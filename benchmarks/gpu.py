@@ -37,8 +37,7 @@ from hyperdreambooth.lora import Hooks, Lora, LoraSet, find_targets, merged
 from hyperdreambooth.pretrained import HyperNetworkInfo, build
 from hyperdreambooth.sampling import Prompts, sample
 from hyperdreambooth.settings import GenerateConfig, PersonalizeConfig
-from hyperdreambooth.stages.dreambooth import Subject
-from hyperdreambooth.stages.personalize import finish, personalize
+from hyperdreambooth.stages.dreambooth import Subject, finish, personalize
 from hyperdreambooth.training_settings import HyperNetworkConfig, LightweightConfig
 
 PROMPT = "a ohwx face"

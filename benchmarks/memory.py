@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hyperdreambooth import backbones
 from hyperdreambooth.backbones.architectures import FAMILIES, PRESETS, architecture, build
 from hyperdreambooth.checkpoint import write_json
-from hyperdreambooth.hypernetwork import HyperNetwork
 from hyperdreambooth.lora import Lora, LoraSet, Shape, applied, find_targets
+from hyperdreambooth.trainable_lora import HyperNetwork
 from hyperdreambooth.training_settings import HyperNetworkConfig, LightweightConfig
 
 CLASSES: dict[str, Any] = {

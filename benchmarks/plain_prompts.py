@@ -23,9 +23,8 @@ from hyperdreambooth.checkpoint import write_json
 from hyperdreambooth.evaluation import metrics
 from hyperdreambooth.evaluation.evaluate import load_atlas, predicted_loras
 from hyperdreambooth.evaluation.judges import Judge
-from hyperdreambooth.stages.dreambooth import Subject
+from hyperdreambooth.stages.dreambooth import Subject, personalize
 from hyperdreambooth.stages.generate import generate
-from hyperdreambooth.stages.personalize import personalize
 from worlds.toon import pictures
 from worlds.toon.atlas import PLAIN
 

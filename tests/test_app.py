@@ -294,7 +294,7 @@ def test_one_visitors_files_are_nobody_elses(connect, server, face, world):
     mine.predict(api_name="/take")
     visit = server.visits.visits[mine.session_hash]
     made = [str(file) for file in visit.folder.rglob("*") if file.is_file()]
-    uploaded = [path for path, owners in server.visits.uploads.items() if visit.owner in owners]
+    uploaded = [path for path, owner in server.visits.uploads if owner == visit.owner]
     assert len(made) > 4
     assert uploaded
     for path in [*made, *uploaded]:

@@ -20,15 +20,14 @@ from hyperdreambooth.backbones.flow import pack, unpack
 from hyperdreambooth.data import IdentityData, PromptCache, conditioning_in
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import applied, canonical, canonical_modules, find_targets
-from hyperdreambooth.objectives import denoising
+from hyperdreambooth.objectives import denoising_loss
 from hyperdreambooth.pretrained import HyperNetworkInfo
 from hyperdreambooth.sampling import check_scheduler, schedulers
 from hyperdreambooth.settings import GenerateConfig
-from hyperdreambooth.stages.dreambooth import Subject
+from hyperdreambooth.stages.dreambooth import Subject, train_light
 from hyperdreambooth.stages.generate import noise_for
 from hyperdreambooth.stages.preoptimize import preoptimize
 from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
-from hyperdreambooth.stages.train_light import train_light
 from hyperdreambooth.tables import read_table
 from hyperdreambooth.training_settings import (
     LightweightConfig,
@@ -157,7 +156,7 @@ def losses_of(base: Any, latents: torch.Tensor) -> torch.Tensor:
     levels = torch.tensor([0.3, 0.8, 0.6])[: len(latents)]
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     conditioning = base.encode_prompts(["a [V] face", "a smiling [V] face", "a face"][: len(latents)])
-    return denoising(base, latents, conditioning, levels, torch.Generator(), draw=lambda shape, generator: noise)
+    return denoising_loss(base, latents, conditioning, noise, base.steps_for(levels))
 
 
 def test_a_batch_of_people_equals_one_by_one(base):

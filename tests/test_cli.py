@@ -177,7 +177,7 @@ def test_what_the_prompt_names_changes_what_is_learnt(tmp_path, face):
 
 
 def test_a_config_file_gives_the_flags(tmp_path, face, capsys):
-    (tmp_path / "c.yaml").write_text("config:\n  steps: 1\n  rank: 3\n  learning_rate: 1e-3\nformat: kohya\n")
+    (tmp_path / "c.yaml").write_text("config:\n  steps: 1\n  rank: 3\n  learning_rate: 1e-3\nformat: kohya\ncrop: center\nface: null\n")
     assert run("personalize", face, "-o", tmp_path / "a.safetensors", "--config", tmp_path / "c.yaml") == 0
     file = formats.read_lora(tmp_path / "a.safetensors")
     assert file.layout == "kohya"

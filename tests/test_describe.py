@@ -7,7 +7,7 @@ import torch
 
 from hyperdreambooth.data import PromptCache
 from hyperdreambooth.lora import applied
-from hyperdreambooth.objectives import denoising
+from hyperdreambooth.objectives import denoising_loss
 from hyperdreambooth.stages.describe import LEVELS, describe, familiar, join, strangeness
 
 from .conftest import random_loras
@@ -34,7 +34,7 @@ def test_the_chosen_phrase_denoises_the_photo_best(backbone, latents):
         many = latents[:1].expand(len(LEVELS), -1, -1, -1)
         cond = PromptCache(backbone)([text] * len(LEVELS))
         with torch.no_grad():
-            return denoising(backbone, many, cond, torch.tensor(LEVELS), torch.Generator(), draw=lambda s, g: noise).mean().item()
+            return denoising_loss(backbone, many, cond, noise, backbone.steps_for(torch.tensor(LEVELS))).mean().item()
 
     assert found == [min((join(["a [V] face", phrase]) for phrase in slots[1]), key=loss)]
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from hyperdreambooth.errors import InputError
-from hyperdreambooth.hypernetwork import HyperNetwork
 from hyperdreambooth.lightweight import LightweightLora, orthonormal
 from hyperdreambooth.lora import Shape, compress
 from hyperdreambooth.objectives import weight_loss
-from hyperdreambooth.trainable_lora import IdentityTable, RelaxedLora
+from hyperdreambooth.trainable_lora import HyperNetwork, IdentityTable, RelaxedLora
 from hyperdreambooth.training_settings import HyperNetworkConfig, LightweightConfig
 
 TARGETS = {"unet.a": Shape(16, 24), "unet.b": Shape(20, 12)}

@@ -20,7 +20,7 @@ from hyperdreambooth.checkpoint import read_tensors, save_tensors
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.pretrained import load_hypernetwork
 from hyperdreambooth.settings import GenerateConfig, PersonalizeConfig, resolve
-from hyperdreambooth.stages.personalize import finish
+from hyperdreambooth.stages.dreambooth import finish
 from hyperdreambooth.tables import read_table_config
 
 MANY = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -12,9 +12,8 @@ from hyperdreambooth import replay
 from hyperdreambooth.backbones import StableDiffusion
 from hyperdreambooth.lora import Hooks
 from hyperdreambooth.settings import GenerateConfig, PersonalizeConfig
-from hyperdreambooth.stages.dreambooth import PhotoLosses, Subject
+from hyperdreambooth.stages.dreambooth import PhotoLosses, Subject, personalize
 from hyperdreambooth.stages.generate import generate
-from hyperdreambooth.stages.personalize import personalize
 
 from .conftest import random_loras, tiny_pipe
 

@@ -54,12 +54,13 @@ def test_the_prediction_is_the_person_in_the_asked_context():
 
 
 def test_the_shipped_hypernetwork_has_the_recipes_layers_and_settings():
-    from worlds.toon import hypernetworks, pictures, train
+    from worlds import hypernetworks
+    from worlds.toon import pictures, train
 
     hdb = HyperDreamBooth.from_pretrained("toon", device="cpu")
     assert set(hdb.info.targets) == set(find_targets(hdb.backbone.components, hypernetworks.TARGETS))
     assert not any(path.endswith(("attn2.to_k", "attn2.to_v")) for path in hdb.info.targets)  # they read the prompt
-    recipe = train.describe(hdb.source, hypernetworks.pro_config(1), TrainingReport(), 1)
+    recipe = train.Toon().describe(hdb.source, hypernetworks.pro_config(1), TrainingReport(), 1)
     for name in ("personalize", "generate", "describe"):
         assert getattr(hdb.info, name) == getattr(recipe, name), name
     assert hdb.info.trained["people"] == pictures.HYPER_PEOPLE

@@ -152,7 +152,7 @@ def test_scaled_fp8_is_scaled(small, tmp_path):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-2)
 
 
-def test_what_it_predicts_is_said_by_the_user_the_header_or_a_tensor(small, tmp_path):
+def test_what_it_predicts_is_said_by_the_user_the_header_a_tensor_or_a_file_beside_it(small, tmp_path):
     path = tmp_path / "model.safetensors"
 
     def kind(**more: str) -> str:
@@ -164,8 +164,14 @@ def test_what_it_predicts_is_said_by_the_user_the_header_or_a_tensor(small, tmp_
     assert kind(prediction="epsilon") == "epsilon"
     checkpoints.save(path, small, metadata={"modelspec.prediction_type": "v"})
     assert kind() == "v_prediction"
-    checkpoints.save(path, small, metadata={"modelspec.prediction_type": "epsilon"})
+    checkpoints.save(path, small)
+    (tmp_path / "model.yaml").write_text("model:\n  params:\n    parameterization: v\n")
+    assert kind() == "v_prediction"
+    (tmp_path / "model.yaml").write_text("model:\n  params:\n    linear_start: 0.00085\n")
     assert kind() == "epsilon"
+    (tmp_path / "model.yaml").write_text("- nothing\n")
+    with pytest.raises(InputError, match="is no config of one"):
+        kind()
 
 
 def test_a_denoiser_alone_takes_the_rest_from_parts(family, small, tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api import HyperDreamBooth
     from .personal_lora import PersonalLora
 
+STARTED = time.perf_counter()  # The process has hardly begun: seconds that are printed are a stopwatch's, imports included.
 __version__ = "0.1.0"
 __all__ = ["HyperDreamBooth", "PersonalLora", "__version__"]
 

@@ -11,11 +11,13 @@ images = hdb.generate("a pencil sketch of a [V] face", me, seed=0)
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,7 +26,6 @@ from torch import Tensor, nn
 from . import formats, photos
 from .assets import toon
 from .backbones import Backbone, load_backbone, wrap
-from .devices import best_device, best_dtype
 from .errors import InputError
 from .folders import caption_of, list_identities
 from .hub import push
@@ -34,17 +35,16 @@ from .pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 from .progress import say
 from .settings import SCRATCH, GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
 from .stages.describe import describe, strangeness
-from .stages.dreambooth import Subject
+from .stages.dreambooth import Subject, finish, personalize
 from .stages.generate import generate
-from .stages.personalize import finish, personalize
 from .trainable_lora import PredictedLora
 
-T = TypeVar("T", PersonalizeConfig, GenerateConfig)
 Files = Sequence[str | Path] | str | Path
-Photos = Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor
-"""One photo or several: files, pictures, or what `read_photos` made of them."""
-RARE_TOKEN = "ohwx"
-"""Names the person on bases whose tokenizer has no token of its own for the placeholder."""
+Photos = (
+    Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor
+)  # One or several: files, pictures, or what `read_photos` gives.
+OnStep = Callable[[int, LoraSet], bool] | None
+RARE_TOKEN = "ohwx"  # Names the person on bases whose tokenizer has no token of its own for the placeholder.
 
 
 class HyperDreamBooth:
@@ -73,12 +73,16 @@ class HyperDreamBooth:
             base: "toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id.
             hypernetwork: a directory or hub id; None for none; "auto" takes the shipped one for toon, none elsewhere.
             device: cuda, mps or cpu; by default the best there is.
-            dtype: the frozen base's precision; by default what `best_dtype` says.
+            dtype: the frozen base's precision; by default bfloat16 on a CUDA card that has it, float16 on older ones, float32 elsewhere and for
+                toon, which is small.
             prediction, parts: as `load_backbone` takes them.
         """
-        device = device or best_device()
-        dtype = dtype or best_dtype(base, device)
-        backbone = load_backbone(base, device=device, dtype=dtype, prediction=prediction, parts=parts)
+        if device is None and torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one GPU for each process of `accelerate launch`
+        device = device or ("mps" if torch.backends.mps.is_available() else "cpu")
+        if dtype is None and device.startswith("cuda") and str(base) != "toon":
+            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        backbone = load_backbone(base, device=device, dtype=dtype or torch.float32, prediction=prediction, parts=parts)
         if hypernetwork == "auto":
             hypernetwork = toon.directory("hypernetwork") if str(base) == "toon" else None
         return cls._opened(backbone, str(base), hypernetwork)
@@ -114,34 +118,24 @@ class HyperDreamBooth:
 
     @property
     def device(self) -> torch.device:
-        return next(self.backbone.components.parameters()).device
+        return self.backbone.device
 
     def person(self, loras: LoraSet, prompt: str | None = None, *, metadata: Mapping[str, str] | None = None, **more: Any) -> PersonalLora:
         """A person's update of this base, unbatched. `more`: further fields of PersonalLora."""
-        about = formats.base_metadata(self.backbone.pipe, self.base, self.backbone.size)
-        return PersonalLora(
-            loras,
-            self.base,
-            prompt=prompt or self.prompt,
-            **{"identifier": self.identifier, **more},
-            metadata={**(metadata or {}), **about},
-        )
+        about = {**(metadata or {}), **formats.base_metadata(self.backbone.pipe, self.base, self.backbone.size)}
+        return PersonalLora(loras, self.base, **{"identifier": self.identifier, "prompt": prompt or self.prompt, **more}, metadata=about)
 
     def personalize_config(self, choices: PersonalizeChoices | PersonalizeConfig | None = None, **changes: Any) -> PersonalizeConfig:
         """The settings of a fine-tuning: `changes`, then `choices`, then the hypernetwork's own, then general ones."""
-        if isinstance(choices, PersonalizeConfig):  # complete already
-            return _changed(choices, changes)
-        own = self.info.personalize if self.info else {}
-        scratch = {} if self.source else SCRATCH
-        return resolve(PersonalizeConfig, ("given", changes), ("given", choices or {}), ("hypernetwork", own), ("from scratch", scratch))
+        own = ("hypernetwork", self.info.personalize if self.info else {}), ("from scratch", {} if self.source else SCRATCH)
+        complete = isinstance(choices, PersonalizeConfig)
+        return resolve(PersonalizeConfig, ("given", changes), ("given", choices or {}), *(() if complete else own))
 
     def generate_config(self, choices: GenerateChoices | GenerateConfig | None = None, **changes: Any) -> GenerateConfig:
         """The settings of drawing: `changes`, then `choices`, then the hypernetwork's own, then the family's, then general ones."""
-        if isinstance(choices, GenerateConfig):  # complete already
-            return _changed(choices, changes)
-        own = self.info.generate if self.info else {}
-        family = self.backbone.generation
-        return resolve(GenerateConfig, ("given", changes), ("given", choices or {}), ("hypernetwork", own), ("family", family))
+        own = ("hypernetwork", self.info.generate if self.info else {}), ("family", self.backbone.generation)
+        complete = isinstance(choices, GenerateConfig)
+        return resolve(GenerateConfig, ("given", changes), ("given", choices or {}), *(() if complete else own))
 
     def read_photos(self, files: Photos, *, crop: photos.Crop = "auto", face: int | None = None) -> tuple[Tensor, list[str]]:
         """Photos in the base's size, see `photos.read_photos`."""
@@ -159,11 +153,8 @@ class HyperDreamBooth:
         return self.source.tokens(pixels.to(self.device)).mean(0)
 
     def describe(self, latents: Tensor, predicted: LoraSet | None = None) -> list[str]:
-        """What photos' latents (N, C, h, w) show, in the base's own words; the person alone where no alternatives are known.
-
-        Args:
-            predicted: the people's updates, one or N.
-        """
+        """What photos' latents (N, C, h, w) of people with the updates `predicted`, one or N, show, in the base's own words; the person
+        alone where no alternatives are known."""
         slots = self.info.describe if self.info else []
         texts = describe(self.backbone, latents, slots, predicted) if slots else [self.prompt] * len(latents)
         return [text.replace(PLACEHOLDER, self.identifier) for text in texts]
@@ -174,10 +165,9 @@ class HyperDreamBooth:
         found = strangeness(self.backbone, latents, self.prompt).max().item() if limit else 0.0
         if limit is None or found <= limit:
             return ""
-        return (
-            f"this photo is unlike anything that {self.base} was trained on (its loss is {found:.2f}, familiar pictures stay under {limit:.2f}): "
-            "what is drawn won't look like the person. Take a base that can draw such photos (--base)."
-        )
+        figures = f"its loss is {found:.2f}, familiar pictures stay under {limit:.2f}"
+        unlike = f"this photo is unlike anything that {self.base} was trained on ({figures})"
+        return f"{unlike}: what is drawn won't look like the person. Take a base that can draw such photos (--base)."
 
     def naming(self, prompt: str | None) -> str | None:
         """What a photo shows, in words that name the person: a caption that doesn't has the person's own prompt put before it."""
@@ -187,13 +177,10 @@ class HyperDreamBooth:
         self,
         files: Photos,
         *,
-        steps: int | None = None,
-        crop: photos.Crop = "auto",
-        face: int | None = None,
         masks: Tensor | None = None,
         prompt: str | None = None,
         directory: str | Path | None = None,
-        on_step: Callable[[int, LoraSet], bool] | None = None,
+        on_step: OnStep = None,
         quiet: bool = False,
         config: PersonalizeChoices | PersonalizeConfig | None = None,
         **changes: Any,
@@ -201,9 +188,8 @@ class HyperDreamBooth:
         """A person's LoRA from one photo or several: predict, fine-tune, merge.
 
         Args:
-            steps: fine-tuning steps; 0 keeps the prediction. Default: 25, or 300 without a hypernetwork.
-            changes: any field of PersonalizeChoices.
-            config: the same as one object; `changes` and `steps` win over it.
+            changes: any field of PersonalizeChoices: `steps` (0 keeps the prediction; default: 25, or 300 without a hypernetwork), `crop`, `face`.
+            config: the same as one object; `changes` win over it.
             masks: (n, 1, size, size) in 0..1 from `read_masks`: where the loss counts in each photo. Default: the config's `mask`.
             prompt: what the photos show, such as "a [V] face wearing a cap on a blue background": what it names isn't learnt as the
                 person. Default: what `describe` finds in each.
@@ -211,15 +197,14 @@ class HyperDreamBooth:
             on_step: called after every fine-tuning step with the number of steps done and the person's update so far, which
                 `generate` takes; where it returns True, that update is the result. Called in this thread, between two steps.
         """
-        config = self.personalize_config(config, steps=steps, **changes)
-        pixels, _ = self.read_photos(files, crop=crop, face=face)
+        config = self.personalize_config(config, **changes)
+        pixels, _ = self.read_photos(files, crop=config.crop, face=config.face)
         return self._people([pixels], [prompt], config, masks=masks, directory=directory, on_step=on_step, quiet=quiet)[0]
 
     def personalize_all(
         self,
         people: Mapping[str, Photos] | str | Path,
         *,
-        crop: photos.Crop = "auto",
         side_by_side: int | None = None,
         on_refused: Callable[[str, InputError], None] | None = None,
         quiet: bool = False,
@@ -239,7 +224,7 @@ class HyperDreamBooth:
         ready: dict[int, list[tuple[str, Tensor, str | None]]] = {}
         for number, (name, files) in enumerate(known.items(), 1):
             try:
-                pixels, _ = self.read_photos(files, crop=crop)
+                pixels, _ = self.read_photos(files, crop=config.crop, face=config.face)
                 # people of a batch have as many photos as one another
                 ready.setdefault(len(pixels), []).append((name, pixels, self.naming(caption_of(files))))
             except InputError as error:
@@ -265,14 +250,14 @@ class HyperDreamBooth:
         *,
         masks: Tensor | None = None,
         directory: str | Path | None = None,
-        on_step: Callable[[int, LoraSet], bool] | None = None,
+        on_step: OnStep = None,
         quiet: bool = False,
     ) -> list[PersonalLora]:
         """People with n photos (n, 3, size, size) each, in one batch. `masks` and `on_step` are for a single one."""
-        seconds, clock, count, each = {}, time.perf_counter(), len(pixels), len(pixels[0])
+        clocks, count, each = [time.perf_counter()], len(pixels), len(pixels[0])
         tokens = torch.stack([self.predict(mine) for mine in pixels]) if self.source else None
         predicted = self.source.lightweight(tokens).detach() if self.source else None
-        seconds["predict"], clock = time.perf_counter() - clock, time.perf_counter()
+        clocks.append(time.perf_counter())
         # fp32 for what is trained and for its latents, whatever the base's precision
         latents = torch.stack([self.backbone.encode_images(mine).float() for mine in pixels])
         texts, warnings = [], []
@@ -284,7 +269,7 @@ class HyperDreamBooth:
             mine = predicted.select(slice(index, index + 1)) if predicted else None
             plain = prompt or warnings[-1] or config.steps == 0
             texts.append([given] * each if plain else self.describe(latents[index], mine))
-        seconds["describe"], clock = time.perf_counter() - clock, time.perf_counter()
+        clocks.append(time.perf_counter())
         mask = nn.functional.interpolate(masks, latents.shape[-2:], mode="area").to(latents)[None] if masks is not None else None
         batched = predicted is not None or count > 1
 
@@ -294,23 +279,21 @@ class HyperDreamBooth:
         step = (lambda done, loras: on_step(done, single(loras))) if on_step else None
         subject = Subject(latents, texts, mask)
         loras, report = personalize(self.backbone, subject, predicted, config, directory=directory, on_step=step, quiet=quiet)
-        seconds["finetune"], clock = time.perf_counter() - clock, time.perf_counter()
+        clocks.append(time.perf_counter())
         merged = [finish(single(loras, index)) for index in range(count)]
-        seconds["export"] = time.perf_counter() - clock
-        return [
-            self.person(
-                merged[index],
-                predicted=predicted.select(index) if predicted else None,
-                tokens=tokens[index].cpu() if tokens is not None else None,
-                lightweight=self.source.lightweight if self.source else None,
-                losses=report.losses,
-                seconds={key: value / count for key, value in seconds.items()},
-                shown=texts[index],
-                warning=warnings[index],
-                metadata={"hyperdreambooth.steps": str(report.steps)},
-            )
-            for index in range(count)
-        ]
+        ends = zip(("predict", "describe", "finetune", "export"), itertools.pairwise([*clocks, time.perf_counter()]), strict=True)
+        shared: dict[str, Any] = {"losses": report.losses, "seconds": {name: (after - before) / count for name, (before, after) in ends}}
+        made = []
+        for index, loras in enumerate(merged):
+            own: dict[str, Any] = {
+                "shown": texts[index],
+                "warning": warnings[index],
+                "metadata": {"hyperdreambooth.steps": str(report.steps)},
+            }
+            if self.source and predicted is not None and tokens is not None:
+                own |= {"predicted": predicted.select(index), "tokens": tokens[index].cpu(), "lightweight": self.source.lightweight}
+            made.append(self.person(loras, **own, **shared))
+        return made
 
     def load(self, path: str | Path) -> PersonalLora:
         """A LoRA (a file, a folder or a hub id), or a token file of this hypernetwork, as a PersonalLora.
@@ -356,20 +339,19 @@ class HyperDreamBooth:
         person: PersonalLora | LoraSet | str | Path | None = None,
         *,
         styles: Sequence[formats.Style] = (),
-        seed: int | None = None,
-        count: int | None = None,
         on_picture: Callable[[int], None] | None = None,
         config: GenerateChoices | GenerateConfig | None = None,
         **changes: Any,
     ) -> list[Image.Image]:
-        """Pictures, `count` for each prompt, in order. Any field of GenerateChoices can be given, and wins over `config`.
+        """Pictures, `count` for each prompt, in order.
 
         Args:
             person: a PersonalLora, a LoRA file or a token file; None generates with the base alone.
             styles: LoRAs of any kind for every branch: each a file, a folder or a hub id, or (one of these, strength).
-            seed: of each prompt's first picture; the next ones count up.
+            changes: any field of GenerateChoices, such as `steps`, `seed` (of each prompt's first picture; the next ones count up) and `count`;
+                they win over `config`.
         """
-        config = self.generate_config(config, seed=seed, count=count, **changes)
+        config = self.generate_config(config, **changes)
         if isinstance(person, (str, Path)):
             person = self.load(person)
         if person is not None and not isinstance(person, (PersonalLora, LoraSet)):
@@ -393,8 +375,3 @@ class HyperDreamBooth:
         """What a PNG carries: how it was made, and that a machine made it."""
         made = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("seed", "count", "batch", "origins")}
         return photos.generated({"prompt": prompt, "seed": seed, **made, "base": self.base, "loras": [list(lora) for lora in loras]})
-
-
-def _changed(settings: T, changes: dict[str, Any]) -> T:
-    """Settings with every change that isn't None."""
-    return dataclasses.replace(settings, **{key: value for key, value in changes.items() if value is not None})

@@ -75,7 +75,11 @@ def parse(name: str, kind: type, arguments: list[str]) -> object:
     if "--config" in arguments[:-1]:
         file = arguments.pop(arguments.index("--config") + 1)
         arguments.remove("--config")
-        default = updated(commands_default(kind), read_config(file), file)
+        default, values = commands_default(kind), read_config(file)
+        # a setting of `config` may stand beside it as well, as its flag does
+        config = vars(default.config).keys() - vars(default).keys() if hasattr(default, "config") else ()
+        inner = {key: values.pop(key) for key in list(values) if str(key).replace("-", "_") in config}
+        default = updated(updated(default, {"config": inner} if inner else {}, file), values, file)
     return tyro.cli(kind, prog=f"hyperdreambooth {name}", args=arguments, default=default)
 
 

@@ -103,11 +103,11 @@ class IdentityData:
         last = self.people >= len(self.names) - count
         if last.all():
             raise InputError(f"{len(self.names)} identities are too few to keep {count} for validation.")
-        return self._subset(~last, self.names[:-count], 0), self._subset(last, self.names[-count:], len(self.names) - count)
-
-    def _subset(self, keep: Tensor, names: list[str], first: int) -> IdentityData:
-        prompts = [prompt for prompt, kept in zip(self.prompts, keep.tolist(), strict=True) if kept]
-        return IdentityData(self.latents[keep], self.features[keep], self.people[keep] - first, names, prompts, self.reference[keep])
+        parts, first = [], len(self.names) - count
+        for keep, names, start in ((~last, self.names[:first], 0), (last, self.names[first:], first)):
+            people, prompts = self.people[keep] - start, [self.prompts[index] for index in keep.nonzero()[:, 0].tolist()]
+            parts.append(IdentityData(self.latents[keep], self.features[keep], people, names, prompts, self.reference[keep]))
+        return parts[0], parts[1]
 
     def inputs(self, chosen: Tensor) -> Tensor:
         """The hypernetwork's inputs for the chosen pictures (B,): features, or pictures (B, 3, H, W) in -1..1; float32."""
@@ -129,10 +129,7 @@ class FolderOfPeople:
 
     def __init__(self, folder: str | Path, backbone: Backbone, crop: photos.Crop = "auto"):
         self.files, self.backbone, self.crop = list_identities(folder), backbone, crop
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.files)
+        self.names = list(self.files)
 
     def latents_of(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Latents (pictures, C, h, w) of each of these people. Broken pictures are named and skipped, and so is who has no others."""
@@ -152,9 +149,8 @@ def load_identities(
 ) -> IdentityData:
     """Reads `identity/picture.png`, or one picture each, and encodes every picture once.
 
-    Broken pictures are named, counted and skipped. With `cache`, latents and features are kept there under a key of
-    the files' names, sizes and dates. An encoder that is trained gets the pictures, not features. Raises InputError for
-    an empty folder.
+    Broken pictures are named, counted and skipped. With `cache`, latents and features are kept there under a key of the files' names,
+    sizes and dates. An encoder that is trained gets the pictures, not features. Raises InputError for an empty folder.
     """
     found = list_identities(folder)
     files = [(name, file) for name, group in found.items() for file in group]
@@ -213,8 +209,10 @@ def decoded(files: Sequence[Path], size: int, crop: photos.Crop, many: int, prog
         say(f"{len(skipped)} of {len(files)} pictures were skipped.")
 
 
-def _seen_by(encoder: FaceEncoder, pixels: Tensor) -> Tensor:
+def _seen_by(encoder: FaceEncoder | None, pixels: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in -1..1 as `IdentityData.features` keeps them: features, or themselves in the encoder's size."""
+    if encoder is None:
+        return torch.zeros(len(pixels), 0, 0)
     if not encoder.trained:
         return encoder(pixels.to(next(encoder.parameters()).device)).cpu()
     return ((encoder.resized(pixels).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -234,7 +232,7 @@ def _encode(
             # the CPU's convolutions are faster with channels last
             pixels = photos.to_tensor(list(images.values())).contiguous(memory_format=torch.channels_last)
             latents.append(backbone.encode_images(pixels).cpu())
-            features.append(_seen_by(encoder, pixels) if encoder else torch.zeros(len(images), 0, 0))
+            features.append(_seen_by(encoder, pixels))
             kept += images
     empty = torch.zeros(0)
     return {"latents": torch.cat(latents or [empty]), "features": torch.cat(features or [empty]), "kept": torch.tensor(kept)}

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from .checkpoint import read_header, read_json, write_json
 from .errors import InputError, some
 
-LARGEST_PICTURE = 2048
-"""Side of the pictures that an encoder may ask for, in pixels."""
+LARGEST_PICTURE = 2048  # Side of the pictures that an encoder may ask for, in pixels.
 
 
 class FaceEncoder(nn.Module):
@@ -39,8 +38,7 @@ class FaceEncoder(nn.Module):
         self._values: Tensor
         self.register_buffer("_values", torch.tensor([mean, std]).reshape(2, 1, 3, 1, 1), persistent=False)
         config: Any = model.config
-        self.dim = int((getattr(config, "hidden_sizes", None) or [config.hidden_size])[-1])
-        """Channels of the features."""
+        self.dim = int((getattr(config, "hidden_sizes", None) or [config.hidden_size])[-1])  # Channels of the features.
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, trained: bool = False) -> FaceEncoder:

@@ -18,16 +18,11 @@ from PIL import Image, ImageOps
 
 from .errors import InputError, NoFaceError
 
-TURNS = (0, 20, -20, 40, -40)
-"""Degrees by which copies are turned before faces are looked for."""
-ORIENTATIONS = (0, 180, 90, -90)
-"""Quarter turns at which a photo is searched, in this order, until a face with eyes is found."""
-SIZES = (512, 1024, 2048)
-"""The longer side of the copies that are searched, until a face is found: small faces need the larger ones."""
-SMALLEST_AUTO = 256
-"""A picture of at most this many pixels a side is taken for a crop that is one already."""
-MARGIN = 2.0
-"""Side of a crop over the side of the detector's box, which runs from the brows to the chin."""
+TURNS = (0, 20, -20, 40, -40)  # Degrees by which copies are turned before faces are looked for.
+ORIENTATIONS = (0, 180, 90, -90)  # Quarter turns at which a photo is searched, in this order, until a face with eyes is found.
+SIZES = (512, 1024, 2048)  # The longer side of the copies that are searched, until a face is found: small faces need the larger ones.
+SMALLEST_AUTO = 256  # A picture of at most this many pixels a side is taken for a crop that is one already.
+MARGIN = 2.0  # Side of a crop over the side of the detector's box, which runs from the brows to the chin.
 
 
 class Face(NamedTuple):

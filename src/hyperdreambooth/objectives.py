@@ -1,7 +1,5 @@
 """Losses: one value PER SAMPLE, shape (B,). Weights multiply outside."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -15,21 +13,10 @@ def gaussian(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def denoising(
-    backbone: Backbone,
-    latents: Tensor,
-    conditioning: Conditioning,
-    levels: Tensor,
-    generator: torch.Generator,
-    mask: Tensor | None = None,
-    draw: Callable[[torch.Size, torch.Generator], Tensor] = gaussian,
+    backbone: Backbone, latents: Tensor, conditioning: Conditioning, levels: Tensor, generator: torch.Generator, mask: Tensor | None = None
 ) -> Tensor:
-    """The denoising loss with noise that is drawn here, (B,); see `denoising_loss`.
-
-    Args:
-        levels: noise levels (B,) in 0..1, see NoiseLevels.
-        draw: how noise is drawn, where samples are to share it.
-    """
-    noise = draw(latents.shape, generator).to(latents)
+    """`denoising_loss` with noise that is drawn here, at noise levels (B,) in 0..1: (B,)."""
+    noise = gaussian(latents.shape, generator).to(latents)
     return denoising_loss(backbone, latents, conditioning, noise, backbone.steps_for(levels), mask)
 
 

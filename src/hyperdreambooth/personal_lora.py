@@ -12,8 +12,7 @@ from .errors import InputError
 from .lightweight import LightweightLora
 from .lora import LoraSet, update_norms
 
-PLACEHOLDER = "[V]"
-"""Stands for the person in prompts, whatever the base's own rare token is."""
+PLACEHOLDER = "[V]"  # Stands for the person in prompts, whatever the base's own rare token is.
 
 
 @dataclass(repr=False)
@@ -24,22 +23,16 @@ class PersonalLora:
     base: str
     identifier: str = PLACEHOLDER
     prompt: str = "a [V] face"
-    predicted: LoraSet | None = None
-    """The hypernetwork's prediction before any step."""
-    tokens: Tensor | None = None
-    """The prediction as tokens (layers, width)."""
+    predicted: LoraSet | None = None  # The hypernetwork's prediction before any step.
+    tokens: Tensor | None = None  # The prediction as tokens (layers, width).
     lightweight: LightweightLora | None = None
     losses: list[tuple[int, float]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    """What took how long: predict, describe, finetune, export."""
-    shown: list[str] = field(default_factory=list)
-    """What each photo was taken to show, in words."""
-    warning: str = ""
-    """What makes it doubtful that pictures will look like the person, or ""."""
+    seconds: dict[str, float] = field(default_factory=dict)  # What took how long: predict, describe, finetune, export.
+    shown: list[str] = field(default_factory=list)  # What each photo was taken to show, in words.
+    warning: str = ""  # What makes it doubtful that pictures will look like the person, or "".
     metadata: dict[str, str] = field(default_factory=dict)
     """What the file's header says besides the LoRA itself: about its base, or whatever a loaded file said."""
-    convolutions: frozenset[str] = frozenset()
-    """Layers of a loaded file that are 1 x 1 convolutions."""
+    convolutions: frozenset[str] = frozenset()  # Layers of a loaded file that are 1 x 1 convolutions.
 
     def __repr__(self) -> str:
         return f"PersonalLora({self.base!r}, rank={self.rank}, layers={len(self.loras)}, trigger={self.identifier!r})"

@@ -25,8 +25,7 @@ from .errors import InputError, fresh
 from .faces import crop_face, face_for
 from .settings import Crop as Crop
 
-Source = Any
-"""What `read_photo` takes: str | Path | bytes | BinaryIO | Image.Image | numpy array | Tensor."""
+Source = Any  # What `read_photo` takes: str | Path | bytes | BinaryIO | Image.Image | numpy array | Tensor.
 NOT_PHOTOS = {"EPS", "PDF", "WMF", "GRIB", "HDF5", "BUFR", "MPEG", "XVTHUMB"}
 """What Pillow opens beside pictures: documents (EPS runs Ghostscript), vector drawings, containers of data."""
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
@@ -35,6 +34,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jfif", ".jpe", ".mpo"}
 MAX_BYTES = 100_000_000
 MAX_PIXELS = 64_000_000
+TOO_MANY = f"the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first."
 MIN_SIDE = 16
 # Pillow refuses a PNG with more than a megabyte of text, such as the recipe that some programs write into their pictures
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20
@@ -66,11 +66,11 @@ def read_photo(source: Source) -> tuple[Image.Image, str]:
                 source = Path(getattr(source, "filename", "")) if getattr(source, "filename", "") else source
             if isinstance(source, (np.ndarray, Tensor)):
                 source = _from_array(source, name)
-            return _finish(source if isinstance(source, Image.Image) else _open(_read_bytes(source, name), name), name)
+            return _finish(source if isinstance(source, Image.Image) else _open(source, name), name)
     except InputError:  # is a ValueError, and would be wrapped below
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"{name} has too many pixels; the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first.") from error
+        raise InputError(f"{name} has too many pixels; {TOO_MANY}") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is not a picture ({', '.join(FORMATS)} and more are read). Convert it first.") from error
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, KeyError, struct.error) as error:
@@ -88,8 +88,8 @@ def photo_name(source: Source) -> str:
 
 def _read_bytes(source: str | Path | bytes | BinaryIO, name: str) -> bytes:
     if isinstance(source, (bytes, bytearray)):
-        data = bytes(source)
-    elif isinstance(source, (str, Path)):
+        return bytes(source)
+    if isinstance(source, (str, Path)):
         if isinstance(source, str) and re.match(r"(?i)(https?|ftp|data):", source):
             raise InputError(f"{name[:80]}: nothing is fetched from the web. Save the picture and name the file.")
         is_url = isinstance(source, str) and source.lower().startswith("file://")
@@ -99,22 +99,22 @@ def _read_bytes(source: str | Path | bytes | BinaryIO, name: str) -> bytes:
         if not path.is_file():
             raise InputError(f"{name}: no such file. Check the path.")
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    elif hasattr(source, "read"):
-        data = source.read(MAX_BYTES + 1)
-        if not isinstance(data, bytes):
-            raise InputError(f"{name} was opened as text. Open it in binary mode.")
-    else:
+            return file.read(MAX_BYTES + 1)
+    if not hasattr(source, "read"):
         raise InputError(f"{name} is no picture: give a path, bytes, an open file, a PIL image, an array or a tensor.")
+    data = source.read(MAX_BYTES + 1)
+    if not isinstance(data, bytes):
+        raise InputError(f"{name} was opened as text. Open it in binary mode.")
+    return data
+
+
+def _open(source: str | Path | bytes | BinaryIO, name: str) -> Image.Image:
+    """Opens a file by its content; no pixel is decoded yet."""
+    data = _read_bytes(source, name)
     if not data:
         raise InputError(f"{name} is empty (0 bytes). Was it cut off while copying?")
     if len(data) > MAX_BYTES:
         raise InputError(f"{name} is too large: the limit is {MAX_BYTES / 1e6:.0f} MB. Scale it down first.")
-    return data
-
-
-def _open(data: bytes, name: str) -> Image.Image:
-    """Opens a file by its content; no pixel is decoded yet."""
     if data.startswith(b"\xff\xd8\xff"):
         # Image.open refuses over 179 megapixels, which the reduced decoding below can take
         image: Image.Image = JpegImagePlugin.jpeg_factory(io.BytesIO(data))
@@ -142,7 +142,7 @@ def _from_array(values: Any, name: str) -> Image.Image:
         values = values.detach().cpu()
         values = values[0] if values.ndim == 4 and len(values) == 1 else values
         values = values.movedim(0, -1) if values.ndim == 3 else values
-        values = (values.float() if values.is_floating_point() else values).numpy()
+        values = (values.float() if values.is_floating_point() else values).numpy()  # numpy has no bfloat16
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)) or values.size == 0:
         raise InputError(f"{name} has shape {tuple(values.shape)}: give an array (H, W, 3), a gray one (H, W), or a tensor (3, H, W).")
     if values.dtype.kind == "f":
@@ -164,7 +164,7 @@ def _finish(image: Image.Image, name: str) -> tuple[Image.Image, str]:
     """Checks the size, decodes, turns upright and converts to 8-bit sRGB."""
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise InputError(f"{name} has {width} x {height} pixels; the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first.")
+        raise InputError(f"{name} has {width} x {height} pixels; {TOO_MANY}")
     if min(width, height) < MIN_SIDE:
         raise InputError(f"{name} has {width} x {height} pixels, too few to show a face: take one of at least {MIN_SIDE} x {MIN_SIDE}.")
     frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
@@ -208,8 +208,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         top = (1.0 if largest <= 1 else 255.0) if image.mode == "F" else whole
         return Image.fromarray(((values / top).clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        layered = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layered).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -331,26 +330,21 @@ def grid(
 ) -> Image.Image:
     """A labelled contact sheet: one row of pictures for each row label. `cell` is the side of a picture on it."""
     cell = cell or min(256, max(128, max(row[0].width for row in rows)))
-    font = ImageFont.load_default(13)
-    columns = max(len(row) for row in rows)
-    top = 22 if any(column_labels) else 4
-    strip = 20 if any(row_labels) else 4
+    font, columns = ImageFont.load_default(13), max(map(len, rows))
+    top, strip = 22 if any(column_labels) else 4, 20 if any(row_labels) else 4
     sheet = Image.new("RGB", (columns * (cell + 4) + 4, top + len(rows) * (cell + strip)), "white")
-    draw = ImageDraw.Draw(sheet)
+
+    def write(x: int, y: int, text: str, width: int) -> None:
+        while text and font.getlength(text) > width:
+            text = text[:-2].rstrip() + "…" if len(text) > 2 else ""
+        ImageDraw.Draw(sheet).text((x, y), text, fill="black", font=font)
+
     for column, label in enumerate(column_labels[:columns]):
-        draw.text((4 + column * (cell + 4), 4), _fit(label, cell, font), fill="black", font=font)
+        write(4 + column * (cell + 4), 4, label, cell)
     for index, row in enumerate(rows):
         y = top + index * (cell + strip)
-        if strip > 4:
-            draw.text((4, y + 1), _fit(row_labels[index], columns * (cell + 4), font), fill="black", font=font)
+        write(4, y + 1, row_labels[index] if strip > 4 else "", columns * (cell + 4))
         for column, image in enumerate(row):
             resample = Image.Resampling.NEAREST if image.width * 2 <= cell and cell % image.width == 0 else Image.Resampling.LANCZOS
             sheet.paste(image.resize((cell, cell), resample), (4 + column * (cell + 4), y + strip - 2))
     return sheet
-
-
-def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of a label as fits."""
-    while text and font.getlength(text) > width:
-        text = text[:-2].rstrip() + "…" if len(text) > 2 else ""
-    return text

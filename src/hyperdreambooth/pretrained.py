@@ -15,11 +15,10 @@ from .config import parsed, updated
 from .encoder import FaceEncoder
 from .errors import InputError, in_range, some
 from .hub import download, hypernetwork_card
-from .hypernetwork import HyperNetwork
 from .lightweight import LightweightLora
 from .lora import Shape, canonical_modules, linear_shape
 from .settings import GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
-from .trainable_lora import PredictedLora
+from .trainable_lora import HyperNetwork, PredictedLora
 from .training_settings import LARGEST_LAYER, HyperNetworkConfig, LightweightConfig
 
 FORMAT = 1

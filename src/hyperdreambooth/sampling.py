@@ -9,16 +9,13 @@ so g pushes along the prompt, i along the person, and a branch whose weight is z
 cost two branches, as plain guidance does. Plain guidance, (1 - g) e(empty, person) + g e(prompt, person), keeps the LoRA in
 both branches; it strengthens the prompt alone.
 
-Context guidance is the same mix at i = 1 in the first steps, before plain guidance: there the prompt's direction is the base's own, and
-what a prompt asks for is decided early, as the person is. A LoRA may have blurred it: without, "a [V] face wearing a santa hat" on the
-embedded base draws a hat in the color of the person's hair.
-
-The person is decided while there is much noise. Later, i above 1 only distorts what the prompt asked for, so it may fall to 1 on
-the way (a guidance interval: Kynkäänniemi et al., arXiv 2404.07724).
+Context guidance is the same mix at i = 1 in the first steps, before plain guidance: what a prompt asks for is decided early, there in the
+base's own direction, which a LoRA may have blurred. Later, i above 1 only distorts what the prompt asked for, so it may fall to 1 on the
+way (a guidance interval: Kynkäänniemi et al., arXiv 2404.07724).
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,14 +31,9 @@ from .errors import InputError
 from .lora import Hooks, Lora, LoraSet, mergeable, merged
 from .settings import GenerateConfig
 
-FLOW = (
-    "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-)
-"""Schedulers that solve the flow of a base that is trained by flow matching."""
+# Schedulers that solve the flow of a base that is trained by flow matching.
+FLOW = [f"FlowMatch{name}DiscreteScheduler" for name in ("Euler", "Heun")]
+FLOW += ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"]
 
 
 def schedulers(flow: bool) -> list[str]:
@@ -120,11 +112,6 @@ class Prompts:
     negative: Conditioning
     plain: Conditioning | None = None
 
-    def branch(self, prompted: bool, person: bool) -> Conditioning:
-        if not prompted:
-            return self.negative
-        return self.positive if person or self.plain is None else self.plain
-
 
 @torch.no_grad()
 def sample(
@@ -135,14 +122,12 @@ def sample(
     *,
     personal: LoraSet | None = None,
     generator: torch.Generator | None = None,
-    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Denoises `noise` (B, C, h, w) into latents of the same shape.
 
     Args:
         settings: steps, scheduler and the scales of guidance.
         personal: one person's LoRA, or B of them; in every branch "with person".
-        on_step: called after each step with its number.
     """
     schedule = make_scheduler(backbone.pipe, settings.scheduler)
     backbone.set_timesteps(schedule, settings.steps, noise)
@@ -150,13 +135,14 @@ def sample(
     latents = noise * getattr(schedule, "init_noise_sigma", 1.0)
     scale_input = getattr(schedule, "scale_model_input", lambda value, timestep: value)
     extra = {"generator": generator} if "generator" in schedule.step.__code__.co_varnames else {}
-    number, count = 0, len(noise)
+    count = len(noise)
     first, until, then = phases(settings) if personal else (branches(settings.guidance, None), 1.0, [])
     early = round(until * len(schedule.timesteps))
     for mix, timesteps in ((first, schedule.timesteps[:early]), (then, schedule.timesteps[early:])):
         if not len(timesteps):
             continue
-        parts = [prompts.branch(prompted, who) for _, prompted, who in mix]
+        plain = prompts.plain or prompts.positive
+        parts = [(prompts.positive if who else plain) if prompted else prompts.negative for _, prompted, who in mix]
         conditioning = {key: torch.cat([part[key] for part in parts]) for key in prompts.positive}
         person = torch.tensor([float(who) for _, _, who in mix], device=noise.device).repeat_interleave(count)
         weights = torch.tensor([weight for weight, _, _ in mix], device=noise.device, dtype=noise.dtype).reshape(-1, 1, 1, 1, 1)
@@ -168,9 +154,6 @@ def sample(
                 predicted = predict({"noisy": tiled, "timesteps": timestep.expand(len(tiled)), **conditioning})
                 mixed = (predicted.unflatten(0, (len(mix), count)) * weights).sum(0)
                 latents = schedule.step(mixed, timestep, latents, **extra, return_dict=False)[0]
-                number += 1
-                if on_step:
-                    on_step(number)
     return latents
 
 
@@ -191,10 +174,15 @@ def denoiser(backbone: Backbone, personal: LoraSet, person: Tensor | None) -> It
     def recorded(work: replay.Work, way: str) -> replay.Work:
         return replay.Replayed(work, (*key, way)) if record else work
 
+    def predicted(batch: replay.Inputs) -> Tensor:
+        own = ("noisy", "timesteps", "person")
+        conditioning = {key: value for key, value in batch.items() if key not in own and not key.startswith("lora.")}
+        return backbone.predict(batch["noisy"], batch["timesteps"], conditioning)
+
     mine = LoraSet({path: lora for path, lora in personal.items() if not is_text(path, backbone)})
     if person is None and mergeable(backbone.components, mine):
         with merged(backbone.components, mine):
-            yield recorded(lambda batch: backbone.predict(*_arguments(batch)), "merged")
+            yield recorded(predicted, "merged")
         return
     with Hooks(backbone.components, mine) as hooks:
         static = {f"lora.{path}.{side}": getattr(lora, side) for path, lora in mine.items() for side in ("down", "up")}
@@ -203,16 +191,10 @@ def denoiser(backbone: Backbone, personal: LoraSet, person: Tensor | None) -> It
         def work(batch: replay.Inputs) -> Tensor:
             # a recording reads the updates from its own inputs, so the next person can use it too
             hooks.set({path: Lora(batch[f"lora.{path}.down"], batch[f"lora.{path}.up"]) for path in mine}, batch.get("person"))
-            return backbone.predict(*_arguments(batch))
+            return predicted(batch)
 
         predict = recorded(work, "hooks")
         yield lambda batch: predict({**batch, **static})
-
-
-def _arguments(batch: replay.Inputs) -> tuple[Tensor, Tensor, Conditioning]:
-    own = ("noisy", "timesteps", "person")
-    conditioning = {key: value for key, value in batch.items() if key not in own and not key.startswith("lora.")}
-    return batch["noisy"], batch["timesteps"], conditioning
 
 
 def is_text(path: str, backbone: Backbone) -> bool:

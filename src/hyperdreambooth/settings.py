@@ -41,6 +41,10 @@ class PersonalizeChoices:
     prior_pictures: int | None = None  # Prior preservation: pictures of the class that the base generates first. Default: 0, none.
     prior_weight: float | None = None  # Weight of the prior loss. Default: 1.
     seed: int | None = None  # Noise and the residual's start follow from this number. Default: 0.
+    crop: Crop | None = None
+    """What of a photo is taken. auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the
+    middle square. Faces are found with the extra `faces`. Default: auto."""
+    face: int | None = None  # Which face, by size from 1, where there are several. Default: the largest.
 
 
 @dataclass
@@ -59,6 +63,8 @@ class PersonalizeConfig:
     prior_pictures: int = 0
     prior_weight: float = 1.0
     seed: int = 0
+    crop: Crop = "auto"
+    face: int | None = None
     origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # Where each value came from, see `resolve`.
 
     def __post_init__(self) -> None:

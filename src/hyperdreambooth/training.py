@@ -16,7 +16,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,18 +45,14 @@ Validate = Callable[[int, nn.Module], Mapping[str, "float | Image.Image"]]
 class Run:
     """One run of a training: where it is kept, how long it goes on, and who is told."""
 
-    directory: str | Path | None = None
-    """Where `state.safetensors` is kept; found there, the training resumes from it."""
-    device: str | torch.device | None = None
-    """Default: the best there is."""
+    directory: str | Path | None = None  # Where `state.safetensors` is kept; found there, the training resumes from it.
+    device: str | torch.device | None = None  # Default: the best there is.
     groups: list[dict[str, Any]] | None = None
     """Parameter groups of the optimizer where learning rates differ (`lr_scale` multiplies the schedule)."""
-    validate: Validate | None = None
-    """`validate(step, model)` returns named figures, which are logged, and pictures, which a tracker gets."""
+    validate: Validate | None = None  # `validate(step, model)` returns named figures, which are logged, and pictures, which a tracker gets.
     on_step: Callable[[int], bool] | None = None
     """Called after every step with the number of steps done; where it returns True, the training stops (and checkpoints)."""
-    minutes: float | None = None
-    """Stop (and checkpoint) after this time; a later call goes on."""
+    minutes: float | None = None  # Stop (and checkpoint) after this time; a later call goes on.
     name: str = "training"
     quiet: bool = False
 
@@ -71,12 +68,12 @@ class TrainingReport:
     validations: list[dict[str, float]] = field(default_factory=list)
 
 
-def generator_for(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+def generator_for(seed: int, step: int) -> torch.Generator:
     """A generator that depends on (seed, step) alone; the CPU's, so that every device draws the same noise."""
-    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % (1 << 63))
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % (1 << 63))
 
 
-def make_accelerator(config: TrainingConfig, directory: Path | None, device: str | torch.device | None) -> Accelerator:
+def make_accelerator(config: TrainingConfig, run: Run) -> Accelerator:
     """accelerate keeps one global state; a second training with another precision or device needs a fresh one.
 
     Under a launcher the state holds the process group, so there it stays.
@@ -89,9 +86,9 @@ def make_accelerator(config: TrainingConfig, directory: Path | None, device: str
     return Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
-        cpu=device is not None and torch.device(device).type == "cpu",
+        cpu=run.device is not None and torch.device(run.device).type == "cpu",
         log_with=config.tracker,
-        project_dir=str(directory) if directory else None,
+        project_dir=str(run.directory) if run.directory else None,
     )
 
 
@@ -104,26 +101,26 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-class Interrupts:
-    """Ctrl-C and SIGTERM wait for the end of a step: between an update and its count a checkpoint would not be exact.
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM wait for the end of a step, in this list: between an update and its count a checkpoint would not be exact.
 
     A second one ends at once, without a checkpoint. Signals can be caught in the main thread alone; elsewhere they stay as they are.
     """
+    asked: list[int] = []
 
-    def __enter__(self) -> Interrupts:
-        self.asked, self.before = False, {}
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
+    def ask(number: int, frame: object) -> None:
+        if asked:
             raise KeyboardInterrupt
-        self.asked = True
+        asked.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, run: Run | None = None) -> TrainingReport:
@@ -137,22 +134,18 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
     `average`, the averaged weights are in the model when a training finishes. Under a launcher, call `leave` after the last one.
     """
     run = run or Run()
-    accelerator = make_accelerator(config, Path(run.directory) if run.directory else None, run.device)
+    accelerator = make_accelerator(config, run)
     state = State(model, config, run, accelerator.device)
     update = make_update(losses, accelerator, state)
     if config.tracker and accelerator.is_main_process:
         accelerator.init_trackers(run.name, {k: v for k, v in dataclasses.asdict(config).items() if v is not None})
     world, rank, saves = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     started = last_save = time.monotonic()
-    total, counted = torch.zeros((), device=accelerator.device), 0
-    report = state.report
-    with (
-        Progress(run.name, config.steps, state.done, quiet=run.quiet or not saves) as progress,
-        Interrupts() as interrupts,
-    ):
+    means, report = [], state.report  # of the losses since the last log
+    with Progress(run.name, config.steps, state.done, quiet=run.quiet or not saves) as progress, interrupts() as asked:
         try:
             while state.done < config.steps:
-                if interrupts.asked:
+                if asked:
                     raise KeyboardInterrupt
                 rate = learning_rate(config, state.done)
                 set_rate(state.optimizer, rate)
@@ -160,17 +153,15 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
                     index = (state.done * config.gradient_accumulation + micro) * world + rank
                     values = update(draw(index, generator_for(config.seed, index)))
                     check_finite(values, run.name, state.done)
-                    total += values.float().mean()
-                    counted += 1
+                    means.append(values.float().mean())
                 state.done += 1
                 state.follow()
                 done = state.done
                 if done % config.log_every == 0 or done == config.steps:
-                    loss = (total / max(counted, 1)).item()
+                    loss = torch.stack(means).mean().item()
                     report.losses.append((done, round(loss, 6)))
                     accelerator.log({"loss": loss, "learning_rate": rate}, step=done)
-                    total.zero_()
-                    counted = 0
+                    means.clear()
                     progress.log(done, loss=loss, rate=rate)
                 progress.update(done)
                 if run.validate and config.validate_every and done % config.validate_every == 0 and done < config.steps:
@@ -178,9 +169,8 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
                 if saves and time.monotonic() - last_save > 60 * config.checkpoint_minutes:
                     state.save()
                     last_save = time.monotonic()
-                if run.on_step and run.on_step(done):
-                    break
-                if run.minutes is not None and time.monotonic() - started > 60 * run.minutes:
+                late = run.minutes is not None and time.monotonic() - started > 60 * run.minutes
+                if (run.on_step and run.on_step(done)) or late:
                     break
         except KeyboardInterrupt:
             if saves:
@@ -192,7 +182,7 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
             state.validate(run.validate, accelerator, progress)
         if saves:
             state.save()
-        if interrupts.asked:  # during the last step
+        if asked:  # during the last step
             raise KeyboardInterrupt
     if report.finished:
         state.swap()
@@ -229,9 +219,8 @@ def check_finite(losses: Tensor, name: str, step: int) -> None:
     """Raises TrainingError that names the first sample whose loss isn't finite."""
     if not torch.isfinite(losses).all():
         bad = int((~torch.isfinite(losses)).nonzero()[0, 0])
-        raise TrainingError(
-            f"{name}: the loss of sample {bad} of step {step} is {losses[bad].item()}. Lower the learning rate, or look at that sample."
-        )
+        loss = f"the loss of sample {bad} of step {step} is {losses[bad].item()}"
+        raise TrainingError(f"{name}: {loss}. Lower the learning rate, or look at that sample.")
 
 
 class State:
@@ -244,7 +233,7 @@ class State:
             raise InputError(f"{run.name}: nothing to train, no parameter requires gradients.")
         self.optimizer = make_optimizer(run.groups or [{"params": self.parameters}], config, device)
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.buffers = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+        self.saved = {**self.trained, **{n: b for n, b in model.named_buffers() if n in model.state_dict()}}
         self.average = {n: p.detach().clone() for n, p in self.trained.items()} if config.average else {}
         self.done, self.report = 0, TrainingReport()
         self.file = Path(run.directory) / "state.safetensors" if run.directory else None
@@ -255,23 +244,22 @@ class State:
         if self.file:
             report = {"losses": self.report.losses, "validations": self.report.validations}
             meta = {"step": self.done, **report, "config": dataclasses.asdict(self.config)}
-            checkpoint.save(self.file, {**self.trained, **self.buffers}, self.optimizer.state_dict(), self.average, meta)
+            checkpoint.save(self.file, self.saved, self.optimizer.state_dict(), self.average, meta)
 
     def restore(self, file: Path) -> None:
         """Raises InputError for the state of another model or optimizer."""
         model, optimizer, average, meta = checkpoint.load(file)
-        expected = {n: tuple(t.shape) for n, t in {**self.trained, **self.buffers}.items()}
+        expected = {n: tuple(t.shape) for n, t in self.saved.items()}
         found = {n: tuple(t.shape) for n, t in model.items()}
         if expected != found:
-            names = sorted(set(expected.items()) ^ set(found.items()))
-            raise InputError(
-                f"{file} belongs to another {self.name}: {names[0][0]} differs. Give another folder, or delete that file to start anew."
-            )
+            name = min(set(expected.items()) ^ set(found.items()))[0]
+            what_to_do = "Give another folder, or delete that file to start anew."
+            raise InputError(f"{file} belongs to another {self.name}: {name} differs. {what_to_do}")
         before, now = meta["config"].get("optimizer", "adamw"), self.config.optimizer
         if before != now:
             raise InputError(f"{file} was trained with {before}, and its state means nothing to {now}. Go on with {before}, or start anew.")
         with torch.no_grad():
-            for n, tensor in {**self.trained, **self.buffers}.items():
+            for n, tensor in self.saved.items():
                 tensor.copy_(model[n])
             for n, tensor in self.average.items():
                 tensor.copy_(average.get(n, model[n]))
@@ -321,9 +309,8 @@ class State:
         """What a recorded step depends on besides its losses: the model's tensors and the optimizer's constants."""
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         shapes = tuple((name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors.items())
-        constants = tuple(
-            (len(group["params"]), group["eps"], group["betas"], group["weight_decay"]) for group in self.optimizer.param_groups
-        )
+        groups = self.optimizer.param_groups
+        constants = tuple((len(group["params"]), group["eps"], group["betas"], group["weight_decay"]) for group in groups)
         return type(self.model), shapes, constants, self.config.max_grad_norm
 
     def tensors(self) -> dict[str, Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hyperdreambooth.errors import InputError
+
+from .people import HAIR
 
 if TYPE_CHECKING:
     from .people import Person
@@ -212,27 +215,25 @@ def who(person: Person, generator: np.random.Generator, looks: float) -> str:
     return f"{told} with {hair}{beard}"
 
 
-def caption(person: Person, context: Context, generator: np.random.Generator, looks: float = 0.5) -> str:
-    """What a picture shows, in words: all of the context, and with probability `looks` what the person looks like."""
-    words = [f"{STYLE_WORDS[context.style]} {who(person, generator, looks)}"]
+CLOTHES_WORDS = {name: "sweater" if name == "crew neck" else name for name in CLOTHES}
+
+
+def caption(person: Person, context: Context, generator: np.random.Generator, looks: float = 0.5, subject: str | None = None) -> str:
+    """What a picture shows, in words: all of the context, and with probability `looks` what the person looks like.
+
+    `subject` stands for the person where it is given: "a [V] face".
+    """
+    words = [f"{STYLE_WORDS[context.style]} {subject or who(person, generator, looks)}"]
     worn = (
         []
         if context.headwear == "none"
-        else [context.headwear if context.headwear == "headphones" else f"a {context.headwear_color} {context.headwear}"]
+        else [context.headwear if context.headwear == "headphones" else a(f"{context.headwear_color} {context.headwear}")]
     )
     if context.headwear in ("santa hat", "straw hat", "top hat"):
         worn = [a(context.headwear)]
     worn += [] if context.eyewear == "none" else [context.eyewear]
     if generator.random() < 0.4:
-        clothes = {
-            "crew neck": "sweater",
-            "v-neck": "v-neck",
-            "shirt": "shirt",
-            "turtleneck": "turtleneck",
-            "hoodie": "hoodie",
-            "suit": "suit",
-        }[context.clothes]
-        worn.append(a(f"{context.clothes_color} {clothes}"))
+        worn.append(a(f"{context.clothes_color} {CLOTHES_WORDS[context.clothes]}"))
     if worn:
         words.append("wearing " + ", ".join(worn[:-1]) + (" and " if len(worn) > 1 else "") + worn[-1])
     if context.expression in MOODS:
@@ -246,3 +247,48 @@ def caption(person: Person, context: Context, generator: np.random.Generator, lo
     if context.background in WHERE:
         words.append(WHERE[context.background])
     return ", ".join(words)
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption can hold."""
+    told = [*HAIR_WORDS.values(), *WHERE.values(), *MOODS.values(), *STYLE_WORDS.values(), *LIGHT_WORDS.values()]
+    told += [*HEADWEAR, *EYEWEAR, *CLOTHES_WORDS.values(), *COLORS, *HAIR]
+    told += [
+        "woman man person face an young middle-aged old fair-skinned brown-skinned dark-skinned with and mustache goatee short full beard"
+    ]
+    told += ["wearing turned far to the right left looking up down bald plain background"]
+    return sorted(set(re.findall("[a-z]+", " ".join(told).replace("{color}", ""))))
+
+
+POSES = ("far left", "left", "front", "right", "far right")
+
+
+def classes() -> dict[str, list[str]]:
+    """The kinds of context that a classifier tells apart, with the names of their values."""
+    return {
+        "expression": list(EXPRESSIONS),
+        "light": list(LIGHTS),
+        "headwear": list(HEADWEAR),
+        "eyewear": list(EYEWEAR),
+        "background": list(BACKGROUNDS),
+        "style": list(STYLES),
+        "pose": list(POSES),
+    }
+
+
+def classified(context: Context) -> dict[str, str]:
+    """The class of a context in each kind; poses as captions tell them apart."""
+    pose = POSES[2 + int(np.sign(context.yaw)) * ((abs(context.yaw) >= 12) + (abs(context.yaw) > 32))]
+    return {kind: pose if kind == "pose" else getattr(context, kind) for kind in classes()}
+
+
+def slots() -> list[list[str]]:
+    """The alternatives for each part of a photo's caption, as `stages.describe` takes them."""
+    return [
+        ["a photo of a [V] face"],
+        ["", *(f", wearing {worn}" for worn in EYEWEAR[1:])],
+        ["", *(f", {mood}" for mood in MOODS.values())],
+        ["", ", turned to the left", ", turned to the right"],
+        ["", *(f", {light}" for light in LIGHT_WORDS.values())],
+        ["", *(f", {where}" for where in WHERE.values())],
+    ]

@@ -32,7 +32,7 @@ from hyperdreambooth.trainable_lora import IdentityTable
 from hyperdreambooth.training import Run, fit
 from hyperdreambooth.training_settings import NoiseLevels, TrainingConfig
 
-from . import hypernetworks
+from .. import hypernetworks
 
 
 def optimized(hdb: HyperDreamBooth, atlas: Atlas, steps: int) -> LoraSet:

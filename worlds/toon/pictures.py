@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..pixels import to_tensor as to_tensor
+
 HERE = Path(__file__).parent
 CONTEXTS: dict[str, dict[str, dict[str, Any]]] = json.loads((HERE / "contexts.json").read_text(encoding="utf-8"))
 SIZE = 64
@@ -86,6 +88,12 @@ class Pictures:
                 pixels[chunk] = filtered(pixels[chunk], style)
         return Pictures(pixels, rows)
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        return self.pixels[indices]
+
     @property
     def people(self) -> Tensor:
         return torch.tensor([row["person"] for row in self.rows])
@@ -105,11 +113,6 @@ def base_pictures(folder: Path) -> Pictures:
     """The base's and the recognizer's people, rendered on first use: half an hour of one core."""
     render(folder / "base", ["--first", "0", "--people", str(BASE_PEOPLE), "--contexts", str(CONTEXTS_EACH)])
     return Pictures.load(folder / "base")
-
-
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in -1..1."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def filtered(pixels: np.ndarray, style: str) -> np.ndarray:

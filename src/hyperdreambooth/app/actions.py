@@ -6,66 +6,65 @@ thread of `Actions.model` (which also spares torch a set of threads, and memory,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import html
 import inspect
 import logging
 import queue
 import time
+import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import pandas as pd
 from PIL import Image
 
-from .. import faces, photos
+from .. import photos
 from ..api import HyperDreamBooth
 from ..assets import toon
 from ..errors import InputError, NoFaceError, TrainingError
 from ..lora import LoraSet
 from ..personal_lora import PersonalLora
-from . import downloads
+from ..settings import GenerateConfig
 from .sessions import COOKIE, Picture, Visit, Visits
 
 log = logging.getLogger(__name__)
-Shown = list[tuple[str, str]]
-"""Pictures as a gallery takes them: (file, caption)."""
+Shown = list[tuple[str, str]]  # Pictures as a gallery takes them: (file, caption).
 MAX_PHOTOS = 8
-MAX_PICTURES = 48
-"""Pictures of one order."""
-KEPT = 200
-"""Pictures of one visit; the oldest go first."""
-WORDS = {"--face N takes another": "change the face's number"}
-"""Errors that name flags of the command line, in the page's words."""
+COLUMNS = 4  # Pictures side by side on a contact sheet.
+MAX_PICTURES = 48  # Pictures of one order.
+KEPT = 200  # Pictures of one visit; the oldest go first.
 
 
 def plainly(action: Callable[..., Any]) -> Callable[..., Any]:
     """Turns an action's errors into one sentence on the page."""
 
-    def sentence(self: Actions, error: Exception) -> gr.Error:
-        if isinstance(error, (InputError, TrainingError)):
-            text = self.without_folders(str(error))
-            text = text if "." in text.split()[0] else text[0].upper() + text[1:]  # a file's name keeps its case
-            return gr.Error(html.escape(text), duration=None, print_exception=False)
-        log.exception("%s failed", action.__name__, exc_info=error)
+    @contextlib.contextmanager
+    def sentence(self: Actions) -> Iterator[None]:
         text = "Something went wrong on the server, whose log says what. Nothing that you made is lost: try again."
-        return gr.Error(text, duration=None, print_exception=False)
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, (InputError, TrainingError)):
+                text = self.without_folders(str(error))
+                text = text if "." in text.split()[0] else text[0].upper() + text[1:]  # a file's name keeps its case
+            else:
+                log.exception("%s failed", action.__name__, exc_info=error)
+            raise gr.Error(html.escape(text), duration=None, print_exception=False) from None
 
     @functools.wraps(action)
     def call(self: Actions, *args: Any, **named: Any) -> Any:
-        try:
+        with sentence(self):
             return action(self, *args, **named)
-        except Exception as error:
-            raise sentence(self, error) from None
 
     @functools.wraps(action)
     def steps(self: Actions, *args: Any, **named: Any) -> Iterator[Any]:
-        try:
+        with sentence(self):
             yield from action(self, *args, **named)
-        except Exception as error:
-            raise sentence(self, error) from None
 
     return steps if inspect.isgeneratorfunction(action) else call
 
@@ -74,6 +73,17 @@ def bar(text: str, done: float = 0, total: float = 0) -> str:
     """A line for people, read out by screen readers, with a bar where there is something to wait for."""
     progress = f'<progress value="{done}" max="{total}" aria-label="{html.escape(text)}"></progress>' if total else ""
     return f'<div role="status" class="hdb-status">{progress}<span>{html.escape(text)}</span></div>'
+
+
+def block(path: str) -> str:
+    """A layer's block: down_blocks.0, mid_block, ..."""
+    parts = path.split(".")
+    return ".".join(parts[: 3 if parts[1].endswith("blocks") else 2]).removeprefix("unet.")
+
+
+def check_consent(given: bool) -> None:
+    if not given:
+        raise InputError("tick that you are the person in the photo or that the person agrees. Faces are personal.")
 
 
 def example_files() -> list[Path]:
@@ -93,7 +103,7 @@ class Actions:
 
     def __init__(self, hdb: HyperDreamBooth, visits: Visits):
         self.hdb, self.visits = hdb, visits
-        self.model = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.submit: Callable[..., Future[Any]] = ThreadPoolExecutor(1, thread_name_prefix="model").submit
         self.palette = toon.palette()
 
     def visit(self, request: gr.Request) -> Visit:
@@ -104,12 +114,10 @@ class Actions:
         for word in text.split():
             if str(self.visits.root) in word:
                 text = text.replace(word, Path(word).name)
-        for flag, words in WORDS.items():
-            text = text.replace(flag, words)
-        return text
+        return text.replace("--face N takes another", "change the face's number")
 
     def _on_model(self, work: Callable[..., Any], *args: Any, **more: Any) -> Any:
-        return self.model.submit(work, *args, **more).result()
+        return self.submit(work, *args, **more).result()
 
     @plainly
     def enter(self, request: gr.Request) -> None:
@@ -145,20 +153,19 @@ class Actions:
             raise InputError(f"{len(uploaded)} photos are more than {MAX_PHOTOS}. Take the best ones.")
         which = int(face) if face and face > 1 else None
         seen = [self._understand(file, which) for file, _ in uploaded]
-        visit.pixels = pixels = self.hdb.read_photos([image for image, _ in seen])[0]
+        visit.pixels = pixels = photos.to_tensor([image for image, _ in seen])
         warning = self._on_model(lambda: self.hdb.unlike(self.hdb.backbone.encode_images(pixels).float()))
         return [(str(visit.save(image)), "") for image, _ in seen], bar(" ".join([*(note for _, note in seen), warning]).strip())
 
     def _understand(self, file: str, face: int | None) -> tuple[Image.Image, str]:
         """A photo's face as the method will see it, and a sentence on what was taken."""
-        image, name = photos.load_photo(file), Path(file).name
+        name, size = Path(file).name, self.hdb.backbone.size
         try:
-            chosen, note = faces.choose_face(image, name, face)
-            image = faces.crop_face(image, chosen)
-            note = self.without_folders(note) or f"{name}: {'one face was found' if face is None else f'face {face} is taken'}."
+            image, note = photos.prepare(file, size, "face", face)
+            return image, self.without_folders(note) or f"{name}: {'one face was found' if face is None else f'face {face} is taken'}."
         except NoFaceError:
-            note = f"{name}: no face was found, so the middle of the picture is taken. A frontal photo works best."
-        return photos.square(image, self.hdb.backbone.size), note
+            why = "no face was found, so the middle of the picture is taken. A frontal photo works best."
+            return photos.prepare(file, size, "center")[0], f"{name}: {why}"
 
     @plainly
     def example(self, number: float, request: gr.Request) -> tuple[Shown, str]:
@@ -185,8 +192,7 @@ class Actions:
             return
         if visit.pixels is None:
             raise InputError("there is no photo yet. Drop one in, or take an example face.")
-        if visit.needs_consent and not consent:
-            raise InputError("tick that you are the person in the photo or that the person agrees. Faces are personal.")
+        check_consent(consent or not visit.needs_consent)
         total = self.hdb.personalize_config(steps=int(steps)).steps or 0
         if self.hdb.source is None and not total:
             raise InputError("0 steps leave nothing where there is no hypernetwork. Choose more steps.")
@@ -207,16 +213,13 @@ class Actions:
 
     def _preview(self, visit: Visit, person: PersonalLora | LoraSet, label: str) -> Shown:
         """The person as such, drawn in the model's thread."""
-        prompt = self.hdb.prompt
-        image = self.hdb.generate(prompt, person, seed=0)[0]
-        metadata = self.hdb.picture_metadata(prompt, 0, self.hdb.generate_config(), [("person", 1.0)])
-        return [(self._keep(visit, image, prompt, 0, label, metadata), label)]
+        return [(self._draw_one(visit, person, Picture(self.hdb.prompt, 0, label), self.hdb.generate_config()), label)]
 
     def _fine_tune(self, visit: Visit, total: int, shown: Shown) -> Iterator[tuple[str, Shown]]:
         """Shows the steps as they are made; where nobody listens any more, they end."""
         if not total:
             return
-        news: queue.Queue[tuple[int, Shown]] = queue.Queue()
+        news: queue.Queue[tuple[int, Shown] | None] = queue.Queue()
         started = time.monotonic()
 
         def on_step(done: int, loras: LoraSet) -> bool:
@@ -224,25 +227,16 @@ class Actions:
             news.put((done, self._preview(visit, loras, f"step {done}") if quarter else []))
             return visit.stop.is_set()
 
-        def work() -> tuple[PersonalLora, Shown]:
-            assert visit.pixels is not None
-            me = self.hdb.personalize(visit.pixels, steps=total, on_step=on_step, quiet=True)
-            return me, self._preview(visit, me, "fine-tuned")
-
-        job = self.model.submit(work)
+        job = self.submit(self.hdb.personalize, visit.pixels, steps=total, on_step=on_step, quiet=True)
+        job.add_done_callback(lambda _: news.put(None))
         try:
             yield bar("Fine-tuning ...", 0, total), shown
-            while not (job.done() and news.empty()):
-                try:
-                    done, preview = news.get(timeout=0.1)
-                except queue.Empty:
-                    continue
+            for done, preview in iter(news.get, None):
                 shown += preview
                 left = (time.monotonic() - started) / done * (total - done)
                 yield bar(f"Fine-tuning: step {done} of {total}, about {left:.0f} s left", done, total), shown
-            me, preview = job.result()
-            visit.mine = visit.me = me
-            shown += preview
+            visit.mine = visit.me = me = job.result()
+            shown += self._on_model(self._preview, visit, me, "fine-tuned")
         finally:  # also where the tab was closed
             visit.stop.set()
             wait([job])
@@ -266,12 +260,11 @@ class Actions:
         if not file and not example:
             raise InputError("there is no second person yet. Give a photo, a LoRA or a token file, or the number of an example face.")
         photo = file and Path(file).suffix.lower() in photos.SUFFIXES
-        if photo and not consent:
-            raise InputError("tick that you are the person in the photo or that the person agrees. Faces are personal.")
+        check_consent(consent or not photo)
         if file and not photo:
             second = self._on_model(self.hdb.load, file)
         else:
-            face = self._understand(file, None)[0] if file else example_face(example or 1)
+            face = photos.to_tensor([self._understand(file, None)[0]]) if file else example_face(example or 1)
             second = self._on_model(self.hdb.personalize, face, steps=0, quiet=True)
         visit.me = self._on_model(self.hdb.mix, [(visit.mine, 1 - share), (second, share)])
         shown = self._on_model(self._preview, visit, visit.me, f"{100 * share:.0f} % the second person")
@@ -303,49 +296,77 @@ class Actions:
             raise InputError("there is nobody to draw yet. Personalize somebody, or load a LoRA.")
         who: list[tuple[str, PersonalLora | LoraSet | None]] = [("", visit.me)]
         if compare:
-            who = [("without the LoRA", None)]
-            who += [("prediction", visit.me.predicted)] if visit.me and visit.me.predicted else []
-            who += [("with the LoRA", visit.me)] if visit.me else []
-        orders = [(prompt, int(seed) + i, label, person) for prompt in wanted for i in range(int(count)) for label, person in who]
+            there = {"prediction": visit.me and visit.me.predicted, "with the LoRA": visit.me}
+            who = [("without the LoRA", None), *((label, person) for label, person in there.items() if person)]
+        orders = [(Picture(prompt, int(seed) + i, label), person) for prompt in wanted for i in range(int(count)) for label, person in who]
         if len(orders) > MAX_PICTURES:
             raise InputError(f"{len(orders)} pictures are more than {MAX_PICTURES}. Ask for fewer prompts or fewer pictures of each.")
         settings |= {"steps": int(settings["steps"]), "scheduler": settings["scheduler"] or None}
         config = self.hdb.generate_config(identity_guidance=settings.pop("identity") or "off", **settings)
         files = [(file, style_weight) for file in styles or []]
-        loras = [(Path(file).name, weight) for file, weight in files]
         shown: Shown = []
+        finished = "{} of {} pictures. Each says in its metadata how it was made, and that it is generated."
         with visit.job():
             yield bar("Drawing ...", 0, len(orders)), shown
-            for prompt, number, label, person in orders:
+            for picture, person in orders:
                 if visit.stop.is_set():
                     break
-                image = self._on_model(self.hdb.generate, prompt, person, seed=number, styles=files, config=config)[0]
-                used = [("person", config.strength), *loras] if person else loras
-                file = self._keep(visit, image, prompt, number, label, self.hdb.picture_metadata(prompt, number, config, used))
-                shown.append((file, f"{label}: " * bool(label) + f"{prompt} (seed {number})"))
+                file = self._on_model(self._draw_one, visit, person, picture, config, files)
+                shown.append((file, f"{picture.label}: " * bool(picture.label) + f"{picture.prompt} (seed {picture.seed})"))
                 yield bar(f"{len(shown)} of {len(orders)} pictures", len(shown), len(orders)), shown
-            yield (
-                bar(f"{len(shown)} of {len(orders)} pictures. Each says in its metadata how it was made, and that it is generated."),
-                shown,
-            )
+            yield bar(finished.format(len(shown), len(orders))), shown
 
-    def _keep(self, visit: Visit, image: Image.Image, prompt: str, seed: int, label: str, metadata: dict[str, str]) -> str:
-        """Writes a picture that was made, and forgets the oldest beyond KEPT."""
-        name = "-".join(part for part in (prompt.replace("[V]", "person"), label, f"seed {seed}") if part)
-        file = visit.fresh() / ("".join(c if c.isalnum() else "-" for c in name)[:80] + ".png")
-        visit.pictures.append(Picture(photos.save_png(image, file, metadata), prompt, seed, label))
+    def _draw_one(
+        self, visit: Visit, person: PersonalLora | LoraSet | None, picture: Picture, config: GenerateConfig, styles: list[Any] | None = None
+    ) -> str:
+        """Draws and writes a picture, in the model's thread, and forgets the oldest beyond KEPT."""
+        prompt, seed = picture.prompt, picture.seed
+        image = self.hdb.generate(prompt, person, seed=seed, styles=styles or [], config=config)[0]
+        used = [("person", config.strength)] * bool(person) + [(Path(file).name, weight) for file, weight in styles or []]
+        name = "-".join(part for part in (prompt.replace("[V]", "person"), picture.label, f"seed {seed}") if part)
+        picture.file = visit.fresh() / ("".join(c if c.isalnum() else "-" for c in name)[:80] + ".png")
+        photos.save_png(image, picture.file, self.hdb.picture_metadata(prompt, seed, config, used))
+        visit.pictures.append(picture)
         for old in visit.pictures[:-KEPT]:
             old.file.unlink(missing_ok=True)
         del visit.pictures[:-KEPT]
-        return str(file)
+        return str(picture.file)
 
     @plainly
     def take(self, request: gr.Request) -> list[str]:
         """What there is to take home: the LoRA in both layouts, the tokens, and all pictures with a contact sheet."""
-        return [str(file) for file in downloads.write_files(self.visit(request))]
+        visit = self.visit(request)
+        folder, files = visit.fresh(), []
+        if visit.me is not None:
+            files += [visit.me.save(folder / "person.safetensors"), visit.me.save(folder / "person-kohya.safetensors", layout="kohya")]
+            files += [visit.me.save_tokens(folder / "person.tokens")] if visit.me.tokens is not None else []
+        if visit.pictures:
+            rows = [visit.pictures[i : i + COLUMNS] for i in range(0, len(visit.pictures), COLUMNS)]
+            labels = [" | ".join(f"{picture.label or picture.prompt} ({picture.seed})" for picture in row) for row in rows]
+            sheet = photos.grid([[photos.load_photo(picture.file) for picture in row] for row in rows], labels, [""] * COLUMNS)
+            files.append(folder / "pictures.zip")
+            with zipfile.ZipFile(files[-1], "w") as archive:
+                archive.write(photos.save_png(sheet, folder / "contact-sheet.png", {"ai_generated": "true"}), "contact-sheet.png")
+                for index, picture in enumerate(visit.pictures, 1):
+                    archive.write(picture.file, f"{index:03d}-{picture.file.name}")
+        for old in visit.take.iterdir() if visit.take else ():
+            old.unlink(missing_ok=True)
+        visit.take = folder
+        return [str(file) for file in files]
 
     @plainly
-    def explain(self, request: gr.Request) -> tuple[str, Any, Any]:
-        """What the method did: sizes in words, each layer's change, the loss over steps."""
+    def explain(self, request: gr.Request) -> tuple[str, pd.DataFrame | None, pd.DataFrame | None]:
+        """What the method did: sizes and times in words, each layer's change, the loss over steps where any were made."""
         me = self.visit(request).me
-        return downloads.explain(me) if me else ("Personalize somebody first.", None, None)
+        if me is None:
+            return "Personalize somebody first.", None, None
+        numbers = sum(lora.down.numel() + lora.up.numel() for lora in me.loras.values())
+        lines = [f"- **LoRA**: rank {me.rank}, {len(me.loras)} layers, {numbers:,} numbers."]
+        if me.tokens is not None:
+            (tokens, width), count = me.tokens.shape, me.tokens.numel()
+            lines.append(f"- **Tokens**: {tokens} layers x {width} numbers = {count:,}, or {count / 250:.0f} KB: the whole prediction.")
+        lines += [f"- **{name}**: {seconds:.2f} s" for name, seconds in me.seconds.items()]
+        strengths = me.strengths()
+        layers = {"layer": range(1, len(strengths) + 1), "strength": strengths.values(), "block": map(block, strengths), "name": strengths}
+        changes = pd.DataFrame({name: list(values) for name, values in layers.items()})
+        return "\n".join(lines), changes, pd.DataFrame(me.losses, columns=["step", "loss"]) if me.losses else None

@@ -1,19 +1,28 @@
-"""How the page looks: a line of explanation for each step, and which action each button calls."""
+"""The page: a line of explanation for each step, and which action each button calls; and how it is run, on the loopback address unless
+told otherwise, and then only with a password."""
 
+import ipaddress
+import os
+import shutil
+import tempfile
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from .. import assets
+from ..api import HyperDreamBooth
 from ..errors import InputError
-from ..settings import GenerateConfig
 from .actions import Actions, bar, example_files
-from .sessions import GREETING
+from .sessions import GREETING, Guard, Visits
 
+SWEEP = 60  # Seconds between two looks for visits that are over.
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
-ON_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-"""One at a time: a model carries one LoRA at a time."""
+ON_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # One at a time: a model carries one LoRA at a time.
 SCHEDULERS = ["DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
 CSS = (Path(assets.__file__).parent / "page.css").read_text(encoding="utf-8")
 SHOWN = f"/gradio_api/file={GREETING}"
@@ -21,12 +30,6 @@ HEAD = f"""<meta property="og:title" content="hyperdreambooth">
 <meta property="og:description" content="One face photo in, a personal LoRA for Stable Diffusion out.">
 <meta property="og:image" content="{SHOWN}">"""
 """What a link to the page is shown with."""
-
-
-def theme() -> gr.themes.Base:
-    """A theme that loads nothing: Gradio's usual ones ask for fonts."""
-    system = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
-    return gr.themes.Default(primary_hue="indigo", font=system, font_mono=["ui-monospace", "monospace"])
 
 
 def build(actions: Actions) -> gr.Blocks:
@@ -46,9 +49,19 @@ def build(actions: Actions) -> gr.Blocks:
                     consent, *begun = _personalize(actions)
             with gr.Column(visible=False, elem_id="later") as later:  # until there is a LoRA
                 jobs = [*begun, *_draw(actions), _mix(actions, consent)]
-                files = _take(actions)
+                trigger = actions.hdb.prompt.replace("[V]", actions.hdb.identifier)
+                gr.Markdown(
+                    "## 4. Take it home\n`person.safetensors` opens in diffusers, `person-kohya.safetensors` in A1111 and ComfyUI; put "
+                    f"`{trigger}` into the prompt there. The zip holds every picture and a contact sheet."
+                )
+                files = gr.File(label="Your files", file_count="multiple", interactive=False, elem_id="files")
         with gr.Tab("What the method did"):
-            explained = _method()
+            change = "How strongly each layer is changed (Frobenius norm)"
+            explained = [
+                gr.Markdown("Personalize somebody first.", elem_id="about"),
+                gr.BarPlot(x="layer", y="strength", color="block", tooltip="all", label=change, buttons=[], elem_id="layers"),
+                gr.LinePlot(x="step", y="loss", label="Loss of the fine-tuning", buttons=[], elem_id="losses"),
+            ]
         for event in begun:
             event.success(lambda: gr.Column(visible=True), None, later, queue=False, **PRIVATE)
         for index, job in enumerate(jobs):
@@ -96,15 +109,13 @@ def _personalize(actions: Actions) -> tuple[Any, ...]:
     with gr.Accordion("Or go on with a LoRA or token file that you made earlier", open=False):
         earlier = gr.File(label="LoRA or token file", file_types=[".safetensors", ".tokens"], elem_id="earlier")
     stop.click(actions.stop, None, shown[0], queue=False, api_name="stop")
-    done = _waiting(personalize, actions, shown[0]).success(
-        actions.personalize, [steps, consent], shown, api_name="personalize", **ON_MODEL
-    )
+    done = _job(actions, personalize, shown, "personalize", inputs=[steps, consent])
     return consent, done, earlier.upload(actions.load, earlier, shown, api_name="load", **ON_MODEL)
 
 
 def _draw(actions: Actions) -> list[Any]:
     """The events after which there are new pictures."""
-    hdb = actions.hdb
+    hdb, own = actions.hdb, actions.hdb.generate_config()
     gr.Markdown("## 3. Draw\nWrite prompts, a line each, with `[V]` where the person belongs, or tick some.")
     with gr.Row():
         with gr.Column(min_width=320):
@@ -117,7 +128,24 @@ def _draw(actions: Actions) -> list[Any]:
                 strength = gr.Slider(0, 1.5, 1, step=0.05, label="Identity strength", elem_id="strength")
             with gr.Accordion("More settings", open=False):
                 seed = gr.Number(0, label="First seed", precision=0, minimum=0, maximum=2**53, elem_id="seed")
-                settings = {"prompts": prompts, "seed": seed, "count": count, "strength": strength, **_more_settings(hdb.generate_config())}
+                with gr.Row():
+                    guidance = gr.Slider(1, 15, own.guidance, step=0.5, label="Prompt guidance", info="1 is none.")
+                    identity = gr.Slider(0, 8, own.identity or 0.0, step=0.25, label="Identity guidance", info="0 is none.")
+                    steps = gr.Slider(1, 100, own.steps, step=1, label="Denoising steps")
+                settings = {
+                    "prompts": prompts,
+                    "seed": seed,
+                    "count": count,
+                    "strength": strength,
+                    "guidance": guidance,
+                    "identity": identity,
+                }
+                settings |= {
+                    "steps": steps,
+                    "scheduler": gr.Dropdown([("the base's own", ""), *SCHEDULERS], value="", label="Scheduler"),
+                    "styles": gr.File(label="Style LoRAs", file_count="multiple", file_types=[".safetensors"], elem_id="style-loras"),
+                    "style_weight": gr.Slider(0, 1.5, 0.7, step=0.05, label="Weight of the style LoRAs"),
+                }
             with gr.Row():
                 draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=90)
                 compare = gr.Button("Compare", elem_id="compare", min_width=90)
@@ -125,38 +153,15 @@ def _draw(actions: Actions) -> list[Any]:
         with gr.Column(min_width=320):
             drawing = gr.HTML(bar("Pictures appear here. Compare draws each prompt without the LoRA as well."), elem_id="drawing")
             # a prompt a row: without the LoRA, the prediction where there is one, with the LoRA
-            columns = "hdb-three" if hdb.source else "hdb-two"
-            buttons = [("draw", draw, _pictures("pictures", "hdb-pictures hdb-large"))]
-            buttons += [("compare", compare, _pictures("compared", f"hdb-pictures {columns}"))]
+            drawn = _pictures("pictures", "hdb-pictures hdb-large")
+            compared = _pictures("compared", f"hdb-pictures {'hdb-three' if hdb.source else 'hdb-two'}")
     for ticked in (contexts, styles):
         ticked.change(actions.pick, [contexts, styles, prompts], prompts, queue=False, **PRIVATE)
     stop.click(actions.stop, None, drawing, queue=False, **PRIVATE)
     return [
-        _waiting(button, actions, drawing).success(
-            actions.draw,
-            inputs_kwargs={**settings, "compare": gr.State(name == "compare")},
-            outputs=[drawing, pictures],
-            api_name=name,
-            **ON_MODEL,
-        )
-        for name, button, pictures in buttons
+        _job(actions, button, [drawing, pictures], name, inputs_kwargs={**settings, "compare": gr.State(name == "compare")})
+        for name, button, pictures in (("draw", draw, drawn), ("compare", compare, compared))
     ]
-
-
-def _more_settings(defaults: GenerateConfig) -> dict[str, Any]:
-    """The drawing's settings that are rarely changed, by their names in `Actions.draw`."""
-    identity = 0.0 if defaults.identity_guidance in ("off", None) else float(defaults.identity_guidance)
-    with gr.Row():
-        found = {
-            "guidance": gr.Slider(1, 15, defaults.guidance, step=0.5, label="Prompt guidance", info="1 is none."),
-            "identity": gr.Slider(0, 8, identity, step=0.25, label="Identity guidance", info="0 is none."),
-            "steps": gr.Slider(1, 100, defaults.steps, step=1, label="Denoising steps"),
-        }
-    return found | {
-        "scheduler": gr.Dropdown([("the base's own", ""), *SCHEDULERS], value="", label="Scheduler"),
-        "styles": gr.File(label="Style LoRAs", file_count="multiple", file_types=[".safetensors"], elem_id="style-loras"),
-        "style_weight": gr.Slider(0, 1.5, 0.7, step=0.05, label="Weight of the style LoRAs"),
-    }
 
 
 def _mix(actions: Actions, consent: gr.Checkbox) -> Any:
@@ -173,26 +178,11 @@ def _mix(actions: Actions, consent: gr.Checkbox) -> Any:
     return mix.click(actions.mix, [second, example, share, consent], shown, api_name="mix", **ON_MODEL)
 
 
-def _take(actions: Actions) -> gr.File:
-    gr.Markdown(
-        "## 4. Take it home\n`person.safetensors` opens in diffusers, `person-kohya.safetensors` in A1111 and ComfyUI; put "
-        f"`{actions.hdb.prompt.replace('[V]', actions.hdb.identifier)}` into the prompt there. The zip holds every picture and a contact sheet."
-    )
-    return gr.File(label="Your files", file_count="multiple", interactive=False, elem_id="files")
-
-
-def _method() -> list[Any]:
-    change = "How strongly each layer is changed (Frobenius norm)"
-    return [
-        gr.Markdown("Personalize somebody first.", elem_id="about"),
-        gr.BarPlot(x="layer", y="strength", color="block", tooltip="all", label=change, buttons=[], elem_id="layers"),
-        gr.LinePlot(x="step", y="loss", label="Loss of the fine-tuning", buttons=[], elem_id="losses"),
-    ]
-
-
-def _waiting(button: gr.Button, actions: Actions, status: gr.HTML) -> Any:
-    """What a button does before its job has its turn."""
-    return button.click(actions.begin, None, status, queue=False, **PRIVATE)
+def _job(actions: Actions, button: gr.Button, outputs: list[Any], name: str, **inputs: Any) -> Any:
+    """A button whose job waits for its turn; `outputs` begin with the line that says so. The event after which the job is done."""
+    waiting = button.click(actions.begin, None, outputs[0], queue=False, **PRIVATE)
+    action = actions.personalize if name == "personalize" else actions.draw
+    return waiting.success(action, outputs=outputs, api_name=name, **inputs, **ON_MODEL)
 
 
 def _pictures(name: str, classes: str = "hdb-pictures", **more: Any) -> gr.Gallery:
@@ -206,3 +196,88 @@ def _chosen(event: gr.SelectData) -> int:
     if not isinstance(event.index, int):
         raise InputError("click on one of the faces.")
     return event.index + 1
+
+
+@dataclass
+class Server:
+    """A running page."""
+
+    page: gr.Blocks
+    url: str
+    visits: Visits
+    cache: str | None  # What GRADIO_TEMP_DIR was before.
+
+    def close(self) -> None:
+        """Ends it, and deletes all that was uploaded and made."""
+        self.visits.over.set()
+        for session in list(self.visits.visits):
+            self.visits.end(session)
+        self.page.close(verbose=False)
+        clean(self.visits, self.cache)
+
+
+def clean(visits: Visits, cache: str | None) -> None:
+    """Deletes all files, and gives the environment's name of Gradio's folder back to whoever had it."""
+    shutil.rmtree(visits.root, ignore_errors=True)
+    os.environ.pop("GRADIO_TEMP_DIR", None)
+    os.environ |= {"GRADIO_TEMP_DIR": cache} if cache is not None else {}
+
+
+def start(
+    hdb: HyperDreamBooth,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    auth: tuple[str, str] | None = None,
+    max_upload_mb: int = 50,
+    browser: bool = False,
+) -> Server:
+    """Starts the page and returns at once.
+
+    Args:
+        port: None takes the first free one from 7860.
+        auth: user and password, asked of everyone.
+        max_upload_mb: larger files are refused while they arrive.
+
+    Raises InputError for another address than loopback without `auth`, and where the port is taken.
+    """
+    check_host(host, auth)
+    visits = Visits(Path(tempfile.mkdtemp(prefix="hyperdreambooth-")).resolve())
+    cache = os.environ.get("GRADIO_TEMP_DIR")
+    os.environ["GRADIO_TEMP_DIR"] = str(visits.root)
+
+    def sweep() -> None:
+        while not visits.over.wait(SWEEP):
+            visits.sweep()
+
+    gates = [Middleware(Guard, visits=visits)]
+    if is_loopback(host):  # a name that another site lets point here isn't answered
+        gates.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host]))
+    page = build(Actions(hdb, visits))
+    # a theme that loads nothing: Gradio's usual ones ask for fonts
+    fonts = {"font": ["system-ui", "-apple-system", "Segoe UI", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    looks = {"theme": gr.themes.Default(primary_hue="indigo", **fonts), "css": CSS, "head": HEAD, "footer_links": ["api"]}
+    where: dict[str, Any] = {"server_name": host, "server_port": port, "auth": auth, "inbrowser": browser}
+    limits = {"max_file_size": max_upload_mb * 1_000_000, "state_session_capacity": 100}
+    off = dict.fromkeys(("share", "show_error", "ssr_mode", "run_history", "mcp_server"), False)
+    try:
+        _, url, _ = page.launch(**where, **looks, **limits, **off, prevent_thread_lock=True, quiet=True, app_kwargs={"middleware": gates})
+    except OSError as error:
+        clean(visits, cache)
+        raise InputError(f"port {port or '7860 and the hundred after it'} can't be used on {host}. Give another with --port.") from error
+    threading.Thread(target=sweep, daemon=True).start()
+    return Server(page, url, visits, cache)
+
+
+def check_host(host: str, auth: object) -> None:
+    """Raises InputError where others can reach the address and nobody would be asked who they are."""
+    if not is_loopback(host) and not auth:
+        raise InputError(f"{host} can be reached by others: give --auth USER:PASSWORD as well, or leave --host out.")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

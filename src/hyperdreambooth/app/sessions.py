@@ -14,7 +14,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,28 +31,21 @@ from ..errors import InputError
 from ..personal_lora import PersonalLora
 
 COOKIE = "hyperdreambooth-visitor"
-IDLE = 3600.0
-"""Seconds after which an idle visit, and whatever it left, goes."""
-MAX_BODY = 2_000_000
-"""Bytes of a call's JSON: files aren't in it, they are uploaded before."""
-GREETING = Path(assets.__file__).with_name("greeting.webp").resolve()
-"""A finished example, for everyone to see."""
-CONTENT_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; connect-src 'self' data: blob:; "
-    "frame-ancestors 'self'; form-action 'self'; base-uri 'self'"
-)
-"""The browser itself sees to it that the page loads from and sends to this server alone."""
+IDLE = 3600.0  # Seconds after which an idle visit, and whatever it left, goes.
+MAX_BODY = 2_000_000  # Bytes of a call's JSON: files aren't in it, they are uploaded before.
+GREETING = Path(assets.__file__).with_name("greeting.webp").resolve()  # A finished example, for everyone to see.
+# The browser itself sees to it that the page loads from and sends to this server alone.
+CONTENT_POLICY = "; ".join(json.loads(Path(assets.__file__).with_name("content-policy.json").read_text(encoding="utf-8")))
 
 
 @dataclass
 class Picture:
-    """A picture that was made: its file and what it is of."""
+    """A picture: what it is of, and its file once it is made."""
 
-    file: Path
     prompt: str
     seed: int
     label: str = ""
+    file: Path = Path()
 
 
 @dataclass
@@ -61,16 +54,12 @@ class Visit:
 
     folder: Path
     owner: str
-    pixels: Tensor | None = None
-    """The photos as the method sees them, (n, 3, size, size)."""
+    pixels: Tensor | None = None  # The photos as the method sees them, (n, 3, size, size).
     needs_consent: bool = True
-    mine: PersonalLora | None = None
-    """Who was personalized or loaded."""
-    me: PersonalLora | None = None
-    """Who is drawn: the same, or a mix."""
+    mine: PersonalLora | None = None  # Who was personalized or loaded.
+    me: PersonalLora | None = None  # Who is drawn: the same, or a mix.
     pictures: list[Picture] = field(default_factory=list)
-    take: Path | None = None
-    """The folder of the files to download, until they are made anew."""
+    take: Path | None = None  # The folder of the files to download, until they are made anew.
     stop: threading.Event = field(default_factory=threading.Event)
     busy: bool = False
     closed: bool = False
@@ -84,9 +73,9 @@ class Visit:
         folder.mkdir(parents=True)
         return folder
 
-    def save(self, image: Image.Image, name: str = "photo.png") -> Path:
+    def save(self, image: Image.Image) -> Path:
         """Writes a picture that isn't generated, for the browser to show."""
-        file = self.fresh() / name
+        file = self.fresh() / "photo.png"
         image.save(file)
         return file
 
@@ -109,9 +98,10 @@ class Visits:
         self.root, self.idle = root, idle
         self.public = [toon.directory("faces").resolve(), GREETING]
         self.visits: dict[str, Visit] = {}
-        self.uploads: dict[str, dict[str, float]] = {}
-        """Path -> visitor -> when: the same file lies in the same place, whoever uploads it."""
-        self.lock = threading.Lock()
+        self.uploads: dict[
+            tuple[str, str], float
+        ] = {}  # (path, visitor) -> when: the same file lies in the same place, whoever uploads it.
+        self.lock, self.over = threading.Lock(), threading.Event()
 
     def folder(self, owner: str) -> Path:
         return self.root / f"visitor-{hashlib.sha256(owner.encode()).hexdigest()[:32]}"
@@ -156,27 +146,19 @@ class Visits:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def _forget(self, gone: Callable[[str, float], bool]) -> None:
-        for path, owners in list(self.uploads.items()):
-            for owner, when in list(owners.items()):
-                if gone(owner, when):
-                    del owners[owner]
-            if not owners:
-                del self.uploads[path]
-                Path(path).unlink(missing_ok=True)
+        forgotten = [key for key, when in self.uploads.items() if gone(key[1], when)]
+        self.uploads = {key: when for key, when in self.uploads.items() if key not in forgotten}
+        for path in {path for path, _ in forgotten} - {path for path, _ in self.uploads}:
+            Path(path).unlink(missing_ok=True)
 
     def uploaded(self, owner: str, paths: list[str]) -> None:
         with self.lock:
-            for path in paths:
-                self.uploads.setdefault(os.path.abspath(path), {})[owner] = time.monotonic()
+            self.uploads |= {(os.path.abspath(path), owner): time.monotonic() for path in paths}
 
     def may_read(self, owner: str, path: str) -> bool:
         """Whether a file is this visitor's own, or everyone's."""
         whole = Path(os.path.abspath(path))  # without "..", and never looked up on the disk
-        return (
-            whole.is_relative_to(self.folder(owner))
-            or any(map(whole.is_relative_to, self.public))
-            or owner in self.uploads.get(str(whole), {})
-        )
+        return any(map(whole.is_relative_to, [self.folder(owner), *self.public])) or (str(whole), owner) in self.uploads
 
 
 class Guard:
@@ -191,8 +173,7 @@ class Guard:
             return
         request, path = Request(scope, receive), str(scope["path"])
         known = visitor(request.headers.get("cookie", ""))
-        owner = known or secrets.token_urlsafe(24)
-        body = b""
+        owner, body, files, rest = known or secrets.token_urlsafe(24), b"", [], receive
 
         async def answer(message: Message) -> None:
             nonlocal body
@@ -208,7 +189,6 @@ class Guard:
                         self.visits.uploaded(owner, json.loads(body))
             await send(message)
 
-        files: Iterable[str] = ()
         if any(part in path for part in ("/proxy=", "/component_server", "/deep_link", "/stream/")):
             await PlainTextResponse("not found", 404)(scope, receive, answer)
             return
@@ -222,25 +202,20 @@ class Guard:
                     if len(content) > MAX_BODY:
                         await PlainTextResponse("too long", 413)(scope, receive, answer)
                         return
-            files, receive = paths_in(content), again(content, receive)
+            files, waiting = paths_in(content), [{"type": "http.request", "body": content}]
+
+            async def again() -> Message:  # the body that was read already, before whatever else comes
+                return waiting.pop() if waiting else await receive()
+
+            rest = again
         allowed = all(self.visits.may_read(owner, file) for file in files)
-        await (self.app if allowed else PlainTextResponse("this file isn't yours", 403))(scope, receive, answer)
+        await (self.app if allowed else PlainTextResponse("this file isn't yours", 403))(scope, rest, answer)
 
 
 def visitor(cookies: str) -> str | None:
     """The visitor of a cookie header."""
     found = cookie_parser(cookies).get(COOKIE, "")
     return found if len(found) >= 32 else None
-
-
-def again(content: bytes, receive: Receive) -> Receive:
-    """`receive` with the body that was read already put before it."""
-    waiting: list[Message] = [{"type": "http.request", "body": content}]
-
-    async def first() -> Message:
-        return waiting.pop() if waiting else await receive()
-
-    return first
 
 
 def paths_in(content: bytes) -> list[str]:

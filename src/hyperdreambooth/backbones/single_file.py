@@ -192,6 +192,27 @@ def refuse_channels(channels: int, latent: int, name: object) -> None:
         raise InputError(f"{name} is {what}; only text-to-image bases are supported.")
 
 
+def prediction_of(path: Path, stored: Mapping[str, Stored], header: Mapping[str, str]) -> tuple[str | None, bool]:
+    """What a checkpoint says of itself: "epsilon" or "v_prediction" (None: nothing), and whether its noise goes up to pure noise (zero SNR).
+
+    In this order: the header's `modelspec.prediction_type`, the tensors `v_pred` and `ztsnr`, a YAML file beside it.
+    """
+    said, zero = "v" if "v_pred" in stored else None, "ztsnr" in stored
+    beside = (path.with_suffix(".yaml"), path.with_suffix(".yml"), path.with_name(f"{path.name}.yaml"))
+    if file := next((file for file in beside if file.is_file()), None):
+        try:
+            params = diffusers_names.fetch_original_config(str(file))["model"]["params"]
+            scaling = params.get("denoiser_config", {}).get("params", {}).get("scaling_config", {}).get("target", "")
+        except Exception as error:
+            raise InputError(f"{file}, beside the checkpoint, is no config of one ({error}). Move it away.") from error
+        if "EDM" in scaling:
+            raise InputError(f"{path} is an EDM checkpoint, as {file.name} says, which can't be trained on here.")
+        said = said or str(params.get("parameterization", "v" if scaling.endswith("VScaling") else "eps"))
+        zero |= any(params.get(key) for key in ("zero_snr", "ztsnr", "use_ztsnr", "zero_terminal_snr", "use_zero_snr"))
+    said = header.get("modelspec.prediction_type") or said
+    return said and ("v_prediction" if said.startswith("v") else "epsilon"), zero
+
+
 def predicts(unet: Any) -> str | None:
     """What a trained UNet predicts, "epsilon" or "v_prediction", which few files say; None where it doesn't show.
 
@@ -253,8 +274,7 @@ def load_single_file(
                 module.register_buffer("position_ids", torch.arange(module.position_embedding.num_embeddings)[None], persistent=False)
         given[name] = model
     unet: Any = given.get("unet")
-    said = header.get("modelspec.prediction_type") or ("v_prediction" if "v_pred" in stored else None)
-    said = said and ("v_prediction" if said.startswith("v") else "epsilon")
+    said, zero_snr = prediction_of(path, stored, header)
     if prediction != "auto":
         said = prediction
     elif said is None and unet is not None and (said := predicts(unet.to(device))) != "epsilon":
@@ -264,7 +284,7 @@ def load_single_file(
         said = "dev" if given["transformer"].config.guidance_embeds else "schnell"
     if kind == "sd21" and said == "epsilon":  # SD 2.x predicts noise at 512 pixels and velocity at 768
         unet.register_to_config(sample_size=64)
-    noising = architectures.scheduler(kind, said or "epsilon", zero_snr="ztsnr" in stored)
+    noising = architectures.scheduler(kind, said or "epsilon", zero_snr=zero_snr)
     pipe = getattr(diffusers, pipeline)(**{**settings, **given, "scheduler": noising})
     pipe.register_to_config(_name_or_path=str(path))
     return pipe.to(device)

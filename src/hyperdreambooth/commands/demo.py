@@ -2,6 +2,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import STARTED
 from ..errors import InputError
 from ..progress import say
 from .options import Command, Output, Writing
@@ -25,7 +26,6 @@ def run_demo(args: Demo) -> None:
 
     args.refuse_existing(args.output / "index.html")
     hdb = args.machine.open("toon")
-    started = time.perf_counter()
     folder = toon.directory("faces")
     about = read_json(folder / "faces.json")
     count, prompts, side = len(about["people"]), about["prompts"], about["size"]
@@ -59,7 +59,7 @@ def run_demo(args: Demo) -> None:
     table = [[prompt, *map(embedded, row)] for prompt, row in zip(prompts, rows, strict=True)]
     text = document("One photo in, a personal LoRA out", [{"texts": [way, cost], "head": ["prompt", *columns], "rows": table}])
     report = write_atomically(args.output / "index.html", lambda file: file.write_text(text, encoding="utf-8"))
-    pictures, seconds = f"{3 * len(prompts)} pictures in {took['pictures']:.1f} s", time.perf_counter() - started
+    pictures, seconds = f"{3 * len(prompts)} pictures in {took['pictures']:.1f} s", time.perf_counter() - STARTED
     say(f"personalized in {took['personalize']:.1f} s, {pictures}, in all {seconds:.1f} s")
     for path, what in ((lora, "the LoRA"), (grid, "the pictures"), (report, "the report: open it in a browser")):
         say(f"{path}: {what}")

@@ -62,7 +62,7 @@ def read_row(args: Export) -> PersonalLora:
     """The LoRA of one row of a table."""
     from ..lightweight import LightweightLora
     from ..lora import find_targets
-    from ..stages.personalize import finish
+    from ..stages.dreambooth import finish
     from ..tables import read_table, read_table_config
 
     if not (args.source / "config.json").is_file():

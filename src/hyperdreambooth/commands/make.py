@@ -11,14 +11,15 @@ from typing import Annotated
 
 import tyro
 
+from .. import STARTED
 from ..errors import InputError
 from ..progress import Progress, say
 from ..settings import GenerateChoices, Layout, PersonalizeChoices
-from .options import Flat, Output, WithBase, WithCrop, WithHypernetwork, Writing, as_json, check_lora_name, save_sheet, weighted
+from .options import Flat, Output, WithBase, WithHypernetwork, Writing, as_json, check_lora_name, save_sheet, weighted
 
 
 @dataclass
-class Personalize(WithHypernetwork, WithCrop, Writing):
+class Personalize(WithHypernetwork, Writing):
     """Turn photos of one person into a personal LoRA.
 
     The hypernetwork predicts a LoRA from the photo; a few steps of rank-relaxed fine-tuning make it fit. The result is a
@@ -36,7 +37,6 @@ class Personalize(WithHypernetwork, WithCrop, Writing):
     format: Layout = "diffusers"
     """Layout of the LoRA file: diffusers (also for PEFT, and for ComfyUI on SD 3 and Flux), or kohya, which ComfyUI and A1111 need on
     Stable Diffusion 1, 2 and XL and diffusers opens too."""
-    face: int | None = None  # Which face, by size from 1, where there are several.
     mask_file: tuple[Path, ...] = ()
     """Gray pictures as large as the photos, one for all or one each: white where the loss counts, black where not. Default: --mask."""
     prompt: str | None = None
@@ -59,23 +59,22 @@ def run_personalize(args: Personalize) -> None:
 
     check_lora_name(args.output)
     args.refuse_existing(args.output, args.tokens)
-    started = time.perf_counter()
     for file in args.photos:  # a photo's fault shows before seconds go into loading the base
         photos.load_photo(file)
     hdb = args.machine.open(args.base, args.hypernetwork)
     if hdb.source is None and args.hypernetwork == "auto":
         say(f"There is no hypernetwork for {args.base}: training from scratch.")
-    pixels, notes = hdb.read_photos(args.photos, crop=args.crop, face=args.face)
+    config = hdb.personalize_config(args.config)
+    pixels, notes = hdb.read_photos(args.photos, crop=config.crop, face=config.face)
     for note in notes:
         say(note)
     formats.check_layout(args.format, hdb.backbone.components)
-    masks = hdb.read_masks(args.mask_file, args.photos, crop=args.crop, face=args.face) if args.mask_file else None
+    masks = hdb.read_masks(args.mask_file, args.photos, crop=config.crop, face=config.face) if args.mask_file else None
     prompt = hdb.naming(args.prompt or caption_of(args.photos))
-    config = hdb.personalize_config(args.config)
     args.machine.explain(config)
     loaded = time.perf_counter()
     # an interrupted fine-tuning of the very same photos and settings goes on; anything else starts anew
-    stamp = hashlib.sha256(repr((args.base, args.hypernetwork, prompt, args.crop, args.face, config)).encode())
+    stamp = hashlib.sha256(repr((args.base, args.hypernetwork, prompt, config)).encode())
     for file in (*args.photos, *args.mask_file):
         stamp.update(file.read_bytes())
     state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
@@ -99,7 +98,7 @@ def run_personalize(args: Personalize) -> None:
     say(f"{preview}: a preview")
     if me.warning:
         say(me.warning)
-    say(f"loading {loaded - started:.1f} s, {took}, in all {time.perf_counter() - started:.1f} s")
+    say(f"starting and loading {loaded - STARTED:.1f} s, {took}, in all {time.perf_counter() - STARTED:.1f} s")
 
 
 def run_folder(args: Personalize) -> None:
@@ -108,7 +107,7 @@ def run_folder(args: Personalize) -> None:
     from ..checkpoint import write_json
     from ..folders import list_identities
 
-    alone = {"--tokens": args.tokens, "--face": args.face, "--mask-file": args.mask_file, "--prompt": args.prompt}
+    alone = {"--tokens": args.tokens, "--face": args.config.face, "--mask-file": args.mask_file, "--prompt": args.prompt}
     for flag, value in alone.items():
         if value:
             raise InputError(f"{flag} is for one person, and {args.photos[0]} is a folder of people. Leave it out, or personalize each.")
@@ -123,7 +122,7 @@ def run_folder(args: Personalize) -> None:
     refused: dict[str, InputError] = {}
     started, sheet, names = time.perf_counter(), [], []
     with Progress("people", len(missing)) as progress:
-        everyone = hdb.personalize_all(missing, crop=args.crop, config=config, on_refused=refused.__setitem__, quiet=True)
+        everyone = hdb.personalize_all(missing, config=config, on_refused=refused.__setitem__, quiet=True)
         for done, (name, me) in enumerate(everyone, 1):
             file = args.output / f"{name}.safetensors"
             me.save(file, layout=args.format, author=args.author, license=args.license, overwrite=True)

@@ -46,9 +46,7 @@ class TrainLight(WithBase, WithCrop, Writing):
 def run_train_light(args: TrainLight) -> None:
     from ..checkpoint import write_json
     from ..personal_lora import PLACEHOLDER
-    from ..stages.dreambooth import Subject
-    from ..stages.personalize import finish
-    from ..stages.train_light import train_light
+    from ..stages.dreambooth import Subject, finish, train_light
     from ..tables import save_row
 
     lora = args.output / "lora.safetensors"

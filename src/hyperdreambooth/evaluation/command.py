@@ -48,7 +48,7 @@ def run(args: Request, output: Path, open_base: Callable[[str, str], HyperDreamB
         "split": args.split,
         "people": len(atlas.people),
         "pictures": args.pictures,
-        "personalize": {name: value for name, value in personalize.items() if name != "origins"},
+        "personalize": {name: value for name, value in personalize.items() if name not in ("origins", "crop", "face")},
         "denoising_steps": hdb.generate_config().steps,
         "guidance": GUIDANCE,
         "identity_guidance": IDENTITY_GUIDANCE,

@@ -20,8 +20,7 @@ from ..checkpoint import read_json
 from ..config import parsed
 from ..lightweight import LightweightLora
 from ..lora import Hooks, Lora, LoraSet, find_targets
-from ..stages.dreambooth import PhotoLosses, Subject, draw_photos, trains_text
-from ..stages.personalize import trained_targets
+from ..stages.dreambooth import PhotoLosses, Subject, draw_photos, trained_targets, trains_text
 from ..trainable_lora import IdentityTable, RelaxedLora
 from ..training import Run, fit
 from ..training_settings import LightweightConfig, NoiseLevels, TrainingConfig
@@ -155,7 +154,7 @@ def train(
 
         text = method.kind == "words" or trains_text(paths, hdb.backbone)
         draw = draw_photos(hdb.backbone, subject, levels, copies, trains_text=text, seed=own.seed)
-        # as in stages.personalize: the loss is a mean over people, so Adam's epsilon is divided by their number
+        # as in `personalize`: the loss is a mean over people, so Adam's epsilon is divided by their number
         groups = [{"params": trained, "eps": 1e-8 / people}]
         run = Run(device=subject.latents.device, groups=groups, on_step=after, name=method.kind, quiet=True)
         training = TrainingConfig(steps=steps, learning_rate=rate, cooldown=0.2, max_grad_norm=0.0, seed=own.seed, log_every=steps)

@@ -6,7 +6,7 @@ a Zero-Shot Classifier", 2023), so no other model has to see the face.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ from torch import Tensor
 from ..backbones import Backbone
 from ..data import PromptCache
 from ..lora import LoraSet, applied
-from ..objectives import denoising
+from ..objectives import denoising_loss
 
+# Noise levels at which phrases compete: lower ones leave nothing to be told, higher ones nothing to tell it by.
 LEVELS = (0.35, 0.5, 0.65, 0.8)
-"""Noise levels at which phrases compete: lower ones leave nothing to be told, higher ones nothing to tell it by."""
 
 
 def join(phrases: Sequence[str]) -> str:
@@ -31,24 +31,15 @@ def strangeness(backbone: Backbone, latents: Tensor, prompt: str, *, noises: int
 
     A base of drawings gets photographs wrong by several times what it gets its own drawings wrong by.
     """
-    noise = torch.randn(noises, *latents.shape[1:], generator=torch.Generator().manual_seed(0))
-    conditioning = PromptCache(backbone)([prompt] * noises)
-    levels = torch.full((noises,), 0.5)
-    losses = [
-        denoising(backbone, one.expand(noises, *one.shape), conditioning, levels, torch.Generator(), draw=fixed(noise)).mean()
-        for one in latents
-    ]
+    noise = torch.randn(noises, *latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
+    conditioning, steps = PromptCache(backbone)([prompt] * noises), backbone.steps_for(torch.full((noises,), 0.5))
+    losses = [denoising_loss(backbone, one.expand(noises, *one.shape), conditioning, noise, steps).mean() for one in latents]
     return torch.stack(losses).cpu()
 
 
 def familiar(backbone: Backbone, latents: Tensor, prompt: str) -> float:
     """The strangeness above which a photo is unlike pictures that a hypernetwork knows, from pictures (N, C, h, w) that it should know."""
     return round(1.25 * strangeness(backbone, latents, prompt).max().item(), 4)
-
-
-def fixed(noise: Tensor) -> Callable[[torch.Size, torch.Generator], Tensor]:
-    """Draws the given noise."""
-    return lambda shape, generator: noise
 
 
 @torch.no_grad()
@@ -70,30 +61,18 @@ def describe(
         noises: at each of LEVELS; all alternatives meet the same ones.
         batch: pictures in one forward pass.
     """
-    prompts = PromptCache(backbone)
-    people = len(latents)
-    levels = torch.tensor(LEVELS * noises).repeat_interleave(people)
-    noise = torch.randn(len(LEVELS) * noises, *latents.shape[1:], generator=torch.Generator().manual_seed(seed)).repeat_interleave(
-        people, 0
-    )
+    prompts, people = PromptCache(backbone), len(latents)
+    steps = backbone.steps_for(torch.tensor(LEVELS * noises).repeat_interleave(people))
+    noise = torch.randn(len(LEVELS) * noises, *latents.shape[1:], generator=torch.Generator().manual_seed(seed)).to(latents)
+    noise = noise.repeat_interleave(people, 0)
     copies = max(1, batch // people) * people
 
     def losses(texts: list[str]) -> Tensor:
         """Mean loss of each photo under its text: (N,)."""
         parts = []
-        for start in range(0, len(levels), copies):
-            part = slice(start, start + copies)
-            tiles = len(levels[part]) // people
-            parts.append(
-                denoising(
-                    backbone,
-                    latents.repeat(tiles, 1, 1, 1),
-                    prompts(texts * tiles),
-                    levels[part],
-                    torch.Generator(),
-                    draw=fixed(noise[part]),
-                )
-            )
+        for some, at in zip(noise.split(copies), steps.split(copies), strict=True):
+            tiles = len(some) // people
+            parts.append(denoising_loss(backbone, latents.repeat(tiles, 1, 1, 1), prompts(texts * tiles), some, at))
         return torch.cat(parts).unflatten(0, (-1, people)).mean(0)
 
     chosen = [[slot[0] for slot in slots] for _ in range(people)]

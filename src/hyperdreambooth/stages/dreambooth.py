@@ -1,7 +1,9 @@
-"""DreamBooth on people's photos, for `train-light`, `preoptimize` and `personalize` alike: losses, and the batches that they take."""
+"""DreamBooth on people's photos: what `train-light`, `preoptimize` and `personalize` share, and the first and the last of these."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +12,15 @@ from torch import Tensor, nn
 from .. import replay
 from ..backbones import Backbone
 from ..data import PromptCache, conditioning_in
-from ..lora import Hooks
+from ..errors import InputError
+from ..lightweight import LightweightLora
+from ..lora import Hooks, LoraSet, Shape, compress, find_targets
 from ..objectives import denoising_loss
 from ..sampling import Prompts, sample
-from ..settings import GenerateConfig, resolve
-from ..training import Draw
-from ..training_settings import NoiseLevels
+from ..settings import GenerateConfig, PersonalizeConfig, resolve
+from ..trainable_lora import IdentityTable, RelaxedLora
+from ..training import Draw, Run, TrainingReport, fit
+from ..training_settings import NoiseLevels, TrainingConfig, TrainLightConfig
 
 
 @dataclass
@@ -53,16 +58,14 @@ class PhotoLosses:
 
     def __call__(self, source: nn.Module, batch: dict[str, Any]) -> Tensor:
         self.hooks.set(source(batch["people"]))
-        losses = self._denoising(batch, "photo")
-        if "prior.latents" in batch:
-            losses = losses + self.prior_weight * self._denoising(batch, "prior")
-        return losses
 
-    def _denoising(self, batch: dict[str, Any], of: str) -> Tensor:
-        conditioning = conditioning_in(batch, f"{of}.prompt.", self.backbone)
-        return denoising_loss(
-            self.backbone, batch[f"{of}.latents"], conditioning, batch[f"{of}.noise"], batch[f"{of}.timesteps"], batch.get(f"{of}.mask")
-        )
+        def denoising(of: str) -> Tensor:
+            latents, noise, timesteps = (batch[f"{of}.{name}"] for name in ("latents", "noise", "timesteps"))
+            conditioning = conditioning_in(batch, f"{of}.prompt.", self.backbone)
+            return denoising_loss(self.backbone, latents, conditioning, noise, timesteps, batch.get(f"{of}.mask"))
+
+        losses = denoising("photo")
+        return losses + self.prior_weight * denoising("prior") if "prior.latents" in batch else losses
 
 
 def draw_photos(backbone: Backbone, subject: Subject, levels: NoiseLevels, copies: int, *, trains_text: bool, seed: int) -> Draw:
@@ -103,6 +106,109 @@ def draw_photos(backbone: Backbone, subject: Subject, levels: NoiseLevels, copie
     return draw
 
 
+def train_on_photos(
+    backbone: Backbone,
+    subject: Subject,
+    source: nn.Module,
+    carried: Mapping[str, Any],
+    levels: NoiseLevels,
+    copies: int,
+    training: TrainingConfig,
+    run: Run,
+) -> TrainingReport:
+    """Trains `source`, rows (P,) -> updates of the layers `carried`, on the photos of P people."""
+    draw = draw_photos(backbone, subject, levels, copies, trains_text=trains_text(carried, backbone), seed=training.seed)
+    with Hooks(backbone.components, carried) as hooks:
+
+        def after_step(done: int) -> bool:
+            hooks.clear()  # whoever is told may draw
+            return bool(run.on_step and run.on_step(done))
+
+        told = replace(run, device=subject.latents.device, on_step=after_step)
+        return fit(PhotoLosses(backbone, subject.prior_weight, hooks), source, draw, training, told)
+
+
+def train_light(
+    backbone: Backbone, subject: Subject, config: TrainLightConfig, *, directory: str | Path | None = None, quiet: bool = False
+) -> tuple[IdentityTable, TrainingReport]:
+    """Lightweight DreamBooth on one subject's photos (paper, section 4.1): a table with one row of tokens. Resumes from `directory`."""
+    targets = find_targets(backbone.components, config.targets or backbone.default_targets)
+    if config.prior_pictures and subject.prior is None:
+        subject.prior = prior_latents(backbone, config.prior_prompt, config.prior_pictures, config.training.seed)
+        subject.prior_prompt, subject.prior_weight = config.prior_prompt, config.prior_weight
+    source = IdentityTable(1, LightweightLora(targets, config.lightweight)).to(subject.latents.device)
+    run = Run(directory=directory, name="train-light", quiet=quiet)
+    return source, train_on_photos(backbone, subject, source, targets, config.levels, config.copies, config.training, run)
+
+
+def personalize(
+    backbone: Backbone,
+    subject: Subject,
+    predicted: LoraSet | None,
+    config: PersonalizeConfig,
+    *,
+    directory: str | Path | None = None,
+    on_step: Callable[[int, LoraSet], bool] | None = None,
+    quiet: bool = False,
+) -> tuple[LoraSet, TrainingReport]:
+    """Rank-relaxed fine-tuning (paper, section 4.3) of P people at once: (P updates, report). Without `predicted`, from scratch.
+
+    Args:
+        predicted: the hypernetwork's updates of the P people, batched.
+        directory: where an interrupted fine-tuning resumes from; None keeps nothing.
+        on_step: called after every step with the number of steps done and the updates so far; where it returns True, it ends there.
+    """
+    targets = trained_targets(backbone, predicted, config.targets)
+    if config.steps == 0:
+        if predicted is None:
+            raise InputError("0 steps without a hypernetwork leave nothing: give --steps, or a hypernetwork.")
+        return predicted.detach(), TrainingReport(finished=True)
+    if config.prior_pictures and subject.prior is None:
+        subject.prior = prior_latents(backbone, subject.prior_prompt, config.prior_pictures, config.seed)
+        subject.prior_weight = config.prior_weight
+    if config.mask == "ellipse" and subject.mask is None:
+        people, photos, _, height, width = subject.latents.shape
+        subject.mask = ellipse_mask(height, width).to(subject.latents).expand(people, photos, 1, height, width)
+    source = RelaxedLora(predicted, config.rank, targets=targets, order=config.order, seed=config.seed, people=len(subject.latents))
+    source.to(subject.latents.device)
+    carried = {**targets, **(predicted or {})}
+    levels = NoiseLevels(mean=config.noise_mean, std=config.noise_std)
+    # no clipping: its norm would run over all people of a batch
+    training = TrainingConfig(steps=config.steps, learning_rate=config.learning_rate, seed=config.seed, cooldown=0.2, max_grad_norm=0.0)
+    training.log_every = max(1, config.steps // 10)
+    # the loss is a mean over people, so everyone's gradient is divided by their number, and Adam's epsilon must be too:
+    # then a person of a batch gets the very update that the same person gets alone
+    groups = [{"params": list(source.parameters()), "eps": 1e-8 / len(subject.latents)}]
+    step = (lambda done: on_step(done, source().detach())) if on_step else None
+    run = Run(directory, groups=groups, on_step=step, name="fine-tuning", quiet=quiet)
+    report = train_on_photos(backbone, subject, source, carried, levels, config.copies, training, run)
+    return source().detach(), report
+
+
+def trained_targets(backbone: Backbone, predicted: LoraSet | None, patterns: Sequence[str]) -> dict[str, Shape]:
+    """The layers that are fine-tuned. Raises InputError for a pattern that matches none of those that can be."""
+    if predicted is None:
+        return find_targets(backbone.components, patterns or backbone.default_targets)
+    chosen: set[str] = set()
+    for pattern in patterns or ("*",):
+        hits = fnmatch.filter(predicted, pattern)
+        if not hits:
+            raise InputError(f"target pattern {pattern!r} matches none of the {len(predicted)} layers that the hypernetwork predicts.")
+        chosen.update(hits)
+    return {path: shape for path, shape in predicted.shapes().items() if path in chosen}
+
+
+def finish(loras: LoraSet) -> LoraSet:
+    """One person's update, merged and decomposed exactly, ready for export. Raises InputError for one that isn't finite."""
+    finished = LoraSet()
+    for path, lora in loras.items():
+        if lora.is_finite():
+            finished[path] = compress(lora)
+        if path not in finished or not finished[path].is_finite():
+            raise InputError(f"the update of {path} isn't finite: the hypernetwork or the tokens that it comes from are damaged.")
+    return finished
+
+
 def trains_text(paths: Iterable[str], backbone: Backbone) -> bool:
     """Whether any layer of a text encoder is a target: then prompts can't be cached."""
     return any(path.split(".")[0] in backbone.text_components for path in paths)
@@ -118,15 +224,12 @@ def ellipse_mask(height: int, width: int) -> Tensor:
     return ((1.1 - distance) / 0.3).clamp(0, 1)[None]
 
 
-def prior_latents(backbone: Backbone, prompt: str, count: int, seed: int, on_step: Callable[[int], None] | None = None) -> Tensor:
+def prior_latents(backbone: Backbone, prompt: str, count: int, seed: int) -> Tensor:
     """Generates the class's own pictures for prior preservation: latents (count, C, h, w)."""
     noise = torch.randn(count, *backbone.latent_shape(), generator=torch.Generator().manual_seed(seed)).to(backbone.device)
     prompts = PromptCache(backbone)
     own = {key: value for key, value in backbone.generation.items() if key in ("steps", "guidance")}
     settings = resolve(GenerateConfig, ("family", own), ("prior preservation", {"steps": 20, "guidance": 3.0}))
     wanted, without = [prompt], [settings.negative]
-    parts = []
-    for part in noise.split(8):
-        both = Prompts(prompts(wanted * len(part), without), prompts(without * len(part), wanted))
-        parts.append(sample(backbone, both, part, settings, on_step=on_step))
-    return torch.cat(parts)
+    both = [Prompts(prompts(wanted * len(part), without), prompts(without * len(part), wanted)) for part in noise.split(8)]
+    return torch.cat([sample(backbone, mine, part, settings) for mine, part in zip(both, noise.split(8), strict=True)])

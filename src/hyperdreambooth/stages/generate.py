@@ -17,8 +17,7 @@ from ..settings import GenerateConfig
 def noise_for(backbone: Backbone, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
     """Initial noise (B, C, h, w), one seed each: a picture depends on its own seed, never on the batch."""
     shape = backbone.latent_shape(height, width)
-    device = next(backbone.components.parameters()).device
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(backbone.device)
 
 
 def generate(
@@ -38,13 +37,10 @@ def generate(
 
     Raises InputError where width or height don't fit the base.
     """
-    identity = config.identity
-    unit = backbone.unit
     for name, value in (("width", config.width), ("height", config.height)):
-        if value is not None and (value < unit or value % unit):
-            raise InputError(f"{name} must be a multiple of {unit} for this base, not {value}.")
+        if value is not None and (value < 1 or value % backbone.unit):
+            raise InputError(f"{name} must be a multiple of {backbone.unit} for this base, not {value}.")
     cache = PromptCache(backbone)
-    text = any(is_text(path, backbone) for path in personal or {})
     batched = personal is not None and next(iter(personal.values())).down.ndim == 3
     pictures = []
     for start in range(0, len(prompts), config.batch):
@@ -54,15 +50,16 @@ def generate(
         noise = noise_for(backbone, seeds[part], config.height, config.width)
         scaled = mine.scaled(config.strength) if mine else None
         without = [config.negative] * len(wanted)
-        conditioning, negative = cache(wanted, without), cache(without, wanted)
-        plain = conditioning
-        if text and scaled:  # a text encoder's LoRA belongs to the branches with the person
+        plain, negative = cache(wanted, without), cache(without, wanted)
+        conditioning = plain
+        text = LoraSet({path: lora for path, lora in (scaled or {}).items() if is_text(path, backbone)})
+        if text:  # it belongs to the branches with the person
             longest = cache.longest([*wanted, config.negative])
-            conditioning = encode_under(backbone, wanted, scaled, longest)
-            negative = negative if identity is not None else encode_under(backbone, without, scaled, longest)
-        prompted = Prompts(conditioning, negative, plain)
+            with applied(backbone.components, text), torch.no_grad():
+                conditioning = backbone.encode_prompts(wanted, longest)
+                negative = negative if config.identity is not None else backbone.encode_prompts(without, longest)
         generator = torch.Generator().manual_seed(seeds[start])
-        latents = sample(backbone, prompted, noise, config, personal=scaled, generator=generator)
+        latents = sample(backbone, Prompts(conditioning, negative, plain), noise, config, personal=scaled, generator=generator)
         pictures.append(decoded(backbone, latents).cpu())
         if on_picture:
             on_picture(start + len(wanted))
@@ -89,11 +86,3 @@ def decoded(backbone: Backbone, latents: Tensor) -> Tensor:
     if (pixels.flatten(1).amax(1) == pixels.flatten(1).amin(1)).any():
         raise InputError(f"a picture came out as one color alone, which is no picture (in {dtype}). Try --dtype float32, or another base.")
     return pixels
-
-
-@torch.no_grad()
-def encode_under(backbone: Backbone, prompts: list[str], loras: LoraSet, chunks: int = 1) -> dict[str, Tensor]:
-    """Conditioning of prompts, of `chunks` chunks or more, while the text encoders carry `loras`."""
-    mine = LoraSet({path: lora for path, lora in loras.items() if is_text(path, backbone)})
-    with applied(backbone.components, mine):
-        return backbone.encode_prompts(prompts, chunks)

@@ -1,8 +1,7 @@
 """Weight pre-optimization (paper, section 4.2): tokens for every identity of a data set.
 
-A chunk of identities shares a batch, each sample with its own tokens. A chunk is trained to the end and written,
-row by row, before the next begins: no optimizer ever moves a row whose identity isn't in the batch. All identities see
-the same noise and time steps and start from the same tokens, so that their rows can be compared.
+A chunk of identities shares a batch, each sample with its own tokens, and is trained to the end and written before the next begins. All
+identities see the same noise and time steps and start from the same tokens, so that their rows can be compared.
 
 The size of a batch, and whoever else is in it, decide how its sums are rounded. So who shares a chunk follows from all identities'
 names alone, never from which rows are there or whose turn it is: shards, machines and interruptions change no bit of a row.
@@ -21,13 +20,13 @@ from ..backbones import Backbone
 from ..data import FolderOfPeople, IdentityData
 from ..errors import InputError
 from ..lightweight import LightweightLora
-from ..lora import Hooks, find_targets
+from ..lora import find_targets
 from ..progress import Progress
 from ..tables import Table, save_row
 from ..trainable_lora import IdentityTable
-from ..training import Run, fit
+from ..training import Run
 from ..training_settings import PreoptimizeConfig
-from .dreambooth import PhotoLosses, Subject, draw_photos, trains_text
+from .dreambooth import Subject, train_on_photos
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -104,13 +103,8 @@ class Rows:
     def _train(self, photos: list[Tensor], state: Path) -> Tensor:
         most = max(map(len, photos))  # people with fewer pictures see theirs more often
         latents = torch.stack([mine[torch.arange(most) % len(mine)] for mine in photos])
-        device = next(self.backbone.components.parameters()).device
-        subject = Subject(latents.to(device).float(), self.config.prompt)
-        source = IdentityTable(len(photos), self.lightweight).to(device)
-        training, targets = self.config.training, self.lightweight.targets
-        text = trains_text(targets, self.backbone)
-        draw = draw_photos(self.backbone, subject, self.config.levels, self.config.copies, trains_text=text, seed=training.seed)
-        run = Run(directory=state, device=device, name="chunk", quiet=True)
-        with Hooks(self.backbone.components, targets) as hooks:
-            fit(PhotoLosses(self.backbone, 1.0, hooks), source, draw, training, run)
+        subject = Subject(latents.to(self.backbone.device).float(), self.config.prompt)
+        source = IdentityTable(len(photos), self.lightweight).to(self.backbone.device)
+        config, run = self.config, Run(state, name="chunk", quiet=True)
+        train_on_photos(self.backbone, subject, source, self.lightweight.targets, config.levels, config.copies, config.training, run)
         return source.tokens.detach().cpu()

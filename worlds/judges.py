@@ -1,4 +1,4 @@
-"""Recognizers and the context classifier: contrastive and plain classification.
+"""A world's recognizers and its context classifier: contrastive and plain classification.
 
 The measuring recognizer (ConvNeXt V2) and the encoder that hypernetworks read faces with (ResNet) are trained by the
 same step and share nothing else: architecture, seed and augmentation stream differ.
@@ -12,22 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ResNetConfig, ResNetModel
 
 from hyperdreambooth.encoder import FaceEncoder
 from hyperdreambooth.evaluation.judges import Judge
 
-from . import autoencoder, pictures
-
-JUDGE = {"num_channels": 3, "patch_size": 4, "num_stages": 3, "hidden_sizes": [48, 96, 192], "depths": [2, 2, 2], "drop_path_rate": 0.0}
+from .pixels import Pictures, to_tensor
 
 
-def build_recogniser() -> Judge:
-    return Judge(JUDGE, {"identity": [""] * 128})
-
-
-def build_classifier() -> Judge:
-    return Judge(JUDGE, {kind: list(choices) for kind, choices in pictures.CONTEXTS.items()})
+def build_judge(hidden: tuple[int, ...], heads: dict[str, list[str]]) -> Judge:
+    """A small ConvNeXt V2 with two blocks at each of its resolutions, a quarter of the picture's first."""
+    backbone = {"num_channels": 3, "patch_size": 4, "num_stages": len(hidden), "hidden_sizes": list(hidden)}
+    return Judge({**backbone, "depths": [2] * len(hidden), "drop_path_rate": 0.0}, heads)
 
 
 def go_on(model: Judge, folder: Path) -> Judge:
@@ -35,12 +30,6 @@ def go_on(model: Judge, folder: Path) -> Judge:
     if (folder / "config.json").is_file():
         model.load_state_dict(Judge.from_pretrained(folder).state_dict())
     return model
-
-
-def build_encoder() -> FaceEncoder:
-    """Pictures of 64 x 64 -> 16 features of 256 numbers."""
-    config = ResNetConfig(embedding_size=48, hidden_sizes=[64, 128, 256], depths=[1, 2, 2], layer_type="basic")
-    return FaceEncoder(ResNetModel(config), size=pictures.SIZE, trained=True)
 
 
 class Embedder(nn.Module):
@@ -59,25 +48,14 @@ def augmented(images: Tensor, generator: torch.Generator, linear: Callable[[Tens
     count = len(images)
     shifted = F.pad(images, (2, 2, 2, 2), mode="replicate")
     offsets = torch.randint(0, 5, (count, 2), generator=generator).tolist()
-    images = torch.stack([shifted[i, :, y : y + 64, x : x + 64] for i, (y, x) in enumerate(offsets)])
+    side = images.shape[-1]
+    images = torch.stack([shifted[i, :, y : y + side, x : x + side] for i, (y, x) in enumerate(offsets)])
     roll = torch.rand(count, generator=generator)
     images = torch.where((roll < 0.5)[:, None, None, None], linear(images), images)
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
     images = torch.where(((roll > 0.35) & (roll < 0.65))[:, None, None, None], blurred, images)
     strength = 0.15 * torch.rand(count, 1, 1, 1, generator=generator)
     return (images + strength * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
-
-
-def linear_round_trip(matrix: Tensor, offset: Tensor) -> Callable[[Tensor], Tensor]:
-    """Pictures -> latents -> pictures by the pseudo-inverse: what survives the latents, without a decoder."""
-    inverse = torch.linalg.pinv(matrix)
-
-    def apply(images: Tensor) -> Tensor:
-        latents = autoencoder.encode(matrix, offset, images) + offset[:, None, None]
-        patches = torch.einsum("pc,nchw->nphw", inverse, latents)
-        return F.fold(patches.flatten(2), images.shape[-2:], autoencoder.PATCH, stride=autoencoder.PATCH)
-
-    return apply
 
 
 def contrastive_losses(model: nn.Module, pictures: Tensor) -> Tensor:
@@ -98,29 +76,46 @@ def classification_losses(model: nn.Module, batch: tuple[Tensor, dict[str, Tenso
     return losses.sum(0)
 
 
-def pairs(data: pictures.Pictures, people: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Batches of two different pictures of `people` people, all of them at most. Pictures of a person stand together in the data."""
-    each = pictures.CONTEXTS_EACH
-    total = len(data.rows) // each
+def pairs(data: Pictures, each: int, people: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Batches of two different pictures of `people` people, all of them at most; `each` pictures of a person stand together in the data."""
+    total = len(data) // each
 
     def batch(index: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         chosen = torch.randperm(total, generator=generator)[:people]
         a = torch.randint(each, (len(chosen),), generator=generator)
         b = (a + 1 + torch.randint(each - 1, (len(chosen),), generator=generator)) % each
-        return tuple(pictures.to_tensor(data.pixels[(chosen * each + i).numpy()]) for i in (a, b))  # type: ignore[return-value]
+        return tuple(to_tensor(data[(chosen * each + i).numpy()]) for i in (a, b))  # type: ignore[return-value]
 
     return batch
 
 
-def labelled(data: pictures.Pictures, size: int, seed: int) -> Callable[[int], tuple[Tensor, dict[str, Tensor]]]:
+def labelled(data: Pictures, labels: dict[str, Tensor], size: int, seed: int) -> Callable[[int], tuple[Tensor, dict[str, Tensor]]]:
     """Batches of pictures with their contexts as indices."""
-    indices = {
-        kind: torch.tensor([list(choices).index(row["context"][kind]) for row in data.rows]) for kind, choices in pictures.CONTEXTS.items()
-    }
 
     def batch(index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen = torch.randint(len(data.rows), (size,), generator=torch.Generator().manual_seed(seed * 1_000_003 + index))
-        return pictures.to_tensor(data.pixels[chosen.numpy()]), {kind: values[chosen] for kind, values in indices.items()}
+        chosen = torch.randint(len(data), (size,), generator=torch.Generator().manual_seed(seed * 1_000_003 + index))
+        return to_tensor(data[chosen.numpy()]), {kind: values[chosen] for kind, values in labels.items()}
 
     return batch
+
+
+def told_apart(model: nn.Module, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+    """Rank-1 of second pictures (N, 3, H, W) among first ones of the same N people."""
+    model.eval()
+    device = next(model.parameters()).device
+    a, b = (
+        torch.cat([F.normalize(model(part.to(device))["identity"], dim=-1).cpu() for part in images.split(100)])
+        for images in (first, second)
+    )
+    model.train()
+    return {"rank1": ((a @ b.mT).argmax(1) == torch.arange(len(a))).float().mean()}
+
+
+def all_right(found: list[dict[str, str]], wanted: list[dict[str, str]]) -> dict[str, float]:
+    """How often each kind of context is classified rightly, and all of them."""
+    both = list(zip(found, wanted, strict=True))
+    return {
+        "all_right": sum(a == b for a, b in both) / len(both),
+        **{kind: sum(a[kind] == b[kind] for a, b in both) / len(both) for kind in wanted[0]},
+    }

@@ -1,0 +1,380 @@
+"""The chain of trainings that makes a world's weights, stage by stage, each resumable; a world says what it is in a `Chain` of its own.
+
+A stage without a checkpoint begins with the weights in its `model` folder, where there are any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from torch import Tensor, nn
+
+from hyperdreambooth import checkpoint
+from hyperdreambooth.backbones import StableDiffusion
+from hyperdreambooth.checkpoint import read_tensors, save_tensors
+from hyperdreambooth.data import IdentityData
+from hyperdreambooth.encoder import FaceEncoder
+from hyperdreambooth.evaluation.judges import Judge
+from hyperdreambooth.lightweight import LightweightLora
+from hyperdreambooth.lora import find_targets
+from hyperdreambooth.pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
+from hyperdreambooth.stages.describe import familiar
+from hyperdreambooth.stages.preoptimize import preoptimize
+from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
+from hyperdreambooth.tables import read_table
+from hyperdreambooth.trainable_lora import PredictedLora
+from hyperdreambooth.training import Run, TrainingReport, fit
+from hyperdreambooth.training_settings import TrainHypernetworkConfig, TrainingConfig
+
+from . import base, hypernetworks, judges
+from .autoencoder import Autoencoder, Components, reconstruction_losses
+from .hypernetworks import Album
+from .pixels import Pictures, every, psnr, to_tensor
+
+
+class Chain:
+    """The trainings of one world, kept in the folder `runs`."""
+
+    name: ClassVar[str]
+    autoencoder: ClassVar[Autoencoder]
+    unet_widths: ClassVar[tuple[int, ...]]
+    judge_widths: ClassVar[tuple[int, ...]]
+    each: ClassVar[int]
+    """Pictures of each person that stand side by side."""
+    batches: ClassVar[dict[str, int]]
+    """Pictures in every step of a stage; people, in the encoder's and the recognizer's."""
+    configs: ClassVar[dict[str, TrainingConfig]]
+    """How each stage is trained but for the hypernetworks."""
+    steps: ClassVar[dict[str, int]]
+    """Of the hypernetworks."""
+    table_people: ClassVar[int] = 512
+    faithful_people: ClassVar[int] = 4000
+    assets: Path
+    """Where `export` puts what is finished, and the faithful hypernetwork."""
+    faithful: Path
+
+    def __init__(self, runs: Path):
+        self.runs = runs
+
+    # what a world says
+
+    def training_pictures(self) -> Pictures:
+        """The decoder's, the encoder's and the classifier's."""
+        raise NotImplementedError
+
+    def base_pictures(self) -> Pictures:
+        """The base's and the recognizer's."""
+        raise NotImplementedError
+
+    def validation_pictures(self) -> Pictures:
+        """Strangers'."""
+        raise NotImplementedError
+
+    def tokenizer(self) -> Any:
+        raise NotImplementedError
+
+    def training_caption(self, data: Pictures, index: int, draw: random.Random) -> str:
+        """A caption for the base: sometimes empty, sometimes with [V], sometimes with the person's looks in words."""
+        raise NotImplementedError
+
+    def held_out_caption(self, data: Pictures, index: int, draw: random.Random) -> str:
+        """A caption that validation uses."""
+        raise NotImplementedError
+
+    def classes(self) -> dict[str, list[str]]:
+        """The kinds of context that the classifier tells, with the names of their values."""
+        raise NotImplementedError
+
+    def labels(self, data: Pictures) -> dict[str, Tensor]:
+        """The contexts of pictures, as indices of `classes`."""
+        raise NotImplementedError
+
+    def validation_pairs(self) -> tuple[Tensor, Tensor, list[dict[str, str]]]:
+        """The first and the second picture of validation people, (N, 3, H, W) twice, and all contexts: first, second, first, second ..."""
+        raise NotImplementedError
+
+    def build_encoder(self) -> FaceEncoder:
+        """What hypernetworks read faces with."""
+        raise NotImplementedError
+
+    def album(self, split: str, people: int | None = None) -> Album:
+        """Pictures of "train" or "validation" people for hypernetworks: of the first ones, or of all."""
+        raise NotImplementedError
+
+    def about(self) -> dict[str, Any]:
+        """What a hypernetwork's config says of this world: data, license, phrases, defaults."""
+        raise NotImplementedError
+
+    def build_autoencoder(self) -> AutoencoderKL:
+        """With the written encoder, and the decoder as its training begins with it."""
+        vae = self.autoencoder.build()
+        self.autoencoder.write_encoder(vae, self.components)
+        return vae
+
+    def trainable_decoder(self, vae: AutoencoderKL) -> nn.Module:
+        """What of the decoder is trained."""
+        return vae.decoder
+
+    # what all worlds share
+
+    def config(self, stage: str, steps: int | None) -> TrainingConfig:
+        return replace(self.configs[stage], steps=steps) if steps else self.configs[stage]
+
+    @cached_property
+    def components(self) -> Components:
+        """The encoder's matrix and offset, computed once from every fifth of the decoder's pictures."""
+        file = self.runs / "components.safetensors"
+        if not file.is_file():
+            data = self.training_pictures()
+            self.autoencoder.principal_components(lambda: every(data, 5)).save(file)
+        return Components.load(file)
+
+    def latents_of(self, data: Pictures) -> Tensor:
+        """All latents, fp16."""
+        return torch.cat([self.components.encode(images).half() for images in every(data, 1)])
+
+    def train_decoder(self, minutes: float | None, steps: int | None = None) -> bool:
+        data, components = self.training_pictures(), self.components
+        strangers = self.validation_pictures()
+        torch.manual_seed(0)
+        decoder = self.trainable_decoder(self.build_autoencoder())
+        model = self.runs / "decoder" / "model.safetensors"
+        if model.is_file():
+            decoder.load_state_dict(read_tensors(model)[0])
+        decoder = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        held = to_tensor(strangers[np.arange(0, len(strangers), max(len(strangers) // 64, 1))])
+
+        def draw(index: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            chosen = torch.randint(len(data), (self.batches["decoder"],), generator=torch.Generator().manual_seed(index))
+            images = to_tensor(data[chosen.numpy()])
+            latents = components.encode(images)
+            return latents + 0.03 * torch.randn(latents.shape, generator=generator), images  # a little noise, as generated ones have
+
+        def validate(done: int, model: nn.Module) -> dict[str, Any]:
+            return psnr(torch.cat([model(part) for part in components.encode(held).split(16)]), held)
+
+        run = Run(directory=self.runs / "decoder", validate=validate, minutes=minutes, device="cpu", name="decoder")
+        report = fit(reconstruction_losses, decoder, draw, self.config("decoder", steps), run)
+        if report.finished:
+            save_tensors(model, decoder.state_dict())
+        return report.finished
+
+    def untrained_backbone(self) -> StableDiffusion:
+        torch.manual_seed(0)
+        return StableDiffusion(base.build(self.build_autoencoder(), self.tokenizer(), self.unet_widths))
+
+    def train_base(self, minutes: float | None, steps: int | None = None) -> bool:
+        """Validated by the loss of strangers' pictures."""
+        backbone = self.untrained_backbone()
+        if (self.runs / "base" / "model" / "model_index.json").is_file():
+            backbone.components.load_state_dict(self.trained_backbone().components.state_dict())
+        data, strangers = self.base_pictures(), self.validation_pictures()
+        training = base.BaseTraining(
+            backbone, self.latents_of(data), lambda index, draw: self.training_caption(data, index, draw), self.batches["base"], seed=31
+        )
+        shown, draw = np.arange(min(384, len(strangers))), random.Random(5)
+        captions = [self.held_out_caption(strangers, index, draw) if draw.random() > 0.1 else "" for index in shown.tolist()]
+        held = base.HeldOutLoss(backbone, self.components.encode(to_tensor(strangers[shown])), captions)
+        run = Run(directory=self.runs / "base", validate=held, minutes=minutes, name="base")
+        report = fit(training.losses, backbone.components, training.draw, self.config("base", steps), run)
+        if report.finished:
+            backbone.components.cpu()
+            backbone.pipe.save_pretrained(str(self.runs / "base" / "model"))
+        return report.finished
+
+    def trained_backbone(self, unfinished: bool = False) -> StableDiffusion:
+        """The finished base (averaged weights) with the best decoder so far; or, where `unfinished` will do, what a checkpoint holds."""
+        folder = self.runs / "base"
+        if (folder / "model" / "model_index.json").is_file():
+            backbone = StableDiffusion(StableDiffusionPipeline.from_pretrained(str(folder / "model")))
+        elif unfinished and (folder / "state.safetensors").is_file():
+            backbone = self.untrained_backbone()
+            model, _, average, _ = checkpoint.load(folder / "state.safetensors")
+            backbone.components.load_state_dict({**model, **average}, strict=False)
+        else:
+            raise SystemExit(f"the base isn't trained yet: python -m worlds.{self.name}.train base")
+        decoder = self.decoder_weights(unfinished)
+        backbone.pipe.vae.decoder.load_state_dict({name: value.float() for name, value in decoder.items()}, strict=False)
+        return backbone
+
+    def decoder_weights(self, unfinished: bool = False) -> dict[str, Tensor]:
+        """The best decoder's so far; none where nothing was trained."""
+        folder = self.runs / "decoder"
+        if (folder / "model.safetensors").is_file():
+            return read_tensors(folder / "model.safetensors")[0]
+        if unfinished and (folder / "state.safetensors").is_file():
+            model, _, average, _ = checkpoint.load(folder / "state.safetensors")
+            return {**model, **average}
+        return {}
+
+    def train_embedder(self, name: str, model: nn.Module, data: Pictures, minutes: float | None, steps: int | None) -> bool:
+        """Contrastive training; validated by rank-1 among strangers, the second picture as it comes through the latents."""
+        linear, config = self.components.linear_round_trip(), self.config(name, steps)
+        first, second, _ = self.validation_pairs()
+        second = linear(second)
+        batches = judges.pairs(data, self.each, self.batches[name], config.seed)
+
+        def draw(index: int, generator: torch.Generator) -> Tensor:
+            return judges.augmented(torch.cat(batches(index)), generator, linear)
+
+        def validate(done: int, model: nn.Module) -> dict[str, Tensor]:
+            return judges.told_apart(model, first, second)
+
+        run = Run(directory=self.runs / name, validate=validate, minutes=minutes, name=name)
+        return fit(judges.contrastive_losses, model, draw, config, run).finished
+
+    def train_encoder(self, minutes: float | None, steps: int | None = None) -> bool:
+        torch.manual_seed(3)
+        folder = self.runs / "encoder" / "model"
+        last = FaceEncoder.from_pretrained(folder, trained=True) if (folder / "config.json").is_file() else self.build_encoder()
+        model = judges.Embedder(last)
+        done = self.train_embedder("encoder", model, self.training_pictures(), minutes, steps)
+        if done:
+            model.cpu().encoder.save_pretrained(folder)
+        return done
+
+    def train_recogniser(self, minutes: float | None, steps: int | None = None) -> bool:
+        torch.manual_seed(4)
+        folder = self.runs / "recogniser" / "model"
+        model = judges.go_on(judges.build_judge(self.judge_widths, {"identity": [""] * 128}), folder)
+        done = self.train_embedder("recogniser", model, self.base_pictures(), minutes, steps)
+        if done:
+            model.cpu().save_pretrained(folder)
+        return done
+
+    def train_classifier(self, minutes: float | None, steps: int | None = None) -> bool:
+        data, linear, config = self.training_pictures(), self.components.linear_round_trip(), self.config("classifier", steps)
+        first, second, contexts = self.validation_pairs()
+        images = torch.stack([first, linear(second)], 1).flatten(0, 1)
+        torch.manual_seed(5)
+        folder = self.runs / "classifier" / "model"
+        model = judges.go_on(judges.build_judge(self.judge_widths, self.classes()), folder)
+        batches = judges.labelled(data, self.labels(data), self.batches["classifier"], config.seed)
+
+        def draw(index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+            images, labels = batches(index)
+            return judges.augmented(images, generator, linear), labels
+
+        def validate(done: int, model: nn.Module) -> dict[str, float]:
+            return judges.all_right(model.classify(images), contexts)  # type: ignore[operator]
+
+        run = Run(directory=self.runs / "classifier", validate=validate, minutes=minutes, device="cpu", name="classifier")
+        done = fit(judges.classification_losses, model, draw, config, run).finished
+        if done:
+            model.save_pretrained(folder)
+        return done
+
+    def identity_data(self, encoder: FaceEncoder, split: str, people: int | None = None) -> IdentityData:
+        """Latents and features are kept in memory."""
+        return hypernetworks.identity_data(self.album(split, people), encoder, self.components)
+
+    def train_pro(self, minutes: float | None, steps: int | None = None) -> bool:
+        backbone = self.trained_backbone()
+        if torch.cuda.is_available():
+            backbone.components.cuda()
+        config = hypernetworks.pro_config(steps or self.steps["pro"], self.batches["pro"])
+        folder = self.runs / "pro" / "model"
+        start = load_hypernetwork(folder, backbone)[0] if (folder / "config.json").is_file() else None
+        encoder = FaceEncoder.from_pretrained(self.runs / "encoder" / "model", trained=config.train_encoder)
+        data, validation = self.identity_data(encoder, "train"), self.identity_data(encoder, "validation")
+        source, report = train_hypernetwork(
+            backbone, encoder, data, config, directory=self.runs / "pro", validation=validation, start=start, minutes=minutes
+        )
+        if report.finished:
+            known = familiar(backbone, validation.latents.to(backbone.device).float(), config.prompt)
+            save_hypernetwork(folder, source.cpu(), self.describe(source, config, report, len(data.names), known))
+        return report.finished
+
+    def train_table(self, minutes: float | None, steps: int | None = None) -> bool:
+        """Pre-optimized tokens of the first training people."""
+        backbone, encoder = self.trained_backbone(), FaceEncoder.from_pretrained(self.runs / "encoder" / "model")
+        photos = hypernetworks.photos_of(self.identity_data(encoder, "train", self.table_people))
+        table = preoptimize(
+            backbone, photos, hypernetworks.table_config(steps or self.steps["table"]), self.runs / "table", minutes=minutes
+        )
+        return len(table) == len(photos.names)
+
+    def train_faithful(self, minutes: float | None, steps: int | None = None) -> bool:
+        """With the table's weight loss."""
+        backbone = self.trained_backbone()
+        encoder = FaceEncoder.from_pretrained(self.runs / "pro" / "model" / "encoder")  # one encoder is shipped for both
+        data, validation = self.identity_data(encoder, "train", self.faithful_people), self.identity_data(encoder, "validation")
+        config = hypernetworks.faithful_config(steps or self.steps["faithful"])
+        targets = find_targets(backbone.components, config.targets)
+        table = read_table(self.runs / "table", LightweightLora(targets, config.lightweight).fingerprint())
+        source, report = train_hypernetwork(
+            backbone, encoder, data, config, directory=self.runs / "faithful", validation=validation, table=table, minutes=minutes
+        )
+        if report.finished:
+            save_hypernetwork(self.runs / "faithful" / "model", source, self.describe(source, config, report, len(data.names)))
+        return report.finished
+
+    def describe(
+        self, source: PredictedLora, config: TrainHypernetworkConfig, report: TrainingReport, people: int, known: float | None = None
+    ) -> HyperNetworkInfo:
+        """What travels with a hypernetwork."""
+        return HyperNetworkInfo(
+            base=self.name,
+            targets={path: list(shape) for path, shape in source.lightweight.targets.items()},
+            lightweight=asdict(config.lightweight),
+            hypernetwork=asdict(config.hypernetwork),
+            mode=config.mode,
+            familiar=known,
+            trained={"steps": report.steps, "batch": config.batch, "people": people, "validation": report.validations[-1:]},
+            **self.about(),
+        )
+
+    def export(self, minutes: float | None = None) -> bool:
+        """Copies what is finished to `assets`, in fp16."""
+        base.save(self.trained_backbone().pipe, self.assets / "base")
+        for name in ("recogniser", "classifier"):
+            Judge.from_pretrained(self.runs / name / "model").save_pretrained(self.assets / name)
+        for name, folder in (("pro", self.assets / "hypernetwork"), ("faithful", self.faithful)):
+            if (self.runs / name / "model" / "config.json").is_file():
+                source, info = load_hypernetwork(self.runs / name / "model")
+                source.encoder.model.half()
+                if name == "faithful":  # both read faces with the same encoder
+                    info.encoder = Path(os.path.relpath(self.assets / "hypernetwork" / "encoder", folder)).as_posix()
+                save_hypernetwork(folder, source, info)
+        return True
+
+
+def interrupt(number: int, frame: object) -> None:
+    """A terminated training checkpoints, as one stopped by Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def main(world: Callable[[Path], Chain], stages: Sequence[str], others: Sequence[str], argv: Sequence[str], doc: str) -> int:
+    """The command line of a world: `stages` in their order, `others` by name alone; a stage's method is `train_` and its name, or its name."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["all", *stages, *others])
+    parser.add_argument("--runs", type=Path, help="the folder of checkpoints and pictures")
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--steps", type=int)
+    args = parser.parse_args(argv)
+    chain = world(args.runs) if args.runs else world()  # type: ignore[call-arg]
+    run = {name: getattr(chain, f"train_{name}", None) or getattr(chain, name) for name in (*stages, *others)}
+    trainings = {name for name in run if hasattr(chain, f"train_{name}")}
+    if args.steps and args.stage not in trainings:
+        parser.error(f"--steps goes with one training: {', '.join(sorted(trainings))}")
+    signal.signal(signal.SIGTERM, interrupt)
+    extra = {"steps": args.steps} if args.steps else {}
+    started = time.monotonic()
+    for name in stages if args.stage == "all" else [args.stage]:
+        left = args.minutes - (time.monotonic() - started) / 60 if args.minutes else None
+        if not run[name](left, **extra):
+            print(f"{name} isn't finished; the same command goes on from here")
+            return 1
+    return 0

@@ -1,0 +1,122 @@
+"""A world's hypernetworks, pro and faithful, on the library's own stages: what they learn from, and their settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hyperdreambooth.data import IdentityData
+from hyperdreambooth.encoder import FaceEncoder
+from hyperdreambooth.progress import Progress
+from hyperdreambooth.training_settings import (
+    HyperNetworkConfig,
+    LightweightConfig,
+    NoiseLevels,
+    PreoptimizeConfig,
+    TrainHypernetworkConfig,
+    TrainingConfig,
+)
+
+from .autoencoder import Components
+from .pixels import Pictures, to_tensor
+
+TARGETS = tuple(f"unet.*.{layer}" for layer in ("attn1.to_?", "attn?.to_q", "attn?.to_out.0", "ff.net.0.proj", "ff.net.2"))
+"""Not attn2's to_k and to_v, which read the prompt: with them the LoRA pulls contexts that it never saw towards those it did."""
+TOKENS = LightweightConfig(rank=4, down_dim=64, up_dim=32)
+FAITHFUL_TOKENS = LightweightConfig(rank=1, down_dim=64, up_dim=32)
+DECODER = HyperNetworkConfig(dim=128, blocks=3, heads=4, passes=2)
+FAITHFUL_DECODER = HyperNetworkConfig(dim=128, blocks=2, heads=4, passes=2)
+
+
+@dataclass
+class Album:
+    """What hypernetworks learn from: of each person the same number of pictures, side by side."""
+
+    pictures: Pictures
+    indices: np.ndarray
+    """Which of the pictures, in the order of `people`."""
+    people: list[str]
+    reference: tuple[bool, ...]
+    """Which of a person's pictures may be predicted from."""
+    prompts: list[str]
+    """Of each picture that `indices` names."""
+
+
+@torch.no_grad()
+def identity_data(album: Album, encoder: FaceEncoder, components: Components) -> IdentityData:
+    """Latents, features (pictures, for an encoder that is trained) and captions."""
+    latents, features = [], []
+    encoder.eval()
+    with Progress("encoding pictures", len(album.indices)) as progress:
+        for start in range(0, len(album.indices), 500):
+            shown = album.pictures[album.indices[start : start + 500]]
+            images = to_tensor(shown)
+            latents.append(components.encode(images).half())
+            features.append(torch.from_numpy(shown).permute(0, 3, 1, 2) if encoder.trained else encoder(images).half())
+            progress.update(start + len(shown))
+    each = len(album.reference)
+    people = torch.arange(len(album.people)).repeat_interleave(each)
+    reference = torch.tensor(album.reference).repeat(len(album.people))
+    return IdentityData(torch.cat(latents), torch.cat(features), people, album.people, album.prompts, reference)
+
+
+def pro_config(steps: int, batch: int = 768) -> TrainHypernetworkConfig:
+    """Learnable aux, the denoising loss alone; the encoder is trained too."""
+    training = TrainingConfig(
+        steps=steps,
+        optimizer="muon",
+        learning_rate=1.2e-3,
+        warmup=30,
+        cooldown=0.7,
+        average=0.995,
+        mixed_precision="bf16" if torch.cuda.is_available() else "no",
+        seed=71,
+        log_every=50,
+        validate_every=250,
+    )
+    return TrainHypernetworkConfig(
+        mode="pro",
+        targets=TARGETS,
+        lightweight=TOKENS,
+        hypernetwork=DECODER,
+        levels=NoiseLevels(mean=2.0, std=1.5, uniform=0.1),
+        batch=batch,
+        penalty=3e-4,
+        shared=3e-3,
+        train_encoder=True,
+        training=training,
+    )
+
+
+def faithful_config(steps: int) -> TrainHypernetworkConfig:
+    """Frozen aux, denoising and weight loss."""
+    training = TrainingConfig(
+        steps=steps, learning_rate=1e-3, warmup=50, cooldown=0.35, average=0.995, seed=12, log_every=25, validate_every=250
+    )
+    return TrainHypernetworkConfig(
+        mode="faithful",
+        targets=TARGETS,
+        lightweight=FAITHFUL_TOKENS,
+        hypernetwork=FAITHFUL_DECODER,
+        levels=NoiseLevels(mean=1.5),
+        batch=64,
+        weight_loss=1e-3,
+        training=training,
+    )
+
+
+def table_config(steps: int) -> PreoptimizeConfig:
+    """Tokens of one person after another, 32 side by side."""
+    training = TrainingConfig(steps=steps, learning_rate=2e-2, cooldown=0.3, max_grad_norm=0.0, seed=13)
+    return PreoptimizeConfig(
+        targets=TARGETS, lightweight=FAITHFUL_TOKENS, levels=NoiseLevels(mean=1.5), chunk=32, copies=2, training=training
+    )
+
+
+def photos_of(data: IdentityData) -> IdentityData:
+    """Only the pictures that may stand for their person."""
+    kept = data.reference.nonzero().flatten()
+    prompts = [data.prompts[index] for index in kept.tolist()]
+    return IdentityData(data.latents[kept], data.features[kept], data.people[kept], data.names, prompts, data.reference[kept])

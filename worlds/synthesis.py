@@ -1,0 +1,184 @@
+"""The inverse of a world's encoder, written into the decoder of an ordinary `AutoencoderKL`: what training begins with.
+
+A decoder enlarges by repeating every position and convolving, which gives the four copies no way to differ: they must first know which
+of the four they are. So ramps, made from the zeros that convolutions are padded with, run along the rows and columns. Where
+a ramp is repeated, it steps at every second position; that step switches three of four differences off (a SiLU far
+below zero) and lets one through (far above zero, where SiLU is the identity). What is repeated are thus all the four patches of 2 x 2,
+and what is left is the right one: exactly the principal components' own reconstruction. Constants in two channels hold the variance that
+norms divide by, so norms do next to nothing.
+
+The residual blocks that this doesn't need begin with nothing to add, and are trained (`trainable`); the rest stays as it is written.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from .autoencoder import Autoencoder, Components
+
+BIG, LIFT, SWITCH = 512.0, 32.0, 64.0
+"""The constants, where SiLU is the identity, and by how much a difference is lowered to be switched off."""
+PLUS, MINUS, ZERO, LEFT, RIGHT, TOP, BOTTOM = range(-7, 0)
+"""The last channels at every resolution: constants, zero, ramps that rise from each side."""
+EVEN_X, ODD_X, EVEN_Y, ODD_Y = range(-11, -7)
+"""The channels before them, behind an enlargement: switches."""
+RAMPS = ((LEFT, (1, 0)), (RIGHT, (1, 2)), (TOP, (0, 1)), (BOTTOM, (2, 1)))
+"""Each ramp with the tap of a 3 x 3 kernel that looks where it rises from."""
+OFF = ((ODD_Y, EVEN_X), (EVEN_Y, ODD_X), (EVEN_Y, EVEN_X))
+"""What switches off the differences of the second, third and fourth patch (in reading order) to the first."""
+
+
+def widths(kept: tuple[int, ...]) -> tuple[int, ...]:
+    """The least channels that each resolution needs, finest first: for its data, its switches and what lies behind them."""
+    levels = (3, *kept)
+    return tuple(
+        max(4 * levels[k - 1] + 11 if k else 0, 3 * levels[k] + 5 if k < len(kept) else 0, levels[k] + 7) for k in range(len(levels))
+    )
+
+
+def clear(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.zero_()
+
+
+def linearize(norm: nn.GroupNorm, x: Tensor, ignored: tuple[int, ...]) -> Tensor:
+    """Makes norm and SiLU add `LIFT` and nothing else, for inputs like x; gives what SiLU then gives."""
+    norm.weight.fill_(x.flatten(1).std(1, correction=0).mean().item())
+    norm.bias.fill_(LIFT + x.mean().item())
+    norm.weight[list(ignored)] = 0
+    norm.bias[list(ignored)] = 0
+    return nn.functional.silu(norm(x))
+
+
+def write_ramps(resnet: nn.Module, x: Tensor, first: bool) -> None:
+    """Adds to each ramp what rises over two positions more: `first` from nothing, then from the ramp itself."""
+    clear(resnet)
+    linearize(resnet.norm1, x, (PLUS, MINUS))
+    for ramp, tap in RAMPS:
+        if first:
+            resnet.conv1.weight[ramp, ZERO, *tap] = 1 / LIFT
+        else:
+            resnet.conv1.weight[ramp, ramp, *tap] = 1
+            resnet.conv1.weight[ramp, ZERO, *tap] = -1
+        resnet.conv1.bias[ramp] = 1
+        resnet.conv2.weight[ramp, ramp, *tap] = 1
+        resnet.conv2.weight[ramp, ZERO, *tap] = -1
+        resnet.conv2.bias[ramp] = 1
+    resnet.conv1.bias[PLUS], resnet.conv1.bias[MINUS] = BIG, -BIG
+    linearize(resnet.norm2, resnet.conv1(nn.functional.silu(resnet.norm1(x))), (PLUS, MINUS))
+
+
+def write_enlargement(conv: nn.Conv2d, depth: int, children: Tensor, offset: Tensor) -> None:
+    """Four patches (4 * kept, channels) from each, as the first one and three differences to it; switches; ramps of twice as many steps.
+
+    Steps are halved with every enlargement: `depth` counts those before.
+    """
+    clear(conv)
+    first = children[: len(children) // 4].repeat(4, 1)
+    shift = offset[: len(children) // 4].repeat(4)
+    first[: len(children) // 4] = 0
+    shift[: len(children) // 4] = 0
+    conv.weight[: len(children), : children.shape[1], 1, 1] = children - first
+    conv.bias[: len(children)] = offset - shift  # type: ignore[operator]
+    opposite = {LEFT: RIGHT, RIGHT: LEFT, TOP: BOTTOM, BOTTOM: TOP}
+    switches = {LEFT: EVEN_X, RIGHT: ODD_X, TOP: EVEN_Y, BOTTOM: ODD_Y}
+    for ramp, tap in RAMPS:
+        # what the residual blocks left rises at one end alone; minus its opposite it rises everywhere, from 1 on
+        parts = {ramp: 1.0, opposite[ramp]: -1.0, PLUS: 7 / BIG} if depth == 0 else {ramp: 1.0}
+        for channel, weight in parts.items():
+            conv.weight[ramp, channel, 1, 1] = weight / 2
+            conv.weight[ramp, channel, *tap] = weight / 2
+            conv.weight[switches[ramp], channel, 1, 1] = weight * SWITCH * 2**depth
+            conv.weight[switches[ramp], channel, *tap] = -weight * SWITCH * 2**depth
+    for constant in (PLUS, MINUS):
+        conv.weight[constant, constant, 1, 1] = 1
+
+
+def write_choice(resnet: nn.Module, kept: int, x: Tensor) -> None:
+    """Of four patches the one that belongs here: the first, and of the three differences the one that isn't switched off."""
+    clear(resnet)
+    linearize(resnet.norm1, x, (PLUS, MINUS))
+    for patch, switches in enumerate(OFF):
+        rows = slice(patch * kept, (patch + 1) * kept)
+        carrier = 3 * kept + patch  # the same without data
+        resnet.conv1.weight[rows, kept + patch * kept : 2 * kept + patch * kept, 1, 1] = torch.eye(kept)
+        resnet.conv1.weight[rows, ZERO, 1, 1] = 1
+        resnet.conv1.weight[carrier, ZERO, 1, 1] = 2
+        for switch in switches:
+            resnet.conv1.weight[rows, switch, 1, 1] = -1
+            resnet.conv1.weight[carrier, switch, 1, 1] = -1
+        resnet.conv2.weight[:kept, rows, 1, 1] = torch.eye(kept)
+        resnet.conv2.weight[:kept, carrier, 1, 1] = -1
+    plus, minus = 3 * kept + 3, 3 * kept + 4
+    resnet.conv1.bias[plus], resnet.conv1.bias[minus] = BIG, -BIG
+    linearize(resnet.norm2, resnet.conv1(nn.functional.silu(resnet.norm1(x))), (plus, minus))
+    for channel in range(kept):
+        resnet.conv_shortcut.weight[channel, channel] = 1
+    for special in range(-7, 0):
+        resnet.conv_shortcut.weight[special, special] = 1
+
+
+def write_free(resnet: nn.Module, x: Tensor) -> None:
+    """A residual block that adds nothing yet, and sees every data channel at unit deviation."""
+    clear(resnet.conv2)
+    deviation = x.std((0, 2, 3))
+    resnet.norm1.weight.copy_(x.flatten(1).std(1, correction=0).mean() / torch.where(deviation > 1e-3, deviation, 1.0))
+    resnet.norm1.weight[-7:] = 0
+
+
+@torch.no_grad()
+def write_decoder(autoencoder: Autoencoder, vae: AutoencoderKL, components: Components, latents: Tensor) -> None:
+    """Writes the reconstruction by `components` into the decoder; `latents` are some pictures' own, (N, C, h, w).
+
+    What each resolution holds of patches of 2^level pixels is divided by 2^level, which keeps it between -2 and 2.
+    """
+    decoder, last, levels = vae.decoder, len(autoencoder.kept), (3, *autoencoder.kept)
+    clear(decoder.conv_in)
+    for channel in range(autoencoder.channels):
+        decoder.conv_in.weight[channel, channel, 1, 1] = 1
+    decoder.conv_in.bias[PLUS], decoder.conv_in.bias[MINUS] = BIG, -BIG
+    x = decoder.conv_in(latents)
+    clear(decoder.mid_block.attentions[0].to_out[0])
+    for index, resnet in enumerate(decoder.mid_block.resnets):
+        write_ramps(resnet, x, first=index == 0)
+        x = resnet(x, None)
+    for depth, block in enumerate(decoder.up_blocks):
+        level = last - depth
+        for index, resnet in enumerate(block.resnets):
+            if depth and index == 0:
+                write_choice(resnet, levels[level], x)
+            else:
+                write_free(resnet, x)
+            x = resnet(x, None)
+        if level:
+            if depth:
+                children = 2 * components.bases.get(level, torch.eye(4 * levels[level - 1])).mT
+                offset = torch.zeros(len(children))
+            else:
+                halves = autoencoder.halved(last, components.bases)
+                children = torch.linalg.pinv(components.matrix @ halves.mT) / 2 ** (last - 1)
+                offset = children @ components.offset
+            write_enlargement(block.upsamplers[0].conv, depth, children, offset)
+            x = block.upsamplers[0](x)
+    linearize(decoder.conv_norm_out, x, (PLUS, MINUS))
+    clear(decoder.conv_out)
+    for color in range(3):
+        decoder.conv_out.weight[color, color, 1, 1] = 1
+        decoder.conv_out.weight[color, ZERO, 1, 1] = -1
+
+
+def trainable(decoder: nn.Module) -> nn.Module:
+    """The decoder, such that training changes nothing but its free residual blocks, and these leave ramps and constants alone."""
+    decoder.requires_grad_(False)
+    for depth, block in enumerate(decoder.up_blocks):
+        for resnet in block.resnets[1:] if depth else block.resnets:
+            resnet.requires_grad_(True)
+            for parameter in resnet.conv2.parameters():
+                mask = torch.ones_like(parameter)
+                mask[-7:] = 0
+                parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+    # torch on CPUs crashes in the backward pass of a norm whose weight needs a gradient and whose input doesn't
+    decoder.up_blocks[0].register_forward_pre_hook(lambda module, inputs: (inputs[0].requires_grad_(), *inputs[1:]))
+    return decoder

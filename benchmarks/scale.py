@@ -12,7 +12,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -66,45 +65,6 @@ def shards(folder: Path, table: Path, processes: int, kills: int, more: list[str
     return {"processes": processes, "seconds": round(time.monotonic() - begun, 1), "killed": killed, "rows": len(rows(table))}
 
 
-def recipe(folder: Path, kills: int, seed: int = 0) -> dict[str, object]:
-    """The small faithful recipe, whole, and killed at random moments and run again: what both made, byte for byte."""
-    small = ["--people", "12", "--batch", "4", "--training.steps", "16", "--table.training.steps", "8", "--lightweight.down-dim", "16"]
-    small += ["--training.validate-every", "8", "--training.checkpoint-minutes", "0.02", "--table.training.checkpoint-minutes", "0.02"]
-
-    def run(name: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "hyperdreambooth", "recipe", "toon-faithful", "-o", str(folder / name), *small]
-        return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def made(name: str) -> dict[str, bytes]:
-        stages = [*(folder / name / "table/rows").glob("[!.]*"), *(folder / name / "people").rglob("*.png")]
-        ends = [folder / name / end for end in ("data.json", "evaluation.json", "sheet.png", "hypernetwork/model.safetensors")]
-        return {str(file.relative_to(folder / name)): file.read_bytes() for file in [*stages, *ends]}
-
-    rng, begun, killed, stages = random.Random(seed), time.monotonic(), 0, []
-    assert run("whole").wait() == 0
-    seconds = time.monotonic() - begun
-    while killed < kills:
-        process = run("killed")
-        try:  # a moment up to some way into the stage that is next
-            process.wait(rng.uniform(1, seconds / 3))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            killed += 1
-            stages.append(
-                sum((folder / "killed" / f"{mark}.json").is_file() for mark in ("preflight", "data", "table", "trained", "evaluation"))
-            )
-        if process.wait() == 0:  # it was done: from the beginning again
-            assert made("killed") == made("whole")
-            shutil.rmtree(folder / "killed")
-    assert run("killed").wait() == 0
-    return {
-        "killed": killed,
-        "stages_done_when_killed": stages,
-        "seconds_whole": round(seconds, 1),
-        "identical": made("killed") == made("whole"),
-    }
-
-
 def encoding(folder: Path) -> dict[str, float]:
     """Pictures a second of processor time and of the clock: one at a time, as it was, and as `load_identities` does."""
     from hyperdreambooth import photos
@@ -140,7 +100,6 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--pictures", type=int, default=2000)
-    parser.add_argument("--recipe-kills", type=int, default=20)
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks/results/scale.json")
     args = parser.parse_args()
     found: dict[str, object] = {"people": args.people, "steps": args.steps, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
@@ -154,8 +113,6 @@ def main() -> None:
                 found["preempted"] = shards(folder / "people", folder / "killed", max(args.processes), args.kills, more)
             tables = {path.name: rows(path) for path in folder.iterdir() if (path / "rows").is_dir()}
             found["tables_identical"] = all(table == next(iter(tables.values())) for table in tables.values())
-        if args.recipe_kills:
-            found["recipe"] = recipe(folder, args.recipe_kills)
         if args.pictures:
             make_people(folder / "pictures", args.pictures, 256)
             found["encoding"] = encoding(folder / "pictures")

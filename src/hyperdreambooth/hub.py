@@ -18,7 +18,6 @@ from .photos import SUFFIXES, is_generated, preview_path
 
 HYPERNETWORK_FILES = ["README.md", "config.json", "model.safetensors", "encoder/*.json", "encoder/*.safetensors"]
 CONSENT = "A LoRA of a face is biometric data: whoever has the file can draw this person. Upload it only if the person agrees."
-SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # Folders of data sets that are no people.
 CARDS = Path(__file__).parent / "assets" / "cards"  # Templates of Jinja's, with the metadata in front as `card_data`.
 REFUSALS = (HTTPError, OSError, ValueError)
 """What huggingface_hub raises for a hub that can't be reached, a refused token, an invalid name, and an invalid model card."""
@@ -38,7 +37,7 @@ def download(name: str) -> Path:
 def download_pictures(name: str) -> Path:
     """Fetches the pictures of a data set, `user/name` or `user/name/folder`, but for those that are here, and returns the folder of people.
 
-    Raises InputError where it can't be reached, keeps its pictures in other files (parquet, archives), or has splits to choose from.
+    Raises InputError where it can't be reached, or keeps its pictures in other files (parquet, archives).
     """
     repository, folder = "/".join(name.split("/")[:2]), "".join(f"{part}/" for part in name.split("/")[2:])
     kinds = [f"{folder}*{end}" for suffix in SUFFIXES for end in (suffix, suffix.upper())]
@@ -48,17 +47,11 @@ def download_pictures(name: str) -> Path:
         raise InputError(
             f"{name} can't be fetched from the hub: {_first_line(error)} Check the name, or run the same line again."
         ) from error
-    while inside := sorted(place.iterdir()) if place.is_dir() else []:
-        if len(inside) > 1 and {entry.name for entry in inside} <= SPLITS:
-            raise InputError(
-                f"{name} has the splits {', '.join(entry.name for entry in inside)}: name one, as in hf:{name}/{inside[0].name}."
-            )
-        if len(inside) > 1 or inside[0].is_file():
-            return place
-        place = inside[0]  # such as data, which the people are in
-    raise InputError(
-        f"{name} holds no picture files; parquet files and archives aren't read. Save its pictures in a folder, and name that."
-    )
+    if not place.is_dir():
+        raise InputError(
+            f"{name} holds no picture files; parquet files and archives aren't read. Save its pictures in a folder, and name that."
+        )
+    return place
 
 
 def push(path: str | Path, name: str, *, public: bool = False) -> str:

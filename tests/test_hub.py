@@ -64,10 +64,10 @@ class Hub(BaseHTTPRequestHandler):
             if content is None:
                 return self.answer({"error": "no such file"}, 404)
             return self.answer(content, 200, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": SHA}, body)
-        if "/tree/" in path:
+        if "/tree/" in path and self.server.files:
             found = [{"type": "file", "path": name, "size": len(data), "oid": SHA} for name, data in self.server.files.items()]
             return self.answer(found)
-        if path.startswith("/api/models/"):
+        if path.startswith(("/api/models/", "/api/datasets/")):
             if not self.server.files:
                 return self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
             siblings = [{"rfilename": name} for name in self.server.files]

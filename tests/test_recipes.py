@@ -1,50 +1,221 @@
-"""The recipes parse, and run when everything large about them is made small."""
+"""Recipes: those that are shipped parse and run when everything large about them is made small; killed ones go on; refusals say why."""
 
 from __future__ import annotations
 
 import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from hyperdreambooth.backbones.architectures import architecture
-from hyperdreambooth.cli import commands_default, main
+from hyperdreambooth.cli import main, parse
 from hyperdreambooth.commands import load
-from hyperdreambooth.config import read_config, updated
+from hyperdreambooth.commands.recipe import SHIPPED
+from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import find_targets
+from hyperdreambooth.pretrained import load_hypernetwork
 
-from . import families
+from . import families, test_hub
+from .conftest import picture
 from .test_encoder import save
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+server = test_hub.server
+ROOT = Path(__file__).parents[1]
+LARGE = [name for name in SHIPPED if not name.startswith("toon")]
+SMALL = [
+    "--lightweight.down-dim",
+    "12",
+    "--lightweight.up-dim",
+    "8",
+    "--batch",
+    "2",
+    "--hypernetwork.dim",
+    "16",
+    "--hypernetwork.heads",
+    "2",
+]
+SHORT = ["--training.steps", "4", "--training.validate-every", "2", "--table.training.steps", "3", "--table.chunk", "2"]
+OFTEN = ["--training.checkpoint-minutes", "0", "--table.training.checkpoint-minutes", "0"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_parses_and_its_targets_are_the_familys(recipe):
-    parsed = updated(commands_default(load("train-hypernetwork")[0]), read_config(recipe), str(recipe))
-    config = parsed.config
-    assert config.mode == recipe.stem.split("-")[1]
-    assert config.lightweight.learnable == (config.mode == "pro")
-    shapes = find_targets(architecture(recipe.stem.split("-")[0]), config.targets or ("unet.*attn?.to_[qkv]",))
-    assert min(min(shape) for shape in shapes.values()) >= 100
+def recipe(*words: object) -> int:
+    return main(["recipe", *map(str, words)])
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_runs_on_a_tiny_base(recipe, tmp_path, people):
-    base, mode = families.make({"sd15": "sd1", "sdxl": "sdxl"}[recipe.stem.split("-")[0]]), recipe.stem.split("-")[1]
-    base.save_pretrained(tmp_path / "base")
-    values = yaml.safe_load(recipe.read_text())
-    common = ["--base", str(tmp_path / "base")]
-    small = ["--lightweight.down-dim", "12", "--lightweight.up-dim", "8"]
-    if mode == "faithful":
-        table = [*common, "--targets", *values["config"]["targets"], "--dtype", "bfloat16", "--gradient-checkpointing", "--chunk", "2"]
-        assert main(["preoptimize", str(people), *table, *small, "--training.steps", "2", "-o", str(tmp_path / "table")]) == 0
-        small += ["--table", str(tmp_path / "table")]
-    small += ["--encoder", str(save("dinov2", tmp_path / "encoder")), "--batch", "2", "--training.steps", "2"]
-    small += ["--hypernetwork.dim", "16", "--hypernetwork.heads", "2"]
-    command = ["train-hypernetwork", str(people), "--config", str(recipe), *common, *small, "-o", str(tmp_path / "hyper")]
-    assert main(command) == 0
-    saved = json.loads((tmp_path / "hyper" / "config.json").read_text())
-    assert saved["mode"] == mode
-    assert saved["hypernetwork"]["passes"] == values["config"]["hypernetwork"]["passes"]
+def outcome(run: Path) -> dict[str, bytes]:
+    """What a recipe makes, byte for byte; neither clocks nor what training keeps to go on with."""
+    kept = [
+        *(run / "people").rglob("*"),
+        *(run / "held-out").rglob("*"),
+        *(run / "table").rglob("rows/*"),
+        *(run / "hypernetwork").rglob("*"),
+    ]
+    files = [file for file in [*kept, run / "evaluation.json", run / "sheet.png", run / "data.json"] if file.is_file()]
+    left = [file for file in files if not {"cache", "run", "training.json"} & {*file.relative_to(run).parts}]
+    return {str(file.relative_to(run)): file.read_bytes() for file in left}
+
+
+@pytest.fixture
+def faces(tmp_path: Path) -> Path:
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for index in range(6):
+        picture(index).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_recipe_parses_and_its_targets_are_the_familys(name):
+    args = parse("recipe", load("recipe")[0], [name, "-o", "run", "--table.copies", "3"])
+    assert args.config.mode == name.split("-")[1]
+    assert args.config.lightweight.learnable == (args.config.mode == "pro")
+    assert args.table.copies == 3
+    assert (args.table.targets, args.table.lightweight.down_dim) == (args.config.targets, args.config.lightweight.down_dim)
+    if name in LARGE:
+        shapes = find_targets(architecture(name.split("-")[0]), args.config.targets or ("unet.*attn?.to_[qkv]",))
+        assert min(min(shape) for shape in shapes.values()) >= 100
+        assert args.config.give_up == 0.2
+
+
+@pytest.mark.parametrize("name", ["sd15-pro", "sdxl-faithful"])
+def test_a_recipe_runs_on_a_tiny_base(name, tmp_path, people):
+    families.make({"sd15": "sd1", "sdxl": "sdxl"}[name.split("-")[0]]).save_pretrained(tmp_path / "base")
+    own = ["--base", tmp_path / "base", "--encoder", save("dinov2", tmp_path / "encoder"), "--data", people, "--give-up", "0"]
+    assert recipe(name, *own, *SMALL, *SHORT, "-o", tmp_path / "run") == 0
+    _, info = load_hypernetwork(tmp_path / "run/hypernetwork")
+    assert info.mode == name.split("-")[1]
+    assert info.hypernetwork["passes"] == yaml.safe_load(SHIPPED[name].read_text())["config"]["hypernetwork"]["passes"]
+
+
+def test_a_recipe_says_what_it_takes_and_holds_the_last_people_out(tiny_world, people, tmp_path, capsys):
+    (people / "bob/broken.png").write_bytes(b"nothing")
+    run = tmp_path / "run"
+    assert recipe("toon-faithful", "--data", people, "--price", "2.5", *SMALL, *SHORT, "-o", run) == 0
+    said = capsys.readouterr().err
+    assert "4 people, 6 pictures" in said
+    assert "at 2.5 an hour" in said
+    assert "GB needed" in said
+    assert {file.name for file in (run / "people").iterdir()} == {"ann", "bob"}
+    assert {file.name for file in (run / "held-out").iterdir()} == {"cyd", "dan"}
+    data = json.loads((run / "data.json").read_text())
+    assert (data["people"], data["held_out"], data["pictures"]) == (2, 2, 5)
+    assert data["broken"] == [str(people / "bob/broken.png")]
+    flight = json.loads((run / "preflight.json").read_text())
+    assert min(flight[name] for name in ("step", "chunk_step", "encoded", "state", "row")) > 0
+    assert {file.stem for file in (run / "table/rows").iterdir()} == {"ann", "bob"}
+    figures = json.loads((run / "evaluation.json").read_text())
+    assert figures["people"] == 2
+    assert figures["identity_gain_interval"] > 0
+    with Image.open(run / "sheet.png") as sheet:
+        assert sheet.width > 4 * 64
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+    assert recipe("toon-faithful", "--data", people, "--price", "9", *SMALL, *SHORT, "-o", run) == 0  # all is done, and stays
+    after = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+    assert after == before
+    assert recipe("toon-faithful", "--data", people, *SMALL, *SHORT, "--people", "4", "-o", run) == 2  # another run needs another folder
+    assert "people None, not 4" in capsys.readouterr().err
+
+
+def start(world: Path, *words: object) -> subprocess.Popen[bytes]:
+    own = {"HYPERDREAMBOOTH_TOON": str(world), "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "hyperdreambooth", "recipe", *map(str, words)]
+    return subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+def test_a_recipe_that_is_killed_goes_on_and_ends_the_same(world, faces, tmp_path):
+    words = ["toon-faithful", "--data", faces, *SMALL, *SHORT, *OFTEN]
+    assert start(world, *words, "-o", tmp_path / "whole").wait() == 0
+    killed, marks = 0, ["people", "table/rows", "hypernetwork/run/state.safetensors", "trained.json"]
+    for mark in marks:
+        process = start(world, *words, "-o", tmp_path / "killed")
+        while not (tmp_path / "killed" / mark).exists() and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(random.random() / 10)  # somewhere in that stage
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed == len(marks)
+    assert not (tmp_path / "killed/evaluation.json").exists()
+    assert start(world, *words, "-o", tmp_path / "killed").wait() == 0
+    whole = outcome(tmp_path / "whole")
+    assert {"evaluation.json", "sheet.png", "hypernetwork/model.safetensors", "table/rows/3.safetensors"} <= whole.keys()
+    assert outcome(tmp_path / "killed") == whole
+
+
+def test_a_training_that_tells_nobody_apart_stops(tiny_world, faces, tmp_path, capsys):
+    words = ["toon-pro", "--data", faces, *SMALL, *SHORT, "--training.learning-rate", "0", "-o", tmp_path / "run"]
+    assert recipe(*words, "--give-up", "0.2") == 2
+    said = capsys.readouterr().err
+    assert "identity gain is 0 ± 0 after 2 of 4 steps" in said
+    assert "--give-up 0" in said
+    assert not (tmp_path / "run/hypernetwork/config.json").exists()
+    assert recipe(*words, "--give-up", "0") == 0  # by the same folder
+
+
+def test_a_yaml_file_of_ones_own_is_a_recipe(tiny_world, faces, tmp_path):
+    own = yaml.safe_load(SHIPPED["toon-pro"].read_text()) | {"data": str(faces), "held_out": 3}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own))
+    assert recipe(tmp_path / "mine.yaml", *SMALL, *SHORT, "-o", tmp_path / "run") == 0
+    assert len(list((tmp_path / "run/held-out").iterdir())) == 3
+
+
+def test_what_is_no_recipe_or_too_small_is_refused(tiny_world, faces, tmp_path, capsys):
+    for words, reason in (
+        (["sd99-pro"], "sd15-pro"),
+        ([], "sd15-pro"),
+        (["--data", faces, "toon-pro"], "first word"),
+        (["toon-pro", "--data", tmp_path / "nowhere"], "no such folder"),
+        (["toon-pro", "--data", faces, "--people", "3", *SMALL], "held out"),
+        (["toon-pro", "--data", faces, "--held-out", "1", *SMALL], "held out"),
+        (["sd15-pro", "--base", tiny_world / "base", "--encoder", "auto", "--data", faces], "--encoder"),
+    ):
+        assert recipe(*words, "-o", tmp_path / "run") == 2, words
+        assert reason in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_a_disk_that_is_too_small_is_refused(tiny_world, faces, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert recipe("toon-pro", "--data", faces, *SMALL, *SHORT, "-o", tmp_path / "run") == 2
+    assert "isn't enough disk for 6 pictures" in capsys.readouterr().err
+    assert not (tmp_path / "run/people").exists()
+    monkeypatch.undo()
+
+
+def test_people_of_a_data_set_on_the_hub(server, tiny_world, faces, tmp_path, capsys):
+    for file in faces.iterdir():
+        server.files[f"data/{file.stem}/{file.name}"] = file.read_bytes()
+    server.files |= {"README.md": b"faces", "data.parquet": b"none"}
+    run = tmp_path / "run"
+    assert recipe("toon-pro", "--data", "hf:ann/faces", "--push", "ann/hyper", *SMALL, *SHORT, "-o", run) == 0
+    assert {file.name for file in (run / "people").iterdir()} == set("0123")
+    assert "model.safetensors" in server.files  # pushed
+    assert not any(name.startswith("people") for name in server.files)
+    assert "hf:ann/faces" in (run / "hypernetwork/README.md").read_text()
+
+
+def test_a_data_set_that_cant_be_read_is_refused(server, tiny_world, faces, tmp_path):
+    from hyperdreambooth import hub
+
+    server.files |= {"data/train.parquet": b"none", "README.md": b"faces"}
+    with pytest.raises(InputError, match=r"\.parquet"):
+        hub.list_pictures("ann/faces")
+    for file in faces.iterdir():
+        server.files |= {f"{split}/{file.name}": file.read_bytes() for split in ("train", "test")}
+    with pytest.raises(InputError, match="hf:ann/faces/test"):
+        hub.list_pictures("ann/faces")
+    assert set(hub.list_pictures("ann/faces/train")) == {f"train/{index}.png" for index in range(6)}
+    assert {file.name for file in hub.download_pictures("ann/faces/train").iterdir()} == {f"{index}.png" for index in range(6)}
+    server.files.clear()
+    with pytest.raises(InputError, match="no data set"):
+        hub.list_pictures("ann/nothing")

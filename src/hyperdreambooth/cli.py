@@ -71,6 +71,7 @@ def parse(name: str, kind: type, arguments: list[str]) -> object:
     """A command's dataclass from flags, over a config file where `--config` names one."""
     arguments = [part for given in arguments for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
     default = None
+    arguments = getattr(kind, "expanded", list)(arguments)
     if "--config" in arguments[:-1]:
         file = arguments.pop(arguments.index("--config") + 1)
         arguments.remove("--config")

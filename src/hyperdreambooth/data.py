@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from . import photos
@@ -180,6 +181,34 @@ def _grouped(files: list[tuple[str, Path]], tensors: dict[str, Tensor], prompt: 
     return IdentityData(tensors["latents"], tensors["features"], people, names, [prompt] * len(kept), reference)
 
 
+def decoded(files: Sequence[Path], size: int, crop: photos.Crop, many: int, progress: str = "") -> Iterator[dict[int, Image.Image]]:
+    """Pictures as `photos.prepare` makes them, by their places in `files`, out of `many` files at a time, where any of these can be read.
+
+    Threads decode the next ones meanwhile. Broken pictures are named and counted at the end. `progress`: what is said on the way.
+    """
+    skipped = []
+    # Pillow's warnings are silenced here for all threads at once: each thread's own silence would end another's
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("ignore")
+        with Progress(progress, len(files), quiet=not progress) as bar:
+            ahead = [pool.submit(photos.prepare, file, size, crop) for file in files[:many]]
+            for start in range(0, len(files), many):
+                batch, images = ahead, {}
+                ahead = [pool.submit(photos.prepare, file, size, crop) for file in files[start + many : start + 2 * many]]
+                for index, future in enumerate(batch, start):
+                    try:
+                        images[index] = future.result()[0]
+                    except InputError as error:
+                        skipped.append(str(error))
+                if images:
+                    yield images
+                bar.update(start + len(batch))
+    for message in skipped:
+        say(f"skipped: {message}")
+    if skipped:
+        say(f"{len(skipped)} of {len(files)} pictures were skipped.")
+
+
 def _seen_by(encoder: FaceEncoder | None, pixels: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in -1..1 as `IdentityData.features` keeps them: features, or themselves in the encoder's size."""
     if encoder is None:
@@ -194,34 +223,16 @@ def _encode(
 ) -> dict[str, Tensor]:
     """Latents and features of the pictures that can be read, and `kept`, their places in `files`.
 
-    Threads decode the next batch while the models look at this one. Which pictures share a batch follows from `files` alone, since
-    the batch decides how sums are rounded.
+    Which pictures share a batch follows from `files` alone, since the batch decides how sums are rounded.
     """
     many = max(1, min(LARGEST_BATCH, BATCH_PIXELS // backbone.size**2))
-    latents, features, kept, skipped = [], [], [], []
-    # Pillow's warnings are silenced here for all threads at once: each thread's own silence would end another's
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, torch.no_grad():
-        warnings.simplefilter("ignore")
-        with Progress("encoding pictures", len(files), quiet=quiet) as progress:
-            ahead = [pool.submit(photos.prepare, file, backbone.size, crop) for _, file in files[:many]]
-            for start in range(0, len(files), many):
-                batch, images = ahead, []
-                ahead = [pool.submit(photos.prepare, file, backbone.size, crop) for _, file in files[start + many : start + 2 * many]]
-                for index, future in enumerate(batch, start):
-                    try:
-                        images.append(future.result()[0])
-                        kept.append(index)
-                    except InputError as error:
-                        skipped.append(str(error))
-                if images:
-                    # the CPU's convolutions are faster with channels last
-                    pixels = photos.to_tensor(images).contiguous(memory_format=torch.channels_last)
-                    latents.append(backbone.encode_images(pixels).cpu())
-                    features.append(_seen_by(encoder, pixels))
-                progress.update(start + len(batch))
-    for message in skipped:
-        say(f"skipped: {message}")
-    if skipped:
-        say(f"{len(skipped)} of {len(files)} pictures were skipped.")
+    latents, features, kept = [], [], list[int]()
+    with torch.no_grad():
+        for images in decoded([file for _, file in files], backbone.size, crop, many, "" if quiet else "encoding pictures"):
+            # the CPU's convolutions are faster with channels last
+            pixels = photos.to_tensor(list(images.values())).contiguous(memory_format=torch.channels_last)
+            latents.append(backbone.encode_images(pixels).cpu())
+            features.append(_seen_by(encoder, pixels))
+            kept += images
     empty = torch.zeros(0)
     return {"latents": torch.cat(latents or [empty]), "features": torch.cat(features or [empty]), "kept": torch.tensor(kept)}

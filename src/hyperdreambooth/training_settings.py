@@ -187,6 +187,8 @@ class TrainHypernetworkConfig(StageConfig):
     """Train the encoder too, from pictures instead of features that are computed once: slower, and it may see what a
     ready encoder overlooks."""
     encoder_scale: float = 0.3  # A trained encoder's learning rate over the decoder's.
+    give_up: float = 0.0
+    """From this fraction of the steps on, 0 to 1, stop at a validation whose identity gain isn't above 0 by its 95 % interval. 0: never."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=20_000, warmup=100, average=0.998, validate_every=500))
     """The loop."""
 
@@ -197,6 +199,6 @@ class TrainHypernetworkConfig(StageConfig):
             raise InputError("what people have in common takes a batch of 2 or more to tell: raise batch, or set shared to 0.")
         if self.preserve and not self.preserved:
             raise InputError("preservation needs prompts: give some as preserved, or set preserve to 0.")
-        if not 0 <= self.dropout <= 1:
-            raise InputError(f"dropout is a fraction of the pictures, 0 to 1, not {self.dropout}.")
+        if not 0 <= self.dropout <= 1 or not 0 <= self.give_up <= 1:
+            raise InputError(f"dropout and give_up are fractions, 0 to 1, not {self.dropout} and {self.give_up}.")
         self.lightweight = replace(self.lightweight, learnable=self.mode == "pro")

@@ -13,9 +13,10 @@ MODULES = {
     "demo": ("demo",),
     "files": ("info", "export", "mix", "push"),
     "train": ("train-light", "preoptimize", "train-hypernetwork"),
+    "recipe": ("recipe",),
     "measure": ("targets", "evaluate"),
 }
-GROUPS = {"make and use a personal LoRA": ("make", "app", "demo", "files"), "train": ("train",), "look and measure": ("measure",)}
+GROUPS = {"make and use a personal LoRA": ("make", "app", "demo", "files"), "train": ("train", "recipe"), "look and measure": ("measure",)}
 COMMANDS = {name: module for module, names in MODULES.items() for name in names}
 
 

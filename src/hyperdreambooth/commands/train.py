@@ -22,11 +22,12 @@ from .options import Flat, Output, WithBase, WithCrop, Writing, as_json, save_sh
 
 if TYPE_CHECKING:
     from ..api import HyperDreamBooth
+    from ..encoder import FaceEncoder
     from ..stages.preoptimize import Rows
     from ..tables import Table
 
 MOST_BLOCKS = 4096  # Of Ray's: items that are handed out together, where there are more chunks.
-NO_MATTER = ("log_every", "validate_every", "checkpoint_minutes", "tracker")  # Settings of the loop that change nothing about a row.
+NO_MATTER = ("log_every", "validate_every", "checkpoint_minutes", "tracker", "give_up")  # Settings that change nothing about weights.
 
 
 @dataclass
@@ -188,26 +189,33 @@ def opened(args: Preoptimize, hdb: HyperDreamBooth | None = None) -> Rows:
 
 def keep_settings(args: Preoptimize) -> None:
     """Writes config.json, or raises InputError where the table was begun with other settings: its rows could not be compared."""
-    from ..checkpoint import read_json, write_json
     from ..tables import read_table_config
 
-    file = args.output / "config.json"
-    if file.is_file():
+    if (args.output / "config.json").is_file():
         read_table_config(args.output)  # refuses a damaged one
-    before, now = (_decisive(values) for values in (read_json(file) if file.is_file() else {}, as_json(args)))
-    differing = [f"{name} {value}, not {now[name]}" for name, value in before.items() if now.get(name, value) != value]
-    if differing and any((args.output / begun).is_dir() for begun in ("rows", "packed", "chunk")):
+    keep(args.output / "config.json", as_json(args), ("rows", "packed", "chunk"))
+
+
+def keep(file: Path, now: dict[str, Any], begun: Sequence[str]) -> None:
+    """Writes a command's settings. Raises InputError where others are there, and a folder beside them that work is `begun` with those."""
+    from ..checkpoint import read_json, write_json
+
+    before, wanted = (decisive(values) for values in (read_json(file) if file.is_file() else {}, now))
+    differing = [f"{name} {value}, not {wanted[name]}" for name, value in before.items() if wanted.get(name, value) != value]
+    if differing and any((file.parent / folder).is_dir() for folder in begun):
         raise InputError(f"{file} was made with {some(differing)}. Use that, or another folder.")
     if differing or not before:
-        write_json(file, as_json(args))
+        write_json(file, now)
 
 
-def _decisive(values: dict[str, Any]) -> dict[str, Any]:
-    """Of a command's settings those that decide what a row is, by their names as flags."""
-    found = {"base": Path(values["base"]).name, "crop": values["crop"]} if {"base", "crop"} <= values.keys() else {}
-    for name, value in (values.get("config") or {}).items():
-        parts = {f"{name}.{key}": part for key, part in value.items() if key not in NO_MATTER} if isinstance(value, dict) else {name: value}
-        found |= parts
+def decisive(values: dict[str, Any]) -> dict[str, Any]:
+    """Of a command's settings those that decide what it makes, by their names as flags."""
+    found: dict[str, Any] = {name: values[name] for name in ("crop", "data", "people", "held_out", "encoder") if name in values}
+    found |= {"base": Path(values["base"]).name} if "base" in values else {}
+    for prefix, group in (("", values.get("config")), ("table.", values.get("table"))):
+        for name, value in (group or {}).items():
+            parts = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+            found |= {prefix + key: part for key, part in parts.items() if key.split(".")[-1] not in NO_MATTER}
     return found
 
 
@@ -249,12 +257,21 @@ class TrainHypernetwork(WithBase, WithCrop):
     config: Annotated[TrainHypernetworkConfig, Flat] = field(default_factory=TrainHypernetworkConfig)
 
 
+def open_encoder(hdb: HyperDreamBooth, name: str, trained: bool) -> FaceEncoder:
+    """The vision model of that name, or the shipped one for `auto`. Raises InputError where there is none for the base."""
+    from ..assets import toon
+    from ..encoder import FaceEncoder
+
+    if name == "auto" and hdb.base != "toon":
+        raise InputError(f"{hdb.base} has no encoder of its own: name a vision model with --encoder, such as facebook/dinov2-small.")
+    model = toon.directory("hypernetwork") / "encoder" if name == "auto" else name
+    return FaceEncoder.from_pretrained(model, trained=trained).to(hdb.device).eval()
+
+
 def run_train_hypernetwork(args: TrainHypernetwork) -> None:
     from .. import photos
-    from ..assets import toon
     from ..checkpoint import write_json
     from ..data import load_identities
-    from ..encoder import FaceEncoder
     from ..lightweight import LightweightLora
     from ..lora import find_targets
     from ..personal_lora import PLACEHOLDER
@@ -263,13 +280,10 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
     from ..stages.train_hypernetwork import preview, train_hypernetwork
     from ..tables import read_table
 
-    if args.encoder == "auto" and args.base != "toon":
-        raise InputError(f"{args.base} has no encoder of its own: name a vision model with --encoder, such as facebook/dinov2-small.")
     hdb = args.machine.open(args.base, None)
     config = args.config
     config.prompt = config.prompt.replace(PLACEHOLDER, hdb.identifier)
-    model = toon.directory("hypernetwork") / "encoder" if args.encoder == "auto" else args.encoder
-    encoder = FaceEncoder.from_pretrained(model, trained=config.train_encoder).to(hdb.device).eval()
+    encoder = open_encoder(hdb, args.encoder, config.train_encoder)
     start = load_hypernetwork(args.start, hdb.backbone)[0] if args.start else None
     cache = args.output / "cache"
     read = partial(load_identities, backbone=hdb.backbone, encoder=encoder, prompt=config.prompt, crop=args.crop, cache=cache)

@@ -23,7 +23,7 @@ from .. import photos
 from ..backbones import Backbone, Conditioning
 from ..data import IdentityData, PromptCache, conditioning_in
 from ..encoder import FaceEncoder
-from ..errors import InputError
+from ..errors import InputError, TrainingError
 from ..lightweight import LightweightLora
 from ..lora import Hooks, LoraSet, applied, find_targets, shared_norm, update_norms
 from ..objectives import denoising, denoising_loss, gaussian, weight_loss
@@ -35,6 +35,12 @@ from ..training import Run, TrainingReport, fit
 from ..training_settings import NoiseLevels, TrainHypernetworkConfig
 from .dreambooth import trains_text
 from .generate import generate
+
+HOPELESS = (
+    "the identity gain is {identity_gain:.2g} ± {identity_gain_interval:.2g} after {done} of {steps} steps: the hypernetwork tells nobody apart, "
+    "and more steps rarely mend that. Look at the pictures (are the faces large and sharp?), take more people, raise --levels.mean or the "
+    "learning rate; --give-up 0 goes on all the same."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +153,11 @@ def train_hypernetwork(
 
         def validate(done: int, model: nn.Module) -> dict[str, float | Image.Image]:
             hooks.clear()
-            figures: dict[str, float | Image.Image] = dict(gain(done, model)) if gain else {}
+            found = gain(done, model) if gain else {}
+            low = found.get("identity_gain", 0.0) - found.get("identity_gain_interval", 0.0)
+            if low <= 0 and 0 < config.give_up * config.training.steps <= done < config.training.steps:
+                raise TrainingError(HOPELESS.format(done=done, steps=config.training.steps, **{"identity_gain_interval": 0.0, **found}))
+            figures: dict[str, float | Image.Image] = dict(found)
             if config.training.tracker and validation:
                 figures["preview"] = preview(backbone, model, validation)
             return figures
@@ -205,12 +215,16 @@ class IdentityGain:
         self.backbone, self.prompts, self.device = backbone, prompts, device
 
     def __call__(self, step: int, model: nn.Module) -> dict[str, float]:
-        own, stranger = (self.loss(model, photos) for photos in (self.own, self.strangers))
-        return {"identity_gain": stranger - own, "loss": own}
+        """The gain, half of its 95 % interval over people (where there are two or more), and the loss with one's own photo."""
+        own, stranger = (self.losses(model, photos) for photos in (self.own, self.strangers))
+        gains, people = stranger - own, self.data.people[self.chosen]
+        each = torch.stack([gains[people == person].mean() for person in people.unique()])
+        interval = {"identity_gain_interval": 1.96 * (each.std() / len(each) ** 0.5).item()} if len(each) > 1 else {}
+        return {"identity_gain": gains.mean().item(), **interval, "loss": own.mean().item()}
 
-    def loss(self, source: nn.Module, photos: Tensor) -> float:
-        """Mean denoising loss when predicted from `photos` (indices into the data)."""
-        total = 0.0
+    def losses(self, source: nn.Module, photos: Tensor) -> Tensor:
+        """Denoising losses (pictures,) on the CPU when predicted from `photos` (indices into the data)."""
+        found = []
         prompts = [self.data.prompts[i] for i in self.chosen.tolist()]
         for start in range(0, len(photos), 32):
             part = slice(start, start + 32)
@@ -219,5 +233,5 @@ class IdentityGain:
                 losses = denoising(
                     self.backbone, self.latents[part], self.prompts(prompts[part]), self.levels[part], torch.Generator().manual_seed(start)
                 )
-            total += losses.sum().item()
-        return total / len(photos)
+            found.append(losses.float().cpu())
+        return torch.cat(found)

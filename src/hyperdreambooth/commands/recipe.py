@@ -1,0 +1,235 @@
+"""A hypernetwork from one command: stages that are other commands', each skipped where it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ..errors import InputError
+from ..progress import say
+from ..training_settings import PreoptimizeConfig, TrainHypernetworkConfig
+from .options import Flat, Output, WithBase, WithCrop, as_json, save_sheet
+from .train import Preoptimize, TrainHypernetwork, decisive, keep, open_encoder, run_preoptimize, run_train_hypernetwork
+
+SHIPPED = {file.stem: file for file in sorted((Path(__file__).parents[1] / "assets" / "recipes").glob("*.yaml"))}
+PROMPTS = ("a pencil sketch of a [V] face", "a smiling [V] face", "a [V] face on a blue background")  # Of the sheet.
+AT_ONCE = 64  # Pictures that are decoded until they are written.
+
+
+@dataclass
+class Recipe(WithBase, WithCrop):
+    """Make a hypernetwork by a recipe: check this machine, align faces, train, evaluate, and push if asked.
+
+    Recipes: sd15-pro, sd15-faithful, sdxl-pro, sdxl-faithful, toon-pro and toon-faithful (small ones, to try it), or a YAML file of these
+    settings. Interrupted at any moment, the same line goes on. It makes OUTPUT/hypernetwork, OUTPUT/evaluation.json and OUTPUT/sheet.png.
+
+        hyperdreambooth recipe toon-pro -o runs/try
+        hyperdreambooth recipe sd15-pro --data faces -o runs/sd15 --price 2.5
+        hyperdreambooth recipe sdxl-pro --data hf:ORG/NAME/train --people 10000 --batch 16 -o runs/sdxl --push me/my-hypernetwork
+        hyperdreambooth recipe sd15-pro --help       # with its own settings
+    """
+
+    recipe: tyro.conf.Positional[str]  # The name of a recipe, or a YAML file.
+    output: Output  # The run's folder.
+    data: str = "toon"  # A folder (identity/picture.png, or one picture each); hf:ORG/NAME[/FOLDER] on the hub; or toon, the shipped faces.
+    people: int | None = None  # Take the first so many people only.
+    held_out: int | None = None  # The last so many of them aren't trained on. Default: a tenth, at least 2 and at most 128.
+    encoder: str = "auto"  # A vision model of transformers, by directory or hub id. auto: the shipped one for toon.
+    price: float | None = None  # Of an hour on this machine, to be told what it will cost.
+    push: str | None = None  # user/name on the hub, where the hypernetwork goes in the end.
+    license: str = ""  # The license of the weights, for the model card.
+    config: Annotated[TrainHypernetworkConfig, Flat] = field(default_factory=TrainHypernetworkConfig)
+    table: PreoptimizeConfig = field(default_factory=PreoptimizeConfig)
+    """faithful: how the table is made. Its prompt, targets and token size are always the hypernetwork's."""
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.replace(self.config.lightweight, learnable=False)
+        self.table = dataclasses.replace(self.table, prompt=self.config.prompt, targets=self.config.targets, lightweight=sizes)
+
+    @staticmethod
+    def expanded(words: list[str]) -> list[str]:
+        """The command's words with the recipe's file for `--config`. Raises InputError where the first one is no recipe."""
+        if words[:1] in (["-h"], ["--help"]):
+            return words
+        file = SHIPPED.get(words[0], Path(words[0])) if words else Path()
+        if not file.is_file() or "--config" in words:
+            raise InputError(f"the first word is a recipe ({', '.join(SHIPPED)}) or a YAML file; there is no --config. See recipe --help.")
+        return [*words, "--config", str(file)]
+
+
+def run_recipe(args: Recipe) -> None:
+    from .. import hub
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a recipe runs in one process; docs/scale.md says how several share its table and its training.")
+    out, faithful = args.output, args.config.mode == "faithful"
+    keep(out / "recipe.json", as_json(args), ("people", "held-out"))
+    size = preflight(args)
+    once(out / "data.json", lambda: align(args, size))
+    shared: dict[str, Any] = {"base": args.base, "crop": "center", "machine": args.machine, "folder": out / "people"}
+    if faithful:
+        table = Preoptimize(**shared, output=out / "table", config=dataclasses.replace(args.table))
+        once(out / "table.json", lambda: run_preoptimize(table))
+    shared |= {"encoder": args.encoder, "validation_folder": out / "held-out", "table": out / "table" if faithful else None}
+    shared |= {"data": args.data if args.data.startswith("hf:") else Path(args.data).name, "license": args.license}
+    training = TrainHypernetwork(**shared, output=out / "hypernetwork", config=dataclasses.replace(args.config))
+    once(out / "trained.json", lambda: run_train_hypernetwork(training))
+    found = once(out / "evaluation.json", lambda: evaluate(args))
+    say(f"{training.output}: identity gain {found['identity_gain']:.2g} ± {found['identity_gain_interval']:.2g} on people it never saw")
+    if name := args.push:
+        once(out / f"pushed-{name.replace('/', '--')}.json", lambda: {"address": hub.push(training.output, name)})
+        say(f"{name}: uploaded (a new repository is private)")
+
+
+def once(file: Path, work: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+    """What a stage found, from its file where it was done before."""
+    from ..checkpoint import read_json, write_json
+
+    if not file.is_file():
+        say(f"stage: {file.stem}")
+        write_json(file, work() or {})
+    return read_json(file)
+
+
+def people_of(data: str) -> dict[str, list[Path]]:
+    """Identity -> its pictures; those of the hub are fetched. Raises InputError where there are none."""
+    from .. import hub
+    from ..assets import toon
+    from ..folders import list_identities
+
+    if data == "toon":
+        return {file.stem: [file] for file in sorted(toon.directory("faces").glob("face-*.png"))}
+    return list_identities(hub.download_pictures(data[3:]) if data.startswith("hf:") else data)
+
+
+def preflight(args: Recipe) -> int:
+    """Says what the recipe will take here, from measured steps, and returns the base's size; once for a machine and its settings.
+
+    Raises InputError where memory or disk won't do.
+    """
+    import psutil
+    import torch
+
+    from .. import hub
+    from ..checkpoint import read_json, write_json
+
+    file, card = args.output / "preflight.json", torch.cuda.get_device_name() if torch.cuda.is_available() else "no card"
+    key = {"machine": f"{platform.node()}, {card}", "settings": decisive(as_json(args))}
+    if file.is_file() and (known := read_json(file)) == known | key:
+        return int(known["size"])
+    say("stage: preflight")
+    listed = hub.list_pictures(args.data[3:]) if args.data.startswith("hf:") else {}
+    people = ([[Path(name)] for name in listed] or list(people_of(args.data).values()))[: args.people]
+    count, pictures, found = len(people), sum(map(len, people)), measured(args)
+    chunks = -(-count // args.table.chunk) if found["row"] else 0
+    hours = (found["step"] * args.config.training.steps + found["chunk_step"] * args.table.training.steps * chunks) / 3600
+    cost = f", {hours * args.price:,.2f} at {args.price:g} an hour" if args.price is not None else ""
+    say(f"{count} people, {pictures} pictures, {found['step']:.3g} s a step: {hours:.3g} hours{cost}, besides reading and drawing pictures")
+    # downloads; pictures as PNG, at most; what they are encoded to; two states, while one replaces the other; rows
+    disk = sum(listed.values()) + pictures * (3 * found["size"] ** 2 + found["encoded"]) + 2 * found["state"] + count * found["row"]
+    there = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
+    free = {"disk": shutil.disk_usage(args.output).free + there, "main memory": psutil.virtual_memory().available}
+    for name, needed in {"disk": disk, "main memory": 2 * pictures * found["encoded"]}.items():
+        say(f"{name}: {needed / 1e9:.2f} GB needed, {free[name] / 1e9:.2f} GB free")
+        if needed > free[name]:
+            raise InputError(f"there isn't enough {name} for {pictures} pictures. Take fewer with --people, or another machine.")
+    write_json(file, {**key, **found, "hours": hours})
+    return int(found["size"])
+
+
+def measured(args: Recipe) -> dict[str, float]:
+    """Seconds a step, and bytes, of the stages themselves with batches of made pictures. Raises InputError where a batch doesn't fit."""
+    import torch
+
+    from .. import photos
+    from ..data import load_identities
+    from ..stages.preoptimize import preoptimize
+    from ..stages.train_hypernetwork import train_hypernetwork
+
+    hdb, config, seconds, rows = args.machine.open(args.base, None), args.config, dict[str, float](), {}
+    encoder, size = open_encoder(hdb, args.encoder, config.train_encoder), hdb.backbone.size
+    with tempfile.TemporaryDirectory() as name:
+        for number, noise in enumerate(torch.rand(args.table.chunk + 1, 16, 16, 3).numpy()):
+            photos.load_photo(noise).resize((size, size)).save(Path(name) / f"{number}.png")
+        data = load_identities(name, hdb.backbone, encoder, config.prompt, crop="center")
+        try:
+            for steps in (1, 2, 6):  # what precedes the first step is in the second run and the third, and goes out
+                short: dict[str, Any] = {"steps": steps, "validate_every": 0, "tracker": None}
+                begun = time.monotonic()
+                if config.mode == "faithful":
+                    table = dataclasses.replace(args.table, training=dataclasses.replace(args.table.training, **short))
+                    rows = dict(preoptimize(hdb.backbone, data.split(1)[0], table, Path(name) / f"table-{steps}"))
+                middle = time.monotonic()
+                training = dataclasses.replace(config, training=dataclasses.replace(config.training, **short))
+                source, _ = train_hypernetwork(hdb.backbone, encoder, data, training, table=rows)
+                seconds |= {f"chunk-{steps}": middle - begun, f"step-{steps}": time.monotonic() - middle}
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise InputError("a batch doesn't fit: lower --batch and --table.chunk, or give --gradient-checkpointing.") from error
+    return {
+        "size": size,
+        "step": max(seconds["step-6"] - seconds["step-2"], 1e-6) / 4,
+        "chunk_step": max(seconds["chunk-6"] - seconds["chunk-2"], 0) / 4,
+        "encoded": (data.latents.nbytes + data.features.nbytes) / len(data.people),
+        "state": 16 * sum(p.numel() for p in source.parameters() if p.requires_grad),  # weights, their average, and two moments
+        "row": 4 * next(iter(rows.values())).numel() if rows else 0,
+        "card": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
+    }
+
+
+def align(args: Recipe, size: int) -> dict[str, Any]:
+    """Writes every picture's face once: people/NAME/0000.png, and held-out/NAME/0000.png of the last people. Broken ones are named.
+
+    Raises InputError for too few people.
+    """
+    from ..checkpoint import write_atomically
+    from ..data import decoded
+
+    people = dict(list(people_of(args.data).items())[: args.people])
+    held = min(128, max(2, len(people) // 10)) if args.held_out is None else args.held_out
+    if not 2 <= held <= len(people) - 2:
+        raise InputError(f"{held} of {len(people)} people can't be held out: at least 2 must be, and 2 be left to train on.")
+    places: dict[Path, Path] = {}
+    for index, (name, files) in enumerate(people.items()):
+        folder = args.output / ("people" if index < len(people) - held else "held-out") / name
+        places |= {folder / f"{number:04}.png": file for number, file in enumerate(files)}
+    left = [place for place in places if not place.is_file()]
+    for images in decoded([places[place] for place in left], size, args.crop, AT_ONCE, "aligning faces"):
+        for index, image in images.items():
+            write_atomically(left[index], image.save)
+    broken = [str(file) for place, file in places.items() if not place.is_file()]
+    return {"people": len(people) - held, "held_out": held, "pictures": len(places) - len(broken), "broken": broken}
+
+
+def evaluate(args: Recipe) -> dict[str, Any]:
+    """The saved hypernetwork's identity gain on the people who were held out, and a sheet: photo, and what prediction alone draws."""
+    import torch
+
+    from .. import photos
+    from ..data import PromptCache, load_identities
+    from ..personal_lora import PLACEHOLDER
+    from ..stages.dreambooth import trains_text
+    from ..stages.train_hypernetwork import IdentityGain
+
+    hdb = args.machine.open(args.base, str(args.output / "hypernetwork"))
+    assert hdb.source is not None
+    prompt = hdb.prompt.replace(PLACEHOLDER, hdb.identifier)
+    data = load_identities(args.output / "held-out", hdb.backbone, hdb.source.encoder, prompt, crop="center")
+    prompts = PromptCache(hdb.backbone, trains_text=trains_text(hdb.source.lightweight.targets, hdb.backbone))
+    with torch.no_grad():
+        figures = IdentityGain(hdb.backbone, data, args.config.levels, prompts)(0, hdb.source)
+    rows, wanted, names = [], [hdb.prompt, *PROMPTS], data.names[:6]
+    for name in names:
+        pixels, _ = hdb.read_photos(min((args.output / "held-out" / name).glob("[!.]*")), crop="center")
+        rows.append([*photos.to_images(pixels), *hdb.generate(wanted, hdb.from_tokens(hdb.predict(pixels)), seed=0)])
+    save_sheet(args.output / "sheet.png", rows, names, ["photo", *wanted], "people it never saw, and what is drawn by prediction alone")
+    return {"people": len(data.names), **figures}

@@ -267,13 +267,13 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
     from .. import photos
     from ..checkpoint import write_json
     from ..data import load_identities
-    from ..lightweight import LightweightLora
     from ..lora import find_targets
     from ..personal_lora import PLACEHOLDER
     from ..pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
     from ..stages.describe import familiar
     from ..stages.train_hypernetwork import preview, train_hypernetwork
     from ..tables import read_table
+    from ..trainable_lora import LightweightLora
 
     hdb = args.machine.open(args.base, None)
     config = args.config

@@ -24,13 +24,12 @@ from ..backbones import Backbone, Conditioning
 from ..data import IdentityData, PromptCache, conditioning_in
 from ..encoder import FaceEncoder
 from ..errors import InputError, TrainingError
-from ..lightweight import LightweightLora
 from ..lora import Hooks, LoraSet, applied, find_targets, shared_norm, update_norms
 from ..objectives import denoising, denoising_loss, gaussian, weight_loss
 from ..personal_lora import PLACEHOLDER
 from ..pretrained import build
 from ..settings import GenerateConfig, resolve
-from ..trainable_lora import PredictedLora
+from ..trainable_lora import LightweightLora, PredictedLora
 from ..training import Run, TrainingReport, fit
 from ..training_settings import NoiseLevels, TrainHypernetworkConfig
 from .dreambooth import trains_text

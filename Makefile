@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MINUTES ?= 170
+WORLD ?= toon
 
 .PHONY: demo app test test-app check weights evaluate clean
 
@@ -27,9 +28,9 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# train the embedded world, or go on with it: whatever is unfinished first
+# train the embedded world (WORLD=heads: the second one), or go on with it: whatever is unfinished first
 weights: $(VENV)/installed-dev
-	$(BIN)/python -m worlds.toon.train all --minutes $(MINUTES)
+	$(BIN)/python -m worlds.$(WORLD).train all --minutes $(MINUTES)
 
 evaluate: $(VENV)/installed
 	$(BIN)/hyperdreambooth evaluate -o benchmarks/results/fidelity.json

@@ -11,8 +11,11 @@ import pytest
 
 pytest.importorskip("numba")
 
+from hyperdreambooth import HyperDreamBooth
 from hyperdreambooth.errors import InputError
-from worlds.heads import PLAIN, Context, caption, context, gates, hair, person, raster, render, renderer, skin
+from hyperdreambooth.evaluation.judges import Judge
+from worlds.autoencoder import Autoencoder
+from worlds.heads import PLAIN, Context, caption, context, contexts, gates, hair, person, pictures, raster, render, renderer, skin, train
 from worlds.heads.contexts import EXPRESSIONS, EYEWEAR, HEADWEAR, LIGHTS, STYLES
 from worlds.heads.head import SKIN, load
 from worlds.heads.people import STYLES_MEN, STYLES_WOMEN
@@ -246,3 +249,90 @@ def test_principal_components_rebuild_what_lies_in_their_span():
     assert psnr["8 x 8 x 64"] > 50  # ten directions and rounding
     noise = generator.integers(0, 256, (24, 128, 128, 3)).astype(np.uint8)
     assert gates.linear_reconstruction(noise, 4)["8 x 8 x 64"] < 15
+
+
+@pytest.fixture
+def few(tmp_path, monkeypatch):
+    """A shard of four people for each split."""
+    monkeypatch.setattr(pictures, "PEOPLE", 4)
+    for split in pictures.FIRST:
+        pictures.draw(tmp_path / "pictures", split, 0)
+    return tmp_path
+
+
+def test_shards_hold_what_their_names_say(few):
+    file = pictures.shard_file(few / "pictures", "test", 0)
+    before = file.stat().st_mtime_ns
+    assert pictures.draw(few / "pictures", "test", 0) == file
+    assert file.stat().st_mtime_ns == before  # it was there
+    data = pictures.Pictures.load(few / "pictures", "test")
+    assert len(data) == 4 * pictures.EACH
+    index = 2 * pictures.EACH + 3
+    assert data.person(index).seed == 2_000_002
+    np.testing.assert_array_equal(data[np.array([index])][0], render(data.person(index), data.context(index)))
+    with pytest.raises(SystemExit, match="no pictures of train"):
+        pictures.Pictures.load(few, "train")
+
+
+def test_photos_look_ahead_and_hypernetworks_see_seen_contexts_alone():
+    for k in range(0, 300, pictures.EACH):
+        photos = [pictures.context_of(k), pictures.context_of(k + 1)]
+        assert all(one.style == "photo" and one.headwear == "none" and abs(one.yaw) <= 15 for one in photos)
+        assert all(pictures.is_seen(one) for one in (*photos, pictures.context_of(k + 2)))
+    assert not all(pictures.is_seen(pictures.context_of(k)) for k in range(3, 300, pictures.EACH))
+    assert len({pictures.context_of(k) for k in range(100)}) == 100
+
+
+def test_the_tokenizer_knows_every_word_of_captions_and_none_is_cut_off():
+    tokenizer = train.Heads().tokenizer()
+    generator = np.random.default_rng(0)
+    told = [caption(person(k), context(k), generator, looks=0.9) for k in range(300)]
+    told += [caption(person(k), context(k), generator, subject="a [V] face") for k in range(50)]
+    told += ["".join(slot[k % len(slot)] for slot in contexts.slots()) for k in range(12)]
+    for text in told:
+        assert len(tokenizer(text).input_ids) <= train.LENGTH
+        assert all(token.endswith("</w>") or token == "[V]" for token in tokenizer.tokenize(text)), text
+    assert all("[V]" in text for text in told[300:])
+
+
+def test_classes_say_what_captions_say():
+    for k in range(200):
+        one = context(k)
+        classes = contexts.classified(one)
+        assert all(classes[kind] in names for kind, names in contexts.classes().items())
+        text = caption(person(1), one, np.random.default_rng(k))
+        assert ("far to the" in text) == classes["pose"].startswith("far")
+        assert ("to the left" in text) == classes["pose"].endswith("left")
+        assert ("to the right" in text) == classes["pose"].endswith("right")
+
+
+class TinyHeads(train.Heads):
+    autoencoder = Autoencoder(size=128, kept=(8, 12, 16, 24), widths=(16, 36, 60, 76, 88), groups=1)
+    unet_widths = (64, 64)
+    judge_widths = (8, 16)
+    batches = dict.fromkeys(train.Heads.batches, 4)
+    table_people = 2
+
+
+def test_the_chain_runs_from_pictures_to_a_hypernetwork_that_draws(few, capsys):
+    def run(*arguments: str) -> int:
+        return train.main(TinyHeads, train.STAGES, train.OTHERS, [*arguments, "--runs", str(few)], "")
+
+    with pytest.raises(SystemExit, match="isn't trained yet"):
+        run("pro")
+    for stage in ("encoder", "recogniser", "classifier", "decoder", "base"):
+        assert run(stage, "--steps", "2") == 0
+    for stage in ("pro", "table", "faithful"):
+        assert run(stage, "--steps", "1") == 0
+    assert run("export") == run("sample") == 0
+    assert "dB on 8 test pictures" in capsys.readouterr().out
+    assert (few / "sample-base.png").is_file()
+    assert set(Judge.from_pretrained(few / "export" / "classifier").spec["heads"]) == set(contexts.classes())
+    hdb = HyperDreamBooth.from_pretrained(str(few / "export" / "base"), hypernetwork=str(few / "export" / "hypernetwork"), device="cpu")
+    assert hdb.info.base == "heads"
+    data = pictures.Pictures.load(few / "pictures", "test")
+    latents = hdb.backbone.encode_images(train.to_tensor(data[np.arange(8)]))
+    assert latents.shape == (8, 24, 8, 8)
+    rebuilt = hdb.backbone.decode_images(latents)
+    assert train.psnr(rebuilt, train.to_tensor(data[np.arange(8)]))["psnr"] > 17  # twenty training pictures made its components
+    assert hdb.describe(latents[:1])[0].startswith("a photo of a [V] face")

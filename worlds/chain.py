@@ -208,6 +208,12 @@ class Chain:
         backbone.pipe.vae.decoder.load_state_dict({name: value.float() for name, value in decoder.items()}, strict=False)
         return backbone
 
+    def trained_autoencoder(self) -> AutoencoderKL:
+        """With the best decoder so far, unfinished as it may be."""
+        vae = self.build_autoencoder()
+        vae.decoder.load_state_dict(self.decoder_weights(unfinished=True), strict=False)
+        return vae.eval()
+
     def decoder_weights(self, unfinished: bool = False) -> dict[str, Tensor]:
         """The best decoder's so far; none where nothing was trained."""
         folder = self.runs / "decoder"
@@ -310,7 +316,7 @@ class Chain:
         backbone = self.trained_backbone()
         encoder = FaceEncoder.from_pretrained(self.runs / "pro" / "model" / "encoder")  # one encoder is shipped for both
         data, validation = self.identity_data(encoder, "train", self.faithful_people), self.identity_data(encoder, "validation")
-        config = hypernetworks.faithful_config(steps or self.steps["faithful"])
+        config = hypernetworks.faithful_config(steps or self.steps["faithful"], self.batches["faithful"])
         targets = find_targets(backbone.components, config.targets)
         table = read_table(self.runs / "table", LightweightLora(targets, config.lightweight).fingerprint())
         source, report = train_hypernetwork(
@@ -356,7 +362,7 @@ def interrupt(number: int, frame: object) -> None:
 
 
 def main(world: Callable[[Path], Chain], stages: Sequence[str], others: Sequence[str], argv: Sequence[str], doc: str) -> int:
-    """The command line of a world: `stages` in their order, `others` by name alone; a stage's method is `train_` and its name, or its name."""
+    """The command line of a world: `stages` in their order, `others` by name; a stage's method is `train_` and its name, or its name."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["all", *stages, *others])
     parser.add_argument("--runs", type=Path, help="the folder of checkpoints and pictures")

@@ -90,7 +90,7 @@ def pro_config(steps: int, batch: int = 768) -> TrainHypernetworkConfig:
     )
 
 
-def faithful_config(steps: int) -> TrainHypernetworkConfig:
+def faithful_config(steps: int, batch: int = 64) -> TrainHypernetworkConfig:
     """Frozen aux, denoising and weight loss."""
     training = TrainingConfig(
         steps=steps, learning_rate=1e-3, warmup=50, cooldown=0.35, average=0.995, seed=12, log_every=25, validate_every=250
@@ -101,7 +101,7 @@ def faithful_config(steps: int) -> TrainHypernetworkConfig:
         lightweight=FAITHFUL_TOKENS,
         hypernetwork=FAITHFUL_DECODER,
         levels=NoiseLevels(mean=1.5),
-        batch=64,
+        batch=batch,
         weight_loss=1e-3,
         training=training,
     )

@@ -128,11 +128,17 @@ def write_free(resnet: nn.Module, x: Tensor) -> None:
     resnet.norm1.weight[-7:] = 0
 
 
+def half_whitened(children: Tensor, offset: Tensor, x: Tensor) -> Tensor:
+    """What to multiply each channel of patches by, (kept,), to take the root of its deviation, given inputs (N, C, h, w) of `children`."""
+    found = torch.einsum("kc,nchw->nkhw", children, x[:, : children.shape[1]]) + offset[:, None, None]
+    return found.unflatten(1, (4, -1)).std((0, 1, 3, 4)).rsqrt()
+
+
 @torch.no_grad()
 def write_decoder(autoencoder: Autoencoder, vae: AutoencoderKL, components: Components, latents: Tensor) -> None:
     """Writes the reconstruction by `components` into the decoder; `latents` are some pictures' own, (N, C, h, w).
 
-    What each resolution holds of patches of 2^level pixels is divided by 2^level, which keeps it between -2 and 2.
+    What each resolution holds of its patches is half-whitened, as latents are: a step of training would otherwise be large for fine detail.
     """
     decoder, last, levels = vae.decoder, len(autoencoder.kept), (3, *autoencoder.kept)
     clear(decoder.conv_in)
@@ -144,6 +150,7 @@ def write_decoder(autoencoder: Autoencoder, vae: AutoencoderKL, components: Comp
     for index, resnet in enumerate(decoder.mid_block.resnets):
         write_ramps(resnet, x, first=index == 0)
         x = resnet(x, None)
+    scale = torch.ones(autoencoder.channels)
     for depth, block in enumerate(decoder.up_blocks):
         level = last - depth
         for index, resnet in enumerate(block.resnets):
@@ -154,13 +161,13 @@ def write_decoder(autoencoder: Autoencoder, vae: AutoencoderKL, components: Comp
             x = resnet(x, None)
         if level:
             if depth:
-                children = 2 * components.bases.get(level, torch.eye(4 * levels[level - 1])).mT
+                children = components.bases.get(level, torch.eye(4 * levels[level - 1])).mT / scale
                 offset = torch.zeros(len(children))
             else:
-                halves = autoencoder.halved(last, components.bases)
-                children = torch.linalg.pinv(components.matrix @ halves.mT) / 2 ** (last - 1)
+                children = torch.linalg.pinv(components.matrix @ autoencoder.halved(last, components.bases).mT)
                 offset = children @ components.offset
-            write_enlargement(block.upsamplers[0].conv, depth, children, offset)
+            scale = half_whitened(children, offset, x) if level > 1 else torch.ones(3)
+            write_enlargement(block.upsamplers[0].conv, depth, scale.repeat(4)[:, None] * children, scale.repeat(4) * offset)
             x = block.upsamplers[0](x)
     linearize(decoder.conv_norm_out, x, (PLUS, MINUS))
     clear(decoder.conv_out)

@@ -1,4 +1,5 @@
-"""What must hold before anything is trained: `python -m worlds.heads.gates ceiling`, and what is easy to reconstruct: `... reconstruction`.
+"""What must hold before anything is trained: `python -m worlds.heads.gates ceiling`, and what is easy to reconstruct: `... reconstruction`;
+what the autoencoder of runs/heads (HEADS_RUNS) keeps: `... autoencoder`.
 
 The ceiling's judge is dlib's face recognizer, which has seen real people alone. One plain front picture a person is the gallery; the
 same person in other
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,8 +95,8 @@ def groups(people: list[Person]) -> dict[str, list[int]]:
     return of
 
 
-def ceiling(count: int, size: int = 128) -> dict[str, Any]:
-    """dlib's figures on true renders of `count` people."""
+def ceiling(count: int, size: int = 128, through: Callable[[np.ndarray], np.ndarray] | None = None) -> dict[str, Any]:
+    """dlib's figures on true renders of `count` people; the gallery is plain pictures, all others go `through` something first."""
     judge = Judge()
     people = [person(FIRST + k) for k in range(count)]
     gallery: list[np.ndarray | None] = []
@@ -102,7 +104,8 @@ def ceiling(count: int, size: int = 128) -> dict[str, Any]:
     for k, one in enumerate(people):
         gallery.append(judge(render(one, PLAIN, size)))
         for j, kind in enumerate(QUERIES):
-            found[kind].append(judge(render(one, query(kind, FIRST + k * len(QUERIES) + j), size)))
+            drawn = render(one, query(kind, FIRST + k * len(QUERIES) + j), size)
+            found[kind].append(judge(through(drawn) if through else drawn))
     right = {kind: rank_one(gallery, found[kind]) for kind in QUERIES}
     same = [
         float(np.linalg.norm(a - b))
@@ -161,6 +164,25 @@ def reconstruction(count: int, size: int = 128) -> dict[str, Any]:
     return {"pictures": count, "size": size, "PSNR of principal components": linear_reconstruction(pictures, max(count // 8 // 4 * 4, 4))}
 
 
+def autoencoder(count: int) -> dict[str, Any]:
+    """What the autoencoder keeps: PSNR (dB) of the queries, and dlib's figures on what it makes of them."""
+    import torch
+
+    from ..pixels import to_pixels, to_tensor
+    from .train import Heads
+
+    vae, errors = Heads().trained_autoencoder(), []
+
+    @torch.no_grad()
+    def through(picture: np.ndarray) -> np.ndarray:
+        rebuilt = to_pixels(vae.decode(vae.encode(to_tensor(picture[None])).latent_dist.mode()).sample)[0]
+        errors.append(np.square((rebuilt.astype(np.float64) - picture) / 255).mean())
+        return rebuilt
+
+    figures = ceiling(count, through=through)
+    return {"PSNR": float((-10 * np.log10(errors)).mean()), "PSNR of the mean error": float(-10 * np.log10(np.mean(errors))), **figures}
+
+
 def write(name: str, figures: dict[str, Any]) -> None:
     """Adds a gate's figures to the results' file."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
@@ -172,11 +194,16 @@ def write(name: str, figures: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("gate", choices=["ceiling", "reconstruction"])
-    parser.add_argument("--people", type=int, default=200, help="for the ceiling")
+    parser.add_argument("gate", choices=["ceiling", "reconstruction", "autoencoder"])
+    parser.add_argument("--people", type=int, default=200, help="for the ceiling and the autoencoder")
     parser.add_argument("--pictures", type=int, default=4000, help="for the reconstruction")
     options = parser.parse_args()
-    figures = ceiling(options.people) if options.gate == "ceiling" else reconstruction(options.pictures)
+    gates = {
+        "ceiling": lambda: ceiling(options.people),
+        "reconstruction": lambda: reconstruction(options.pictures),
+        "autoencoder": lambda: autoencoder(options.people),
+    }
+    figures = gates[options.gate]()
     write(options.gate, figures)
     print(json.dumps(figures, indent=2))
 

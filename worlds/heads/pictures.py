@@ -7,7 +7,6 @@ in any context at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -69,21 +68,20 @@ def shard_file(folder: Path, split: str, shard: int) -> Path:
     return folder / f"{split}-{shard:03d}.npy"
 
 
-def draw(folder: Path, split: str, shards: int) -> Iterator[Path]:
-    """Draws what is missing of a split's first shards, and gives the name of each when it is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for shard in range(shards):
-        file = shard_file(folder, split, shard)
-        if not file.is_file():
-            first = FIRST[split] + shard * PEOPLE
-            pictures = np.empty((PEOPLE * EACH, SIZE, SIZE, 3), np.uint8)
-            for k in range(len(pictures)):
-                pictures[k] = render(person(first + k // EACH), context_of(first * EACH + k), SIZE)
-            partial = file.with_suffix(".partial")
-            with partial.open("wb") as stream:
-                np.save(stream, pictures)
-            partial.replace(file)
-        yield file
+def draw(folder: Path, split: str, shard: int) -> Path:
+    """Draws a shard, if it isn't there."""
+    file = shard_file(folder, split, shard)
+    if not file.is_file():
+        first = FIRST[split] + shard * PEOPLE
+        pictures = np.empty((PEOPLE * EACH, SIZE, SIZE, 3), np.uint8)
+        for k in range(len(pictures)):
+            pictures[k] = render(person(first + k // EACH), context_of(first * EACH + k), SIZE)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        with partial.open("wb") as stream:
+            np.save(stream, pictures)
+        partial.replace(file)
+    return file
 
 
 @dataclass

@@ -47,7 +47,7 @@ class Heads(Chain):
     unet_widths = (160, 256)
     judge_widths = (48, 96, 192, 256)
     each = pictures.EACH
-    batches = {"encoder": 64, "recogniser": 64, "classifier": 64, "decoder": 8, "base": 64, "pro": 64}  # noqa: RUF012
+    batches = {"encoder": 64, "recogniser": 64, "classifier": 64, "decoder": 8, "base": 64, "pro": 64, "faithful": 64}  # noqa: RUF012
     configs = {  # noqa: RUF012
         "encoder": TrainingConfig(
             steps=800, learning_rate=1e-3, weight_decay=0.05, warmup=30, cooldown=0.4, seed=3, log_every=20, validate_every=100
@@ -59,7 +59,8 @@ class Heads(Chain):
             steps=1500, learning_rate=2e-3, weight_decay=0.02, warmup=30, cooldown=0.4, seed=5, log_every=20, validate_every=100
         ),
         "decoder": TrainingConfig(
-            steps=2000, optimizer="muon", learning_rate=2e-4, warmup=20, cooldown=0.5, average=0.98, seed=2, log_every=20, validate_every=100
+            steps=2000, optimizer="muon", learning_rate=5e-5, warmup=20, cooldown=0.5, average=0.98, seed=2, log_every=20,
+            validate_every=100,
         ),
         "base": TrainingConfig(
             steps=20_000, optimizer="muon", learning_rate=1e-3, weight_decay=0.01, warmup=30, cooldown=0.3, average=0.995, seed=31,
@@ -75,11 +76,11 @@ class Heads(Chain):
     def pictures(self, minutes: float | None) -> bool:
         """Draws what is missing; a shard takes two to five minutes of one core."""
         started = time.monotonic()
-        for split, shards in (("train", 2), ("validation", 1), ("test", 1), ("train", SHARDS)):
-            for file in pictures.draw(self.runs / "pictures", split, shards):
-                print(time.strftime("%T"), file, flush=True)
+        for split, shards in (("validation", 1), ("test", 1), ("train", SHARDS)):
+            for shard in range(shards):
                 if minutes is not None and time.monotonic() - started > 60 * minutes:
-                    return file.name == pictures.shard_file(self.runs, "train", SHARDS - 1).name
+                    return False
+                print(time.strftime("%T"), pictures.draw(self.runs / "pictures", split, shard), flush=True)
         return True
 
     def load(self, split: str) -> pictures.Pictures:
@@ -134,8 +135,8 @@ class Heads(Chain):
     def album(self, split: str, people: int | None = None) -> Album:
         """Of each person two photos and a picture in a seen context."""
         data = self.load(split)
-        whole = len(data) // self.each if split == "train" else 150
-        count = min(people or whole, whole)
+        whole = len(data) // self.each
+        count = min(people or (whole if split == "train" else 150), whole)
         indices = (np.arange(count)[:, None] * self.each + np.arange(3)).flatten()
         names = [str(data.first + person) for person in range(count)]
         prompts = [self.held_out_caption(data, index, random.Random(index)) for index in indices.tolist()]
@@ -165,7 +166,7 @@ class Heads(Chain):
     def build_autoencoder(self) -> AutoencoderKL:
         vae = super().build_autoencoder()
         data = self.training_pictures()
-        latents = self.components.encode(to_tensor(data[np.arange(0, 2000, 250)]))
+        latents = self.components.encode(to_tensor(data[np.linspace(0, 1999, 8, dtype=int) % len(data)]))
         synthesis.write_decoder(self.autoencoder, vae, self.components, latents)
         return vae
 
@@ -177,14 +178,14 @@ class Heads(Chain):
         """What the base draws by now, beside nothing that it saw, and what the decoder rebuilds of test people."""
         backbone = self.trained_backbone(unfinished=True)
         data = self.load("test")
-        rows = np.array([row * self.each + k for row in range(6) for k in (0, 4)])
+        people = min(6, len(data) // self.each)
+        rows = np.array([row * self.each + k for row in range(people) for k in (0, 4)])
         rebuilt = backbone.decode_images(backbone.encode_images(to_tensor(data[rows])))
         tiled([*data[rows], *to_pixels(rebuilt)], len(rows)).save(self.runs / "sample-decoder.png")
         print(f"decoder: {psnr(rebuilt, to_tensor(data[rows]))['psnr']:.2f} dB on {len(rows)} test pictures")
-        prompts = [self.held_out_caption(data, index, random.Random(index)) for index in range(0, 24 * self.each, self.each)]
-        prompts += [
-            contexts.caption(data.person(i), data.context(i), np.random.default_rng(i), 0.9) for i in range(4, 24 * self.each, self.each)
-        ]
+        everyone = range(0, min(24 * self.each, len(data)), self.each)
+        prompts = [self.held_out_caption(data, k, random.Random(k)) for k in everyone]
+        prompts += [contexts.caption(data.person(k), data.context(k + 4), np.random.default_rng(k), 0.9) for k in everyone]
         generator = torch.Generator().manual_seed(0)
         drawn = [
             np.asarray(picture)

@@ -40,7 +40,7 @@ class Toon(Chain):
     unet_widths = (128, 192)
     judge_widths = (48, 96, 192)
     each = pictures.CONTEXTS_EACH
-    batches = {"encoder": 64, "recogniser": 512, "classifier": 96, "decoder": 16, "base": 2048, "pro": 768}  # noqa: RUF012
+    batches = {"encoder": 64, "recogniser": 512, "classifier": 96, "decoder": 16, "base": 2048, "pro": 768, "faithful": 64}  # noqa: RUF012
     configs = {  # noqa: RUF012
         "encoder": TrainingConfig(
             steps=800, learning_rate=1e-3, weight_decay=0.05, warmup=30, cooldown=0.4, seed=3, log_every=20, validate_every=100

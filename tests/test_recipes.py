@@ -214,7 +214,7 @@ def test_a_data_set_that_cant_be_read_is_refused(hub_server, tiny_world, faces, 
 
     hub_server.files |= {"data/train.parquet": b"none", "README.md": b"faces"}
     with pytest.raises(InputError, match="parquet"):
-        hub.download_pictures("ann/faces")
+        hub.download_pictures("ann/tables")
     for file in faces.iterdir():
         hub_server.files |= {f"{split}/{file.name}": file.read_bytes() for split in ("train", "test")}
     assert recipe("toon-pro", "--data", "hf:ann/faces", *SMALL, *SHORT, "-o", tmp_path / "run") == 2  # two splits, not two people

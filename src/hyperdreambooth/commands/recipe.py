@@ -127,6 +127,8 @@ def preflight(args: Recipe) -> int:
     if file.is_file() and (known := read_json(file)) == known | key:
         return int(known["size"])
     say("stage: preflight")
+    if not args.data.startswith("hf:"):
+        people_of(args.data)  # a wrong folder is said at once, and what lies on the hub is fetched once a batch fits
     found, people = measured(args), list(people_of(args.data).values())[: args.people]
     count, pictures = len(people), sum(map(len, people))
     table = found["chunk_step"] * args.table.training.steps * -(-count // args.table.chunk)

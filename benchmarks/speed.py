@@ -28,9 +28,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from hyperdreambooth.assets import toon
 from hyperdreambooth.backbones import load_backbone
 from hyperdreambooth.checkpoint import write_json
-from hyperdreambooth.lightweight import LightweightLora
 from hyperdreambooth.lora import applied, find_targets
-from hyperdreambooth.trainable_lora import IdentityTable
+from hyperdreambooth.trainable_lora import IdentityTable, LightweightLora
 from hyperdreambooth.training_settings import LightweightConfig
 
 

@@ -56,6 +56,18 @@ def searched() -> str:
     return "\n".join(lines)
 
 
+def plain() -> str:
+    """Prompts as people write them: the share that is right by color and shape, and rank-1 of the fine-tuned."""
+    rows = json.loads((ROOT / "benchmarks/results/plain-prompts.json").read_text(encoding="utf-8"))["rows"]
+    lines = ["| prompt | right: base | prediction | + 25 steps | found among 100, + 25 steps |", "|---|---|---|---|---|"]
+    for prompt in rows["base"]:
+        cells = [rows[name][prompt]["right"] for name in ("base", "prediction", "finetuned")] + [rows["finetuned"][prompt]["rank1"]]
+        lines.append(
+            f"| {prompt} | " + " | ".join(f"{100 * mean:.0f} % ({100 * low:.0f}-{100 * high:.0f})" for mean, low, high in cells) + " |"
+        )
+    return "\n".join(lines)
+
+
 def speed() -> str:
     results = json.loads((ROOT / "benchmarks/results/speed.json").read_text(encoding="utf-8"))
     hooks, one = results["hooks"], results["personalize"]
@@ -99,7 +111,7 @@ def gpu() -> str:
 
 TABLES = {
     "README.md": (short,),
-    "docs/fidelity.md": (fidelity,),
+    "docs/fidelity.md": (fidelity, plain),
     "docs/speed.md": (speed, gpu),
     "docs/evaluation.md": (comparison, searched),
 }

@@ -265,7 +265,7 @@ def test_all_five_stages(base, tmp_path):
 
 
 def table_fingerprint(base: Any) -> str:
-    from hyperdreambooth.lightweight import LightweightLora
+    from hyperdreambooth.trainable_lora import LightweightLora
 
     return LightweightLora(find_targets(base.components, base.default_targets), TOKENS).fingerprint()
 

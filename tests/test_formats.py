@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from hyperdreambooth import formats
 from hyperdreambooth.errors import InputError
-from hyperdreambooth.lightweight import LightweightLora
 from hyperdreambooth.lora import Lora, LoraSet, Shape, applied
+from hyperdreambooth.trainable_lora import LightweightLora
 from hyperdreambooth.training_settings import LightweightConfig
 
 from .conftest import conditioning, random_loras, tiny_pipe

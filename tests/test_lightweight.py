@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from hyperdreambooth.errors import InputError
-from hyperdreambooth.lightweight import LightweightLora, orthonormal
 from hyperdreambooth.lora import Shape, compress
 from hyperdreambooth.objectives import weight_loss
-from hyperdreambooth.trainable_lora import HyperNetwork, IdentityTable, RelaxedLora
+from hyperdreambooth.trainable_lora import HyperNetwork, IdentityTable, LightweightLora, RelaxedLora, orthonormal
 from hyperdreambooth.training_settings import HyperNetworkConfig, LightweightConfig
 
 TARGETS = {"unet.a": Shape(16, 24), "unet.b": Shape(20, 12)}

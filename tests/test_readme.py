@@ -24,6 +24,7 @@ FASTER = {  # what keeps a command to seconds on the tiny world; the words befor
     "train-light": ["--training.steps", "2", *SMALL],
     "preoptimize": ["--training.steps", "2", *SMALL],
     "train-hypernetwork": [*DECODER, *SMALL],
+    "recipe": [*DECODER, *SMALL, "--people", "4"],
     "--hypernetwork none": ["--steps", "2"],
     "generate": ["--steps", "2"],
     "demo": [],

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,11 +23,12 @@ from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import find_targets
 from hyperdreambooth.pretrained import load_hypernetwork
 
-from . import families, test_hub
+from . import families, test_hub, test_resume
 from .conftest import picture
 from .test_encoder import save
 
-server = test_hub.server
+hub_server, server, terminal = test_hub.server, test_resume.server, test_resume.terminal
+KILLS = int(os.environ.get("RECIPE_KILLS", "3"))
 ROOT = Path(__file__).parents[1]
 LARGE = [name for name in SHIPPED if not name.startswith("toon")]
 SMALL = [
@@ -59,7 +59,7 @@ def outcome(run: Path) -> dict[str, bytes]:
         *(run / "table").rglob("rows/*"),
         *(run / "hypernetwork").rglob("*"),
     ]
-    files = [file for file in [*kept, run / "evaluation.json", run / "sheet.png", run / "data.json"] if file.is_file()]
+    files = [file for file in [*kept, run / "data.json"] if file.is_file()]
     left = [file for file in files if not {"cache", "run", "training.json"} & {*file.relative_to(run).parts}]
     return {str(file.relative_to(run)): file.read_bytes() for file in left}
 
@@ -84,6 +84,13 @@ def test_a_recipe_parses_and_its_targets_are_the_familys(name):
         shapes = find_targets(architecture(name.split("-")[0]), args.config.targets or ("unet.*attn?.to_[qkv]",))
         assert min(min(shape) for shape in shapes.values()) >= 100
         assert args.config.give_up == 0.2
+
+
+def test_the_launchers_line_is_the_commands(tmp_path):
+    task = yaml.safe_load((ROOT / "recipes/launchers/recipe.yaml").read_text())
+    words = shlex.split(task["run"].replace("$RECIPE", task["envs"]["RECIPE"]))
+    args = parse("recipe", load("recipe")[0], words[2:])
+    assert (args.recipe, args.data, str(args.output)) == ("sd15-pro", "/shared/faces", "/shared/runs/sd15-pro")
 
 
 @pytest.mark.parametrize("name", ["sd15-pro", "sdxl-faithful"])
@@ -112,43 +119,41 @@ def test_a_recipe_says_what_it_takes_and_holds_the_last_people_out(tiny_world, p
     flight = json.loads((run / "preflight.json").read_text())
     assert min(flight[name] for name in ("step", "chunk_step", "encoded", "state", "row")) > 0
     assert {file.stem for file in (run / "table/rows").iterdir()} == {"ann", "bob"}
-    figures = json.loads((run / "evaluation.json").read_text())
-    assert figures["people"] == 2
-    assert figures["identity_gain_interval"] > 0
-    with Image.open(run / "sheet.png") as sheet:
-        assert sheet.width > 4 * 64
+    _, info = load_hypernetwork(run / "hypernetwork")
+    assert info.trained["validation"][-1]["identity_gain_interval"] > 0
+    with Image.open(run / "hypernetwork/preview.png") as sheet:  # a photo, and what four prompts draw, of two people
+        assert sheet.height > 5 * 64
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
     assert recipe("toon-faithful", "--data", people, "--price", "9", *SMALL, *SHORT, "-o", run) == 0  # all is done, and stays
     after = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
     assert after == before
+    for command, settings in (("preoptimize", "table/config.json"), ("train-hypernetwork", "hypernetwork/training.json")):
+        assert main([command, "--config", str(run / settings)]) == 0  # how other processes share a stage
     assert recipe("toon-faithful", "--data", people, *SMALL, *SHORT, "--people", "4", "-o", run) == 2  # another run needs another folder
     assert "people None, not 4" in capsys.readouterr().err
 
 
-def start(world: Path, *words: object) -> subprocess.Popen[bytes]:
-    own = {"HYPERDREAMBOOTH_TOON": str(world), "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "hyperdreambooth", "recipe", *map(str, words)]
-    return subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
-def test_a_recipe_that_is_killed_goes_on_and_ends_the_same(world, faces, tmp_path):
-    words = ["toon-faithful", "--data", faces, *SMALL, *SHORT, *OFTEN]
-    assert start(world, *words, "-o", tmp_path / "whole").wait() == 0
-    killed, marks = 0, ["people", "table/rows", "hypernetwork/run/state.safetensors", "trained.json"]
-    for mark in marks:
-        process = start(world, *words, "-o", tmp_path / "killed")
-        while not (tmp_path / "killed" / mark).exists() and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(random.random() / 10)  # somewhere in that stage
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-    assert killed == len(marks)
-    assert not (tmp_path / "killed/evaluation.json").exists()
-    assert start(world, *words, "-o", tmp_path / "killed").wait() == 0
-    whole = outcome(tmp_path / "whole")
-    assert {"evaluation.json", "sheet.png", "hypernetwork/model.safetensors", "table/rows/3.safetensors"} <= whole.keys()
-    assert outcome(tmp_path / "killed") == whole
+def test_a_recipe_that_is_killed_goes_on_and_ends_the_same(terminal, faces, tmp_path):
+    words = ("recipe", "toon-faithful", "--data", faces, *SMALL, *SHORT, *OFTEN, "-o")
+    begun = time.monotonic()
+    terminal.run(*words, tmp_path / "whole")
+    seconds, whole, draw, run, done = time.monotonic() - begun, outcome(tmp_path / "whole"), random.Random(0), tmp_path / "killed", []
+    assert {"data.json", "hypernetwork/preview.png", "hypernetwork/model.safetensors", "table/rows/3.safetensors"} <= whole.keys()
+    while len(done) < KILLS:
+        process = terminal.start([*words, run])
+        process.join(draw.uniform(0.1, 0.7) * seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            done.append(sum((run / f"{stage}.json").is_file() for stage in ("preflight", "data", "table", "trained")))
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if process.exitcode == 0:
+            assert outcome(run) == whole
+            shutil.rmtree(run)
+    terminal.run(*words, run)
+    assert outcome(run) == whole
+    print("stages that were done at each kill:", done)
 
 
 def test_a_training_that_tells_nobody_apart_stops(tiny_world, faces, tmp_path, capsys):
@@ -192,30 +197,29 @@ def test_a_disk_that_is_too_small_is_refused(tiny_world, faces, tmp_path, capsys
     monkeypatch.undo()
 
 
-def test_people_of_a_data_set_on_the_hub(server, tiny_world, faces, tmp_path, capsys):
+def test_people_of_a_data_set_on_the_hub(hub_server, tiny_world, faces, tmp_path, capsys):
     for file in faces.iterdir():
-        server.files[f"data/{file.stem}/{file.name}"] = file.read_bytes()
-    server.files |= {"README.md": b"faces", "data.parquet": b"none"}
+        hub_server.files[f"{file.stem}/{file.name}"] = file.read_bytes()
+    hub_server.files |= {"README.md": b"faces", "data.parquet": b"none"}
     run = tmp_path / "run"
     assert recipe("toon-pro", "--data", "hf:ann/faces", "--push", "ann/hyper", *SMALL, *SHORT, "-o", run) == 0
     assert {file.name for file in (run / "people").iterdir()} == set("0123")
-    assert "model.safetensors" in server.files  # pushed
-    assert not any(name.startswith("people") for name in server.files)
+    assert "model.safetensors" in hub_server.files  # pushed
+    assert not any(name.startswith("people") for name in hub_server.files)
     assert "hf:ann/faces" in (run / "hypernetwork/README.md").read_text()
 
 
-def test_a_data_set_that_cant_be_read_is_refused(server, tiny_world, faces, tmp_path):
+def test_a_data_set_that_cant_be_read_is_refused(hub_server, tiny_world, faces, tmp_path, capsys):
     from hyperdreambooth import hub
 
-    server.files |= {"data/train.parquet": b"none", "README.md": b"faces"}
-    with pytest.raises(InputError, match=r"\.parquet"):
-        hub.list_pictures("ann/faces")
+    hub_server.files |= {"data/train.parquet": b"none", "README.md": b"faces"}
+    with pytest.raises(InputError, match="parquet"):
+        hub.download_pictures("ann/tables")
     for file in faces.iterdir():
-        server.files |= {f"{split}/{file.name}": file.read_bytes() for split in ("train", "test")}
-    with pytest.raises(InputError, match="hf:ann/faces/test"):
-        hub.list_pictures("ann/faces")
-    assert set(hub.list_pictures("ann/faces/train")) == {f"train/{index}.png" for index in range(6)}
+        hub_server.files |= {f"{split}/{file.name}": file.read_bytes() for split in ("train", "test")}
+    assert recipe("toon-pro", "--data", "hf:ann/faces", *SMALL, *SHORT, "-o", tmp_path / "run") == 2  # two splits, not two people
+    assert "in a folder below" in capsys.readouterr().err
     assert {file.name for file in hub.download_pictures("ann/faces/train").iterdir()} == {f"{index}.png" for index in range(6)}
-    server.files.clear()
-    with pytest.raises(InputError, match="no data set"):
-        hub.list_pictures("ann/nothing")
+    hub_server.files.clear()
+    with pytest.raises(InputError, match="ann/nothing can't be fetched"):
+        hub.download_pictures("ann/nothing")

@@ -9,7 +9,6 @@ import torch
 
 from hyperdreambooth.data import IdentityData, PromptCache, load_identities
 from hyperdreambooth.errors import InputError
-from hyperdreambooth.lightweight import LightweightLora
 from hyperdreambooth.lora import Hooks, LoraSet, applied, find_targets, shared_norm, update_norms
 from hyperdreambooth.objectives import denoising
 from hyperdreambooth.pretrained import build, check_targets, load_hypernetwork
@@ -18,6 +17,7 @@ from hyperdreambooth.stages.dreambooth import Subject, ellipse_mask, finish, per
 from hyperdreambooth.stages.preoptimize import preoptimize
 from hyperdreambooth.stages.train_hypernetwork import HyperNetworkLosses, IdentityGain, train_hypernetwork
 from hyperdreambooth.tables import read_table
+from hyperdreambooth.trainable_lora import LightweightLora
 from hyperdreambooth.training_settings import (
     LightweightConfig,
     NoiseLevels,

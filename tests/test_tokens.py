@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hyperdreambooth import formats
-from hyperdreambooth.lightweight import LightweightLora
 from hyperdreambooth.lora import Shape
+from hyperdreambooth.trainable_lora import LightweightLora
 from hyperdreambooth.training_settings import LightweightConfig
 
 TARGETS = {"unet.b.to_q": Shape(16, 24), "text_encoder.text_model.a": Shape(20, 12)}

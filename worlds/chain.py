@@ -27,14 +27,13 @@ from hyperdreambooth.checkpoint import read_tensors, save_tensors
 from hyperdreambooth.data import IdentityData
 from hyperdreambooth.encoder import FaceEncoder
 from hyperdreambooth.evaluation.judges import Judge
-from hyperdreambooth.lightweight import LightweightLora
 from hyperdreambooth.lora import find_targets
 from hyperdreambooth.pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 from hyperdreambooth.stages.describe import familiar
 from hyperdreambooth.stages.preoptimize import preoptimize
 from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
 from hyperdreambooth.tables import read_table
-from hyperdreambooth.trainable_lora import PredictedLora
+from hyperdreambooth.trainable_lora import LightweightLora, PredictedLora
 from hyperdreambooth.training import Run, TrainingReport, fit
 from hyperdreambooth.training_settings import TrainHypernetworkConfig, TrainingConfig
 

@@ -114,36 +114,33 @@ def _cascade(name: str, thread: int) -> Any:
     return cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / f"{name}.xml"))
 
 
-def choose_face(image: Image.Image, name: str, which: int | None = None) -> tuple[Face, str]:
-    """A face of the photo `name`, and a note where a choice was made: face number `which` by size from 1, or the largest.
+def face_for(image: Image.Image, name: str, crop: str, which: int | None = None) -> tuple[Face | None, str]:
+    """The face that a crop of the photo `name` goes around, or None for the middle of the picture, and a note on what was chosen (or "").
 
-    Raises NoFaceError where there is none, InputError where there is no such one.
+    "face", or any `which`: face number `which` by size from 1, or the largest. "auto": the largest face, or the middle where there is
+    none, or where the picture is so small that it is a crop already. "center": the middle.
+
+    Raises NoFaceError where a face is asked for and there is none, InputError where there is no such one.
     """
-    faces = find_faces(image)
+    asked = crop == "face" or which is not None
+    if not asked and (crop == "center" or max(image.size) <= SMALLEST_AUTO):
+        return None, ""
+    try:
+        faces = find_faces(image)
+    except InputError as error:
+        if asked:
+            raise
+        return None, f"{name}: took the middle; {error}"
+    if not faces and not asked:
+        return None, f"{name}: no face was found, took the middle."
     if not faces:
         raise NoFaceError(f"{name}: no face was found. Take a frontal photo, or --crop center for the middle of the picture.")
     if which is not None and not 1 <= which <= len(faces):
         raise InputError(f"{name}: there is no face {which}; {len(faces)} were found.")
+    face = faces[(which or 1) - 1]
     note = f"{name}: {len(faces)} faces, took the largest; --face N takes another." if len(faces) > 1 and which is None else ""
-    return faces[(which or 1) - 1], note
-
-
-def face_for(image: Image.Image, name: str, crop: str, which: int | None = None) -> tuple[Face | None, str]:
-    """The face that a crop goes around, or None for the middle of the picture, and a note on what was chosen (or "").
-
-    "face", or any `which`: as `choose_face`, with its errors. "auto": the largest face, or the middle where there is none, or where the
-    picture is so small that it is a crop already. "center": the middle.
-    """
-    if crop == "face" or which is not None:
-        return choose_face(image, name, which)
-    if crop == "center" or max(image.size) <= SMALLEST_AUTO:
-        return None, ""
-    try:
-        face, note = choose_face(image, name)
-    except NoFaceError:
-        return None, f"{name}: no face was found, took the middle."
-    except InputError as error:
-        return None, f"{name}: took the middle; {error}"
+    if asked:
+        return face, note
     unsure = "" if face.eyes else " It is unsure, since no eyes were found: look at it, or give --crop center."
     return face, (note or f"{name}: took the face.") + unsure
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whatever HTTP library it uses
-from huggingface_hub.hf_api import RepoFile
 
 from .errors import InputError
 from .formats import read_lora
@@ -19,7 +18,6 @@ from .photos import SUFFIXES, is_generated, preview_path
 
 HYPERNETWORK_FILES = ["README.md", "config.json", "model.safetensors", "encoder/*.json", "encoder/*.safetensors"]
 CONSENT = "A LoRA of a face is biometric data: whoever has the file can draw this person. Upload it only if the person agrees."
-SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # Folders of data sets that are no people.
 CARDS = Path(__file__).parent / "assets" / "cards"  # Templates of Jinja's, with the metadata in front as `card_data`.
 REFUSALS = (HTTPError, OSError, ValueError)
 """What huggingface_hub raises for a hub that can't be reached, a refused token, an invalid name, and an invalid model card."""
@@ -36,44 +34,24 @@ def download(name: str) -> Path:
         raise InputError(f"{name} is neither a folder nor a model on the hub that can be reached: {_first_line(error)}") from error
 
 
-def list_pictures(name: str) -> dict[str, int]:
-    """The pictures of a data set on the hub, `user/name` or `user/name/folder`: path -> bytes.
-
-    Raises InputError where it can't be reached, keeps its pictures in other files (parquet, archives), or has splits to choose from.
-    """
-    repository, folder = _data_set(name)
-    try:
-        tree = HfApi().list_repo_tree(repository, repo_type="dataset", recursive=True)
-        found = {item.path: item.size for item in tree if isinstance(item, RepoFile) and item.path.startswith(folder)}
-    except REFUSALS as error:
-        raise InputError(f"{name} is no data set on the hub that can be reached: {_first_line(error)}") from error
-    pictures = {path: size for path, size in found.items() if Path(path).suffix.lower() in SUFFIXES}
-    if not pictures:
-        kinds = ", ".join(sorted({Path(path).suffix for path in found} - {"", ".md"})) or "nothing"
-        raise InputError(f"{name} holds no picture files but {kinds}, which isn't read: save its pictures in a folder, and name that.")
-    splits = {path.removeprefix(folder).split("/")[0] for path in pictures}
-    if len(splits) > 1 and splits <= SPLITS:
-        raise InputError(f"{name} has the splits {', '.join(sorted(splits))}: take one of them, as hf:{name}/{min(splits)}.")
-    return pictures
-
-
 def download_pictures(name: str) -> Path:
-    """Fetches what `list_pictures` lists, but for what is here already, and returns the folder of people on this machine."""
-    repository, folder = _data_set(name)
+    """Fetches the pictures of a data set, `user/name` or `user/name/folder`, but for those that are here, and returns the folder of people.
+
+    Raises InputError where it can't be reached, or keeps its pictures in other files (parquet, archives).
+    """
+    repository, folder = "/".join(name.split("/")[:2]), "".join(f"{part}/" for part in name.split("/")[2:])
     kinds = [f"{folder}*{end}" for suffix in SUFFIXES for end in (suffix, suffix.upper())]
     try:
         place = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=kinds)) / folder
     except REFUSALS as error:
-        raise InputError(f"{name} can't be fetched from the hub: {_first_line(error)} Run the same line again.") from error
-    while place.is_dir() and len(inside := list(place.iterdir())) == 1 and inside[0].is_dir():
-        place = inside[0]  # such as data/train, which the people are in
+        raise InputError(
+            f"{name} can't be fetched from the hub: {_first_line(error)} Check the name, or run the same line again."
+        ) from error
+    if not place.is_dir():
+        raise InputError(
+            f"{name} holds no picture files; parquet files and archives aren't read. Save its pictures in a folder, and name that."
+        )
     return place
-
-
-def _data_set(name: str) -> tuple[str, str]:
-    """user/name/some/folder -> (user/name, some/folder/)."""
-    parts = name.strip("/").split("/")
-    return "/".join(parts[:2]), "".join(f"{part}/" for part in parts[2:])
 
 
 def push(path: str | Path, name: str, *, public: bool = False) -> str:

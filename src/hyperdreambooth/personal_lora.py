@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import formats
 from .errors import InputError
-from .lightweight import LightweightLora
 from .lora import LoraSet, update_norms
+from .trainable_lora import LightweightLora
 
 PLACEHOLDER = "[V]"  # Stands for the person in prompts, whatever the base's own rare token is.
 

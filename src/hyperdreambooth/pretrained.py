@@ -15,10 +15,9 @@ from .config import parsed, updated
 from .encoder import FaceEncoder
 from .errors import InputError, in_range, some
 from .hub import download, hypernetwork_card
-from .lightweight import LightweightLora
 from .lora import Shape, canonical_modules, linear_shape
 from .settings import GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
-from .trainable_lora import HyperNetwork, PredictedLora
+from .trainable_lora import HyperNetwork, LightweightLora, PredictedLora
 from .training_settings import LARGEST_LAYER, HyperNetworkConfig, LightweightConfig
 
 FORMAT = 1

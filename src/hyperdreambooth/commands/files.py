@@ -60,10 +60,10 @@ def run_export(args: Export) -> None:
 
 def read_row(args: Export) -> PersonalLora:
     """The LoRA of one row of a table."""
-    from ..lightweight import LightweightLora
     from ..lora import find_targets
     from ..stages.dreambooth import finish
     from ..tables import read_table, read_table_config
+    from ..trainable_lora import LightweightLora
 
     if not (args.source / "config.json").is_file():
         raise InputError(f"{args.source} has no config.json: it is neither a table of `preoptimize` nor a run of `train-light`.")

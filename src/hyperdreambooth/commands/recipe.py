@@ -18,11 +18,10 @@ import tyro
 from ..errors import InputError
 from ..progress import say
 from ..training_settings import PreoptimizeConfig, TrainHypernetworkConfig
-from .options import Flat, Output, WithBase, WithCrop, as_json, save_sheet
+from .options import Flat, Output, WithBase, WithCrop, as_json
 from .train import Preoptimize, TrainHypernetwork, decisive, keep, open_encoder, run_preoptimize, run_train_hypernetwork
 
 SHIPPED = {file.stem: file for file in sorted((Path(__file__).parents[1] / "assets" / "recipes").glob("*.yaml"))}
-PROMPTS = ("a pencil sketch of a [V] face", "a smiling [V] face", "a [V] face on a blue background")  # Of the sheet.
 AT_ONCE = 64  # Pictures that are decoded until they are written.
 
 
@@ -31,7 +30,7 @@ class Recipe(WithBase, WithCrop):
     """Make a hypernetwork by a recipe: check this machine, align faces, train, evaluate, and push if asked.
 
     Recipes: sd15-pro, sd15-faithful, sdxl-pro, sdxl-faithful, toon-pro and toon-faithful (small ones, to try it), or a YAML file of these
-    settings. Interrupted at any moment, the same line goes on. It makes OUTPUT/hypernetwork, OUTPUT/evaluation.json and OUTPUT/sheet.png.
+    settings. Interrupted at any moment, the same line goes on. It makes OUTPUT/hypernetwork: weights, card, figures and pictures.
 
         hyperdreambooth recipe toon-pro -o runs/try
         hyperdreambooth recipe sd15-pro --data faces -o runs/sd15 --price 2.5
@@ -69,6 +68,7 @@ class Recipe(WithBase, WithCrop):
 
 def run_recipe(args: Recipe) -> None:
     from .. import hub
+    from ..checkpoint import read_json
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a recipe runs in one process; docs/scale.md says how several share its table and its training.")
@@ -84,8 +84,8 @@ def run_recipe(args: Recipe) -> None:
     shared |= {"data": args.data if args.data.startswith("hf:") else Path(args.data).name, "license": args.license}
     training = TrainHypernetwork(**shared, output=out / "hypernetwork", config=dataclasses.replace(args.config))
     once(out / "trained.json", lambda: run_train_hypernetwork(training))
-    found = once(out / "evaluation.json", lambda: evaluate(args))
-    say(f"{training.output}: identity gain {found['identity_gain']:.2g} ± {found['identity_gain_interval']:.2g} on people it never saw")
+    gauge = read_json(training.output / "config.json")["trained"]["validation"][-1]
+    say(f"{training.output}: identity gain {gauge['identity_gain']:.2g} ± {gauge['identity_gain_interval']:.2g} on people it never saw")
     if name := args.push:
         once(out / f"pushed-{name.replace('/', '--')}.json", lambda: {"address": hub.push(training.output, name)})
         say(f"{name}: uploaded (a new repository is private)")
@@ -120,7 +120,6 @@ def preflight(args: Recipe) -> int:
     import psutil
     import torch
 
-    from .. import hub
     from ..checkpoint import read_json, write_json
 
     file, card = args.output / "preflight.json", torch.cuda.get_device_name() if torch.cuda.is_available() else "no card"
@@ -128,20 +127,23 @@ def preflight(args: Recipe) -> int:
     if file.is_file() and (known := read_json(file)) == known | key:
         return int(known["size"])
     say("stage: preflight")
-    listed = hub.list_pictures(args.data[3:]) if args.data.startswith("hf:") else {}
-    people = ([[Path(name)] for name in listed] or list(people_of(args.data).values()))[: args.people]
-    count, pictures, found = len(people), sum(map(len, people)), measured(args)
-    chunks = -(-count // args.table.chunk) if found["row"] else 0
-    hours = (found["step"] * args.config.training.steps + found["chunk_step"] * args.table.training.steps * chunks) / 3600
+    if not args.data.startswith("hf:"):
+        people_of(args.data)  # a wrong folder is said at once, and what lies on the hub is fetched once a batch fits
+    found, people = measured(args), list(people_of(args.data).values())[: args.people]
+    count, pictures = len(people), sum(map(len, people))
+    table = found["chunk_step"] * args.table.training.steps * -(-count // args.table.chunk)
+    hours = (found["step"] * args.config.training.steps + table) / 3600
     cost = f", {hours * args.price:,.2f} at {args.price:g} an hour" if args.price is not None else ""
     say(f"{count} people, {pictures} pictures, {found['step']:.3g} s a step: {hours:.3g} hours{cost}, besides reading and drawing pictures")
-    # downloads; pictures as PNG, at most; what they are encoded to; two states, while one replaces the other; rows
-    disk = sum(listed.values()) + pictures * (3 * found["size"] ** 2 + found["encoded"]) + 2 * found["state"] + count * found["row"]
+    # pictures as PNG, at most; what they are encoded to; two states, while one replaces the other; rows
+    disk = pictures * (3 * found["size"] ** 2 + found["encoded"]) + 2 * found["state"] + count * found["row"]
     there = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
-    free = {"disk": shutil.disk_usage(args.output).free + there, "main memory": psutil.virtual_memory().available}
-    for name, needed in {"disk": disk, "main memory": 2 * pictures * found["encoded"]}.items():
-        say(f"{name}: {needed / 1e9:.2f} GB needed, {free[name] / 1e9:.2f} GB free")
-        if needed > free[name]:
+    needs = [("disk", disk, shutil.disk_usage(args.output).free + there)]
+    needs += [("main memory", 2 * pictures * found["encoded"], psutil.virtual_memory().available)]
+    needs += [("the card's memory", found["card"], torch.cuda.mem_get_info()[1])] if found["card"] else []
+    for name, needed, free in needs:
+        say(f"{name}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB there")
+        if needed > free:
             raise InputError(f"there isn't enough {name} for {pictures} pictures. Take fewer with --people, or another machine.")
     write_json(file, {**key, **found, "hours": hours})
     return int(found["size"])
@@ -151,39 +153,36 @@ def measured(args: Recipe) -> dict[str, float]:
     """Seconds a step, and bytes, of the stages themselves with batches of made pictures. Raises InputError where a batch doesn't fit."""
     import torch
 
-    from .. import photos
+    from .. import photos, replay
     from ..data import load_identities
     from ..stages.preoptimize import preoptimize
     from ..stages.train_hypernetwork import train_hypernetwork
 
-    hdb, config, seconds, rows = args.machine.open(args.base, None), args.config, dict[str, float](), {}
+    hdb, config, rows = args.machine.open(args.base, None), args.config, {}
     encoder, size = open_encoder(hdb, args.encoder, config.train_encoder), hdb.backbone.size
     with tempfile.TemporaryDirectory() as name:
         for number, noise in enumerate(torch.rand(args.table.chunk + 1, 16, 16, 3).numpy()):
             photos.load_photo(noise).resize((size, size)).save(Path(name) / f"{number}.png")
         data = load_identities(name, hdb.backbone, encoder, config.prompt, crop="center")
         try:
-            for steps in (1, 2, 6):  # what precedes the first step is in the second run and the third, and goes out
+            for steps in (2, 4):  # the first run warms up
                 short: dict[str, Any] = {"steps": steps, "validate_every": 0, "tracker": None}
                 begun = time.monotonic()
                 if config.mode == "faithful":
                     table = dataclasses.replace(args.table, training=dataclasses.replace(args.table.training, **short))
                     rows = dict(preoptimize(hdb.backbone, data.split(1)[0], table, Path(name) / f"table-{steps}"))
-                middle = time.monotonic()
+                chunk_step = (time.monotonic() - begun) / steps
                 training = dataclasses.replace(config, training=dataclasses.replace(config.training, **short))
-                source, _ = train_hypernetwork(hdb.backbone, encoder, data, training, table=rows)
-                seconds |= {f"chunk-{steps}": middle - begun, f"step-{steps}": time.monotonic() - middle}
+                source, report = train_hypernetwork(hdb.backbone, encoder, data, training, table=rows)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise InputError("a batch doesn't fit: lower --batch and --table.chunk, or give --gradient-checkpointing.") from error
-    return {
-        "size": size,
-        "step": max(seconds["step-6"] - seconds["step-2"], 1e-6) / 4,
-        "chunk_step": max(seconds["chunk-6"] - seconds["chunk-2"], 0) / 4,
-        "encoded": (data.latents.nbytes + data.features.nbytes) / len(data.people),
-        "state": 16 * sum(p.numel() for p in source.parameters() if p.requires_grad),  # weights, their average, and two moments
-        "row": 4 * next(iter(rows.values())).numel() if rows else 0,
-        "card": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
-    }
+    replay.forget()  # a recorded step would keep this base on the card beside the next stage's
+    encoded = (data.latents.nbytes + data.features.nbytes) / len(data.people)
+    state = 16 * sum(p.numel() for p in source.parameters() if p.requires_grad)  # weights, their average, and two moments
+    row = 4 * next(iter(rows.values())).numel() if rows else 0
+    card = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+    step = report.seconds / report.steps
+    return {"size": size, "step": step, "chunk_step": chunk_step, "encoded": encoded, "state": state, "row": row, "card": card}
 
 
 def align(args: Recipe, size: int) -> dict[str, Any]:
@@ -197,7 +196,8 @@ def align(args: Recipe, size: int) -> dict[str, Any]:
     people = dict(list(people_of(args.data).items())[: args.people])
     held = min(128, max(2, len(people) // 10)) if args.held_out is None else args.held_out
     if not 2 <= held <= len(people) - 2:
-        raise InputError(f"{held} of {len(people)} people can't be held out: at least 2 must be, and 2 be left to train on.")
+        below = "" if len(people) >= 4 else " Are the people in a folder below? Name that."
+        raise InputError(f"{held} of {len(people)} people can't be held out: at least 2 must be, and 2 be left to train on.{below}")
     places: dict[Path, Path] = {}
     for index, (name, files) in enumerate(people.items()):
         folder = args.output / ("people" if index < len(people) - held else "held-out") / name
@@ -208,28 +208,3 @@ def align(args: Recipe, size: int) -> dict[str, Any]:
             write_atomically(left[index], image.save)
     broken = [str(file) for place, file in places.items() if not place.is_file()]
     return {"people": len(people) - held, "held_out": held, "pictures": len(places) - len(broken), "broken": broken}
-
-
-def evaluate(args: Recipe) -> dict[str, Any]:
-    """The saved hypernetwork's identity gain on the people who were held out, and a sheet: photo, and what prediction alone draws."""
-    import torch
-
-    from .. import photos
-    from ..data import PromptCache, load_identities
-    from ..personal_lora import PLACEHOLDER
-    from ..stages.dreambooth import trains_text
-    from ..stages.train_hypernetwork import IdentityGain
-
-    hdb = args.machine.open(args.base, str(args.output / "hypernetwork"))
-    assert hdb.source is not None
-    prompt = hdb.prompt.replace(PLACEHOLDER, hdb.identifier)
-    data = load_identities(args.output / "held-out", hdb.backbone, hdb.source.encoder, prompt, crop="center")
-    prompts = PromptCache(hdb.backbone, trains_text=trains_text(hdb.source.lightweight.targets, hdb.backbone))
-    with torch.no_grad():
-        figures = IdentityGain(hdb.backbone, data, args.config.levels, prompts)(0, hdb.source)
-    rows, wanted, names = [], [hdb.prompt, *PROMPTS], data.names[:6]
-    for name in names:
-        pixels, _ = hdb.read_photos(min((args.output / "held-out" / name).glob("[!.]*")), crop="center")
-        rows.append([*photos.to_images(pixels), *hdb.generate(wanted, hdb.from_tokens(hdb.predict(pixels)), seed=0)])
-    save_sheet(args.output / "sheet.png", rows, names, ["photo", *wanted], "people it never saw, and what is drawn by prediction alone")
-    return {"people": len(data.names), **figures}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..stages.preoptimize import Rows
     from ..tables import Table
 
+PROMPTS = ("a pencil sketch of a [V] face", "a smiling [V] face", "a [V] face on a blue background")  # Of a hypernetwork's preview.
 MOST_BLOCKS = 4096  # Of Ray's: items that are handed out together, where there are more chunks.
 NO_MATTER = ("log_every", "validate_every", "checkpoint_minutes", "tracker", "give_up")  # Settings that change nothing about weights.
 
@@ -94,6 +95,7 @@ class Preoptimize(WithBase, WithCrop):
 def run_preoptimize(args: Preoptimize) -> None:
     from ..personal_lora import PLACEHOLDER
     from ..stages.preoptimize import chunks_of, parse_shard, preoptimize
+    from ..tables import read_table_config
 
     shard = parse_shard(args.shard)
     if args.address and args.engine != "ray":
@@ -101,7 +103,9 @@ def run_preoptimize(args: Preoptimize) -> None:
     hdb = args.machine.open(args.base, None)
     args.config.prompt = args.config.prompt.replace(PLACEHOLDER, hdb.identifier)
     rows = opened(args, hdb)
-    keep_settings(args)
+    if (args.output / "config.json").is_file():
+        read_table_config(args.output)  # refuses a damaged one
+    keep(args.output / "config.json", as_json(args), ("rows", "packed", "chunk"))
     table, chunks = rows.table, chunks_of(rows.data.names, args.config.chunk, shard)
     if args.merge:
         table = packed(rows)
@@ -187,15 +191,6 @@ def opened(args: Preoptimize, hdb: HyperDreamBooth | None = None) -> Rows:
     return Rows(backbone, FolderOfPeople(args.folder, backbone, args.crop), args.config, args.output)
 
 
-def keep_settings(args: Preoptimize) -> None:
-    """Writes config.json, or raises InputError where the table was begun with other settings: its rows could not be compared."""
-    from ..tables import read_table_config
-
-    if (args.output / "config.json").is_file():
-        read_table_config(args.output)  # refuses a damaged one
-    keep(args.output / "config.json", as_json(args), ("rows", "packed", "chunk"))
-
-
 def keep(file: Path, now: dict[str, Any], begun: Sequence[str]) -> None:
     """Writes a command's settings. Raises InputError where others are there, and a folder beside them that work is `begun` with those."""
     from ..checkpoint import read_json, write_json
@@ -272,13 +267,13 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
     from .. import photos
     from ..checkpoint import write_json
     from ..data import load_identities
-    from ..lightweight import LightweightLora
     from ..lora import find_targets
     from ..personal_lora import PLACEHOLDER
     from ..pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
     from ..stages.describe import familiar
     from ..stages.train_hypernetwork import preview, train_hypernetwork
     from ..tables import read_table
+    from ..trainable_lora import LightweightLora
 
     hdb = args.machine.open(args.base, None)
     config = args.config
@@ -314,6 +309,6 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
     )
     save_hypernetwork(args.output, source, info)
     say(f"{args.output}: a hypernetwork; {report.validations[-1] if report.validations else ''}")
-    sheet = preview(hdb.backbone, source.eval(), validation, 6)
+    sheet = preview(hdb.backbone, source.eval(), validation, 6, [prompt.replace(PLACEHOLDER, hdb.identifier) for prompt in PROMPTS])
     shown = photos.save_png(sheet, args.output / "preview.png", {"ai_generated": "true"}, overwrite=True)
     say(f"{shown}: people it never saw, and what is drawn of them")

@@ -18,10 +18,9 @@ from .. import assets
 from ..api import HyperDreamBooth
 from ..checkpoint import read_json
 from ..config import parsed
-from ..lightweight import LightweightLora
 from ..lora import Hooks, Lora, LoraSet, find_targets
 from ..stages.dreambooth import PhotoLosses, Subject, draw_photos, trained_targets, trains_text
-from ..trainable_lora import IdentityTable, RelaxedLora
+from ..trainable_lora import IdentityTable, LightweightLora, RelaxedLora
 from ..training import Run, fit
 from ..training_settings import LightweightConfig, NoiseLevels, TrainingConfig
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoint import read_header, read_tensors, save_tensors
 from ..errors import InputError, fresh, some
-from ..lightweight import LightweightLora
+from ..trainable_lora import LightweightLora
 
 VERSION = "1"
 KEY = "hyperdreambooth.tokens"

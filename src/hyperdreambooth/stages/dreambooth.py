@@ -13,12 +13,11 @@ from .. import replay
 from ..backbones import Backbone
 from ..data import PromptCache, conditioning_in
 from ..errors import InputError
-from ..lightweight import LightweightLora
 from ..lora import Hooks, LoraSet, Shape, compress, find_targets
 from ..objectives import denoising_loss
 from ..sampling import Prompts, sample
 from ..settings import GenerateConfig, PersonalizeConfig, resolve
-from ..trainable_lora import IdentityTable, RelaxedLora
+from ..trainable_lora import IdentityTable, LightweightLora, RelaxedLora
 from ..training import Draw, Run, TrainingReport, fit
 from ..training_settings import NoiseLevels, TrainingConfig, TrainLightConfig
 

@@ -19,11 +19,10 @@ from torch import Tensor
 from ..backbones import Backbone
 from ..data import FolderOfPeople, IdentityData
 from ..errors import InputError
-from ..lightweight import LightweightLora
 from ..lora import find_targets
 from ..progress import Progress
 from ..tables import Table, save_row
-from ..trainable_lora import IdentityTable
+from ..trainable_lora import IdentityTable, LightweightLora
 from ..training import Run
 from ..training_settings import PreoptimizeConfig
 from .dreambooth import Subject, train_on_photos

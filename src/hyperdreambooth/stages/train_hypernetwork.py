@@ -10,7 +10,7 @@ The denoising loss alone hardly moves. Watch the *identity gain*: the loss with 
 one's own, same noise, same pictures.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,12 @@ from ..backbones import Backbone, Conditioning
 from ..data import IdentityData, PromptCache, conditioning_in
 from ..encoder import FaceEncoder
 from ..errors import InputError, TrainingError
-from ..lightweight import LightweightLora
 from ..lora import Hooks, LoraSet, applied, find_targets, shared_norm, update_norms
 from ..objectives import denoising, denoising_loss, gaussian, weight_loss
 from ..personal_lora import PLACEHOLDER
 from ..pretrained import build
 from ..settings import GenerateConfig, resolve
-from ..trainable_lora import PredictedLora
+from ..trainable_lora import LightweightLora, PredictedLora
 from ..training import Run, TrainingReport, fit
 from ..training_settings import NoiseLevels, TrainHypernetworkConfig
 from .dreambooth import trains_text
@@ -174,15 +173,15 @@ def train_hypernetwork(
     return source, report
 
 
-def preview(backbone: Backbone, source: nn.Module, data: IdentityData, count: int = 4) -> Image.Image:
-    """A picture of a few people and, below, what is drawn of them with that picture's prompt, by prediction alone."""
+def preview(backbone: Backbone, source: nn.Module, data: IdentityData, count: int = 4, prompts: Sequence[str] = ()) -> Image.Image:
+    """A picture of a few people and, below, what prediction alone draws of them: with that picture's prompt, then with `prompts`."""
     chosen = torch.tensor([mine[0] for mine in data.of_person[:count]])
     loras = source(data.inputs(chosen).to(backbone.device))
     settings = resolve(GenerateConfig, ("family", backbone.generation))
-    texts = [data.prompts[index] for index in chosen.tolist()]
-    drawn = generate(backbone, texts, [0] * len(texts), settings, personal=loras)
+    texts = [[data.prompts[index] for index in chosen.tolist()], *([prompt] * len(chosen) for prompt in prompts)]
+    drawn = [photos.to_images(generate(backbone, row, [0] * len(row), settings, personal=loras)) for row in texts]
     shown = backbone.decode_images(data.latents[chosen].to(backbone.device).float())
-    return photos.grid([photos.to_images(shown), photos.to_images(drawn)], [""] * 2, data.names[: len(chosen)])
+    return photos.grid([photos.to_images(shown), *drawn], ["", "", *prompts], data.names[: len(chosen)])
 
 
 def begin_with(source: PredictedLora, start: PredictedLora) -> None:

@@ -220,7 +220,7 @@ class Autoencoder:
 
 def reconstruction_losses(decoder: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """L1, L1 of the gradients (crispness) and MSE of a small copy (colors), of latents and pictures."""
-    latents, target = batch
+    latents, target = (tensor.to(next(decoder.parameters()).device) for tensor in batch)
     error = decoder(latents) - target
     horizontal, vertical = error.diff(dim=-1), error.diff(dim=-2)
     small = F.avg_pool2d(error, 8)

@@ -162,9 +162,10 @@ class Chain:
             return latents + 0.03 * torch.randn(latents.shape, generator=generator), images  # a little noise, as generated ones have
 
         def validate(done: int, model: nn.Module) -> dict[str, Any]:
-            return psnr(torch.cat([model(part) for part in components.encode(held).split(16)]), held)
+            device = next(model.parameters()).device
+            return psnr(torch.cat([model(part.to(device)).cpu() for part in components.encode(held).split(16)]), held)
 
-        run = Run(directory=self.runs / "decoder", validate=validate, minutes=minutes, device="cpu", name="decoder")
+        run = Run(directory=self.runs / "decoder", validate=validate, minutes=minutes, name="decoder")
         report = fit(reconstruction_losses, decoder, draw, self.config("decoder", steps), run)
         if report.finished:
             save_tensors(model, decoder.state_dict())
@@ -273,12 +274,12 @@ class Chain:
             return judges.augmented(images, generator, linear), labels
 
         def validate(done: int, model: nn.Module) -> dict[str, float]:
-            return judges.all_right(model.classify(images), contexts)  # type: ignore[operator]
+            return judges.all_right(model.classify(images.to(next(model.parameters()).device)), contexts)  # type: ignore[operator]
 
-        run = Run(directory=self.runs / "classifier", validate=validate, minutes=minutes, device="cpu", name="classifier")
+        run = Run(directory=self.runs / "classifier", validate=validate, minutes=minutes, name="classifier")
         done = fit(judges.classification_losses, model, draw, config, run).finished
         if done:
-            model.save_pretrained(folder)
+            model.cpu().save_pretrained(folder)
         return done
 
     def identity_data(self, encoder: FaceEncoder, split: str, people: int | None = None) -> IdentityData:

@@ -71,8 +71,9 @@ def contrastive_losses(model: nn.Module, pictures: Tensor) -> Tensor:
 def classification_losses(model: nn.Module, batch: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
     """Cross entropy of pictures and labels, summed over the kinds of context."""
     images, labels = batch
-    logits = model(images)
-    losses = torch.stack([F.cross_entropy(logits[kind].float(), labels[kind], reduction="none") for kind in logits])
+    device = next(model.parameters()).device
+    logits = model(images.to(device))
+    losses = torch.stack([F.cross_entropy(logits[kind].float(), labels[kind].to(device), reduction="none") for kind in logits])
     return losses.sum(0)
 
 

@@ -185,7 +185,7 @@ def trainable(decoder: nn.Module) -> nn.Module:
             for parameter in resnet.conv2.parameters():
                 mask = torch.ones_like(parameter)
                 mask[-7:] = 0
-                parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+                parameter.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient.device))
     # torch on CPUs crashes in the backward pass of a norm whose weight needs a gradient and whose input doesn't
     decoder.up_blocks[0].register_forward_pre_hook(lambda module, inputs: (inputs[0].requires_grad_(), *inputs[1:]))
     return decoder

@@ -5,7 +5,8 @@ python -m worlds.heads.train base               one stage
 python -m worlds.heads.train all --minutes 170  whatever is unfinished first, until the time is up
 python -m worlds.heads.train sample             what the base draws by now, and what the decoder rebuilds: two sheets in the runs' folder
 
-Everything is kept in runs/heads, or in the folder that HEADS_RUNS or --runs names.
+Everything is kept in runs/heads, or in the folder that HEADS_RUNS or --runs names. HEADS_SHARDS says how many shards of training people
+there are, HEADS_WORKERS how many processes draw them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import os
 import random
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,10 @@ from .sheet import tiled
 
 SHARDS = int(os.environ.get("HEADS_SHARDS", "10"))
 """Shards of training people, of 4,000 pictures and 200 MB each."""
+WORKERS = int(os.environ.get("HEADS_WORKERS", "1"))
+"""Processes that draw shards."""
+GPU = torch.cuda.is_available()
+PRECISION = "bf16" if GPU else "no"
 LENGTH = 77
 
 
@@ -47,13 +54,22 @@ class Heads(Chain):
     unet_widths = (160, 256)
     judge_widths = (48, 96, 192, 256)
     each = pictures.EACH
-    batches = {"encoder": 64, "recogniser": 64, "classifier": 64, "decoder": 8, "base": 64, "pro": 64, "faithful": 64}  # noqa: RUF012
+    batches = {  # noqa: RUF012
+        "encoder": 64,
+        "recogniser": 256 if GPU else 64,
+        "classifier": 64,
+        "decoder": 64 if GPU else 8,
+        "base": 1024 if GPU else 64,
+        "pro": 512 if GPU else 64,
+        "faithful": 64,
+    }
     configs = {  # noqa: RUF012
         "encoder": TrainingConfig(
             steps=800, learning_rate=1e-3, weight_decay=0.05, warmup=30, cooldown=0.4, seed=3, log_every=20, validate_every=100
         ),
         "recogniser": TrainingConfig(
-            steps=1500, learning_rate=1e-3, weight_decay=0.05, warmup=30, cooldown=0.4, seed=4, log_every=20, validate_every=100
+            steps=1500, learning_rate=1e-3, weight_decay=0.05, warmup=30, cooldown=0.4, mixed_precision=PRECISION, seed=4, log_every=20,
+            validate_every=100,
         ),
         "classifier": TrainingConfig(
             steps=1500, learning_rate=2e-3, weight_decay=0.02, warmup=30, cooldown=0.4, seed=5, log_every=20, validate_every=100
@@ -63,8 +79,8 @@ class Heads(Chain):
             validate_every=100,
         ),
         "base": TrainingConfig(
-            steps=20_000, optimizer="muon", learning_rate=1e-3, weight_decay=0.01, warmup=30, cooldown=0.3, average=0.995, seed=31,
-            log_every=20, validate_every=200,
+            steps=20_000, optimizer="muon", learning_rate=1e-3, weight_decay=0.01, warmup=30, cooldown=0.3, average=0.995,
+            mixed_precision=PRECISION, seed=31, log_every=20, validate_every=200,
         ),
     }  # fmt: skip
     steps = {"pro": 5000, "table": 50, "faithful": 200}  # noqa: RUF012
@@ -74,13 +90,16 @@ class Heads(Chain):
         self.assets, self.faithful = self.runs / "export", self.runs / "export" / "faithful"
 
     def pictures(self, minutes: float | None) -> bool:
-        """Draws what is missing; a shard takes two to five minutes of one core."""
-        started = time.monotonic()
-        for split, shards in (("validation", 1), ("test", 1), ("train", SHARDS)):
-            for shard in range(shards):
+        """Draws what is missing; a shard takes two minutes of a quiet core."""
+        folder, started = self.runs / "pictures", time.monotonic()
+        jobs = [(split, shard) for split, shards in (("validation", 1), ("test", 1), ("train", SHARDS)) for shard in range(shards)]
+        jobs = [(folder, *job) for job in jobs if not pictures.shard_file(folder, *job).is_file()]
+        with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
+            for start in range(0, len(jobs), WORKERS):
                 if minutes is not None and time.monotonic() - started > 60 * minutes:
                     return False
-                print(time.strftime("%T"), pictures.draw(self.runs / "pictures", split, shard), flush=True)
+                for file in pool.map(pictures.draw, *zip(*jobs[start : start + WORKERS], strict=True)):
+                    print(time.strftime("%T"), file, flush=True)
         return True
 
     def load(self, split: str) -> pictures.Pictures:

@@ -30,7 +30,7 @@ from .errors import InputError
 from .folders import caption_of, list_identities
 from .hub import push
 from .lora import LoraSet
-from .personal_lora import PLACEHOLDER, PersonalLora
+from .personal_lora import PLACEHOLDER, RARE_TOKEN, PersonalLora
 from .pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 from .progress import say
 from .settings import SCRATCH, GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
@@ -44,7 +44,6 @@ Photos = (
     Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor
 )  # One or several: files, pictures, or what `read_photos` gives.
 OnStep = Callable[[int, LoraSet], bool] | None
-RARE_TOKEN = "ohwx"  # Names the person on bases whose tokenizer has no token of its own for the placeholder.
 
 
 class HyperDreamBooth:

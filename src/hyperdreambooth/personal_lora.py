@@ -13,6 +13,7 @@ from .lora import LoraSet, update_norms
 from .trainable_lora import LightweightLora
 
 PLACEHOLDER = "[V]"  # Stands for the person in prompts, whatever the base's own rare token is.
+RARE_TOKEN = "ohwx"  # Names the person on bases whose tokenizer has no token of its own for the placeholder.
 
 
 @dataclass(repr=False)

@@ -26,7 +26,7 @@ from ..encoder import FaceEncoder
 from ..errors import InputError, TrainingError
 from ..lora import Hooks, LoraSet, applied, find_targets, shared_norm, update_norms
 from ..objectives import denoising, denoising_loss, gaussian, weight_loss
-from ..personal_lora import PLACEHOLDER
+from ..personal_lora import PLACEHOLDER, RARE_TOKEN
 from ..pretrained import build
 from ..settings import GenerateConfig, resolve
 from ..trainable_lora import LightweightLora, PredictedLora
@@ -133,10 +133,7 @@ def train_hypernetwork(
             **prompts.inputs(texts, "prompt."),
         }
         if config.preserve:
-            chance = torch.randint(len(config.preserved), (config.batch,), generator=generator).tolist()
-            asked = [config.preserved[index] for index in chance]
-            batch |= {**prompts.inputs(asked, "asked."), **prompts.inputs([config.prompt] * config.batch, "own.")}
-            batch["named"] = torch.tensor([float(PLACEHOLDER in text) for text in asked], device=device)
+            batch |= asked_for(config, prompts, generator, device)
         if known is not None:
             names = [data.names[person] for person in data.people[chosen].tolist()]
             rows = torch.stack([known.get(name, empty) for name in names])
@@ -153,9 +150,7 @@ def train_hypernetwork(
         def validate(done: int, model: nn.Module) -> dict[str, float | Image.Image]:
             hooks.clear()
             found = gain(done, model) if gain else {}
-            low = found.get("identity_gain", 0.0) - found.get("identity_gain_interval", 0.0)
-            if low <= 0 and 0 < config.give_up * config.training.steps <= done < config.training.steps:
-                raise TrainingError(HOPELESS.format(done=done, steps=config.training.steps, **{"identity_gain_interval": 0.0, **found}))
+            check_gain(found, done, config)
             figures: dict[str, float | Image.Image] = dict(found)
             if config.training.tracker and validation:
                 figures["preview"] = preview(backbone, model, validation)
@@ -171,6 +166,22 @@ def train_hypernetwork(
         )
         report = fit(HyperNetworkLosses(backbone, config, source.lightweight, hooks), source, draw, config.training, run)
     return source, report
+
+
+def asked_for(config: TrainHypernetworkConfig, prompts: PromptCache, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
+    """A batch of prompts for `HyperNetworkLosses.preservation`, the person's own, and which of the former name the person, (B,) of 0 and 1."""
+    chance = torch.randint(len(config.preserved), (config.batch,), generator=generator).tolist()
+    asked = [config.preserved[index] for index in chance]
+    named = torch.tensor([float(PLACEHOLDER in text or RARE_TOKEN in text) for text in asked], device=device)
+    return {**prompts.inputs(asked, "asked."), **prompts.inputs([config.prompt] * config.batch, "own."), "named": named}
+
+
+def check_gain(found: Mapping[str, float], done: int, config: TrainHypernetworkConfig) -> None:
+    """Raises TrainingError where the identity gain's interval still includes 0 after the steps that `give_up` allows."""
+    gain, interval = found.get("identity_gain", 0.0), found.get("identity_gain_interval", 0.0)
+    if gain <= interval and 0 < config.give_up * config.training.steps <= done < config.training.steps:
+        values = {"identity_gain": gain, "identity_gain_interval": interval}
+        raise TrainingError(HOPELESS.format(done=done, steps=config.training.steps, **values))
 
 
 def preview(backbone: Backbone, source: nn.Module, data: IdentityData, count: int = 4, prompts: Sequence[str] = ()) -> Image.Image:

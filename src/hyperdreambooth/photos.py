@@ -26,8 +26,8 @@ from .faces import crop_face, face_for
 from .settings import Crop as Crop
 
 Source = Any  # What `read_photo` takes: str | Path | bytes | BinaryIO | Image.Image | numpy array | Tensor.
+# What Pillow opens beside pictures: documents (EPS runs Ghostscript), vector drawings, containers of data.
 NOT_PHOTOS = {"EPS", "PDF", "WMF", "GRIB", "HDF5", "BUFR", "MPEG", "XVTHUMB"}
-"""What Pillow opens beside pictures: documents (EPS runs Ghostscript), vector drawings, containers of data."""
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 MAX_JPEG_PIXELS = 205_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")

@@ -27,8 +27,7 @@ Layout = Literal["diffusers", "kohya"]
 Style = str | Path | tuple[str | Path, float]
 """A LoRA: a file, a folder or a repository with one, or (one of these, strength)."""
 
-CARRIERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""The components that a LoRA may change."""
+CARRIERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # The components that a LoRA may change.
 HUB_ERRORS = (HTTPError, OSError, ValueError)
 """What huggingface_hub raises for a hub that can't be reached, a refused token, an invalid name, and an invalid model card."""
 
@@ -40,8 +39,7 @@ class LoraFile:
     loras: LoraSet
     metadata: dict[str, str]
     layout: str
-    convolutions: frozenset[str] = frozenset()
-    """Layers that are 1 x 1 convolutions in their base."""
+    convolutions: frozenset[str] = frozenset()  # Layers that are 1 x 1 convolutions in their base.
 
 
 def fingerprint(loras: LoraSet) -> str:

@@ -1,8 +1,7 @@
-"""Training state on disk: tensors and JSON in one safetensors file, written atomically; no pickle.
+"""Files are safetensors and JSON, written to a temporary name first and then renamed; and a training's state as one such file.
 
-A checkpoint is one file, so that it is whole or absent: the tensors (model, optimizer, averaged weights) under
-prefixed names, everything else as JSON in the header. Also here: the two helpers by which every other file of the
-project is written, to a temporary name first and then renamed.
+A checkpoint is one file, so that it is whole or absent: the tensors (model, optimizer, averaged weights) under prefixed names, everything
+else as JSON in the header.
 """
 
 import json
@@ -103,8 +102,7 @@ def save(
     path: str | Path, model: Mapping[str, Tensor], optimizer: dict[str, Any], average: Mapping[str, Tensor], meta: dict[str, Any]
 ) -> Path:
     """Writes the state of a training: weights, a torch optimizer's `state_dict()`, averaged weights, and JSON `meta`."""
-    tensors = {f"model/{name}": value for name, value in model.items()}
-    tensors |= {f"average/{name}": value for name, value in average.items()}
+    tensors = {f"{kind}/{name}": value for kind, part in (("model", model), ("average", average)) for name, value in part.items()}
     for index, state in optimizer["state"].items():
         tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in state.items()}
     groups = json.dumps(optimizer["param_groups"], default=float)  # on CUDA a learning rate is a tensor

@@ -18,10 +18,7 @@ LARGEST_PICTURE = 2048  # Side of the pictures that an encoder may ask for, in p
 
 
 class FaceEncoder(nn.Module):
-    """Pictures (B, 3, H, W) in -1..1 -> features (B, positions, dim).
-
-    `size`, `mean` and `std` are the model's own preprocessing, of pictures in 0..1.
-    """
+    """Pictures (B, 3, H, W) in -1..1 -> features (B, positions, dim). `size`, `mean`, `std`: how the model takes pictures in 0..1."""
 
     def __init__(
         self, model: nn.Module, *, size: int, mean: tuple[float, ...] = HALVES, std: tuple[float, ...] = HALVES, trained: bool = False

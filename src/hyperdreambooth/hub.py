@@ -22,10 +22,7 @@ CARDS = Path(__file__).parent / "assets" / "cards"  # Templates of Jinja's, with
 
 
 def download(name: str) -> Path:
-    """Fetches a model by its id on the hub, such as `user/name`, and returns its folder on this machine.
-
-    Raises InputError where the hub can't be reached or has no such model.
-    """
+    """Fetches a model by its id on the hub, `user/name`, and returns its folder here. Raises InputError where it can't be had."""
     with refusing(f"{name} is neither a folder nor a model on the hub that can be reached", *HUB_ERRORS):
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
 

@@ -31,8 +31,7 @@ class PersonalLora:
     seconds: dict[str, float] = field(default_factory=dict)  # What took how long: predict, describe, finetune, export.
     shown: list[str] = field(default_factory=list)  # What each photo was taken to show, in words.
     warning: str = ""  # What makes it doubtful that pictures will look like the person, or "".
-    metadata: dict[str, str] = field(default_factory=dict)
-    """What the file's header says besides the LoRA itself: about its base, or whatever a loaded file said."""
+    metadata: dict[str, str] = field(default_factory=dict)  # What a file's header says besides: about the base, or what a loaded one said.
     convolutions: frozenset[str] = frozenset()  # Layers of a loaded file that are 1 x 1 convolutions.
 
     def __repr__(self) -> str:

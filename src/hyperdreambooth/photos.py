@@ -1,8 +1,4 @@
-"""Pictures: from outside, by safe decoding, orientation, colors, crop and mask; and those that go out, with their metadata.
-
-Nothing that comes from a user is decoded before its header was checked, and whatever is wrong with a file is one
-InputError that names it.
-"""
+"""Pictures: from outside, by safe decoding, orientation, colors, crop and mask; and those that go out, with their metadata."""
 
 import io
 import json
@@ -59,8 +55,7 @@ def read_photo(source: Source) -> tuple[Image.Image, str]:
     """
     name = photo_name(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures (our own limit is lower) and of damaged EXIF, which is no loss
+        with warnings.catch_warnings(action="ignore"):  # of large pictures (our own limit is lower) and of damaged EXIF, which is no loss
             # Pillow loses the orientation of a TIFF that it maps from a file on disk, so that one is read as bytes
             if isinstance(source, Image.Image) and source.format == "TIFF" and getattr(source, "_im", None) is None:
                 source = Path(getattr(source, "filename", "")) if getattr(source, "filename", "") else source
@@ -169,13 +164,10 @@ def _finish(image: Image.Image, name: str) -> tuple[Image.Image, str]:
         raise InputError(f"{name} has {width} x {height} pixels, too few to show a face: take one of at least {MIN_SIDE} x {MIN_SIDE}.")
     frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
     image.load()
-    notes = [f"{name}: took the first of {frames} frames."] if frames > 1 else []
-    profile = image.info.get("icc_profile")
-    upright = ImageOps.exif_transpose(image)
-    if profile:
-        upright, problem = _to_srgb(upright, profile)
-        notes += [f"{name}: {problem}"] if problem else []
-    return to_rgb(upright), " ".join(notes)
+    profile, upright = image.info.get("icc_profile"), ImageOps.exif_transpose(image)
+    upright, problem = _to_srgb(upright, profile) if profile else (upright, "")
+    notes = [f"took the first of {frames} frames." if frames > 1 else "", problem]
+    return to_rgb(upright), " ".join(f"{name}: {note}" for note in notes if note)
 
 
 def _to_srgb(image: Image.Image, data: bytes) -> tuple[Image.Image, str]:
@@ -218,10 +210,7 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 
 def prepare(path: Source, size: int, crop: Crop = "auto", face: int | None = None) -> tuple[Image.Image, str]:
-    """A photo from a file, cropped and resized to `size` x `size`, and a note on what was chosen (or "").
-
-    Raises InputError for what is no photo, or where the face that is asked for isn't there.
-    """
+    """A photo, cropped, as `size` x `size` pixels, and a note on what was chosen (or ""). Raises InputError for none, or no such face."""
     image, note = read_photo(path)
     chosen, which = face_for(image, photo_name(path), crop, face)
     return square(crop_face(image, chosen) if chosen else image, size), " ".join(filter(None, (note, which)))
@@ -259,10 +248,7 @@ def read_photos(files: Any, size: int, crop: Crop = "auto", face: int | None = N
 
 
 def read_masks(masks: Any, files: Any, size: int, crop: Crop = "auto", face: int | None = None) -> Tensor:
-    """Gray pictures that say where photos count, one for all of them or one each: (n, 1, size, size) in 0..1.
-
-    Raises InputError for another number of masks, or one that doesn't fit its photo.
-    """
+    """Where photos count, by gray pictures, one for all or one each: (n, 1, size, size) in 0..1. Raises InputError where they don't fit."""
     group, drawn = ([item] if isinstance(item, (str, Path)) else list(item) for item in (files, masks))
     if len(drawn) not in (1, len(group)):
         raise InputError(f"{len(drawn)} masks for {len(group)} photos: give one for all of them, or one each.")

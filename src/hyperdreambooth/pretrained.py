@@ -25,8 +25,7 @@ FORMAT = 1
 LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("rank", "copies", "count", "batch"), (1, 1024)),
     **dict.fromkeys(("width", "height"), (8, 8192)),
-    "steps": (0, 100_000),
-    "prior_pictures": (0, 10_000),
+    **{"steps": (0, 100_000), "prior_pictures": (0, 10_000)},
 }
 
 
@@ -60,17 +59,14 @@ def build(targets: dict[str, Shape], encoder: FaceEncoder, lightweight: Lightwei
 
 
 def save_hypernetwork(folder: str | Path, source: PredictedLora, info: HyperNetworkInfo, dtype: torch.dtype = torch.float16) -> Path:
-    """Writes the weights in `dtype`, the encoder, a model card (README.md) and the config into `folder`; returns the config's path.
-
-    The config is written last: a folder with a config is complete.
-    """
+    """Writes the weights in `dtype`, the encoder, a model card (README.md) and the config into `folder`; returns the config's path."""
     folder = Path(folder)
     tensors = {name: value.to(dtype) for name, value in source.state_dict().items() if not name.startswith("encoder.")}
     if info.encoder == "encoder":
         source.encoder.save_pretrained(folder / "encoder")
     save_tensors(folder / "model.safetensors", tensors)
     write_atomically(folder / "README.md", lambda file: file.write_text(hypernetwork_card(asdict(info)), encoding="utf-8"))
-    return write_json(folder / "config.json", asdict(info))
+    return write_json(folder / "config.json", asdict(info))  # the last: a folder with a config is complete
 
 
 def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> tuple[PredictedLora, HyperNetworkInfo]:

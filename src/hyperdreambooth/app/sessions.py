@@ -1,9 +1,8 @@
 """Visitors are kept apart: everyone's files, results and running job are their own, and go when they leave.
 
-A *visitor* is a browser (or an API client), known by a random cookie; a *visit* is one open tab, known by Gradio's session
-hash. Gradio itself serves any file of its cache to whoever knows the path. Here every path belongs to the visitor who
-uploaded it, or in whose folder it was made (the folder's name is a hash of the cookie), and `Guard` refuses it to all
-others, as a download and as an input.
+A *visitor* is a browser (or an API client), known by a random cookie; a *visit* is one open tab, known by Gradio's session hash. Gradio
+serves any file of its cache to whoever knows the path. Here every path belongs to the visitor who uploaded it, or in whose folder it was
+made (the folder's name is a hash of the cookie), and `Guard` refuses it to all others, as a download and as an input.
 """
 
 import contextlib

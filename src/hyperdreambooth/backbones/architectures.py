@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
     }
     for family, patterns in BASES["targets"].items()
 }
-"""Family (`Backbone.family`) -> preset -> glob patterns of the layers that carry a LoRA: attention, first and second layers of feed-forwards.
+"""Family (`Backbone.family`) -> preset -> glob patterns of the layers that carry a LoRA.
 
 "paper" is the choice of Ruiz et al., supplement; "attention+ff" is the default. In SD 3 and Flux the text has projections of its own in
 every joint block (`add_*`, `ff_context`), and a single block of Flux has one output layer for both (`proj_out`).

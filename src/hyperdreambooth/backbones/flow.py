@@ -126,15 +126,6 @@ class Flux(Flow):
         height, width = noisy.shape[-2:]
         places = self.places(height // 2, width // 2, noisy.device, noisy.dtype)
         words = torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3, device=noisy.device, dtype=noisy.dtype)
-        packed = self.denoise(pack(noisy), timestep=timesteps / FLOW_STEPS, img_ids=places, txt_ids=words, **conditioning)
-        return unpack(packed, height, width)
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h/2 * w/2, 4 C): every 2 x 2 patch is a token."""
-    return F.pixel_unshuffle(latents, 2).flatten(2).mT
-
-
-def unpack(packed: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`."""
-    return F.pixel_shuffle(packed.mT.unflatten(2, (height // 2, width // 2)), 2)
+        patches = F.pixel_unshuffle(noisy, 2).flatten(2).mT  # (B, h/2 * w/2, 4 C): every 2 x 2 patch is a token
+        patches = self.denoise(patches, timestep=timesteps / FLOW_STEPS, img_ids=places, txt_ids=words, **conditioning)
+        return F.pixel_shuffle(patches.mT.unflatten(2, (height // 2, width // 2)), 2)

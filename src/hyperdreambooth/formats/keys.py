@@ -3,8 +3,6 @@
 A name is a layer's, then the tensor's part in it: `unet.mid_block...to_q.lora_A.weight`, `lora_unet_mid_block_..._to_q.alpha`. A layer's own
 names are known, whichever prefix or separator; names by the code that a base was first published with are diffusers' to translate
 (`lora_state_dict`), but for SD 3's, which it lacks. There one layer may be several of diffusers' (query, key, value).
-
-Paths in memory are canonical: `text_model.` exactly once inside a text encoder (see `lora.canonical`).
 """
 
 import json

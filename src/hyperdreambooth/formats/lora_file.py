@@ -218,10 +218,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def find_lora(name: str | Path) -> Path:
-    """The file that is meant by a file, a folder, `user/repo` or `user/repo/file` on the hub.
-
-    Raises InputError where there is none, several, or the hub can't be reached.
-    """
+    """The file that a file, a folder, or `user/repo[/file]` on the hub means. Raises InputError where there is none, or several."""
     path, repository = Path(name), re.fullmatch(r"([\w.-]*\w/[\w.-]+)(?:/(.+))?", str(name))
     if path.is_dir():
         return path / _only([file.name for file in path.iterdir()], str(name))
@@ -251,7 +248,6 @@ def styled(pipe: Any, styles: Sequence[Style]) -> Iterator[None]:
 
     Afterwards, also after an error, the weights are what they were, bit for bit; they stay where they lie in memory. Several files add up:
     each one's change is that of the untouched weight. Weights that nothing can be added to (quantized ones) take plain LoRAs by hooks.
-
     Raises InputError for a file that is no LoRA, or for another base.
     """
     if not styles:
@@ -277,14 +273,14 @@ def styled(pipe: Any, styles: Sequence[Style]) -> Iterator[None]:
                     stack.enter_context(applied(root, plain(path, adapters, why).scaled(strength)))
                     continue
                 for adapter in adapters:
-                    layers = [names.modules[place.path] for place in adapter.places]
-                    count, first = sum(len(layer.weight) for layer in layers), layers[0].weight
-                    rows = [place.outputs(count) for place in adapter.places]
+                    layers = [(names.modules[place.path], place) for place in adapter.places]
+                    count, first = sum(len(layer.weight) for layer, _ in layers), layers[0][0].weight
                     whole = torch.empty(count, *first.shape[1:], device=first.device)
-                    for layer, own in zip(layers, rows, strict=True):
-                        whole[own] = originals.get(layer.weight, layer.weight).to(whole)
+                    for layer, place in layers:
+                        whole[place.outputs(count)] = originals.get(layer.weight, layer.weight).to(whole)
                     change, bias = adapter.delta(whole, strength), adapter.bias(strength)
-                    for layer, own in zip(layers, rows, strict=True):
+                    for layer, place in layers:
+                        own = place.outputs(count)
                         add(layer.weight, change[own])
                         if bias is not None:
                             add(layer.bias, bias[own])

@@ -39,10 +39,7 @@ def is_tokens(path: str | Path) -> bool:
 
 
 def read_tokens(path: str | Path, lightweight: LightweightLora) -> Tensor:
-    """Tokens (layers, width) in the order of `lightweight`'s targets.
-
-    Raises InputError for a file that is no token file, of a newer version, or of another fingerprint.
-    """
+    """Tokens (layers, width) in the order of `lightweight`'s targets. Raises InputError for another kind, version or fingerprint."""
     tensors, header = read_tensors(path)
     if KEY not in header:
         raise InputError(f"{path} is no token file.")

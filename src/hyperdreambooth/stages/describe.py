@@ -69,11 +69,9 @@ def describe(
 
     def losses(texts: list[str]) -> Tensor:
         """Mean loss of each photo under its text: (N,)."""
-        parts = []
-        for some, at in zip(noise.split(copies), steps.split(copies), strict=True):
-            tiles = len(some) // people
-            parts.append(denoising_loss(backbone, latents.repeat(tiles, 1, 1, 1), prompts(texts * tiles), some, at))
-        return torch.cat(parts).unflatten(0, (-1, people)).mean(0)
+        parts = ((some, at, len(some) // people) for some, at in zip(noise.split(copies), steps.split(copies), strict=True))
+        found = [denoising_loss(backbone, latents.repeat(n, 1, 1, 1), prompts(texts * n), some, at) for some, at, n in parts]
+        return torch.cat(found).unflatten(0, (-1, people)).mean(0)
 
     chosen = [[slot[0] for slot in slots] for _ in range(people)]
     with applied(backbone.components, predicted or {}):

@@ -23,9 +23,8 @@ from .errors import InputError
 from .folders import list_identities
 from .progress import Progress, say
 
-LARGEST_BATCH = 32
-BATCH_PIXELS = 1 << 20
-"""Pictures, and pixels of the base's size, that are encoded at once, at most: at 1024 pixels an autoencoder takes gigabytes for one."""
+# Pictures, and pixels of the base's size, that are encoded at once, at most: at 1024 pixels an autoencoder takes gigabytes for one.
+LARGEST_BATCH, BATCH_PIXELS = 32, 1 << 20
 
 
 class PromptCache:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, refusing
 from .photos import SUFFIXES, picture_formats
 from .progress import say
 
@@ -63,10 +63,8 @@ def caption_of(photos: object) -> str | None:
     if len(group) != 1 or not isinstance(group[0], (str, Path)):
         return None
     file = Path(group[0]).with_suffix(".txt")
-    try:
+    with refusing(f"the caption {file} can't be read", OSError, UnicodeDecodeError, advice="Save it as UTF-8 text."):
         return " ".join(file.read_text("utf-8-sig").split()) or None if file.is_file() else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the caption {file} can't be read ({error}). Save it as UTF-8 text.") from error
 
 
 def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:

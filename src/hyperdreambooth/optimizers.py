@@ -11,9 +11,6 @@ from torch.optim.adamw import adamw
 from .errors import InputError
 from .training_settings import TrainingConfig
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of Muon's quintic Newton-Schulz iteration: after five rounds all singular values are some 0.7 to 1.2."""
-
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
     """Linear warm-up, a plateau, and a linear fall over the last `cooldown` of the steps."""
@@ -115,13 +112,13 @@ class Muon(torch.optim.Optimizer):
         return [part.view_as(one) for part, one in zip(updates.split([len(stack) for stack in stacks]), nesterov, strict=True)]
 
 
-def orthogonalized(matrices: Tensor, rounds: int = 5) -> Tensor:
-    """About U V^T of each matrix's U S V^T: (..., rows, columns) -> the same shape."""
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """About U V^T of each matrix's U S V^T: (..., rows, columns) -> the same shape, singular values of some 0.7 to 1.2."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    a, b, c = COEFFICIENTS
-    for _ in range(rounds):
+    a, b, c = 3.4445, -4.7750, 2.0315  # Muon's own, for five rounds of a quintic Newton-Schulz iteration
+    for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x

@@ -21,13 +21,13 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, JpegImagePlugin
 from torch import Tensor
 
 from .checkpoint import write_atomically
-from .errors import InputError, fresh
+from .errors import InputError, fresh, refusing
 from .faces import crop_face, face_for
 from .settings import Crop as Crop
 
 Source = Any  # What `read_photo` takes: str | Path | bytes | BinaryIO | Image.Image | numpy array | Tensor.
+# What Pillow opens beside pictures: documents (EPS runs Ghostscript), vector drawings, containers of data.
 NOT_PHOTOS = {"EPS", "PDF", "WMF", "GRIB", "HDF5", "BUFR", "MPEG", "XVTHUMB"}
-"""What Pillow opens beside pictures: documents (EPS runs Ghostscript), vector drawings, containers of data."""
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 MAX_JPEG_PIXELS = 205_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
@@ -302,13 +302,10 @@ def generated(settings: Mapping[str, object]) -> dict[str, str]:
 
 def read_png_metadata(path: str | Path) -> dict[str, str]:
     """The text metadata of a PNG. Raises InputError for a file that is missing or no whole PNG."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            image.load()  # text may also stand after the pixels
-            return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} is not a whole PNG ({why}). Name a picture that was saved here.") from error
+    kinds, advice = (OSError, SyntaxError, ValueError, Image.DecompressionBombError), "Name a picture that was saved here."
+    with refusing(f"{path} is not a whole PNG", *kinds, advice=advice), Image.open(path, formats=("PNG",)) as image:
+        image.load()  # text may also stand after the pixels
+        return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
 
 
 def is_generated(path: str | Path) -> bool:

@@ -21,44 +21,35 @@ from .trainable_lora import HyperNetwork, LightweightLora, PredictedLora
 from .training_settings import LARGEST_LAYER, HyperNetworkConfig, LightweightConfig
 
 FORMAT = 1
+# Ranges of the defaults in a config.json: a larger value is a damaged file, and could fill a machine's memory.
 LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("rank", "copies", "count", "batch"), (1, 1024)),
     **dict.fromkeys(("width", "height"), (8, 8192)),
     "steps": (0, 100_000),
     "prior_pictures": (0, 10_000),
 }
-"""Ranges of the defaults in a config.json: a larger value is a damaged file, and could fill a machine's memory."""
 
 
 @dataclass
 class HyperNetworkInfo:
     """What a hypernetwork was trained for; travels with it as config.json."""
 
-    base: str
-    """The base it predicts for."""
-    targets: dict[str, list[int]]
-    """Layer path -> [inputs, outputs]."""
+    base: str  # The base it predicts for.
+    targets: dict[str, list[int]]  # Layer path -> [inputs, outputs].
     lightweight: dict[str, Any]
     hypernetwork: dict[str, Any]
-    encoder: str = "encoder"
-    """The encoder's folder, relative to config.json."""
+    encoder: str = "encoder"  # The encoder's folder, relative to config.json.
     mode: Literal["pro", "faithful"] = "pro"
-    prompt: str = "a [V] face"
-    """The prompt that names the person."""
+    prompt: str = "a [V] face"  # The prompt that names the person.
     describe: list[list[str]] = field(default_factory=list)
     """Phrases to choose from for each part of a photo's prompt, see `stages.describe`. Empty: the prompt is `prompt` for every photo."""
-    personalize: dict[str, Any] = field(default_factory=dict)
-    """Defaults of the fine-tuning that suit this base (chosen on validation)."""
-    generate: dict[str, Any] = field(default_factory=dict)
-    """Defaults of generation that suit this base."""
+    personalize: dict[str, Any] = field(default_factory=dict)  # Defaults of the fine-tuning that suit this base (chosen on validation).
+    generate: dict[str, Any] = field(default_factory=dict)  # Defaults of generation that suit this base.
     familiar: float | None = None
     """The `stages.describe.strangeness` above which a photo is unlike all that it was trained on. None: nobody measured it."""
-    trained: dict[str, Any] = field(default_factory=dict)
-    """How it was trained, and what it reached on validation."""
-    data: str = ""
-    """What it was trained on, in words."""
-    license: str = ""
-    """The license of its weights."""
+    trained: dict[str, Any] = field(default_factory=dict)  # How it was trained, and what it reached on validation.
+    data: str = ""  # What it was trained on, in words.
+    license: str = ""  # The license of its weights.
     format: int = FORMAT
 
 
@@ -99,8 +90,11 @@ def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> t
         check_targets(targets, backbone, str(folder))
     encoder = FaceEncoder.from_pretrained(folder / info.encoder)
     file = folder / "model.safetensors"
-    wanted, found = expected_shapes(targets, encoder.dim, lightweight, config), read_header(file)[0]
-    wrong = sorted(name for name in {*wanted, *found} if not name.startswith("encoder.") and wanted.get(name) != found.get(name))
+    with torch.device("meta"):  # shapes, no memory
+        planned = build(targets, encoder, lightweight, config).state_dict()
+    wanted = {name: tuple(value.shape) for name, value in planned.items() if not name.startswith("encoder.")}
+    found = {name: shape for name, shape in read_header(file)[0].items() if not name.startswith("encoder.")}
+    wrong = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
     if wrong:
         sizes = f"{wanted.get(wrong[0], 'none')} by the config, {found.get(wrong[0], 'none')} in the file"
         raise InputError(f"{file} doesn't fit its config.json: {wrong[0]} ({sizes}) and {len(wrong) - 1} more.")
@@ -143,21 +137,6 @@ def read_info(folder: Path) -> HyperNetworkInfo:
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     return info
-
-
-def expected_shapes(
-    targets: dict[str, Shape], feature_dim: int, lightweight: LightweightConfig, config: HyperNetworkConfig
-) -> dict[str, tuple[int, ...]]:
-    """The tensors that a hypernetwork of these sizes has in model.safetensors, without making them."""
-    with torch.device("meta"):
-        start = torch.empty(len(targets), lightweight.width)
-        state = HyperNetwork(start, lightweight.rank * lightweight.down_dim, feature_dim, config).state_dict()
-    shapes = {f"hypernetwork.{name}": tuple(value.shape) for name, value in state.items()}
-    if lightweight.learnable:
-        for path, shape in targets.items():
-            shapes[f"lightweight.{LightweightLora.name(path, 'down')}"] = (lightweight.down_dim, shape.inputs)
-            shapes[f"lightweight.{LightweightLora.name(path, 'up')}"] = (shape.outputs, lightweight.up_dim)
-    return shapes
 
 
 def check_targets(targets: dict[str, Shape], backbone: Backbone, name: str) -> None:

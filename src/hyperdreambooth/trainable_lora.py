@@ -34,9 +34,8 @@ def orthonormal(rows: int, columns: int, key: str) -> Tensor:
     global generator must neither matter nor move.
     """
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
-    draw = torch.randn(columns, rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    q, r = torch.linalg.qr(draw)
-    return (q * r.diagonal().sign()).mT.float().contiguous()
+    matrix = torch.empty(columns, rows, dtype=torch.float64)
+    return nn.init.orthogonal_(matrix, generator=torch.Generator().manual_seed(seed)).mT.float().contiguous()
 
 
 class LightweightLora(nn.Module):

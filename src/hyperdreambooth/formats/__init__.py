@@ -1,6 +1,7 @@
 """LoRA files that every tool opens, and the token file of this project."""
 
 from .keys import check_layout as check_layout
+from .lora_file import HUB_ERRORS as HUB_ERRORS
 from .lora_file import Layout as Layout
 from .lora_file import Style as Style
 from .lora_file import describe as describe

@@ -29,8 +29,7 @@ PART = re.compile(
     r"|(alpha|dora_scale|diff|diff_b|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)))"
 )
 PARTS = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}
-ROWS = 3072 * 7
-"""Outputs of the layer by which diffusers is asked: what its converter of Flux's `linear1` insists on."""
+ROWS = 3072 * 7  # Outputs of the layer by which diffusers is asked: what its converter of Flux's `linear1` insists on.
 
 
 def split(name: str) -> tuple[str, str]:

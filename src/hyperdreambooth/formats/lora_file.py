@@ -15,7 +15,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of
 from torch import Tensor, nn
 
 from ..checkpoint import save_tensors
-from ..errors import InputError, fresh
+from ..errors import InputError, fresh, refusing
 from ..lora import Lora, LoraSet, applied, can_be_added_to, canonical
 from . import keys
 from .adapters import Adapter, read_adapters
@@ -27,8 +27,9 @@ Layout = Literal["diffusers", "kohya"]
 Style = str | Path | tuple[str | Path, float]
 """A LoRA: a file, a folder or a repository with one, or (one of these, strength)."""
 
-CARRIERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""The components that a LoRA may change."""
+CARRIERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # The components that a LoRA may change.
+HUB_ERRORS = (HTTPError, OSError, ValueError)
+"""What huggingface_hub raises for a hub that can't be reached, a refused token, an invalid name, and an invalid model card."""
 
 
 @dataclass
@@ -38,8 +39,7 @@ class LoraFile:
     loras: LoraSet
     metadata: dict[str, str]
     layout: str
-    convolutions: frozenset[str] = frozenset()
-    """Layers that are 1 x 1 convolutions in their base."""
+    convolutions: frozenset[str] = frozenset()  # Layers that are 1 x 1 convolutions in their base.
 
 
 def fingerprint(loras: LoraSet) -> str:
@@ -158,16 +158,11 @@ def find_lora(name: str | Path) -> Path:
         return path / _only([file.name for file in path.iterdir()], str(name))
     if path.exists() or not repository or repository[1].endswith((".safetensors", ".tokens")):
         return path
-    try:
+    with refusing(f"{name} is no file or folder here, and no LoRA on the hub that can be reached", *HUB_ERRORS):
         if repository[2]:
             return Path(hf_hub_download(repository[1], repository[2]))
         about = HfApi().model_info(repository[1])
         return Path(hf_hub_download(repository[1], _only([file.rfilename for file in about.siblings or []], str(name)), revision=about.sha))
-    except InputError:  # is a ValueError
-        raise
-    except (HTTPError, OSError, ValueError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise InputError(f"{name} is no file or folder here, and no LoRA on the hub that can be reached: {why}.") from error
 
 
 def _only(files: list[str], where: str) -> str:

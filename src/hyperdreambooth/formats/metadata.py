@@ -57,17 +57,14 @@ def standard_metadata(loras: LoraSet, *, title: str, trigger: str, identifier: s
     values = {"title": title, "trigger": trigger, "identifier": identifier, "rank": rank, "alpha": float(rank), "version": __version__}
     frequency, date = json.dumps({"hyperdreambooth": {trigger: 1}}), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     metadata = {key: text.format(**values, frequency=frequency, date=date) for key, text in TABLES["header"]["lora"].items()}
-    texts = {name: _data_url(value) if isinstance(value, Image.Image) else value for name, value in given.items()}
-    return metadata | {f"modelspec.{name}": text for name, text in texts.items() if text}
-
-
-def _data_url(picture: Image.Image) -> str:
-    """A picture as a small JPEG in a data URL, of 256 pixels a side, as the standard recommends."""
-    small = picture.convert("RGB")
-    small.thumbnail((256, 256))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    for name, value in given.items():
+        if isinstance(value, Image.Image):  # as a small JPEG in a data URL, of 256 pixels a side, as the standard recommends
+            small, buffer = value.convert("RGB"), io.BytesIO()
+            small.thumbnail((256, 256))
+            small.save(buffer, "JPEG", quality=85)
+            value = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        metadata |= {f"modelspec.{name}": value} if value else {}
+    return metadata
 
 
 def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

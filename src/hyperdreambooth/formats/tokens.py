@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import read_header, read_tensors, save_tensors
-from ..errors import InputError, fresh, some
+from ..errors import InputError, fresh, refusing, some
 from ..trainable_lora import LightweightLora
 
 VERSION = "1"
@@ -25,8 +25,6 @@ def save_tokens(
 ) -> Path:
     """Writes tokens (layers, width). Raises InputError where `path` exists."""
     path = fresh(path, overwrite)
-    if tuple(tokens.shape) != lightweight.token_shape:
-        raise ValueError(f"tokens of shape {tuple(tokens.shape)}, expected {lightweight.token_shape}")
     recipe = json.dumps({key: value for key, value in lightweight.recipe().items() if key != "targets"})
     header = {KEY: VERSION, "hyperdreambooth.fingerprint": lightweight.fingerprint(), "hyperdreambooth.recipe": recipe, **metadata}
     return save_tensors(path, dict(zip(lightweight.targets, tokens.float(), strict=True)), header)
@@ -64,10 +62,8 @@ def read_tokens(path: str | Path, lightweight: LightweightLora) -> Tensor:
 def describe_tokens(path: str | Path) -> dict[str, Any]:
     """A token file's contents as the command `info` prints them. Raises InputError for a damaged file."""
     tensors, header = read_tensors(path)
-    try:
+    with refusing(f"{path} is damaged: the recipe in its header isn't a JSON object", TypeError, ValueError):
         rank = dict(json.loads(header.get("hyperdreambooth.recipe", "{}"))).get("rank", "unknown")
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged: the recipe in its header isn't a JSON object.") from error
     return {
         "file": str(path),
         "kind": "tokens",

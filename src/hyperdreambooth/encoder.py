@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .checkpoint import read_header, read_json, write_json
 from .errors import InputError, refusing, some
 
+HALVES = (0.5, 0.5, 0.5)  # Mean and deviation of each channel that make -1..1 out of 0..1.
 LARGEST_PICTURE = 2048  # Side of the pictures that an encoder may ask for, in pixels.
 
 
@@ -23,13 +24,7 @@ class FaceEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        size: int,
-        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
-        std: tuple[float, ...] = (0.5, 0.5, 0.5),
-        trained: bool = False,
+        self, model: nn.Module, *, size: int, mean: tuple[float, ...] = HALVES, std: tuple[float, ...] = HALVES, trained: bool = False
     ):
         super().__init__()
         self.model, self.size, self.trained = model.requires_grad_(trained), size, trained
@@ -111,7 +106,7 @@ def _preprocessing(source: str | Path, model: Any) -> tuple[int, tuple[float, ..
     except (OSError, ValueError):
         if (Path(source) / "preprocessor_config.json").is_file():
             raise
-        return size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # a model without a preprocessor takes -1..1
+        return size, HALVES, HALVES  # a model without a preprocessor takes -1..1
     wanted = getattr(processor, "crop_size", None) or processor.size
     size = int(wanted.get("height", wanted.get("shortest_edge", size)))
     return size, tuple(map(float, processor.image_mean)), tuple(map(float, processor.image_std))

@@ -11,12 +11,12 @@ import torch
 
 from .backbones import Backbone
 from .checkpoint import read_header, read_json, read_tensors, save_tensors, write_atomically, write_json
-from .config import parsed, updated
+from .config import parsed
 from .encoder import FaceEncoder
 from .errors import InputError, in_range, some
 from .hub import download, hypernetwork_card
 from .lora import Shape, canonical_modules, linear_shape
-from .settings import GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
+from .settings import GenerateConfig, PersonalizeConfig
 from .trainable_lora import HyperNetwork, LightweightLora, PredictedLora
 from .training_settings import LARGEST_LAYER, HyperNetworkConfig, LightweightConfig
 
@@ -94,13 +94,11 @@ def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> t
         planned = build(targets, encoder, lightweight, config).state_dict()
     wanted = {name: tuple(value.shape) for name, value in planned.items() if not name.startswith("encoder.")}
     found = {name: shape for name, shape in read_header(file)[0].items() if not name.startswith("encoder.")}
-    wrong = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-    if wrong:
+    if wrong := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
         sizes = f"{wanted.get(wrong[0], 'none')} by the config, {found.get(wrong[0], 'none')} in the file"
         raise InputError(f"{file} doesn't fit its config.json: {wrong[0]} ({sizes}) and {len(wrong) - 1} more.")
     tensors = {name: value for name, value in read_tensors(file)[0].items() if name in wanted}
-    damaged = [name for name, value in tensors.items() if not (value.is_floating_point() and value.float().isfinite().all())]
-    if damaged:
+    if damaged := [name for name, value in tensors.items() if not (value.is_floating_point() and value.float().isfinite().all())]:
         raise InputError(f"{file} is damaged: {some(damaged)} should be finite numbers.")
     source = build(targets, encoder, lightweight, config)
     source.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
@@ -126,16 +124,11 @@ def read_info(folder: Path) -> HyperNetworkInfo:
             in_range(size, 1, LARGEST_LAYER, f"{file}: targets: {path}")
     if not all(info.describe):
         raise InputError(f"{file}: describe: every part of the prompt needs at least one phrase.")
-    personalize = updated(PersonalizeChoices(), info.personalize, f"{file}: personalize")
-    generate = updated(GenerateChoices(), info.generate, f"{file}: generate")
-    for name, value in (*asdict(personalize).items(), *asdict(generate).items()):
-        if isinstance(value, (int, float)):
-            in_range(value, *LIMITS.get(name, (-1e6, 1e6)), f"{file}: {name}")
-    try:
-        resolve(PersonalizeConfig, ("config.json", personalize))
-        resolve(GenerateConfig, ("config.json", generate))
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
+    for part, kind in (("personalize", PersonalizeConfig), ("generate", GenerateConfig)):
+        said = {name: value for name, value in getattr(info, part).items() if value is not None}
+        for name, value in vars(parsed(kind, said, f"{file}: {part}")).items():
+            if isinstance(value, (int, float)):
+                in_range(value, *LIMITS.get(name, (-1e6, 1e6)), f"{file}: {name}")
     return info
 
 
@@ -144,11 +137,10 @@ def check_targets(targets: dict[str, Shape], backbone: Backbone, name: str) -> N
     modules = canonical_modules(backbone.components)
     here = {path: linear_shape(modules[path]) if path in modules else None for path in targets}
     other = [
-        f"{path} ({shape.inputs} x {shape.outputs} there, {f'{found.inputs} x {found.outputs}' if found else 'none'} here)"
+        f"{path} ({' x '.join(map(str, shape))} there, {' x '.join(map(str, here[path] or ['none']))} here)"
         for path, shape in targets.items()
-        if (found := here[path]) != shape
+        if here[path] != shape
     ]
     if other:
-        raise InputError(
-            f"{name} was made for another base: {len(other)} of its {len(targets)} layers differ: {some(other)}. Open its own base."
-        )
+        differ = f"{len(other)} of its {len(targets)} layers differ: {some(other)}"
+        raise InputError(f"{name} was made for another base: {differ}. Open its own base.")

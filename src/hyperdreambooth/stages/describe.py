@@ -26,14 +26,14 @@ def join(phrases: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def strangeness(backbone: Backbone, latents: Tensor, prompt: str, *, noises: int = 4) -> Tensor:
+def strangeness(backbone: Backbone, latents: Tensor, prompt: str) -> Tensor:
     """How badly the base denoises photos' latents (N, C, h, w) at the noise level 0.5: (N,), near 1 where it knows nothing like them.
 
     A base of drawings gets photographs wrong by several times what it gets its own drawings wrong by.
     """
-    noise = torch.randn(noises, *latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
-    conditioning, steps = PromptCache(backbone)([prompt] * noises), backbone.steps_for(torch.full((noises,), 0.5))
-    losses = [denoising_loss(backbone, one.expand(noises, *one.shape), conditioning, noise, steps).mean() for one in latents]
+    noise = torch.randn(4, *latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
+    conditioning, steps = PromptCache(backbone)([prompt] * 4), backbone.steps_for(torch.full((4,), 0.5))
+    losses = [denoising_loss(backbone, one.expand(4, *one.shape), conditioning, noise, steps).mean() for one in latents]
     return torch.stack(losses).cpu()
 
 

@@ -28,18 +28,18 @@ def download(name: str) -> Path:
 
 
 def download_pictures(name: str) -> Path:
-    """Fetches the pictures of a data set, `user/name` or `user/name/folder`, but for those that are here, and returns the folder of people.
+    """Fetches the pictures of a data set, `user/name` or `user/name/folder`, but for those that are here, and returns its folder.
 
-    Raises InputError where it can't be reached, or keeps its pictures in other files (parquet, archives).
+    Where it has none, its parquet files. Raises InputError where it can't be reached, or keeps its pictures in other files (archives).
     """
     repository, folder = "/".join(name.split("/")[:2]), "".join(f"{part}/" for part in name.split("/")[2:])
     kinds = [f"{folder}*{end}" for suffix in SUFFIXES for end in (suffix, suffix.upper())]
     with refusing(f"{name} can't be fetched from the hub", *HUB_ERRORS, advice="Check the name, or run the same line again."):
-        place = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=kinds)) / folder
-    if not place.is_dir():
-        advice = "Save its pictures in a folder, and name that."
-        raise InputError(f"{name} holds no picture files; parquet files and archives aren't read. {advice}")
-    return place
+        for wanted in (kinds, [f"{folder}*.parquet"]):
+            place = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=wanted)) / folder
+            if place.is_dir() and any(place.iterdir()):
+                return place
+    raise InputError(f"{name} holds neither picture files nor parquet files. Save its pictures in a folder, and name that.")
 
 
 def push(path: str | Path, name: str, *, public: bool = False) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import formats
 from .errors import InputError
-from .lora import LoraSet, update_norms
+from .lora import LoraSet
 from .trainable_lora import LightweightLora
 
 PLACEHOLDER = "[V]"  # Stands for the person in prompts, whatever the base's own rare token is.
@@ -40,10 +40,6 @@ class PersonalLora:
     @property
     def rank(self) -> int:
         return max(lora.rank for lora in self.loras.values())
-
-    def strengths(self) -> dict[str, float]:
-        """How strongly each layer is changed: its update's Frobenius norm."""
-        return {path: update_norms(LoraSet({path: lora})).sqrt().item() for path, lora in self.loras.items()}
 
     def save(
         self,

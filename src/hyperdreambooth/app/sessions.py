@@ -53,6 +53,7 @@ class Visit:
 
     folder: Path
     owner: str
+    base: str = ""  # Which base was chosen; "": the page's own.
     pixels: Tensor | None = None  # The photos as the method sees them, (n, 3, size, size).
     needs_consent: bool = True
     mine: PersonalLora | None = None  # Who was personalized or loaded.

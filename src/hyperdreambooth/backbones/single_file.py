@@ -25,6 +25,7 @@ from ..progress import say
 from . import architectures
 from .architectures import BASES, text_names
 from .directory import load_directory
+from .quantized import quantize_component
 
 MARKS: dict[str, str] = BASES["files"]["marks"]
 """Model -> what only its tensors' names have. What stands before it is the prefix of the whole model."""
@@ -235,13 +236,20 @@ def predicts(unet: Any) -> str | None:
 
 
 def load_single_file(
-    path: Path, dtype: torch.dtype, *, device: str | torch.device = "cpu", prediction: str = "auto", more: Sequence[Path] = ()
+    path: Path,
+    dtype: torch.dtype,
+    *,
+    device: str | torch.device = "cpu",
+    prediction: str = "auto",
+    more: Sequence[Path] = (),
+    quantize: str | None = None,
 ) -> Any:
     """The pipeline of a checkpoint, on the device.
 
     Args:
         prediction: "epsilon" or "v_prediction"; "auto" believes the file, and asks the UNet where it says nothing.
         more: files and directories with what the checkpoint lacks (text encoders, autoencoder, T5's tokenizer).
+        quantize: as `load_backbone` takes it.
 
     Raises InputError where the file can't be used.
     """
@@ -273,6 +281,8 @@ def load_single_file(
             if "position_ids" in module._buffers:  # the numbers of CLIP's positions aren't in every file
                 module.register_buffer("position_ids", torch.arange(module.position_embedding.num_embeddings)[None], persistent=False)
         given[name] = model
+    for name, model in given.items():
+        quantize_component(name, model, quantize, device)
     unet: Any = given.get("unet")
     said, zero_snr = prediction_of(path, stored, header)
     if prediction != "auto":

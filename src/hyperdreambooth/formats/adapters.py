@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..checkpoint import read_tensors
 from ..errors import InputError, refusing, some
+from ..lora import linear_shape
 from .keys import TABLES, Names, Place, plain_path, split
 
 
@@ -130,7 +131,9 @@ def _check(adapter: Adapter, names: Names | None, where: str) -> None:
     if names is None:
         return
     modules = [names.modules[place.path] for place in adapter.places]
-    outputs, inputs = sum(len(module.weight) for module in modules), modules[0].weight.shape[1:].numel()
+    # a quantized layer's weight has a shape of its own
+    sizes = [linear_shape(module) or (module.weight.shape[1:].numel(), len(module.weight)) for module in modules]
+    outputs, inputs = sum(size for _, size in sizes), sizes[0][0]
     theirs = (len(update), update.numel() // max(1, len(update))) if update.ndim else (outputs, inputs)
     lengths, bias = parts.get("magnitude", parts.get("dora_scale")), adapter.bias(1)
     if theirs != (outputs, inputs) or (lengths is not None and lengths.numel() not in (outputs, modules[0].weight.shape[-1])):

@@ -309,6 +309,32 @@ def test_pictures_in_batches_are_pictures_one_by_one(backbone, tmp_path, capsys)
     assert folder.latents_of(["40"]) == {}
 
 
+def test_pictures_are_in_memory_once(backbone, tmp_path, monkeypatch):
+    """Batches are written into room for all of them, and the people who are held out are a part of it."""
+    for index in range(96):
+        picture(index).save(tmp_path / f"{index}.png")
+    (tmp_path / "95.png").write_bytes(b"\x89PNG\r\n\x1a\n cut off")
+    monkeypatch.setattr("hyperdreambooth.data.LARGEST_BATCH", 8)
+    data = load_identities(tmp_path, backbone, tiny_source(backbone).encoder, "a face", cache=tmp_path / "cache")
+    batches = [FolderOfPeople(tmp_path, backbone).latents_of(data.names[start : start + 8]) for start in range(0, 95, 8)]
+    assert torch.equal(data.latents, torch.cat([latents for batch in batches for latents in batch.values()]))
+    first, last = data.split(5)
+    for whole, part, rest in ((data.latents, first.latents, last.latents), (data.features, first.features, last.features)):
+        assert whole.untyped_storage().nbytes() == 96 * whole[0].nbytes  # room for all pictures, and one of them is broken
+        assert part.data_ptr() == whole.data_ptr()
+        assert torch.equal(torch.cat([part, rest]), whole)
+    again = load_identities(tmp_path, backbone, tiny_source(backbone).encoder, "a face", cache=tmp_path / "cache")
+    assert torch.equal(again.latents, data.latents)
+    assert torch.equal(again.features, data.features)
+    order = torch.randperm(95, generator=torch.Generator().manual_seed(0))
+    mixed = IdentityData(data.latents[order], data.features[order], order, data.names, [f"{i}" for i in order.tolist()], data.reference)
+    some, others = mixed.split(5)  # people in no order
+    assert others.names == data.names[90:]
+    for part, names in ((some, data.names[:90]), (others, data.names[90:])):
+        assert all(torch.equal(latents, data.latents_of([name])[name]) for name, latents in part.latents_of(names).items())
+        assert all(data.names[int(prompt)] == part.names[person] for prompt, person in zip(part.prompts, part.people.tolist(), strict=True))
+
+
 @contextlib.contextmanager
 def a_worker_is_killed(found: Callable[[], bool]) -> Iterator[None]:
     """Ends one of this test's own workers of Ray as soon as they have `found` something."""

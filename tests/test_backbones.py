@@ -113,6 +113,40 @@ def test_long_prompts_are_read_in_chunks(family, base):
     torch.testing.assert_close(both[:1, :clip], rest[key][:, :clip], atol=1e-5, rtol=1e-4)
 
 
+def test_text_encoders_leave_the_device_once_prompts_are_encoded_where_memory_is_short(family, monkeypatch):
+    base, moves = wrap(families.make(family), family), []
+    texts = [model for name, model in base.pipe.components.items() if name.startswith("text_encoder") and model is not None]
+    here, there = torch.device("cuda", 0), torch.device("cpu")
+    for model in texts:  # they only say where they are: there may be no card
+        monkeypatch.setattr(type(model), "device", property(lambda self: getattr(self, "at", here)))
+        monkeypatch.setattr(model, "to", lambda device, model=model: (moves.append(device), setattr(model, "at", device)))
+    monkeypatch.setattr(type(base), "device", property(lambda _: here))
+    monkeypatch.setattr(base, "tokenize", lambda prompts, chunks=1: {"ids": torch.zeros(1)})
+    monkeypatch.setattr(base, "encode_tokens", lambda tokens: {"at": [model.device for model in texts]})
+    weigh = sum(weight.nbytes for weight in base.denoiser.parameters())
+    free, cached = [2 * weigh], 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: cached + 7)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7)
+    assert base.encode_prompts(["a"])["at"] == [here] * len(texts)
+    assert moves == []
+    base.device_memory = "low"
+    assert base.encode_prompts(["a"])["at"] == [here] * len(texts)
+    assert moves == [there] * len(texts)
+    moves.clear()
+    base.device_memory, free[0] = "auto", weigh // 2
+    assert base.encode_prompts(["a"])["at"] == [here] * len(texts)
+    assert moves == [here] * len(texts) + [there] * len(texts)
+    cached = weigh  # what torch holds without using it counts as free
+    moves.clear()
+    base.encode_prompts(["a"])
+    assert moves == [here] * len(texts)
+    PromptCache(base, trains_text=True)
+    free[0], cached = 0, 0
+    base.encode_prompts(["a"])
+    assert moves == [here] * len(texts)
+
+
 def test_a_long_prompt_draws_and_trains_beside_short_ones(base):
     hdb = HyperDreamBooth(base, "x")
     hat, beard = (hdb.generate([f"{CHUNK} a {word}", "a face"], steps=1, seed=1, guidance=2.0) for word in ("hat", "beard"))

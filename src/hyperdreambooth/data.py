@@ -34,6 +34,9 @@ class PromptCache:
         self.backbone, self.trains_text = backbone, trains_text
         self.known: dict[tuple[str, int], Conditioning] = {}
         self.chunks: dict[str, int] = {}
+        if trains_text:
+            backbone.device_memory = "high"
+            backbone.place_texts(backbone.device)
 
     def inputs(self, prompts: Sequence[str], prefix: str) -> Conditioning:
         """What `conditioning_in` takes out of a batch again, by names that begin with `prefix`."""

@@ -109,7 +109,7 @@ def resolve_base(base: str | Path) -> str:
     if str(base) == "toon":
         return str(toon.directory("base"))
     path = Path(base)
-    if path.suffix.lower() in (".safetensors", ".sft", ".ckpt") and not path.exists():
+    if path.suffix.lower() in (".safetensors", ".sft", ".ckpt", ".gguf") and not path.exists():
         raise InputError(f"{base}: no such file.")
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise InputError(f"{base} has no model_index.json, so it isn't a base in diffusers' layout.")

@@ -6,11 +6,13 @@ Nothing is ever merged into such weights: an update is added by hooks (`lora.mer
 import importlib
 import json
 import logging
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from ..errors import InputError
@@ -66,3 +68,47 @@ def quantize_component(name: str, model: nn.Module, kind: str | None, device: st
                 new.weight = layers.Int8Params(layer.weight.data, requires_grad=False)
             new.bias = layer.bias
             setattr(parent, child, new.requires_grad_(False).eval().to(device))
+
+
+def read_gguf(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """What a GGUF file's header says of its tensors: name -> (shape, type). Raises InputError where it isn't a whole one."""
+    reader = library("gguf", path).GGUFReader
+    try:
+        opened = reader(path)
+        found = {}
+        for tensor in opened.tensors:
+            # a row has to be whole blocks of 256, so converters store some tensors in another shape and note their own
+            own = opened.get_field(f"comfy.gguf.orig_shape.{tensor.name}")
+            shape = own.contents() if own else reversed(tensor.shape.tolist())
+            found[tensor.name] = (tuple(map(int, shape)), tensor.tensor_type.name)
+        return found
+    except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
+        raise InputError(f"{path} is not a whole GGUF file ({error}). Was it cut off while copying?") from error
+
+
+def load_gguf(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A GGUF file's tensors, quantized as they are; those that are stored in another shape than their own are expanded to `dtype`."""
+    from diffusers.models.model_loading_utils import load_gguf_checkpoint
+    from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+    try:
+        tensors = load_gguf_checkpoint(str(path))
+    except ValueError as error:
+        raise InputError(f"{path}: {str(error).splitlines()[0]} Take a file of another type, such as Q4_K, Q5_K or Q8_0.") from error
+    for name, shape in shapes.items():
+        if tuple(getattr(tensors[name], "quant_shape", tensors[name].shape)) != shape:
+            tensors[name] = dequantize_gguf_tensor(tensors[name]).to(dtype).reshape(shape)
+    return tensors
+
+
+def gguf_model(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+    """A denoiser like `model` (on the meta device) that holds `tensors` by diffusers' names, and expands what is quantized in every call."""
+    from diffusers import GGUFQuantizationConfig
+    from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+    linear = {f"{path}.weight" for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    held = {name: tensor if name in linear else dequantize_gguf_tensor(tensor).to(dtype) for name, tensor in tensors.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_config(folder)
+        config = GGUFQuantizationConfig(compute_dtype=dtype)
+        return type(model).from_single_file(held, config=folder, quantization_config=config, torch_dtype=dtype)

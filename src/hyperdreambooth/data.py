@@ -23,9 +23,8 @@ from .errors import InputError
 from .folders import list_identities
 from .progress import Progress, say
 
-LARGEST_BATCH = 32
-BATCH_PIXELS = 1 << 20
-"""Pictures, and pixels of the base's size, that are encoded at once, at most: at 1024 pixels an autoencoder takes gigabytes for one."""
+# Pictures, and pixels of the base's size, that are encoded at once, at most: at 1024 pixels an autoencoder takes gigabytes for one.
+LARGEST_BATCH, BATCH_PIXELS = 32, 1 << 20
 
 
 class PromptCache:
@@ -35,6 +34,9 @@ class PromptCache:
         self.backbone, self.trains_text = backbone, trains_text
         self.known: dict[tuple[str, int], Conditioning] = {}
         self.chunks: dict[str, int] = {}
+        if trains_text:
+            backbone.device_memory = "high"
+            backbone.place_texts(backbone.device)
 
     def inputs(self, prompts: Sequence[str], prefix: str) -> Conditioning:
         """What `conditioning_in` takes out of a batch again, by names that begin with `prefix`."""

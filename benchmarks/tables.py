@@ -68,6 +68,18 @@ def plain() -> str:
     return "\n".join(lines)
 
 
+def ablations() -> str:
+    """One thing changed at a time, at one short budget."""
+    rows = json.loads((ROOT / "benchmarks/results/ablations.json").read_text(encoding="utf-8"))["rows"]
+    lines = ["| variant | what differs | identity gain | rank-1 | similarity | perceptual distance |", "|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        figures = [f"{mean:.3f} ({low:.3f}-{high:.3f})" for mean, low, high in (row["similarity"], row["perceptual_distance"])]
+        mean, low, high = row["rank1"]
+        rank = f"{100 * mean:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+        lines.append(f"| {name} | {row['changes']} | {row['identity_gain']:.3f} ± {row['interval']:.3f} | {rank} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
 def speed() -> str:
     results = json.loads((ROOT / "benchmarks/results/speed.json").read_text(encoding="utf-8"))
     hooks, one = results["hooks"], results["personalize"]
@@ -143,7 +155,7 @@ def scaling() -> str:
 
 TABLES = {
     "README.md": (short,),
-    "docs/fidelity.md": (fidelity, plain),
+    "docs/fidelity.md": (fidelity, plain, ablations),
     "docs/speed.md": (speed, gpu),
     "docs/evaluation.md": (comparison, searched),
     "docs/scale.md": (scaling,),

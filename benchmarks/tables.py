@@ -144,7 +144,7 @@ def scaling() -> str:
                     f"{one['trained_again']} of {one['chunks']} chunks | {largest} MB | {'yes' if one['same_bytes'] else 'no'} |"
                 )
     lines += ["", "| a picture of 256 pixels, JPEG | clock | processor |", "|---|---|---|"]
-    for threads, found in results["encoding"].items():
+    for threads, found in results.get("encoding", {}).items():
         one, many = found["one_by_one"], found["batches"]
         for name, ms in (("one by one", one), ("in batches, decoded in threads", many)):
             lines.append(f"| {threads}: {name} | {ms['clock_ms']:.1f} ms | {ms['processor_ms']:.1f} ms |")

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import nn
+from transformers import T5Config, T5EncoderModel
 
 from hyperdreambooth import formats
 from hyperdreambooth.backbones.architectures import FAMILIES, PRESETS, architecture
@@ -93,6 +95,54 @@ def memory_table() -> str:
     return "\n".join(lines)
 
 
+T5_XXL = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+BITS = {"bfloat16": 16.0, "int8": 8.0, "nf4": 4 + 8 / 64 + 32 / (64 * 256)}
+"""A weight of a linear layer. nf4: an 8-bit scale for every 64 weights, and a float32 for every 256 of those; int8: one for every row."""
+
+
+def gigabytes(model: nn.Module, kind: str, kept: tuple[str, ...] = ()) -> float:
+    """What a model's weights take with its linear layers quantized, but for those of the names `kept`; the rest in 16 bits."""
+    layers = [layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and path.split(".")[-1] not in kept]
+    plain = 2 * (sum(p.numel() for p in model.parameters()) - sum(layer.weight.numel() for layer in layers))
+    scales = sum(4 * layer.out_features for layer in layers) if kind == "int8" else 0
+    return (plain + scales + sum(layer.weight.numel() for layer in layers) * BITS[kind] / 8) / 1e9
+
+
+def quantized_table() -> str:
+    """What weighs what while prompts are encoded, and in a step of one copy with checkpointing, once the text encoders have left."""
+    lines = ["| base | weights | denoiser | text encoders | at first | a step |", "|---|---|---|---|---|---|"]
+    with torch.device("meta"):
+        t5 = T5EncoderModel(T5Config(**T5_XXL))
+    for row in json.loads((RESULTS / "memory.json").read_text(encoding="utf-8"))["rows"]:
+        if (
+            row["base"] not in ("sdxl", "sd3", "flux")
+            or row["stage"] != "personalize"
+            or row["dtype"] != "bfloat16"
+            or not row["checkpointing"]
+        ):
+            continue
+        if row["base"] != "sd3" and row["batch"] > 1:
+            continue
+        parts = dict(architecture(row["base"], vae=True).named_children())
+        vae = gigabytes(parts.pop("vae"), "bfloat16")
+        step = row["activations_gb"] / row["batch"] + 16 * row["trained_millions"] / 1000
+        for kind in BITS:
+            denoiser = gigabytes(parts["unet" if "unet" in parts else "transformer"], kind)
+            texts = sum(gigabytes(part, "bfloat16") for name, part in parts.items() if "text" in name)
+            texts += gigabytes(t5, kind, ("wo",)) if row["base"] != "sdxl" else 0
+            figures = (denoiser, texts, denoiser + texts + vae, denoiser + vae + step)
+            lines.append(f"| {row['base']} | {kind} | {' | '.join(f'{figure:.1f} GB' for figure in figures)} |")
+    return "\n".join(lines)
+
+
 def full_size_table() -> str:
     found = json.loads((RESULTS / "full-size.json").read_text(encoding="utf-8"))
     lines = [
@@ -114,7 +164,12 @@ def main() -> None:
     if "--tables" not in sys.argv:
         write_json(RESULTS / "families.json", count())
     text = DOCS.read_text(encoding="utf-8")
-    for name, table in (("families", families_table()), ("memory", memory_table()), ("full-size", full_size_table())):
+    for name, table in (
+        ("families", families_table()),
+        ("memory", memory_table()),
+        ("quantized", quantized_table()),
+        ("full-size", full_size_table()),
+    ):
         pattern = rf"<!-- {name} -->\n.*?<!-- /{name} -->"
         assert re.search(pattern, text, re.S), f"{DOCS} has no place for the table {name}"
         block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from hyperdreambooth import cli, formats
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.backbones import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL, load_backbone, trained_by_flow, wrap
-from hyperdreambooth.backbones.flow import pack, unpack
 from hyperdreambooth.data import IdentityData, PromptCache, conditioning_in
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import applied, canonical, canonical_modules, find_targets
@@ -64,8 +63,9 @@ def through_pipe(base: Any, noise: torch.Tensor, guidance: float, negative: str 
         side = {"height": base.size, "width": base.size}
         return base.pipe(**given, **more, **side, latents=noise, guidance_scale=guidance).images
     more = {"negative_prompt": [negative] * len(noise), "true_cfg_scale": guidance} if negative is not None else {}
-    packed = base.pipe(**given, **more, latents=pack(noise), guidance_scale=3.5, max_sequence_length=base.t5_length).images
-    return unpack(packed, *noise.shape[-2:])
+    given |= {"latents": base.pipe._pack_latents(noise, *noise.shape), "guidance_scale": 3.5, "max_sequence_length": base.t5_length}
+    sides = [side * base.pipe.vae_scale_factor for side in noise.shape[-2:]]
+    return base.pipe._unpack_latents(base.pipe(**given, **more).images, *sides, base.pipe.vae_scale_factor)
 
 
 def ours(base: Any, noise: torch.Tensor, guidance: float, negative: str = "", **more: Any) -> torch.Tensor:
@@ -111,6 +111,40 @@ def test_long_prompts_are_read_in_chunks(family, base):
     torch.testing.assert_close(both[1:], long[key], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(both[:1], base.encode_prompts(["a hat"], 2)[key], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(both[:1, :clip], rest[key][:, :clip], atol=1e-5, rtol=1e-4)
+
+
+def test_text_encoders_leave_the_device_once_prompts_are_encoded_where_memory_is_short(family, monkeypatch):
+    base, moves = wrap(families.make(family), family), []
+    texts = [model for name, model in base.pipe.components.items() if name.startswith("text_encoder") and model is not None]
+    here, there = torch.device("cuda", 0), torch.device("cpu")
+    for model in texts:  # they only say where they are: there may be no card
+        monkeypatch.setattr(type(model), "device", property(lambda self: getattr(self, "at", here)))
+        monkeypatch.setattr(model, "to", lambda device, model=model: (moves.append(device), setattr(model, "at", device)))
+    monkeypatch.setattr(type(base), "device", property(lambda _: here))
+    monkeypatch.setattr(base, "tokenize", lambda prompts, chunks=1: {"ids": torch.zeros(1)})
+    monkeypatch.setattr(base, "encode_tokens", lambda tokens: {"at": [model.device for model in texts]})
+    weigh = sum(weight.nbytes for weight in base.denoiser.parameters())
+    free, cached = [2 * weigh], 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: cached + 7)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7)
+    assert base.encode_prompts(["a"])["at"] == [here] * len(texts)
+    assert moves == []
+    base.device_memory = "low"
+    assert base.encode_prompts(["a"])["at"] == [here] * len(texts)
+    assert moves == [there] * len(texts)
+    moves.clear()
+    base.device_memory, free[0] = "auto", weigh // 2
+    assert base.encode_prompts(["a"])["at"] == [here] * len(texts)
+    assert moves == [here] * len(texts) + [there] * len(texts)
+    cached = weigh  # what torch holds without using it counts as free
+    moves.clear()
+    base.encode_prompts(["a"])
+    assert moves == [here] * len(texts)
+    PromptCache(base, trains_text=True)
+    free[0], cached = 0, 0
+    base.encode_prompts(["a"])
+    assert moves == [here] * len(texts)
 
 
 def test_a_long_prompt_draws_and_trains_beside_short_ones(base):
@@ -404,12 +438,11 @@ def test_only_clips_paths_get_the_step_that_files_carry():
     assert canonical("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q") == "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
 
 
-def test_packing_is_what_flux_does_and_back():
-    from diffusers import FluxPipeline
-
-    latents = torch.randn(2, 4, 6, 8)
-    assert torch.equal(pack(latents), FluxPipeline._pack_latents(latents, 2, 4, 6, 8))
-    assert torch.equal(unpack(pack(latents), 6, 8), latents)
+def test_packing_is_what_flux_does_and_back(monkeypatch):
+    base, latents, seen = wrap(families.make("flux-dev"), "flux-dev"), torch.randn(2, 4, 6, 8), []
+    monkeypatch.setattr(base, "denoise", lambda packed, **_: seen.append(packed) or packed)
+    assert torch.equal(base.predict(latents, torch.tensor([500, 500]), base.encode_prompts(["a face"] * 2)), latents)
+    assert torch.equal(seen[0], base.pipe._pack_latents(latents, *latents.shape))
 
 
 def test_flux_dev_trains_at_an_embedded_guidance_of_one_and_draws_at_its_own():

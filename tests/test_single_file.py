@@ -261,9 +261,6 @@ def test_pickles_and_broken_files_are_refused(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"only \.safetensors .* Convert it first"):
         load_backbone(tmp_path / "model.ckpt")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(InputError, match=r"quantized \(GGUF\)"):
-        load_backbone(tmp_path / "model.gguf")
     whole = checkpoints.zeros(tmp_path / "whole.safetensors", SD15).read_bytes()
     for content in (b"no", b"", whole[:-1], whole[:20], b"<!DOCTYPE html><html>" + b" " * 99):
         (tmp_path / "model.safetensors").write_bytes(content)

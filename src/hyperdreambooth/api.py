@@ -65,6 +65,7 @@ class HyperDreamBooth:
         dtype: torch.dtype | None = None,
         prediction: str = "auto",
         parts: Sequence[str | Path] = (),
+        quantize: str | None = None,
     ) -> HyperDreamBooth:
         """Opens a base and its hypernetwork.
 
@@ -74,14 +75,14 @@ class HyperDreamBooth:
             device: cuda, mps or cpu; by default the best there is.
             dtype: the frozen base's precision; by default bfloat16 on a CUDA card that has it, float16 on older ones, float32 elsewhere and for
                 toon, which is small.
-            prediction, parts: as `load_backbone` takes them.
+            prediction, parts, quantize: as `load_backbone` takes them.
         """
         if device is None and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one GPU for each process of `accelerate launch`
         device = device or ("mps" if torch.backends.mps.is_available() else "cpu")
         if dtype is None and device.startswith("cuda") and str(base) != "toon":
             dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        backbone = load_backbone(base, device=device, dtype=dtype or torch.float32, prediction=prediction, parts=parts)
+        backbone = load_backbone(base, device=device, dtype=dtype or torch.float32, prediction=prediction, parts=parts, quantize=quantize)
         if hypernetwork == "auto":
             hypernetwork = toon.directory("hypernetwork") if str(base) == "toon" else None
         return cls._opened(backbone, str(base), hypernetwork)
@@ -118,6 +119,11 @@ class HyperDreamBooth:
     @property
     def device(self) -> torch.device:
         return self.backbone.device
+
+    @property
+    def side_by_side(self) -> int:
+        """How many people are fine-tuned in one batch, unless memory is short."""
+        return 32 if self.device.type == "cuda" else 8
 
     def person(self, loras: LoraSet, prompt: str | None = None, *, metadata: Mapping[str, str] | None = None, **more: Any) -> PersonalLora:
         """A person's update of this base, unbatched. `more`: further fields of PersonalLora."""
@@ -219,7 +225,7 @@ class HyperDreamBooth:
         """
         config = self.personalize_config(config, **changes)
         known = list_identities(people) if isinstance(people, (str, Path)) else people
-        count = side_by_side or (32 if self.device.type == "cuda" else 8)
+        count = side_by_side or self.side_by_side
         ready: dict[int, list[tuple[str, Tensor, str | None]]] = {}
         for number, (name, files) in enumerate(known.items(), 1):
             try:

@@ -183,7 +183,12 @@ class Hooks:
 
     def __init__(self, root: nn.Module, paths: Iterable[str]):
         self.layers = layers_of(root, paths)
-        self.dtypes = {path: compute_dtype(layer) for path, layer in self.layers.items()}
+        # what isn't floats itself, of a quantized layer, is expanded to the precision of the rest of the model
+        plain = next((weight.dtype for weight in root.parameters() if can_be_added_to(weight)), torch.float32)
+        weights = {path: unwrapped(layer).weight for path, layer in self.layers.items()}
+        self.dtypes = {
+            path: weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else plain for path, weight in weights.items()
+        }
         self.current: Mapping[str, Lora] = {}
         self.weights: Tensor | None = None
         self.handles = [layer.register_forward_hook(partial(self._add, path)) for path, layer in self.layers.items()]
@@ -220,16 +225,8 @@ class Hooks:
 
 
 def can_be_added_to(weight: Tensor) -> bool:
-    """Whether something can be added to a layer's weight: not to a quantized one."""
-    return weight.is_floating_point() and weight.itemsize > 1
-
-
-def compute_dtype(layer: nn.Module) -> torch.dtype:
-    """The precision that a layer computes in: its weights', or what a quantized one expands them to."""
-    layer = unwrapped(layer)
-    if isinstance(layer.weight, Tensor) and can_be_added_to(layer.weight):
-        return layer.weight.dtype
-    return getattr(layer, "compute_dtype", None) or torch.bfloat16
+    """Whether something can be added to a layer's weight: not to a quantized one, be it packed in bytes or a tensor of another class."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import formats
 from .errors import InputError
-from .lora import LoraSet, update_norms
+from .lora import LoraSet
 from .trainable_lora import LightweightLora
 
 PLACEHOLDER = "[V]"  # Stands for the person in prompts, whatever the base's own rare token is.
@@ -31,8 +31,7 @@ class PersonalLora:
     seconds: dict[str, float] = field(default_factory=dict)  # What took how long: predict, describe, finetune, export.
     shown: list[str] = field(default_factory=list)  # What each photo was taken to show, in words.
     warning: str = ""  # What makes it doubtful that pictures will look like the person, or "".
-    metadata: dict[str, str] = field(default_factory=dict)
-    """What the file's header says besides the LoRA itself: about its base, or whatever a loaded file said."""
+    metadata: dict[str, str] = field(default_factory=dict)  # What a file's header says besides: about the base, or what a loaded one said.
     convolutions: frozenset[str] = frozenset()  # Layers of a loaded file that are 1 x 1 convolutions.
 
     def __repr__(self) -> str:
@@ -41,10 +40,6 @@ class PersonalLora:
     @property
     def rank(self) -> int:
         return max(lora.rank for lora in self.loras.values())
-
-    def strengths(self) -> dict[str, float]:
-        """How strongly each layer is changed: its update's Frobenius norm."""
-        return {path: update_norms(LoraSet({path: lora})).sqrt().item() for path, lora in self.loras.items()}
 
     def save(
         self,

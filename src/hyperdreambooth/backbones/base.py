@@ -11,7 +11,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class Backbone(ABC):
     denoiser_name: str
     needed: Sequence[str]
     """The components without which the family can't be used."""
+    device_memory: Literal["auto", "low", "high"] = "auto"
+    """low: the text encoders leave the device once prompts are encoded; auto: where its memory is short; high: never."""
 
     def __init__(self, pipe: Any):
         """Raises InputError where a component is absent that is needed."""
@@ -105,8 +107,26 @@ class Backbone(ABC):
         """Tokenized prompts -> conditioning, batch first; differentiable, for text encoders that carry a LoRA."""
 
     def encode_prompts(self, prompts: list[str], chunks: int = 1) -> Conditioning:
-        """Both: prompts -> conditioning."""
-        return self.encode_tokens(self.tokenize(prompts, chunks))
+        """Both: prompts -> conditioning. Where memory is short the text encoders are on the device for this long only."""
+        self.place_texts(self.device)
+        found = self.encode_tokens(self.tokenize(prompts, chunks))
+        if self.device_memory == "low" or (self.device_memory == "auto" and self.memory_is_short()):
+            self.place_texts(torch.device("cpu"))
+        return found
+
+    def place_texts(self, device: torch.device) -> None:
+        """Moves the text encoders there. What moves has another address afterwards: nothing that refers to the old one may be in use."""
+        for name, model in self.pipe.components.items():
+            if name.startswith("text_encoder") and model is not None and model.device != device:
+                model.to(device)
+                torch.cuda.empty_cache()
+
+    def memory_is_short(self) -> bool:
+        """Whether a CUDA device has less memory left than the denoiser weighs, which a step needs about as much as again."""
+        if self.device.type != "cuda":
+            return False
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + unused < sum(weight.nbytes for weight in self.denoiser.parameters())
 
     @abstractmethod
     def steps_for(self, levels: Tensor) -> Tensor:

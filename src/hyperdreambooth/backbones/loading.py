@@ -12,6 +12,7 @@ from .base import Backbone
 from .directory import load_directory, read_index
 from .discrete import StableDiffusion, StableDiffusionXL
 from .flow import Flow, Flux, StableDiffusion3
+from .quantized import check_library, quantize_component
 from .single_file import OTHERS, components, load_single_file, read_header, refuse_channels
 
 FAMILIES: dict[str, type[Backbone]] = {
@@ -30,6 +31,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     prediction: str = "auto",
     parts: Sequence[str | Path] = (),
+    quantize: str | None = None,
 ) -> Backbone:
     """Opens a base: "toon" (shipped), a directory in diffusers' layout, a single .safetensors checkpoint, or a hub id.
 
@@ -38,19 +40,23 @@ def load_backbone(
     Args:
         prediction: what the denoiser predicts, "epsilon" or "v_prediction"; "auto" takes what the base says, or shows.
         parts: files and directories with what a single file lacks: text encoders, autoencoder, T5's tokenizer.
+        quantize: "nf4" or "int8" keeps denoiser and T5 in that form, see `quantized`; a base that was saved quantized stays what it is.
 
     Raises InputError where it isn't a pipeline of a supported family.
     """
     source = resolve_base(base)
     if (file := Path(source)).is_file():
-        return wrap(load_single_file(file, dtype, device=device, prediction=prediction, more=[*map(Path, parts)]), source)
+        more = [*map(Path, parts)]
+        return wrap(load_single_file(file, dtype, device=device, prediction=prediction, more=more, quantize=quantize), source)
     if parts:
         raise InputError(f"--parts is for a single file that lacks something; {base} is none.")
     try:
-        pipe = load_directory(Path(source) if Path(source).is_dir() else download(source), dtype, FAMILIES)
+        folder = Path(source) if Path(source).is_dir() else download(source)
+        check_library(folder)
+        pipe = load_directory(folder, dtype, FAMILIES)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError) as error:
         raise InputError(
             f"{base} can't be opened as a base: {(str(error) or type(error).__name__).splitlines()[0]} "
             'Give "toon", a directory in diffusers\' layout (with model_index.json), a .safetensors checkpoint, or a hub id.'
@@ -60,6 +66,8 @@ def load_backbone(
         if "prediction_type" not in pipe.scheduler.config:
             raise InputError(f"--prediction is of bases with a discrete schedule; {base} is trained by flow matching.")
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
+    for name, model in pipe.components.items():
+        quantize_component(name, model, quantize, device)
     return wrap(pipe.to(device), str(base))
 
 
@@ -101,7 +109,7 @@ def resolve_base(base: str | Path) -> str:
     if str(base) == "toon":
         return str(toon.directory("base"))
     path = Path(base)
-    if path.suffix.lower() in (".safetensors", ".sft", ".ckpt") and not path.exists():
+    if path.suffix.lower() in (".safetensors", ".sft", ".ckpt", ".gguf") and not path.exists():
         raise InputError(f"{base}: no such file.")
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise InputError(f"{base} has no model_index.json, so it isn't a base in diffusers' layout.")

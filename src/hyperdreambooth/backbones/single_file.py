@@ -2,7 +2,7 @@
 
 What lies in the file, its tensors' names tell, under whatever prefix: those of the code that each model was first published with, which
 diffusers' converters turn into its own. They are run on the shapes of the header first, so that a file with a missing layer is refused
-before anything is loaded. CLIP's tokenizer is shipped. A denoiser alone takes what it lacks from other files or directories.
+before anything is loaded. CLIP's tokenizer is shipped. A denoiser alone, which may be GGUF, takes what it lacks from other files or directories.
 """
 
 import json
@@ -25,12 +25,14 @@ from ..progress import say
 from . import architectures
 from .architectures import BASES, text_names
 from .directory import load_directory
+from .quantized import gguf_model, load_gguf, quantize_component, read_gguf
 
 MARKS: dict[str, str] = BASES["files"]["marks"]
 """Model -> what only its tensors' names have. What stands before it is the prefix of the whole model."""
 TOWERS: dict[int, str] = {config["hidden_size"]: name for name, config in BASES["clip"].items()}
 """Width of a CLIP text encoder -> its name: "clip_l", "clip_h" or "clip_g"."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+GGUF = ".gguf"
 MOST_HEADER = 100_000_000
 """Bytes: safetensors' own limit."""
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
@@ -61,8 +63,8 @@ Parts = dict[str, dict[str, Stored]]
 
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Names and shapes of a file's tensors, and its metadata. Raises InputError where it isn't whole safetensors."""
-    if path.suffix.lower() == ".gguf":
-        raise InputError(f"{path} is quantized (GGUF). Give the file in fp16, bf16 or fp8.")
+    if path.suffix.lower() == GGUF:
+        return {key: Stored(path, key, *about) for key, about in read_gguf(path).items()}, {}
     if path.suffix.lower() in PICKLES:
         raise InputError(f"{path}: only .safetensors is opened (a pickle, as in .ckpt, .pt, .bin, can run any code). Convert it first.")
     try:
@@ -103,6 +105,9 @@ def tensors_of(stored: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[
         return {name: torch.empty(one.shape, device="meta") for name, one in stored.items()}
     found = {}
     for path in dict.fromkeys(one.path for one in stored.values()):
+        if path.suffix.lower() == GGUF:
+            tensors = load_gguf(path, {one.key: one.shape for one in stored.values()}, dtype)
+            return {name: tensors[one.key] for name, one in stored.items()}
         with safetensors.safe_open(path, framework="pt") as file:
             for name, one in stored.items():
                 if one.path == path and one.kind in FLOATS:
@@ -135,11 +140,13 @@ def converted(kind: str, tensors: dict[str, Tensor], model: Any) -> dict[str, Te
 
 
 def fitted(kind: str, stored: Mapping[str, Stored], model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """A model's whole state dict, in `dtype` or as shapes. Raises InputError where a layer is missing, quantized or of another size."""
+    """A model's whole state dict, in `dtype` (of a GGUF file as it is) or as shapes. Raises InputError where a layer is missing, quantized or of another size."""
     path, wanted = next(iter(stored.values())).path, model.state_dict()
+    packed = path.suffix.lower() == GGUF and kind in FIRST_LAYERS
     for key, one in stored.items():
-        if key.endswith("weight") and one.kind not in FLOATS:
-            raise InputError(f"{path} is quantized ({key} is stored as {one.kind}). Give the file in fp16, bf16 or fp8.")
+        if key.endswith("weight") and one.kind not in FLOATS and not packed:
+            what = f"{path} is quantized ({key} of its {SPOKEN.get(kind, kind)} is stored as {one.kind})"
+            raise InputError(f"{what}. Give the file in fp16, bf16 or fp8; a denoiser may be GGUF, too.")
     try:
         found = converted(kind, tensors_of(stored, dtype), model)
     except KeyError as error:
@@ -149,6 +156,8 @@ def fitted(kind: str, stored: Mapping[str, Stored], model: nn.Module, dtype: tor
         found["text_projection.weight"] = torch.eye(size, dtype=dtype, device="meta" if dtype is None else "cpu")
     if missing := [key for key in wanted if key not in found]:
         raise InputError(f"{path} lacks {len(missing)} layers of its {kind}: {some(missing)}. Is it pruned? Give a full checkpoint.")
+    if packed and dtype is not None:  # the shapes were looked at before
+        return {key: found[key] for key in wanted}
     for key, tensor in wanted.items():
         if found[key].numel() != tensor.numel():
             raise InputError(f"{path}: {key} of its {kind} is of shape {tuple(found[key].shape)}, which no base of this kind has.")
@@ -235,13 +244,20 @@ def predicts(unet: Any) -> str | None:
 
 
 def load_single_file(
-    path: Path, dtype: torch.dtype, *, device: str | torch.device = "cpu", prediction: str = "auto", more: Sequence[Path] = ()
+    path: Path,
+    dtype: torch.dtype,
+    *,
+    device: str | torch.device = "cpu",
+    prediction: str = "auto",
+    more: Sequence[Path] = (),
+    quantize: str | None = None,
 ) -> Any:
     """The pipeline of a checkpoint, on the device.
 
     Args:
         prediction: "epsilon" or "v_prediction"; "auto" believes the file, and asks the UNet where it says nothing.
         more: files and directories with what the checkpoint lacks (text encoders, autoencoder, T5's tokenizer).
+        quantize: as `load_backbone` takes it.
 
     Raises InputError where the file can't be used.
     """
@@ -267,12 +283,18 @@ def load_single_file(
     for name, (part, model) in found.items():
         # T5's outputs overflow in float16
         own = torch.float32 if part == "t5" and dtype == torch.float16 else dtype
-        model.load_state_dict(fitted(part, parts[part], model, own), assign=True)
+        state = fitted(part, parts[part], model, own)
+        if next(iter(parts[part].values())).path.suffix.lower() == GGUF:
+            given[name] = gguf_model(model, state, dtype)
+            continue
+        model.load_state_dict(state, assign=True)
         module: Any
         for module in model.modules():
             if "position_ids" in module._buffers:  # the numbers of CLIP's positions aren't in every file
                 module.register_buffer("position_ids", torch.arange(module.position_embedding.num_embeddings)[None], persistent=False)
         given[name] = model
+    for name, model in given.items():
+        quantize_component(name, model, quantize, device)
     unet: Any = given.get("unet")
     said, zero_snr = prediction_of(path, stored, header)
     if prediction != "auto":

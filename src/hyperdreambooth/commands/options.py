@@ -40,7 +40,11 @@ class Machine:
     """What the base predicts. auto: what it says of itself; a single file that says nothing is asked."""
     parts: tuple[str, ...] = ()
     """What a single-file base lacks (text encoders, autoencoder, T5's tokenizer): files, or directories in diffusers' layout."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Keep the denoiser and T5 in 4 or 8 bits a weight, with the extra `quantized`: SDXL in 8 GB, Flux in 16."""
     verbose: bool = False  # Also print every setting of personalize and generate with where its value came from.
+    device_memory: Literal["auto", "low", "high"] = "auto"
+    """Whether text encoders leave the device once prompts are encoded. auto: where less of its memory is free than the denoiser takes."""
     gradient_checkpointing: bool = False  # Compute activations again in the backward pass: slower, but a fraction of the memory.
 
     def explain(self, settings: object) -> None:
@@ -58,9 +62,15 @@ class Machine:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
-        hdb = HyperDreamBooth.from_pretrained(
-            base, hypernetwork=hypernetwork, device=self.device, dtype=dtype, prediction=self.prediction, parts=self.parts
-        )
+        own: dict[str, Any] = {
+            "device": self.device,
+            "dtype": dtype,
+            "prediction": self.prediction,
+            "parts": self.parts,
+            "quantize": self.quantize,
+        }
+        hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, **own)
+        hdb.backbone.device_memory = self.device_memory
         if self.gradient_checkpointing:
             hdb.backbone.denoiser.enable_gradient_checkpointing()
         return hdb

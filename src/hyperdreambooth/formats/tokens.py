@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import read_header, read_tensors, save_tensors
-from ..errors import InputError, fresh, some
+from ..errors import InputError, fresh, refusing, some
 from ..trainable_lora import LightweightLora
 
 VERSION = "1"
@@ -25,8 +25,6 @@ def save_tokens(
 ) -> Path:
     """Writes tokens (layers, width). Raises InputError where `path` exists."""
     path = fresh(path, overwrite)
-    if tuple(tokens.shape) != lightweight.token_shape:
-        raise ValueError(f"tokens of shape {tuple(tokens.shape)}, expected {lightweight.token_shape}")
     recipe = json.dumps({key: value for key, value in lightweight.recipe().items() if key != "targets"})
     header = {KEY: VERSION, "hyperdreambooth.fingerprint": lightweight.fingerprint(), "hyperdreambooth.recipe": recipe, **metadata}
     return save_tensors(path, dict(zip(lightweight.targets, tokens.float(), strict=True)), header)
@@ -41,10 +39,7 @@ def is_tokens(path: str | Path) -> bool:
 
 
 def read_tokens(path: str | Path, lightweight: LightweightLora) -> Tensor:
-    """Tokens (layers, width) in the order of `lightweight`'s targets.
-
-    Raises InputError for a file that is no token file, of a newer version, or of another fingerprint.
-    """
+    """Tokens (layers, width) in the order of `lightweight`'s targets. Raises InputError for another kind, version or fingerprint."""
     tensors, header = read_tensors(path)
     if KEY not in header:
         raise InputError(f"{path} is no token file.")
@@ -64,10 +59,8 @@ def read_tokens(path: str | Path, lightweight: LightweightLora) -> Tensor:
 def describe_tokens(path: str | Path) -> dict[str, Any]:
     """A token file's contents as the command `info` prints them. Raises InputError for a damaged file."""
     tensors, header = read_tensors(path)
-    try:
+    with refusing(f"{path} is damaged: the recipe in its header isn't a JSON object", TypeError, ValueError):
         rank = dict(json.loads(header.get("hyperdreambooth.recipe", "{}"))).get("rank", "unknown")
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged: the recipe in its header isn't a JSON object.") from error
     return {
         "file": str(path),
         "kind": "tokens",

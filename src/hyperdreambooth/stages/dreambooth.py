@@ -53,7 +53,9 @@ class PhotoLosses:
     @property
     def key(self) -> tuple[Any, ...]:
         """What is computed, see `fit`; the hooks are only how an update gets into the base."""
-        return replay.token(self.backbone), replay.fingerprint(self.backbone.components), self.prior_weight
+        # text encoders that aren't trained may move
+        used = self.backbone.components if trains_text(self.hooks.layers, self.backbone) else self.backbone.denoiser
+        return replay.token(self.backbone), replay.fingerprint(used), self.prior_weight
 
     def __call__(self, source: nn.Module, batch: dict[str, Any]) -> Tensor:
         self.hooks.set(source(batch["people"]))

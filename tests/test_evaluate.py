@@ -368,6 +368,8 @@ def test_a_plot_shows_every_line_and_takes_zeros():
     assert {"a <b>", "c", "100"} <= set(texts)
     assert sum(element.tag.endswith("circle") for element in drawn.iter()) == 4
     assert report.plot({"one": [(5, 0.0)]}, "steps", "similarity")
+    faceless = {"one": [{"steps": 5, "dlib.rank1": [0, 0, 0]}]}  # no picture shows a face, so that there is no likeness
+    assert ElementTree.fromstring(report.curves(faceless, "steps", "dlib.similarity")) is not None
 
 
 def test_a_page_holds_small_pictures_as_they_are_and_large_ones_as_thumbnails():

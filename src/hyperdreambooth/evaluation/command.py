@@ -207,7 +207,8 @@ def run_methods(args: Request, output: Path, bench: Bench, methods: dict[str, Me
         timings = harness.timed(bench, methods)
     settings = {name: dataclasses.asdict(method) for name, method in methods.items()}
     searched = read_json(args.settings).get("search", {}) if args.settings else {}
-    for rows, curves, people in harness.compare(bench, methods, timings, everyone):
+    together = 4 if bench.hdb.backbone.size <= 256 else 1  # a large base's memory is full with one person's batch
+    for rows, curves, people in harness.compare(bench, methods, timings, everyone, together):
         figures = {**about, "methods": settings, "people": people, "timings": timings, "rows": rows, "curves": curves, "search": searched}
         columns: Sequence[tuple[str, str]] = COMPARED
         if isinstance(bench, photographs.PhotoBench):

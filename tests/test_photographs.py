@@ -20,7 +20,7 @@ from hyperdreambooth.cli import main
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.evaluation.evaluate import Atlas
 from hyperdreambooth.evaluation.harness import timed
-from hyperdreambooth.evaluation.judges import Clip, Dlib, Vision, open_judges
+from hyperdreambooth.evaluation.judges import Dlib, Vision, open_judges
 from hyperdreambooth.evaluation.methods import METHODS
 from hyperdreambooth.evaluation.photographs import LISTS, PhotoBench, lacks, read_people, read_prompts
 from worlds.toon.base import build_tokenizer
@@ -245,7 +245,7 @@ def test_prompt_lists_and_files(tmp_path):
 def test_judges_are_what_transformers_computes(models):
     pixels = photos.to_tensor([picture(number, (32, 32)) for number in range(3)])
     clip, unit = CLIPModel.from_pretrained(models / "clip").eval(), torch.nn.functional.normalize
-    judge = Clip(str(models / "clip"), CPU)
+    judge = Vision(str(models / "clip"), CPU, texts=True)
     with torch.no_grad():
         torch.testing.assert_close(judge.embed(pixels), unit(clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1))
         ids = build_tokenizer()(["a face", "a face wearing a cap"], padding=True, return_tensors="pt")

@@ -80,7 +80,10 @@ def run_photos(args: Request, output: Path, open_base: Callable[[str, str], Hype
         del methods[name]
     if not methods:
         raise InputError("no method is left that could be measured.")
-    judges = open_judges(args.judges or ("dlib",), hdb.device)
+    if args.base != "toon" and not args.settings:
+        say("rates and steps are those that suit the embedded world: give your base's own as --settings (docs/evaluation.md).")
+    names = args.judges or ("dlib",)
+    judges = open_judges(names, hdb.device)
     references, folk = photographs.read_people(Path(str(args.people)), hdb.backbone.size, judges)
     atlas = Atlas(references, torch.zeros(0), torch.zeros(len(folk), len(prompts), 0), prompts, [], [], list(range(len(folk))))
     drawn = hdb.generate_config(identity_guidance="off", steps=8 if args.quick else None)  # plain guidance, for all alike
@@ -92,7 +95,7 @@ def run_photos(args: Request, output: Path, open_base: Callable[[str, str], Hype
     if faithful is not None:
         settings["faithful"] = bench.faithful_stamp = fingerprint(faithful, atlas)
     counts = {name: len(next(iter(found.values()))) for name, found in folk.items()}
-    settings |= {"people of": str(args.people), "photos": counts, "prompts": prompts, "judges": list(judges)}
+    settings |= {"people of": str(args.people), "photos": counts, "prompts": prompts, "judges": list(names)}
     run_methods(args, output, bench, methods, record(hdb, settings), 2 if args.quick else len(folk))
 
 
@@ -146,12 +149,18 @@ def run_rows(args: Request, output: Path, bench: Bench, methods: dict[str, Metho
 
 
 def compare(words: Sequence[str]) -> None:
-    """`compare A.json B.json`: a Markdown table of the figures whose intervals don't meet."""
+    """`compare A.json B.json`: a Markdown table of the figures whose intervals don't meet, and which settings differ."""
     if len(words) != 3 or words[0] != "compare":
         raise InputError(f"{' '.join(words)!r} isn't understood: `compare A.json B.json` compares two results.")
-    one, other = (read_json(Path(word)).get("rows") for word in words[1:])
+    results = [read_json(Path(word)) for word in words[1:]]
+    one, other = (result.get("rows") for result in results)
     if not one or not other:
         raise InputError(f"{words[1] if not one else words[2]} holds no rows: it isn't a result of evaluate.")
+    if not one.keys() & other.keys():
+        raise InputError(f"the two have no row in common: {', '.join(one)}; and {', '.join(other)}.")
+    mine, theirs = ({**result.get("settings", {}), **{key: result[key] for key in ("people",) if key in result}} for result in results)
+    if differ := [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]:
+        say(f"They were measured with other {', '.join(differ)}, so figures may differ for that reason.")
     lines = ["| row | figure | first | second |", "|---|---|---|---|"]
     for row in [row for row in one if row in other]:
         for name, figure in one[row].items():
@@ -198,13 +207,14 @@ def run_methods(args: Request, output: Path, bench: Bench, methods: dict[str, Me
         timings = harness.timed(bench, methods)
     settings = {name: dataclasses.asdict(method) for name, method in methods.items()}
     searched = read_json(args.settings).get("search", {}) if args.settings else {}
-    for rows, curves, people in harness.compare(bench, methods, timings, everyone):
+    together = 4 if bench.hdb.backbone.size <= 256 else 1  # a large base's memory is full with one person's batch
+    for rows, curves, people in harness.compare(bench, methods, timings, everyone, together):
         figures = {**about, "methods": settings, "people": people, "timings": timings, "rows": rows, "curves": curves, "search": searched}
-        figures |= bench.summary(methods, people)
+        columns: Sequence[tuple[str, str]] = COMPARED
+        if isinstance(bench, photographs.PhotoBench):
+            figures["agreement"], columns = bench.agreement(methods, people), bench.columns(rows, TITLES["photos"])
         write_json(output, figures)
-        table = markdown_table(
-            rows, photographs.columns(rows, list(bench.eyes), TITLES["photos"]) if isinstance(bench, photographs.PhotoBench) else COMPARED
-        )
+        table = markdown_table(rows, columns)
         page = report.page("Methods of personalization", figures, table, bench.worst(methods, people), bench.main)
         texts = {".md": table + "\n", ".html": page, **({".svg": report.curves(curves, "seconds", bench.main)} if curves else {})}
         for suffix, text in texts.items():

@@ -184,10 +184,6 @@ class Bench:
         drawn = self.pictures(name, method, self.steps(method), people)
         return self.alike(drawn[:, : len(self.atlas.prompts), 0]).mean(1)
 
-    def summary(self, methods: Mapping[str, Method], people: int) -> dict[str, Any]:
-        """What is said of all methods together."""
-        return {}
-
     def worst(self, methods: Mapping[str, Method], people: int, count: int = 3) -> dict[str, tuple[list[list[str]], list[str]]]:
         """Every method's pictures of the people whom the last of them hits worst, as grids for the report."""
         alike, grids = self.likeness(*list(methods.items())[-1], people), {}

@@ -7,6 +7,7 @@ The embedded ones share no weights, seed or architecture with the encoder that p
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,43 +112,42 @@ class Dlib:
 
 
 class Vision:
-    """A vision model of transformers: its class token, or where it has none the mean over positions."""
+    """A vision model of transformers: its class token, or where it has none the mean over positions. Of a CLIP, or a relative with its two
+    towers, `texts` takes what compares pictures with texts."""
 
-    def __init__(self, source: str, device: torch.device):
-        self.encoder, self.device = FaceEncoder.from_pretrained(source).to(device), device
+    def __init__(self, source: str, device: torch.device, texts: bool = False):
+        self.encoder, self.device, self.clip = FaceEncoder.from_pretrained(source).to(device), device, texts
         self.token = any(name.endswith(("cls_token", "class_embedding")) for name, _ in self.encoder.model.named_parameters())
-
-    def features(self, pixels: Tensor) -> Tensor:
-        found: Tensor = self.encoder(pixels)
-        return found[:, 0] if self.token else found.mean(1)
+        if texts:
+            try:
+                self.model, self.tokenizer = (
+                    AutoModel.from_pretrained(source).float().to(device).eval(),
+                    AutoTokenizer.from_pretrained(source),
+                )
+                self.embed_texts(["a face"])
+            except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
+                raise InputError(
+                    f"{source} isn't a CLIP with its tokenizer. As a judge of pictures alone, name it without clip:"
+                ) from error
 
     @torch.no_grad()
     def embed(self, pixels: Tensor, batch: int = 32) -> Tensor:
-        found = torch.cat([self.features(part.to(self.device)) for part in pixels.split(batch)])
-        return nn.functional.normalize(found.float().cpu(), dim=-1)
-
-
-class Clip(Vision):
-    """A CLIP of transformers, or a relative with the same two towers, which compares pictures with texts too."""
-
-    def __init__(self, source: str, device: torch.device):
-        super().__init__(source, device)
-        try:
-            self.model, self.tokenizer = AutoModel.from_pretrained(source).float().to(device).eval(), AutoTokenizer.from_pretrained(source)
-            self.embed_texts(["a face"])
-        except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
-            raise InputError(f"{source} isn't a CLIP with its tokenizer. As a judge of pictures alone, name it without clip:") from error
-
-    def features(self, pixels: Tensor) -> Tensor:
-        mean, std = torch.tensor([self.encoder.mean, self.encoder.std]).to(pixels)[..., None, None]
-        return self.model.get_image_features(pixel_values=((self.encoder.resized(pixels) + 1) / 2 - mean) / std).pooler_output
+        mean, std = torch.tensor([self.encoder.mean, self.encoder.std], device=self.device)[..., None, None]
+        found = []
+        for part in pixels.to(self.device).split(batch):
+            if self.clip:
+                scaled = ((self.encoder.resized(part) + 1) / 2 - mean) / std
+                found.append(self.model.get_image_features(pixel_values=scaled).pooler_output)
+            else:
+                found.append(self.encoder(part)[:, 0] if self.token else self.encoder(part).mean(1))
+        return nn.functional.normalize(torch.cat(found).cpu(), dim=-1)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors (N, D) of texts."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return nn.functional.normalize(self.model.get_text_features(**tokens.to(self.device)).pooler_output.float().cpu(), dim=-1)
+        return nn.functional.normalize(self.model.get_text_features(**tokens.to(self.device)).pooler_output.cpu(), dim=-1)
 
 
 Embeds = Judge | Dlib | Vision
@@ -161,13 +161,11 @@ def open_judges(names: Sequence[str], device: torch.device) -> dict[str, Embeds]
     judges: dict[str, Embeds] = {}
     for name in dict.fromkeys(names):
         kind, _, rest = name.rpartition(":") if name.startswith(("clip:", "dino:")) else ("", "", name)
-        if name not in ("dlib", "toon") and not Path(rest).is_dir() and (rest.count("/") != 1 or ":" in rest or Path(rest).exists()):
+        if name not in ("dlib", "toon") and not os.path.isdir(rest) and (rest.count("/") != 1 or ":" in rest or Path(rest).exists()):
             kinds = "dlib, toon, clip:ID, dino:ID, and the ID of any vision model of transformers: its folder, or USER/NAME on the hub"
             raise InputError(f"{name!r} is no judge. There are {kinds}.")
         short = f"{kind}:{Path(rest).name}".removeprefix(":")
         label = name if short in judges else short
-        if name == "toon":
-            judges[label] = Judge.from_pretrained(toon.directory("recogniser"))
-        else:
-            judges[label] = Dlib() if name == "dlib" else (Clip if kind == "clip" else Vision)(rest, device)
+        embedded = Judge.from_pretrained(toon.directory("recogniser")) if name == "toon" else None
+        judges[label] = embedded or (Dlib() if name == "dlib" else Vision(rest, device, texts=kind == "clip"))
     return judges

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..progress import say
 from . import metrics
 from .evaluate import LOOKALIKES, rounded
 from .harness import Bench
-from .judges import Clip, Dlib, Embeds
+from .judges import Dlib, Embeds, Vision
 from .methods import METHODS, Method
 
 LISTS = read_json(Path(assets.__file__).parent / "prompts.json")
@@ -101,11 +101,11 @@ class PhotoBench(Bench):
             self.nearness[label] = torch.stack([(rest @ vectors[0]).mean() for rest, vectors in zip(others, mine, strict=True)])
 
     def vectors(self, name: str, method: Method, step: int, people: int) -> dict[str, Tensor]:
-        """What each judge sees in the first people's pictures (people, prompts, count, D); "pixel": 32 x 32 thumbnails."""
+        """What each judge sees in the first people's pictures (people, prompts, count, D); "pixel": 16 x 16 thumbnails."""
         for person in range(people):
             if (file := self.file(name, method, step, person)) not in self.seen:
                 drawn = self.pictures(name, method, step, person + 1, person)[0]
-                small = nn.functional.adaptive_avg_pool2d(drawn.flatten(0, 1), 32).flatten(1)
+                small = nn.functional.adaptive_avg_pool2d(drawn.flatten(0, 1), 16).flatten(1)
                 found = {"pixel": nn.functional.normalize(small - small.mean(1, keepdim=True), dim=-1)}
                 found |= {label: eyes.embed(drawn.flatten(0, 1)) for label, eyes in self.eyes.items()}
                 self.seen[file] = {label: vectors.unflatten(0, drawn.shape[:2]) for label, vectors in found.items()}
@@ -117,52 +117,42 @@ class PhotoBench(Bench):
         return metrics.similarity(vectors, self.gallery[label][: len(vectors)])
 
     def likeness(self, name: str, method: Method, people: int) -> Tensor:
-        label = next(iter(self.eyes))
-        found = self.vectors(name, method, self.steps(method), people)[label][:, : len(self.atlas.prompts)]
-        return self.alike_by(label, found).flatten(1).nanmean(1).nan_to_num(-1.0)
+        label, found = next(iter(self.eyes)), self.vectors(name, method, self.steps(method), people)
+        return self.alike_by(label, found[label][:, : len(self.atlas.prompts)]).flatten(1).nanmean(1).nan_to_num(-1.0)
 
     def figures(self, name: str, method: Method, step: int, people: int) -> dict[str, Any]:
         mine, base = (self.vectors(*one, people) for one in ((name, method, step), ("base", METHODS["base"], 0)))
         values, count = dict[str, Tensor](), len(self.atlas.prompts)
         for label, vectors in mine.items():
             asked, rest, before = vectors[:, :count], vectors[:, count:], base[label][:, count:]
-            found = self.identity(label, asked) if label in self.eyes else {}
-            if rest.numel() and label in self.eyes:
+            found, eyes = dict[str, Tensor](), self.eyes.get(label)
+            if eyes:
+                gallery, near = self.gallery[label], metrics.similarity(asked, self.references[label][:people])
+                found["rank1"] = (metrics.ranks(asked, gallery) == 0).float()
+                found["rank1_lookalikes"] = (metrics.lookalike_ranks(asked, gallery, LOOKALIKES) == 0).float()
+                found |= {"auc": metrics.auc(asked, gallery), "similarity": self.alike_by(label, asked)}
+                found["copying"] = near - self.nearness[label][:people, None, None]
+            if isinstance(eyes, Dlib):
+                found["no_face"] = asked.isnan().any(-1).float()
+            if isinstance(eyes, Vision) and eyes.clip:
+                texts = eyes.embed_texts([" ".join(prompt.replace(PLACEHOLDER, " ").split()) for prompt in self.atlas.prompts])
+                found["prompt"] = (asked * (texts if asked.shape[1] == count else texts[::2])[:, None]).sum(-1)
+            if eyes and rest.numel():
                 found["leakage"] = self.alike_by(label, rest[:, :2]) - self.alike_by(label, before[:, :2])
-            if rest.numel() and not isinstance(self.eyes.get(label), Dlib):  # it looks at nothing but faces
+            if rest.numel() and not isinstance(eyes, Dlib):  # it looks at nothing but faces
                 found["prior_drift"] = (1 - (rest[:, :2] * before[:, :2]).sum(-1)).clamp(min=0)
                 found["diversity"] = (1 - (rest[:, 2:3] * rest[:, 3:]).sum(-1)).clamp(min=0)
             values |= {f"{label}.{figure}": value for figure, value in found.items()}
         means = {key: value.flatten(1).double().nanmean(1) for key, value in values.items()}
         return rounded({key: mean[mean.isfinite()] for key, mean in means.items() if mean.isfinite().any()})
 
-    def identity(self, label: str, asked: Tensor) -> dict[str, Tensor]:
-        """A judge's figures of pictures (N, P, k, D) of the first N people, each (N, P, k)."""
-        gallery, eyes = self.gallery[label], self.eyes[label]
-        near = metrics.similarity(asked, self.references[label][: len(asked)])
-        found = {
-            "rank1": (metrics.ranks(asked, gallery) == 0).float(),
-            "rank1_lookalikes": (metrics.lookalike_ranks(asked, gallery, LOOKALIKES) == 0).float(),
-            "auc": metrics.auc(asked, gallery),
-            "similarity": self.alike_by(label, asked),
-            "copying": near - self.nearness[label][: len(asked), None, None],
-        }
-        if isinstance(eyes, Dlib):
-            found["no_face"] = asked.isnan().any(-1).float()
-        if isinstance(eyes, Clip):
-            texts = eyes.embed_texts([" ".join(prompt.replace(PLACEHOLDER, " ").split()) for prompt in self.atlas.prompts])
-            found["prompt"] = (asked * (texts if asked.shape[1] == len(texts) else texts[::2])[:, None]).sum(-1)
-        return found
-
-    def summary(self, methods: Mapping[str, Method], people: int) -> dict[str, Any]:
+    def agreement(self, methods: Mapping[str, Method], people: int) -> dict[str, float | None]:
         """How far two judges order all pictures alike by their likeness to their people: Spearman's correlation."""
         drawn, count = [self.vectors(name, method, self.steps(method), people) for name, method in methods.items()], len(self.atlas.prompts)
         alike = {label: torch.cat([self.alike_by(label, found[label][:, :count]).flatten() for found in drawn]) for label in self.eyes}
-        pairs = itertools.combinations(alike, 2)
-        return {"agreement": {f"{one} / {other}": metrics.spearman(alike[one], alike[other]) for one, other in pairs}}
+        return {f"{one} / {other}": metrics.spearman(alike[one], alike[other]) for one, other in itertools.combinations(alike, 2)}
 
-
-def columns(rows: Mapping[str, Any], judges: Sequence[str], titles: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Each judge's figures, as far as there are such, and their titles; then those of none."""
-    own = [(f"{judge}.{figure}", f"{judge} {title}") for judge in (*judges, "pixel") for figure, title in titles.items()]
-    return [(figure, title) for figure, title in (*own, *titles.items()) if any(figure in row for row in rows.values())]
+    def columns(self, rows: Mapping[str, Any], titles: Mapping[str, str]) -> list[tuple[str, str]]:
+        """Each judge's figures, as far as there are such, and their titles; then those of none."""
+        own = [(f"{judge}.{figure}", f"{judge} {title}") for judge in (*self.eyes, "pixel") for figure, title in titles.items()]
+        return [(figure, title) for figure, title in (*own, *titles.items()) if any(figure in row for row in rows.values())]

@@ -32,7 +32,7 @@ def embedded(image: Image.Image) -> Markup:
 def plot(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> Markup:
     """Curves as an SVG: each line's points are (x, y), x on a logarithmic scale with 0 at its left end."""
     width, height, left, top = 720, 340, 60, 16
-    points = [point for line in lines.values() for point in line]
+    points = [point for line in lines.values() for point in line] or [(0.0, 0.0)]
     least, most = min((at for at, _ in points if at > 0), default=1.0), max(at for at, _ in points)
     low = math.log10(max(min(at for at, _ in points), least / 2))
     high = max(math.log10(max(most, least / 2)), low + 0.1)

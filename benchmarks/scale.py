@@ -194,7 +194,7 @@ def encoding(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         files = make_pictures(Path(name) / "pictures", args.pictures)
         few = files[: max(1, args.pictures // 4)]
-        for threads in (1, os.cpu_count() or 1):
+        for threads in args.threads:
             torch.set_num_threads(threads)
             ways = {
                 "one_by_one": lambda: timed(lambda: single(few), len(few)),
@@ -207,7 +207,7 @@ def encoding(args: argparse.Namespace) -> None:
             middle = {way: [statistics.median(values) for values in zip(*each[1:], strict=True)] for way, each in times.items()}
             figures = {"clock_ms": 0, "processor_ms": 1}
             found = {way: {kind: round(middle[way][place], 2) for kind, place in figures.items()} for way in ways}
-            store("encoding", f"{threads} threads", {**about, **found})
+            store("encoding", f"{threads} thread{'s' * (threads > 1)}", {**about, **found})
 
 
 def main() -> None:
@@ -221,6 +221,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=32)
     parser.add_argument("--every", type=float, default=60.0, help="seconds between two kills")
     parser.add_argument("--pictures", type=int, default=320)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
     {"engine": engine, "encoding": encoding}[args.what](args)

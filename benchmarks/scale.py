@@ -145,7 +145,13 @@ def digests(table: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (table / "rows").glob("[!.]*")}
 
 
-def engine(args: argparse.Namespace) -> dict[str, Any]:
+def store(what: str, key: str, found: dict[str, Any]) -> None:
+    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    known.setdefault(what, {})[key] = found
+    RESULTS.write_text(json.dumps(known, indent=2) + "\n")
+
+
+def engine(args: argparse.Namespace) -> None:
     more = ["--training.steps", str(args.steps), "--chunk", str(args.chunk), "--copies", "1"]
     found: dict[str, Any] = {"steps": args.steps, "chunk": args.chunk, "cores": os.cpu_count()}
     with tempfile.TemporaryDirectory() as name:
@@ -156,10 +162,10 @@ def engine(args: argparse.Namespace) -> dict[str, Any]:
             assert found[way]["rows"] == args.people
             found[way]["same_bytes"] = way == "again" or digests(folder / way) == digests(folder / first)
             print(way, json.dumps(found[way]), flush=True)
-    return {"engine": {str(args.people): found}}
+            store("engine", str(args.people), found)
 
 
-def encoding(args: argparse.Namespace) -> dict[str, Any]:
+def encoding(args: argparse.Namespace) -> None:
     """Milliseconds a picture, of the clock and of the processor: one at a time, and as `load_identities` does; in turns, medians."""
     import torch
 
@@ -184,7 +190,7 @@ def encoding(args: argparse.Namespace) -> dict[str, Any]:
         work()
         return 1000 * (time.monotonic() - clock) / count, 1000 * (time.process_time() - processor) / count
 
-    found: dict[str, Any] = {"pictures": args.pictures, "turns": args.turns, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
+    about = {"pictures": args.pictures, "turns": args.turns, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
     with tempfile.TemporaryDirectory() as name:
         files = make_pictures(Path(name) / "pictures", args.pictures)
         few = files[: max(1, args.pictures // 4)]
@@ -199,12 +205,9 @@ def encoding(args: argparse.Namespace) -> dict[str, Any]:
                 for way, work in ways.items():
                     times[way].append(work())
             middle = {way: [statistics.median(values) for values in zip(*each[1:], strict=True)] for way, each in times.items()}
-            found[f"{threads}_threads"] = {
-                f"{way}_{kind}_ms": round(value, 2)
-                for way, values in middle.items()
-                for kind, value in zip(("clock", "processor"), values, strict=True)
-            }
-    return {"encoding": found}
+            figures = {"clock_ms": 0, "processor_ms": 1}
+            found = {way: {kind: round(middle[way][place], 2) for kind, place in figures.items()} for way in ways}
+            store("encoding", f"{threads} threads", {**about, **found})
 
 
 def main() -> None:
@@ -220,11 +223,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=320)
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
-    found = {"engine": engine, "encoding": encoding}[args.what](args)
-    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for what, values in found.items():
-        known[what] = {**known.get(what, {}), **values}
-    RESULTS.write_text(json.dumps(known, indent=2) + "\n")
+    {"engine": engine, "encoding": encoding}[args.what](args)
 
 
 if __name__ == "__main__":

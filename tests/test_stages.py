@@ -16,7 +16,7 @@ from hyperdreambooth.settings import PersonalizeChoices, PersonalizeConfig, reso
 from hyperdreambooth.stages.dreambooth import Subject, ellipse_mask, finish, personalize, train_light
 from hyperdreambooth.stages.preoptimize import preoptimize
 from hyperdreambooth.stages.train_hypernetwork import HyperNetworkLosses, IdentityGain, train_hypernetwork
-from hyperdreambooth.tables import read_table
+from hyperdreambooth.tables import read_table, save_row
 from hyperdreambooth.trainable_lora import LightweightLora
 from hyperdreambooth.training_settings import (
     LightweightConfig,
@@ -198,18 +198,21 @@ def identity_data(people: int = 6, each: int = 2) -> IdentityData:
     )
 
 
-def test_preoptimized_rows_are_kept_and_independent_of_the_chunk(backbone, tmp_path):
+def test_preoptimized_rows_are_kept_and_independent_of_the_chunk(backbone, tmp_path, monkeypatch):
     data = identity_data(3)
     config = PreoptimizeConfig(
         lightweight=FROZEN, chunk=2, copies=2, training=TrainingConfig(steps=3, learning_rate=2e-2, max_grad_norm=0.0)
     )
 
-    def stop_after_two(name, row):
+    def stop_after_two(folder, name, *row):
+        save_row(folder, name, *row)
         if name == "person 1":
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        preoptimize(backbone, data, config, tmp_path / "a", on_row=stop_after_two)
+    with monkeypatch.context() as patch:
+        patch.setattr("hyperdreambooth.stages.preoptimize.save_row", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            preoptimize(backbone, data, config, tmp_path / "a")
     rows = tmp_path / "a" / "rows"
     before = {file.name: file.read_bytes() for file in rows.iterdir()}
     assert len(before) == 2

@@ -58,12 +58,9 @@ class PersonalLora:
             author, license, thumbnail: what UIs show beside the LoRA.
         """
         title, trigger = Path(path).stem, self.prompt.replace(PLACEHOLDER, self.identifier)
-        about = formats.standard_metadata(
-            self.loras, title=title, trigger=trigger, identifier=self.identifier, author=author, license=license, thumbnail=thumbnail
-        )
-        return formats.save_lora(
-            path, self.loras, self.metadata | about, layout=layout, dtype=dtype, convolutions=self.convolutions, overwrite=overwrite
-        )
+        shown = {"author": author, "license": license, "thumbnail": thumbnail}
+        about = self.metadata | formats.standard_metadata(self.loras, title=title, trigger=trigger, identifier=self.identifier, **shown)
+        return formats.save_lora(path, self.loras, about, layout=layout, dtype=dtype, convolutions=self.convolutions, overwrite=overwrite)
 
     def save_tokens(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the prediction's tokens: the person in a few numbers a layer. The fine-tuned residual isn't in them."""

@@ -38,7 +38,7 @@ Args = TypeVar("Args", bound=WithEngine)
 
 def each(args: Args, pieces: Sequence[list[str]], here: Work, there: Callable[[Args], Work], what: str) -> Iterator[Any]:
     """What comes of each piece: in their order, or by Ray in any. `here` does them in this process, `there(args)` is opened by a worker."""
-    results = (here(piece) for piece in pieces) if args.engine == "local" or not pieces else on_ray(args, pieces, there)
+    results = on_ray(args, pieces, there) if args.engine == "ray" and pieces else map(here, pieces)
     with Progress(what, len(pieces)) as progress:
         for number, result in enumerate(results, 1):
             yield result
@@ -48,9 +48,10 @@ def each(args: Args, pieces: Sequence[list[str]], here: Work, there: Callable[[A
 class Worker:
     """A worker of Ray: opens what it needs once, then does one piece after another. What a user got wrong comes back in words."""
 
+    work: Work | None = None
+
     def __init__(self, opened: Callable[[Args], Work], args: Args):
         self.opened, self.args = opened, args
-        self.work: Work | None = None
 
     def __call__(self, item: dict[str, str]) -> dict[str, str]:
         try:
@@ -104,5 +105,5 @@ def located(args: Args) -> Args:
         is_path = isinstance(value, Path) or (isinstance(value, str) and value not in NAMES and Path(value).exists())
         return type(value)(Path(value).resolve()) if is_path else value
 
-    paths = {name: whole(getattr(args, name)) for name in ("base", "hypernetwork", "folder", "photos", "output") if hasattr(args, name)}
+    paths = {name: whole(value) for name, value in vars(args).items() if name in ("base", "hypernetwork", "folder", "photos", "output")}
     return dataclasses.replace(args, machine=dataclasses.replace(args.machine, parts=whole(args.machine.parts)), **paths)

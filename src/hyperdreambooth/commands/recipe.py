@@ -149,7 +149,7 @@ def preflight(args: Recipe) -> int:
     disk = pictures * (3 * found["size"] ** 2 + found["encoded"]) + 2 * found["state"] + count * found["row"]
     there = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
     needs = [("disk", disk, shutil.disk_usage(args.output).free + there)]
-    needs += [("main memory", 2 * pictures * found["encoded"], psutil.virtual_memory().available)]
+    needs += [("main memory", pictures * found["encoded"], psutil.virtual_memory().available)]
     needs += [("the card's memory", found["card"], torch.cuda.mem_get_info()[1])] if found["card"] else []
     for name, needed, free in needs:
         say(f"{name}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB there")

@@ -44,14 +44,7 @@ def familiar(backbone: Backbone, latents: Tensor, prompt: str) -> float:
 
 @torch.no_grad()
 def describe(
-    backbone: Backbone,
-    latents: Tensor,
-    slots: Sequence[Sequence[str]],
-    predicted: LoraSet | None = None,
-    *,
-    noises: int = 2,
-    seed: int = 0,
-    batch: int = 32,
+    backbone: Backbone, latents: Tensor, slots: Sequence[Sequence[str]], predicted: LoraSet | None = None, noises: int = 2, batch: int = 32
 ) -> list[str]:
     """Prompts of N photos' latents (N, C, h, w).
 
@@ -63,7 +56,7 @@ def describe(
     """
     prompts, people = PromptCache(backbone), len(latents)
     steps = backbone.steps_for(torch.tensor(LEVELS * noises).repeat_interleave(people))
-    noise = torch.randn(len(LEVELS) * noises, *latents.shape[1:], generator=torch.Generator().manual_seed(seed)).to(latents)
+    noise = torch.randn(len(LEVELS) * noises, *latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
     noise = noise.repeat_interleave(people, 0)
     copies = max(1, batch // people) * people
 

@@ -29,8 +29,7 @@ class Info:
 def run_info(args: Info) -> None:
     from .. import header
 
-    about = header.describe(args.file)
-    if about is None:
+    if (about := header.describe(args.file)) is None:
         from .. import formats
 
         about = formats.describe(args.file)

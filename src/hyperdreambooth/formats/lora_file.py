@@ -42,9 +42,8 @@ class LoraFile:
 
 def fingerprint(loras: LoraSet) -> str:
     """A hash of the updates' contents (as fp16, as they are written)."""
-    return header.fingerprint(
-        {path: (lora.down.numpy(), lora.up.numpy()) for path, lora in loras.map(lambda part: part.detach().cpu()).items()}
-    )
+    halves = loras.map(lambda part: part.detach().cpu().half())
+    return header.fingerprint({path: (lora.down.numpy(), lora.up.numpy()) for path, lora in halves.items()})
 
 
 def save_lora(

@@ -1,72 +1,174 @@
-"""Scaling, measured: pre-optimization by one and several processes, with workers killed at random, and pictures encoded one by one and in batches.
+"""Scaling, measured: tables by one process, by shards, and by Ray, with workers killed; and pictures encoded one by one and in batches.
 
-    python benchmarks/scale.py --people 64 --processes 1 2 --kills 6 -o benchmarks/results/scale.json
+    python benchmarks/scale.py encoding
+    python benchmarks/scale.py engine --people 1000
+    python benchmarks/scale.py engine --people 10000 --ways plain again ray-killed
 
-The base is `toon`; every process computes with one thread. Each table is compared, byte for byte, with that of one process.
+The base is `toon`, and so are the people (rendered with Node.js); a process that makes a table computes with one thread. Every table is
+compared, byte for byte, with the first. Results are added to benchmarks/results/scale.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
-import resource
-import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
+import psutil
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+RESULTS = ROOT / "benchmarks/results/scale.json"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+WAYS = {  # the commands of each: all at once
+    "plain": [[]],
+    "again": [[]],  # what is left of it where all rows are there: starting, listing, and drawing the preview
+    "shards": [["--shard", "0/2"], ["--shard", "1/2"]],
+    "ray": [["--engine", "ray"]],
+    "ray-killed": [["--engine", "ray"]],
+}
 
 
-def make_people(folder: Path, count: int, size: int) -> None:
-    """One made picture each."""
+def make_pictures(folder: Path, count: int) -> list[Path]:
+    """Made photos of 256 x 256 pixels."""
     folder.mkdir(parents=True)
-    for index in range(count):
+    files = [folder / f"{index}.jpg" for index in range(count)]
+    for index, file in enumerate(files):
         values = np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(values).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{index}.jpg", quality=92)
+        Image.fromarray(values).resize((256, 256), Image.Resampling.BICUBIC).save(file, quality=92)
+    return files
 
 
-def start(folder: Path, table: Path, shard: str, more: list[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "hyperdreambooth", "preoptimize", str(folder), "-o", str(table), "--shard", shard, *more]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def make_people(folder: Path, count: int) -> None:
+    """People of the toon world, a picture each."""
+    sys.path.insert(0, str(ROOT))
+    from worlds.toon import pictures
+
+    folder.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as name:
+        pictures.render(Path(name) / "all", ["--people", str(count), "--contexts", "1"])
+        for index, pixels in enumerate(pictures.Pictures.load(Path(name) / "all").pixels):
+            Image.fromarray(pixels).save(folder / f"{index}.png")
 
 
-def rows(table: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (table / "rows").glob("[!.]*")}
+def noted(log: str, words: list[str]) -> int:
+    """Runs a command of the package; whoever begins to train a chunk, here or as a worker of Ray, adds a line to `log`."""
+    from hyperdreambooth.cli import main
+    from hyperdreambooth.commands import train
+
+    plain = train.opened
+
+    def opened(*args: Any) -> Any:
+        rows = plain(*args)
+        begin = rows._train
+
+        def training(photos: Any, state: Path) -> Any:
+            with open(log, "a") as file:
+                file.write(f"{state.name}\n")
+            return begin(photos, state)
+
+        rows._train = training
+        return rows
+
+    train.opened = opened
+    return main(words)
 
 
-def shards(folder: Path, table: Path, processes: int, kills: int, more: list[str], seed: int = 0) -> dict[str, float]:
-    """Seconds until all shards are done; `kills` times a random one of them is killed at a random moment, and started again."""
-    rng, begun = random.Random(seed), time.monotonic()
-    running = {f"{index}/{processes}": start(folder, table, f"{index}/{processes}", more) for index in range(processes)}
-    killed, due = 0, rng.uniform(8, 25)
-    while running:
-        time.sleep(0.2)
-        for shard, process in list(running.items()):
-            if process.poll() is None:
+class Watch:
+    """Processor seconds and memory of processes and all that they start, looked at every second; what was used after the last look is lost."""
+
+    def __init__(self, processes: list[subprocess.Popen[bytes]]):
+        self.roots = [psutil.Process(process.pid) for process in processes]
+        self.seconds: dict[tuple[int, float], float] = {}
+        self.largest: dict[str, int] = {}
+
+    def look(self) -> list[psutil.Process]:
+        """Looks, and gives Ray's workers."""
+        workers = []
+        for root in self.roots:
+            try:
+                everyone = [root, *root.children(recursive=True)]
+            except psutil.NoSuchProcess:
                 continue
-            assert process.returncode == 0, f"shard {shard} ended with {process.returncode}"
-            del running[shard]
-        if killed < kills and running and time.monotonic() - begun > due:
-            shard = rng.choice(sorted(running))
-            running[shard].send_signal(signal.SIGKILL)
-            running[shard].wait()
-            running[shard] = start(folder, table, shard, more)
-            killed, due = killed + 1, time.monotonic() - begun + rng.uniform(8, 25)
-    return {"processes": processes, "seconds": round(time.monotonic() - begun, 1), "killed": killed, "rows": len(rows(table))}
+            for process in everyone:
+                try:
+                    used, kind = process.cpu_times(), "worker" if "MapWorker" in "".join(process.cmdline()) else "other"
+                    kind = "command" if process == root else kind
+                    self.seconds[process.pid, process.create_time()] = used.user + used.system
+                    self.largest[kind] = max(self.largest.get(kind, 0), process.memory_info().rss)
+                    workers += [process] if kind == "worker" else []
+                except psutil.Error:
+                    continue
+        return workers
 
 
-def encoding(folder: Path) -> dict[str, float]:
-    """Pictures a second of processor time and of the clock: one at a time, as it was, and as `load_identities` does."""
+def made(way: str, folder: Path, table: Path, more: list[str], every: float) -> dict[str, Any]:
+    """Makes a table. `ray-killed`: a random worker is killed `every` so many seconds."""
+    rng, log, begun = random.Random(0), table.with_suffix(".log"), time.monotonic()
+    log.write_text("")
+    start = [sys.executable, __file__, "noted", str(log), "preoptimize", str(folder), "-o", str(table), *more]
+    with table.with_suffix(".said").open("wb") as said:
+        running = [subprocess.Popen([*start, *own], env=ENVIRONMENT, stdout=said, stderr=said) for own in WAYS[way]]
+        watch, killed = Watch(running), 0
+        while any(process.poll() is None for process in running):
+            workers = watch.look()
+            if way == "ray-killed" and workers and time.monotonic() - begun > (killed + 1) * every:
+                rng.choice(workers).kill()
+                killed += 1
+            time.sleep(1)
+    assert not any(process.returncode for process in running), table.with_suffix(".said").read_text()
+    chunks = log.read_text().split()
+    return {
+        "seconds": round(time.monotonic() - begun, 1),
+        "processor_seconds": round(sum(watch.seconds.values()), 1),
+        "largest_mb": {kind: size // 1_000_000 for kind, size in watch.largest.items()},
+        "killed": killed,
+        "chunks": len(set(chunks)),
+        "trained_again": len(chunks) - len(set(chunks)),
+        "rows": len(digests(table)),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def digests(table: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (table / "rows").glob("[!.]*")}
+
+
+def store(what: str, key: str, found: dict[str, Any]) -> None:
+    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    known.setdefault(what, {})[key] = found
+    RESULTS.write_text(json.dumps(known, indent=2) + "\n")
+
+
+def engine(args: argparse.Namespace) -> None:
+    more = ["--training.steps", str(args.steps), "--chunk", str(args.chunk), "--copies", "1"]
+    found: dict[str, Any] = {"steps": args.steps, "chunk": args.chunk, "cores": os.cpu_count()}
+    with tempfile.TemporaryDirectory() as name:
+        folder, first = Path(name), args.ways[0]
+        make_people(folder / "people", args.people)
+        for way in args.ways:
+            found[way] = made(way, folder / "people", folder / ("plain" if way == "again" else way), more, args.every)
+            assert found[way]["rows"] == args.people
+            found[way]["same_bytes"] = way == "again" or digests(folder / way) == digests(folder / first)
+            print(way, json.dumps(found[way]), flush=True)
+            store("engine", str(args.people), found)
+
+
+def encoding(args: argparse.Namespace) -> None:
+    """Milliseconds a picture, of the clock and of the processor: one at a time, and as `load_identities` does; in turns, medians."""
+    import torch
+
     from hyperdreambooth import photos
     from hyperdreambooth.api import HyperDreamBooth
     from hyperdreambooth.assets import toon
@@ -75,49 +177,53 @@ def encoding(folder: Path) -> dict[str, float]:
 
     backbone = HyperDreamBooth.from_pretrained("toon", hypernetwork=None, device="cpu").backbone
     encoder = FaceEncoder.from_pretrained(toon.directory("hypernetwork") / "encoder").eval()
-    files = sorted(folder.iterdir(), key=lambda file: int(file.stem))
 
-    def single() -> None:
+    def single(files: list[Path]) -> None:
         with torch.no_grad():
             for file in files:
                 pixels = photos.to_tensor([photos.prepare(file, backbone.size, "auto")[0]])
                 backbone.encode_images(pixels)
                 encoder(pixels)
 
-    found: dict[str, float] = {"pictures": len(files), "threads": torch.get_num_threads()}
-    for name, work in (("one_by_one", single), ("batches", lambda: load_identities(folder, backbone, encoder, "a face"))):
+    def timed(work: Callable[[], Any], count: int) -> tuple[float, float]:
         clock, processor = time.monotonic(), time.process_time()
         work()
-        found[f"{name}_seconds"] = round(time.monotonic() - clock, 1)
-        found[f"{name}_processor_seconds"] = round(time.process_time() - processor, 1)
-    return found | {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000}
+        return 1000 * (time.monotonic() - clock) / count, 1000 * (time.process_time() - processor) / count
+
+    about = {"pictures": args.pictures, "turns": args.turns, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
+    with tempfile.TemporaryDirectory() as name:
+        files = make_pictures(Path(name) / "pictures", args.pictures)
+        few = files[: max(1, args.pictures // 4)]
+        for threads in (1, os.cpu_count() or 1):
+            torch.set_num_threads(threads)
+            ways = {
+                "one_by_one": lambda: timed(lambda: single(few), len(few)),
+                "batches": lambda: timed(lambda: load_identities(files[0].parent, backbone, encoder, "a face"), len(files)),
+            }
+            times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+            for _ in range(args.turns + 1):  # the first one warms up
+                for way, work in ways.items():
+                    times[way].append(work())
+            middle = {way: [statistics.median(values) for values in zip(*each[1:], strict=True)] for way, each in times.items()}
+            figures = {"clock_ms": 0, "processor_ms": 1}
+            found = {way: {kind: round(middle[way][place], 2) for kind, place in figures.items()} for way in ways}
+            store("encoding", f"{threads} threads", {**about, **found})
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["noted"]:
+        sys.exit(noted(sys.argv[2], sys.argv[3:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--people", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--kills", type=int, default=6)
-    parser.add_argument("--pictures", type=int, default=2000)
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks/results/scale.json")
+    parser.add_argument("what", choices=("engine", "encoding"))
+    parser.add_argument("--people", type=int, default=1000)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--chunk", type=int, default=32)
+    parser.add_argument("--every", type=float, default=60.0, help="seconds between two kills")
+    parser.add_argument("--pictures", type=int, default=320)
+    parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
-    found: dict[str, object] = {"people": args.people, "steps": args.steps, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    more = ["--training.steps", str(args.steps), "--chunk", "8", "--training.checkpoint-minutes", "0.05"]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if args.people:
-            make_people(folder / "people", args.people, 128)
-            found["shards"] = [shards(folder / "people", folder / f"t{count}", count, 0, more) for count in args.processes]
-            if args.kills:
-                found["preempted"] = shards(folder / "people", folder / "killed", max(args.processes), args.kills, more)
-            tables = {path.name: rows(path) for path in folder.iterdir() if (path / "rows").is_dir()}
-            found["tables_identical"] = all(table == next(iter(tables.values())) for table in tables.values())
-        if args.pictures:
-            make_people(folder / "pictures", args.pictures, 256)
-            found["encoding"] = encoding(folder / "pictures")
-    args.output.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    {"engine": engine, "encoding": encoding}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,18 @@ def plain() -> str:
     return "\n".join(lines)
 
 
+def ablations() -> str:
+    """One thing changed at a time, at one short budget."""
+    rows = json.loads((ROOT / "benchmarks/results/ablations.json").read_text(encoding="utf-8"))["rows"]
+    lines = ["| variant | what differs | identity gain | rank-1 | similarity | perceptual distance |", "|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        figures = [f"{mean:.3f} ({low:.3f}-{high:.3f})" for mean, low, high in (row["similarity"], row["perceptual_distance"])]
+        mean, low, high = row["rank1"]
+        rank = f"{100 * mean:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+        lines.append(f"| {name} | {row['changes']} | {row['identity_gain']:.3f} ± {row['interval']:.3f} | {rank} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
 def speed() -> str:
     results = json.loads((ROOT / "benchmarks/results/speed.json").read_text(encoding="utf-8"))
     hooks, one = results["hooks"], results["personalize"]
@@ -109,11 +121,44 @@ def gpu() -> str:
     return "\n".join(lines)
 
 
+def scaling() -> str:
+    """Tables of toon people by every way, and pictures that are encoded."""
+    results = json.loads((ROOT / "benchmarks/results/scale.json").read_text(encoding="utf-8"))
+    titles = {
+        "plain": "one process",
+        "again": "one process, where all rows are there",
+        "shards": "two shards",
+        "ray": "Ray, two workers",
+        "ray-killed": "Ray, a worker killed now and then",
+    }
+    lines = [
+        "| people | | clock | processor | killed | trained again | largest process | same bytes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for people, found in results["engine"].items():
+        for way, title in titles.items():
+            if one := found.get(way):
+                largest = max(one["largest_mb"].values())
+                lines.append(
+                    f"| {int(people):,} | {title} | {one['seconds']:.0f} s | {one['processor_seconds']:.0f} s | {one['killed']} | "
+                    f"{one['trained_again']} of {one['chunks']} chunks | {largest} MB | {'yes' if one['same_bytes'] else 'no'} |"
+                )
+    lines += ["", "| a picture of 256 pixels, JPEG | clock | processor |", "|---|---|---|"]
+    for threads, found in results.get("encoding", {}).items():
+        one, many = found["one_by_one"], found["batches"]
+        for name, ms in (("one by one", one), ("in batches, decoded in threads", many)):
+            lines.append(f"| {threads}: {name} | {ms['clock_ms']:.1f} ms | {ms['processor_ms']:.1f} ms |")
+        ratios = [f"{one[kind] / many[kind]:.1f} times" for kind in ("clock_ms", "processor_ms")]
+        lines.append(f"| {threads}: as fast | {ratios[0]} | {ratios[1]} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "README.md": (short,),
-    "docs/fidelity.md": (fidelity, plain),
+    "docs/fidelity.md": (fidelity, plain, ablations),
     "docs/speed.md": (speed, gpu),
     "docs/evaluation.md": (comparison, searched),
+    "docs/scale.md": (scaling,),
 }
 
 

@@ -55,14 +55,6 @@ def test_a_mix_is_of_tokens_where_everyone_has_some_and_else_a_sum(hdb, tmp_path
         hdb.mix([])
 
 
-def test_strengths_are_the_norms_of_the_updates(hdb):
-    me = hdb.personalize(picture(), steps=0)
-    strengths = me.strengths()
-    assert list(strengths) == list(me.loras)
-    for path, lora in me.loras.items():
-        assert strengths[path] == pytest.approx(lora.delta().norm().item(), rel=1e-4)
-
-
 def test_pictures_say_how_and_by_what_they_were_made(hdb):
     data = hdb.picture_metadata("a [V] face", 7, hdb.generate_config(strength=0.5), [("me.safetensors", 0.5)])
     assert data["ai_generated"] == "true"

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from hyperdreambooth import cli, formats
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.backbones import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL, load_backbone, trained_by_flow, wrap
-from hyperdreambooth.backbones.flow import pack, unpack
 from hyperdreambooth.data import IdentityData, PromptCache, conditioning_in
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import applied, canonical, canonical_modules, find_targets
@@ -64,8 +63,9 @@ def through_pipe(base: Any, noise: torch.Tensor, guidance: float, negative: str 
         side = {"height": base.size, "width": base.size}
         return base.pipe(**given, **more, **side, latents=noise, guidance_scale=guidance).images
     more = {"negative_prompt": [negative] * len(noise), "true_cfg_scale": guidance} if negative is not None else {}
-    packed = base.pipe(**given, **more, latents=pack(noise), guidance_scale=3.5, max_sequence_length=base.t5_length).images
-    return unpack(packed, *noise.shape[-2:])
+    given |= {"latents": base.pipe._pack_latents(noise, *noise.shape), "guidance_scale": 3.5, "max_sequence_length": base.t5_length}
+    sides = [side * base.pipe.vae_scale_factor for side in noise.shape[-2:]]
+    return base.pipe._unpack_latents(base.pipe(**given, **more).images, *sides, base.pipe.vae_scale_factor)
 
 
 def ours(base: Any, noise: torch.Tensor, guidance: float, negative: str = "", **more: Any) -> torch.Tensor:
@@ -438,12 +438,11 @@ def test_only_clips_paths_get_the_step_that_files_carry():
     assert canonical("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q") == "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
 
 
-def test_packing_is_what_flux_does_and_back():
-    from diffusers import FluxPipeline
-
-    latents = torch.randn(2, 4, 6, 8)
-    assert torch.equal(pack(latents), FluxPipeline._pack_latents(latents, 2, 4, 6, 8))
-    assert torch.equal(unpack(pack(latents), 6, 8), latents)
+def test_packing_is_what_flux_does_and_back(monkeypatch):
+    base, latents, seen = wrap(families.make("flux-dev"), "flux-dev"), torch.randn(2, 4, 6, 8), []
+    monkeypatch.setattr(base, "denoise", lambda packed, **_: seen.append(packed) or packed)
+    assert torch.equal(base.predict(latents, torch.tensor([500, 500]), base.encode_prompts(["a face"] * 2)), latents)
+    assert torch.equal(seen[0], base.pipe._pack_latents(latents, *latents.shape))
 
 
 def test_flux_dev_trains_at_an_embedded_guidance_of_one_and_draws_at_its_own():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import itertools
 import json
 import shutil
@@ -11,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from PIL import Image
 
 from hyperdreambooth import photos
 from hyperdreambooth.api import HyperDreamBooth
@@ -338,6 +341,17 @@ def test_two_results_are_compared(tmp_path, capsys):
     said = capsys.readouterr()
     lines = [line for line in (said.out + said.err).splitlines() if line.startswith("| base")]
     assert lines == ["| base | rank1 | 0.150 (0.100-0.200) | 0.350 (0.300-0.400) |"]
+    for file, about in zip(
+        files, ({"settings": {"steps": 8}, "people": 2}, {"settings": {"steps": 8, "split": "test"}, "people": 3}), strict=True
+    ):
+        file.write_text(json.dumps({**json.loads(file.read_text()), **about}), encoding="utf-8")
+    assert main(["evaluate", "compare", *map(str, files)]) == 0
+    assert "measured with other people, split, so" in capsys.readouterr().err
+    files.append(tmp_path / "c.json")
+    files[-1].write_text(json.dumps({"rows": {"DreamBooth": {}}}), encoding="utf-8")
+    assert main(["evaluate", "compare", *map(str, files[1:])]) == 2
+    assert "no row in common: base; and DreamBooth" in capsys.readouterr().err
+    files.pop()
     for words in (["compare", str(files[0])], ["contrast", *map(str, files)], ["compare", str(files[0]), str(tmp_path / "none.json")]):
         assert main(["evaluate", *words]) == 2
     assert main(["evaluate"]) == 2
@@ -354,3 +368,14 @@ def test_a_plot_shows_every_line_and_takes_zeros():
     assert {"a <b>", "c", "100"} <= set(texts)
     assert sum(element.tag.endswith("circle") for element in drawn.iter()) == 4
     assert report.plot({"one": [(5, 0.0)]}, "steps", "similarity")
+    faceless = {"one": [{"steps": 5, "dlib.rank1": [0, 0, 0]}]}  # no picture shows a face, so that there is no likeness
+    assert ElementTree.fromstring(report.curves(faceless, "steps", "dlib.similarity")) is not None
+
+
+def test_a_page_holds_small_pictures_as_they_are_and_large_ones_as_thumbnails():
+    for size, shown, kind in (((64, 64), (64, 64), "png"), ((1024, 512), (256, 128), "webp")):
+        source = str(report.embedded(picture(3, size)))
+        head, data = source.split("base64,")
+        assert f"data:image/{kind};" in head
+        with Image.open(io.BytesIO(base64.b64decode(data.split('"')[0]))) as image:
+            assert image.size == shown

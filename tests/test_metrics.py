@@ -87,3 +87,24 @@ def test_auc_is_the_chance_that_a_right_pair_is_more_alike_than_a_wrong_one():
     torch.testing.assert_close(metrics.auc(pictures, gallery).flatten(), torch.tensor(by_hand))
     assert metrics.auc(torch.ones(3, 2, 4) / 2, torch.ones(5, 4) / 2).tolist() == [[0.5, 0.5]] * 3
     assert metrics.auc(EYE, EYE).tolist() == [1, 1, 1]
+
+
+def test_pictures_without_a_face_are_least_alike_and_make_no_wrong_pairs():
+    pictures = torch.stack([EYE, EYE.roll(1, 0)], 1)
+    blind = pictures.clone()
+    blind[:, 1] = torch.nan
+    assert metrics.auc(blind, EYE).tolist() == [[1, 0]] * 3
+    assert metrics.ranks(blind, EYE).tolist() == [[0, 2]] * 3
+
+
+def test_spearman_goes_by_order_alone():
+    values = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.7])
+    assert metrics.spearman(values, values.exp()) == 1
+    assert metrics.spearman(values, -values) == -1
+    nan = torch.tensor(torch.nan)
+    assert metrics.spearman(torch.cat([values, nan[None]]), torch.cat([values**3, nan[None]])) == 1
+    # by hand: ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4
+    tied = metrics.spearman(torch.tensor([0.0, 1, 1, 2]), torch.tensor([0.0, 2, 1, 3]))
+    assert tied == pytest.approx(4.5 / (4.5 * 5) ** 0.5, abs=1e-3)
+    assert metrics.spearman(torch.ones(4), values[:4]) is None
+    assert metrics.spearman(values[:2], values[:2]) is None

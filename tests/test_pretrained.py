@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hyperdreambooth import formats
 from hyperdreambooth.checkpoint import read_tensors, save_tensors
 from hyperdreambooth.errors import InputError
-from hyperdreambooth.pretrained import load_hypernetwork
+from hyperdreambooth.pretrained import build, load_hypernetwork
 from hyperdreambooth.settings import GenerateConfig, PersonalizeConfig, resolve
 from hyperdreambooth.stages.dreambooth import finish
 from hyperdreambooth.tables import read_table_config
@@ -139,7 +139,12 @@ def test_a_target_of_another_size_is_refused_before_anything_is_made(folder, mon
     before = file.read_text()
     values = json.loads(before)
     name = next(iter(values["targets"]))
-    monkeypatch.setattr("hyperdreambooth.pretrained.build", None)
+
+    def without_memory(*sizes):
+        assert torch.get_default_device().type == "meta"
+        return build(*sizes)
+
+    monkeypatch.setattr("hyperdreambooth.pretrained.build", without_memory)
     try:
         file.write_text(json.dumps(changed(values, ("targets", name), [100_000, 100_000])))
         with pytest.raises(InputError, match=r"doesn't fit.*100000"):

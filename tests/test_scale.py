@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -100,14 +102,16 @@ def test_what_is_no_shard_is_refused(text):
         parse_shard(text)
 
 
-def test_rows_that_were_lost_are_made_again_to_the_bit(backbone, tmp_path):
+def test_rows_that_were_lost_are_made_again_to_the_bit(backbone, tmp_path, monkeypatch):
     """Whoever makes one row of a chunk trains with the whole of it."""
     preoptimize(backbone, people(), config(), tmp_path)
     before = rows(tmp_path)
     for name in ("p1", "p5", "p9"):
         (tmp_path / "rows" / f"{name}.safetensors").unlink()
     made = []
-    preoptimize(backbone, people(), config(), tmp_path, on_row=lambda name, row: made.append(name))
+    saved = lambda folder, name, *row: made.append(name) or save_row(folder, name, *row)  # noqa: E731
+    monkeypatch.setattr("hyperdreambooth.stages.preoptimize.save_row", saved)
+    preoptimize(backbone, people(), config(), tmp_path)
     assert made == ["p1", "p5", "p9"]
     assert rows(tmp_path) == before
 
@@ -307,23 +311,41 @@ def test_pictures_in_batches_are_pictures_one_by_one(backbone, tmp_path, capsys)
     assert folder.latents_of(["40"]) == {}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
-def test_a_worker_of_ray_that_is_killed_loses_nothing(toon, faces, tmp_path, capsys, monkeypatch):
-    """The killer waits for the first rows, then ends one of this test's own workers."""
-    pytest.importorskip("ray")
+def test_pictures_are_in_memory_once(backbone, tmp_path, monkeypatch):
+    """Batches are written into room for all of them, and the people who are held out are a part of it."""
+    for index in range(96):
+        picture(index).save(tmp_path / f"{index}.png")
+    (tmp_path / "95.png").write_bytes(b"\x89PNG\r\n\x1a\n cut off")
+    monkeypatch.setattr("hyperdreambooth.data.LARGEST_BATCH", 8)
+    data = load_identities(tmp_path, backbone, tiny_source(backbone).encoder, "a face", cache=tmp_path / "cache")
+    batches = [FolderOfPeople(tmp_path, backbone).latents_of(data.names[start : start + 8]) for start in range(0, 95, 8)]
+    assert torch.equal(data.latents, torch.cat([latents for batch in batches for latents in batch.values()]))
+    first, last = data.split(5)
+    for whole, part, rest in ((data.latents, first.latents, last.latents), (data.features, first.features, last.features)):
+        assert whole.untyped_storage().nbytes() == 96 * whole[0].nbytes  # room for all pictures, and one of them is broken
+        assert part.data_ptr() == whole.data_ptr()
+        assert torch.equal(torch.cat([part, rest]), whole)
+    again = load_identities(tmp_path, backbone, tiny_source(backbone).encoder, "a face", cache=tmp_path / "cache")
+    assert torch.equal(again.latents, data.latents)
+    assert torch.equal(again.features, data.features)
+    order = torch.randperm(95, generator=torch.Generator().manual_seed(0))
+    mixed = IdentityData(data.latents[order], data.features[order], order, data.names, [f"{i}" for i in order.tolist()], data.reference)
+    some, others = mixed.split(5)  # people in no order
+    assert others.names == data.names[90:]
+    for part, names in ((some, data.names[:90]), (others, data.names[90:])):
+        assert all(torch.equal(latents, data.latents_of([name])[name]) for name, latents in part.latents_of(names).items())
+        assert all(data.names[int(prompt)] == part.names[person] for prompt, person in zip(part.prompts, part.people.tolist(), strict=True))
+
+
+@contextlib.contextmanager
+def a_worker_is_killed(found: Callable[[], bool]) -> Iterator[None]:
+    """Ends one of this test's own workers of Ray as soon as they have `found` something."""
     psutil = pytest.importorskip("psutil")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT)]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    small = (*SMALL[:4], "--training.steps", 6, "--chunk", 1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert run("preoptimize", faces, "-o", tmp_path / "plain", *small) == 0
-    torch.set_num_threads(threads)
     killed, over = [], threading.Event()
 
     def kill():
         while not over.wait(0.02) and not killed:
-            if any((tmp_path / "ray" / "rows").glob("[!.]*")):
+            if found():
                 mine = psutil.Process().children(recursive=True)
                 workers = [process for process in mine if process.is_running() and "MapWorker" in "".join(process.cmdline())]
                 if workers:
@@ -333,13 +355,74 @@ def test_a_worker_of_ray_that_is_killed_loses_nothing(toon, faces, tmp_path, cap
     thread = threading.Thread(target=kill)
     thread.start()
     try:
-        assert run("preoptimize", faces, "-o", tmp_path / "ray", "--engine", "ray", *small) == 0
+        yield
     finally:
         over.set()
         thread.join()
     assert killed
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    """Ray's workers find the package; they and this process compute with one thread, as sums are rounded by their number."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT)]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+def test_a_worker_of_ray_that_is_killed_loses_nothing(toon, faces, tmp_path, capsys, ray):
+    small = (*SMALL[:4], "--training.steps", 6, "--chunk", 1)
+    assert run("preoptimize", faces, "-o", tmp_path / "plain", *small) == 0
+    with a_worker_is_killed(lambda: any((tmp_path / "ray" / "rows").glob("[!.]*"))):
+        assert run("preoptimize", faces, "-o", tmp_path / "ray", "--engine", "ray", *small) == 0
     assert rows(tmp_path / "ray") == rows(tmp_path / "plain")
     assert "person 4" in capsys.readouterr().err
+
+
+def loras(folder: Path) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]:
+    """Weights and headers of a folder's LoRAs, without the moment at which each was made."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        tensors, header = checkpoint.read_tensors(file)
+        found[file.name] = tensors, {key: value for key, value in header.items() if "date" not in key}
+    return found
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+def test_a_folder_of_people_on_ray_gives_the_very_loras(toon, faces, tmp_path, capsys, monkeypatch, ray):
+    """Three sizes of album are three batches; a run that lost a worker, and one whose LoRA was lost, end with the same weights."""
+    for index in range(1, 12):
+        picture(100 + index).save(faces / f"alone {index}.png")
+    assert run("personalize", faces, "-o", tmp_path / "plain") == 0
+    whole = loras(tmp_path / "plain")
+    assert len(whole) == 19
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toon").mkdir()  # isn't the base
+    with a_worker_is_killed(lambda: any((tmp_path / "ray").glob("[!.]*.safetensors"))):
+        assert run("personalize", faces.relative_to(tmp_path), "-o", "ray", "--engine", "ray") == 0
+    said = capsys.readouterr().err
+    assert "person 4 is left out" in said
+    assert "19 people in" in said
+    assert (tmp_path / "ray/preview.png").is_file()
+    (tmp_path / "plain/alone 3.safetensors").unlink()
+    assert run("personalize", faces, "-o", tmp_path / "plain") == 0
+    assert "18 people are there already" in capsys.readouterr().err
+    for again in (loras(tmp_path / "ray"), loras(tmp_path / "plain")):
+        assert again.keys() == whole.keys()
+        for name, (tensors, header) in whole.items():
+            assert again[name][1] == header
+            assert all(torch.equal(tensor, again[name][0][key]) for key, tensor in tensors.items())
+
+
+def test_ray_is_for_folders_of_people(toon, faces, tmp_path, capsys):
+    assert run("personalize", faces / "person 0/0.png", "-o", tmp_path / "me.safetensors", "--engine", "ray") == 2
+    assert "for a folder of people" in capsys.readouterr().err
 
 
 def test_without_ray_its_engine_says_what_to_install(toon, faces, tmp_path, capsys, monkeypatch):

@@ -10,13 +10,13 @@ import torch
 from hyperdreambooth.data import IdentityData, PromptCache, load_identities
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import Hooks, LoraSet, applied, find_targets, shared_norm, update_norms
-from hyperdreambooth.objectives import denoising
+from hyperdreambooth.objectives import denoising, denoising_loss
 from hyperdreambooth.pretrained import build, check_targets, load_hypernetwork
 from hyperdreambooth.settings import PersonalizeChoices, PersonalizeConfig, resolve
 from hyperdreambooth.stages.dreambooth import Subject, ellipse_mask, finish, personalize, train_light
 from hyperdreambooth.stages.preoptimize import preoptimize
 from hyperdreambooth.stages.train_hypernetwork import HyperNetworkLosses, IdentityGain, train_hypernetwork
-from hyperdreambooth.tables import read_table
+from hyperdreambooth.tables import read_table, save_row
 from hyperdreambooth.trainable_lora import LightweightLora
 from hyperdreambooth.training_settings import (
     LightweightConfig,
@@ -136,7 +136,8 @@ def test_a_face_mask_leaves_the_background_out(backbone):
 
     def run(mask):
         with torch.no_grad():
-            return denoising(backbone, x, cond, levels, torch.Generator().manual_seed(1), mask)
+            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+            return denoising_loss(backbone, x, cond, noise, backbone.steps_for(levels), mask)
 
     torch.testing.assert_close(run(None), run(torch.ones(2, 1, 8, 8)), rtol=1e-4, atol=1e-5)
     half = torch.zeros(2, 1, 8, 8)
@@ -197,18 +198,21 @@ def identity_data(people: int = 6, each: int = 2) -> IdentityData:
     )
 
 
-def test_preoptimized_rows_are_kept_and_independent_of_the_chunk(backbone, tmp_path):
+def test_preoptimized_rows_are_kept_and_independent_of_the_chunk(backbone, tmp_path, monkeypatch):
     data = identity_data(3)
     config = PreoptimizeConfig(
         lightweight=FROZEN, chunk=2, copies=2, training=TrainingConfig(steps=3, learning_rate=2e-2, max_grad_norm=0.0)
     )
 
-    def stop_after_two(name, row):
+    def stop_after_two(folder, name, *row):
+        save_row(folder, name, *row)
         if name == "person 1":
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        preoptimize(backbone, data, config, tmp_path / "a", on_row=stop_after_two)
+    with monkeypatch.context() as patch:
+        patch.setattr("hyperdreambooth.stages.preoptimize.save_row", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            preoptimize(backbone, data, config, tmp_path / "a")
     rows = tmp_path / "a" / "rows"
     before = {file.name: file.read_bytes() for file in rows.iterdir()}
     assert len(before) == 2

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hyperdreambooth.backbones import StableDiffusion
-from hyperdreambooth.objectives import denoising, denoising_loss, gaussian
+from hyperdreambooth.objectives import denoising, denoising_loss
 from hyperdreambooth.training_settings import NoiseLevels
 
 WIDTH = 128
@@ -131,7 +131,7 @@ class BaseTraining:
         draw = random.Random(self.seed * 1_000_003 + index)
         chosen = [draw.randrange(len(self.latents)) for _ in range(self.batch)]
         latents, captions = self.latents[chosen].float(), [self.caption(i, draw) for i in chosen]
-        return latents, captions, self.levels.draw(len(captions), generator), gaussian(latents.shape, generator)
+        return latents, captions, self.levels.draw(len(captions), generator), torch.randn(latents.shape, generator=generator)
 
     def losses(self, model: nn.Module, batch: tuple[Tensor, list[str], Tensor, Tensor]) -> Tensor:
         latents, captions, levels, noise = batch

@@ -120,6 +120,11 @@ class HyperDreamBooth:
     def device(self) -> torch.device:
         return self.backbone.device
 
+    @property
+    def side_by_side(self) -> int:
+        """How many people are fine-tuned in one batch, unless memory is short."""
+        return 32 if self.device.type == "cuda" else 8
+
     def person(self, loras: LoraSet, prompt: str | None = None, *, metadata: Mapping[str, str] | None = None, **more: Any) -> PersonalLora:
         """A person's update of this base, unbatched. `more`: further fields of PersonalLora."""
         about = {**(metadata or {}), **formats.base_metadata(self.backbone.pipe, self.base, self.backbone.size)}
@@ -220,7 +225,7 @@ class HyperDreamBooth:
         """
         config = self.personalize_config(config, **changes)
         known = list_identities(people) if isinstance(people, (str, Path)) else people
-        count = side_by_side or (32 if self.device.type == "cuda" else 8)
+        count = side_by_side or self.side_by_side
         ready: dict[int, list[tuple[str, Tensor, str | None]]] = {}
         for number, (name, files) in enumerate(known.items(), 1):
             try:

@@ -1,8 +1,7 @@
-"""Training state on disk: tensors and JSON in one safetensors file, written atomically; no pickle.
+"""Files are safetensors and JSON, written to a temporary name first and then renamed; and a training's state as one such file.
 
-A checkpoint is one file, so that it is whole or absent: the tensors (model, optimizer, averaged weights) under
-prefixed names, everything else as JSON in the header. Also here: the two helpers by which every other file of the
-project is written, to a temporary name first and then renamed.
+A checkpoint is one file, so that it is whole or absent: the tensors (model, optimizer, averaged weights) under prefixed names, everything
+else as JSON in the header.
 """
 
 import json
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, refusing
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -27,7 +26,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     suffix some writers go by. Raises InputError where the folder can't be written or the disk is full.
     """
     path = Path(path)
-    try:
+    kinds = OSError, safetensors.SafetensorError  # the second is how safetensors reports a full disk
+    with refusing(f"{path} can't be written", *kinds, advice="Free some space or name another place."):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as scratch:
             temporary = Path(scratch) / path.name
@@ -36,9 +36,6 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
             os.umask(mask)
             temporary.chmod(0o666 & ~mask)  # safetensors writes for its owner alone
             temporary.replace(path)
-    except (OSError, safetensors.SafetensorError) as error:  # the second is how safetensors reports a full disk
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} can't be written: {reason}. Free some space or name another place.") from error
     return path
 
 
@@ -50,17 +47,14 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """A file that holds one JSON object. Raises InputError where it is missing, another value, or has numbers that aren't finite."""
-    path = Path(path)
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number of JSON")
 
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} isn't JSON ({str(error).splitlines()[0]}). Was it cut off while copying?") from error
+    with refusing(f"{path} can't be read", OSError):
+        text = Path(path).read_bytes()
+    with refusing(f"{path} isn't JSON", ValueError, RecursionError, advice="Was it cut off while copying?"):
+        value = json.loads(text, parse_constant=refuse)
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
     return value
@@ -98,20 +92,17 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def read_header(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """The shapes of a safetensors file's tensors, and its metadata, from its header alone. Raises InputError as `read_tensors`."""
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            return shapes, dict(file.metadata() or {})
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}). Was it cut off while copying?") from error
+    kinds, advice = (safetensors.SafetensorError, OSError), "Was it cut off while copying?"
+    with refusing(f"{path} is not a whole safetensors file", *kinds, advice=advice), safetensors.safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return shapes, dict(file.metadata() or {})
 
 
 def save(
     path: str | Path, model: Mapping[str, Tensor], optimizer: dict[str, Any], average: Mapping[str, Tensor], meta: dict[str, Any]
 ) -> Path:
     """Writes the state of a training: weights, a torch optimizer's `state_dict()`, averaged weights, and JSON `meta`."""
-    tensors = {f"model/{name}": value for name, value in model.items()}
-    tensors |= {f"average/{name}": value for name, value in average.items()}
+    tensors = {f"{kind}/{name}": value for kind, part in (("model", model), ("average", average)) for name, value in part.items()}
     for index, state in optimizer["state"].items():
         tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in state.items()}
     groups = json.dumps(optimizer["param_groups"], default=float)  # on CUDA a learning rate is a tensor

@@ -23,9 +23,8 @@ from .errors import InputError
 from .folders import list_identities
 from .progress import Progress, say
 
-LARGEST_BATCH = 32
-BATCH_PIXELS = 1 << 20
-"""Pictures, and pixels of the base's size, that are encoded at once, at most: at 1024 pixels an autoencoder takes gigabytes for one."""
+# Pictures, and pixels of the base's size, that are encoded at once, at most: at 1024 pixels an autoencoder takes gigabytes for one.
+LARGEST_BATCH, BATCH_PIXELS = 32, 1 << 20
 
 
 class PromptCache:
@@ -106,10 +105,14 @@ class IdentityData:
         last = self.people >= len(self.names) - count
         if last.all():
             raise InputError(f"{len(self.names)} identities are too few to keep {count} for validation.")
-        parts, first = [], len(self.names) - count
-        for keep, names, start in ((~last, self.names[:first], 0), (last, self.names[first:], first)):
-            people, prompts = self.people[keep] - start, [self.prompts[index] for index in keep.nonzero()[:, 0].tolist()]
-            parts.append(IdentityData(self.latents[keep], self.features[keep], people, names, prompts, self.reference[keep]))
+        cut, first, parts = int((~last).sum()), len(self.names) - count, []
+        # where people are in order, a part is a view: a copy would be in memory beside the whole
+        places: Sequence[Any] = (slice(cut), slice(cut, None)) if bool((self.people.diff() >= 0).all()) else (~last, last)
+        for keep, mine, start, names in zip(places, (~last, last), (0, first), (self.names[:first], self.names[first:]), strict=True):
+            prompts = [prompt for prompt, is_mine in zip(self.prompts, mine.tolist(), strict=True) if is_mine]
+            parts.append(
+                IdentityData(self.latents[keep], self.features[keep], self.people[keep] - start, names, prompts, self.reference[keep])
+            )
         return parts[0], parts[1]
 
     def inputs(self, chosen: Tensor) -> Tensor:
@@ -229,13 +232,15 @@ def _encode(
     Which pictures share a batch follows from `files` alone, since the batch decides how sums are rounded.
     """
     many = max(1, min(LARGEST_BATCH, BATCH_PIXELS // backbone.size**2))
-    latents, features, kept = [], [], list[int]()
+    tensors, kept = dict[str, Tensor](), list[int]()
     with torch.no_grad():
         for images in decoded([file for _, file in files], backbone.size, crop, many, "" if quiet else "encoding pictures"):
             # the CPU's convolutions are faster with channels last
             pixels = photos.to_tensor(list(images.values())).contiguous(memory_format=torch.channels_last)
-            latents.append(backbone.encode_images(pixels).cpu())
-            features.append(_seen_by(encoder, pixels))
+            for name, values in (("latents", backbone.encode_images(pixels)), ("features", _seen_by(encoder, pixels))):
+                if name not in tensors:  # room for all at once: gathered as a list they would be in memory twice
+                    tensors[name] = torch.empty(len(files), *values.shape[1:], dtype=values.dtype)
+                tensors[name][len(kept) : len(kept) + len(values)] = values
             kept += images
     empty = torch.zeros(0)
-    return {"latents": torch.cat(latents or [empty]), "features": torch.cat(features or [empty]), "kept": torch.tensor(kept)}
+    return {name: tensors.get(name, empty)[: len(kept)] for name in ("latents", "features")} | {"kept": torch.tensor(kept)}

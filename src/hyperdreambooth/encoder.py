@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import read_header, read_json, write_json
-from .errors import InputError, some
+from .errors import InputError, refusing, some
 
+HALVES = (0.5, 0.5, 0.5)  # Mean and deviation of each channel that make -1..1 out of 0..1.
 LARGEST_PICTURE = 2048  # Side of the pictures that an encoder may ask for, in pixels.
 
 
 class FaceEncoder(nn.Module):
-    """Pictures (B, 3, H, W) in -1..1 -> features (B, positions, dim).
-
-    `size`, `mean` and `std` are the model's own preprocessing, of pictures in 0..1.
-    """
+    """Pictures (B, 3, H, W) in -1..1 -> features (B, positions, dim). `size`, `mean`, `std`: how the model takes pictures in 0..1."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        size: int,
-        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
-        std: tuple[float, ...] = (0.5, 0.5, 0.5),
-        trained: bool = False,
+        self, model: nn.Module, *, size: int, mean: tuple[float, ...] = HALVES, std: tuple[float, ...] = HALVES, trained: bool = False
     ):
         super().__init__()
         self.model, self.size, self.trained = model.requires_grad_(trained), size, trained
@@ -47,11 +38,11 @@ class FaceEncoder(nn.Module):
         Raises InputError where it can't be opened, its config doesn't fit its weights, or it doesn't turn a picture into features.
         """
         model = _open_model(source)
-        with _said_of(source, "its preprocessing can't be read"):
+        with refusing(f"{source}: its preprocessing can't be read", Exception):
             size, mean, std = _preprocessing(source, model)
         if not 1 <= size <= LARGEST_PICTURE or len(mean) != 3 or len(std) != 3 or not all(0 < deviation < 1e3 for deviation in std):
             raise InputError(f"{source}: its preprocessing can't be: size {size}, mean {mean}, standard deviation {std}.")
-        with _said_of(source, "it can't look at a picture"), torch.no_grad():
+        with refusing(f"{source}: it can't look at a picture", Exception), torch.no_grad():
             encoder = cls(model, size=size, mean=mean, std=std, trained=trained).eval()
             features = encoder(torch.zeros(1, 3, size, size))
         if features.ndim != 3 or features.shape[-1] != encoder.dim or not features.isfinite().all():
@@ -89,7 +80,7 @@ def _open_model(source: str | Path) -> Any:
 
     if Path(source).is_dir():
         _check_depths(Path(source))
-    with _said_of(source, "it can't be opened as a vision model of transformers"):
+    with refusing(f"{source}: it can't be opened as a vision model of transformers", Exception):
         model, found = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     # the pooler isn't used, and a classifier's head may come along; a layer that the config or the weights lack is an error
     absent = [name for name in found["missing_keys"] if "pooler" not in name]
@@ -112,20 +103,10 @@ def _preprocessing(source: str | Path, model: Any) -> tuple[int, tuple[float, ..
     except (OSError, ValueError):
         if (Path(source) / "preprocessor_config.json").is_file():
             raise
-        return size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # a model without a preprocessor takes -1..1
+        return size, HALVES, HALVES  # a model without a preprocessor takes -1..1
     wanted = getattr(processor, "crop_size", None) or processor.size
     size = int(wanted.get("height", wanted.get("shortest_edge", size)))
     return size, tuple(map(float, processor.image_mean)), tuple(map(float, processor.image_std))
-
-
-@contextlib.contextmanager
-def _said_of(source: str | Path, problem: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes an InputError: a config with wrong values may fail anywhere in transformers."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:300]  # transformers may list every model that it knows
-        raise InputError(f"{source}: {problem}: {reason}") from error
 
 
 def _check_depths(folder: Path) -> None:

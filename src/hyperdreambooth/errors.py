@@ -1,6 +1,7 @@
 """The errors that a user can cause. The command line prints their one message and exits with code 2; the API raises them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -29,6 +30,18 @@ class NoFaceError(InputError):
 
 class TrainingError(RuntimeError):
     """A training went wrong in a way that going on would hide (a loss that is not finite)."""
+
+
+@contextmanager
+def refusing(what: str, *kinds: type[Exception], advice: str = "") -> Iterator[None]:
+    """Turns errors of these kinds into one InputError: `what` is wrong, the error's first line, and what to do."""
+    try:
+        yield
+    except InputError:  # is a ValueError
+        raise
+    except kinds as error:
+        said = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+        raise InputError(f"{what}: {said.splitlines()[0][:300].rstrip('.')}. {advice}".strip()) from error
 
 
 def in_range(value: float, low: float, high: float, name: str) -> None:

@@ -51,24 +51,18 @@ def find_faces(image: Image.Image) -> list[Face]:
         small = gray.resize((max(1, round(image.width / scale)), max(1, round(image.height / scale))), Image.Resampling.BILINEAR)
         small = ImageOps.equalize(small) if equalized else small
         for quarter in ORIENTATIONS[:1] if equalized else ORIENTATIONS:
-            faces = _merged([face for turn in TURNS for face in _search(small, quarter + turn)])
-            faces = [Face(face.x * scale, face.y * scale, face.side * scale, face.roll, face.eyes) for face in faces]
+            found = [face for turn in TURNS for face in _search(small, quarter + turn)]
+            faces: list[Face] = []  # one for all the turns at which it was found: where it stands most upright it was seen best
+            for face, _ in sorted(found, key=lambda item: (not item[0].eyes, abs(item[1]))):
+                if all(math.dist(face[:2], other[:2]) > 0.6 * max(face.side, other.side) for other in faces):
+                    faces.append(face)
+            faces = [face._replace(x=face.x * scale, y=face.y * scale, side=face.side * scale) for face in faces]
+            faces.sort(key=lambda face: -face.side)
             if any(face.eyes for face in faces):
                 return faces
             if quarter == 0 and size == SIZES[0] and not equalized:
                 without_eyes = faces
     return without_eyes
-
-
-def _merged(found: list[tuple[Face, float]]) -> list[Face]:
-    """One face for all the turns at which it was found, the largest first."""
-    # the turn where it stands most upright saw it best; without eyes only an upright one counts
-    found.sort(key=lambda item: (not item[0].eyes, abs(item[1])))
-    kept: list[Face] = []
-    for face, _ in found:
-        if all(math.dist(face[:2], other[:2]) > 0.6 * max(face.side, other.side) for other in kept):
-            kept.append(face)
-    return sorted(kept, key=lambda face: -face.side)
 
 
 def _search(image: Image.Image, turn: int) -> Iterator[tuple[Face, float]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, refusing
 from .photos import SUFFIXES, picture_formats
 from .progress import say
 
@@ -46,27 +46,20 @@ def _looks_like_picture(file: Path) -> bool:
     if not file.is_file() or file.suffix.lower() in SUFFIXES:
         return file.is_file()  # a dangling link is none
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file, formats=picture_formats()):
-                return True
+        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=picture_formats()):
+            return True
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError):
         return False
 
 
 def caption_of(photos: object) -> str | None:
-    """The caption beside a person's only photo, NAME.txt in one line; None where there is none, or the photo is no file.
-
-    Raises InputError for a caption that can't be read.
-    """
+    """The caption beside a person's only photo, NAME.txt in one line, or None. Raises InputError for one that can't be read."""
     group = photos if isinstance(photos, (list, tuple)) else [photos]
     if len(group) != 1 or not isinstance(group[0], (str, Path)):
         return None
     file = Path(group[0]).with_suffix(".txt")
-    try:
+    with refusing(f"the caption {file} can't be read", OSError, UnicodeDecodeError, advice="Save it as UTF-8 text."):
         return " ".join(file.read_text("utf-8-sig").split()) or None if file.is_file() else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the caption {file} can't be read ({error}). Save it as UTF-8 text.") from error
 
 
 def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:

@@ -4,54 +4,42 @@ Nothing is uploaded but what is listed here: a hypernetwork's weights and config
 also hold caches of people's photos and paths of this machine; those stay.
 """
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whatever HTTP library it uses
 
-from .errors import InputError
-from .formats import read_lora
+from .errors import InputError, refusing
+from .formats import HUB_ERRORS, read_lora
 from .photos import SUFFIXES, is_generated, preview_path
 
 HYPERNETWORK_FILES = ["README.md", "config.json", "model.safetensors", "encoder/*.json", "encoder/*.safetensors"]
 CONSENT = "A LoRA of a face is biometric data: whoever has the file can draw this person. Upload it only if the person agrees."
 CARDS = Path(__file__).parent / "assets" / "cards"  # Templates of Jinja's, with the metadata in front as `card_data`.
-REFUSALS = (HTTPError, OSError, ValueError)
-"""What huggingface_hub raises for a hub that can't be reached, a refused token, an invalid name, and an invalid model card."""
 
 
 def download(name: str) -> Path:
-    """Fetches a model by its id on the hub, such as `user/name`, and returns its folder on this machine.
-
-    Raises InputError where the hub can't be reached or has no such model.
-    """
-    try:
+    """Fetches a model by its id on the hub, `user/name`, and returns its folder here. Raises InputError where it can't be had."""
+    with refusing(f"{name} is neither a folder nor a model on the hub that can be reached", *HUB_ERRORS):
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except REFUSALS as error:
-        raise InputError(f"{name} is neither a folder nor a model on the hub that can be reached: {_first_line(error)}") from error
 
 
 def download_pictures(name: str) -> Path:
-    """Fetches the pictures of a data set, `user/name` or `user/name/folder`, but for those that are here, and returns the folder of people.
+    """Fetches the pictures of a data set, `user/name` or `user/name/folder`, but for those that are here, and returns its folder.
 
-    Raises InputError where it can't be reached, or keeps its pictures in other files (parquet, archives).
+    Where it has none, its parquet files. Raises InputError where it can't be reached, or keeps its pictures in other files (archives).
     """
     repository, folder = "/".join(name.split("/")[:2]), "".join(f"{part}/" for part in name.split("/")[2:])
     kinds = [f"{folder}*{end}" for suffix in SUFFIXES for end in (suffix, suffix.upper())]
-    try:
-        place = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=kinds)) / folder
-    except REFUSALS as error:
-        raise InputError(
-            f"{name} can't be fetched from the hub: {_first_line(error)} Check the name, or run the same line again."
-        ) from error
-    if not place.is_dir():
-        raise InputError(
-            f"{name} holds no picture files; parquet files and archives aren't read. Save its pictures in a folder, and name that."
-        )
-    return place
+    with refusing(f"{name} can't be fetched from the hub", *HUB_ERRORS, advice="Check the name, or run the same line again."):
+        for wanted in (kinds, [f"{folder}*.parquet"]):
+            place = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=wanted)) / folder
+            if place.is_dir() and any(place.iterdir()):
+                return place
+    raise InputError(f"{name} holds neither picture files nor parquet files. Save its pictures in a folder, and name that.")
 
 
 def push(path: str | Path, name: str, *, public: bool = False) -> str:
@@ -65,32 +53,23 @@ def push(path: str | Path, name: str, *, public: bool = False) -> str:
         folder = path if path.is_dir() else _lora_folder(path, Path(scratch))
         if path.is_dir() and not ((path / "config.json").is_file() and (path / "model.safetensors").is_file()):
             raise InputError(f"{path} isn't a hypernetwork: it has no config.json or no model.safetensors. `train-hypernetwork` makes one.")
-        api = HfApi()
-        try:
+        api, check = HfApi(), "Check the network, the name (user/name), and your token (`hf auth login`)."
+        with refusing(f"{path} can't be uploaded to {name}", *HUB_ERRORS, advice=check):
             address = str(api.create_repo(name, private=not public, exist_ok=True))
             only = HYPERNETWORK_FILES if path.is_dir() else None
             api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=only, commit_message="Upload by hyperdreambooth")
-        except REFUSALS as error:
-            check = "Check the network, the name (user/name), and your token (`hf auth login`)."
-            raise InputError(f"{path} can't be uploaded to {name}: {_first_line(error)} {check}") from error
     return address
 
 
 def _lora_folder(path: Path, folder: Path) -> Path:
     """A LoRA file, its preview and its card, side by side in an empty folder. Raises InputError where it is no LoRA."""
-    lora = read_lora(path)
-    preview = preview_path(path)
+    lora, preview = read_lora(path), preview_path(path)
     shown = is_generated(preview)  # a photo of the person is never uploaded
-    for file in (path, *([preview] if shown else [])):
-        (folder / file.name).write_bytes(file.read_bytes())
+    for file in (path, preview) if shown else (path,):
+        shutil.copy(file, folder)
     text = lora_card(lora.metadata, path.name, preview.name if shown else None, kohya=lora.layout == "kohya")
     (folder / "README.md").write_text(text, encoding="utf-8")
     return folder
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return f"{text.splitlines()[0].rstrip('.')}."
 
 
 def lora_card(metadata: Mapping[str, str], file: str, picture: str | None = None, *, kohya: bool = False) -> str:

@@ -7,17 +7,10 @@ from .backbones import Backbone, Conditioning
 from .lora import LoraSet, update_norms
 
 
-def gaussian(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Independent noise, drawn on the CPU, so that every device sees the same."""
-    return torch.randn(shape, generator=generator)
-
-
-def denoising(
-    backbone: Backbone, latents: Tensor, conditioning: Conditioning, levels: Tensor, generator: torch.Generator, mask: Tensor | None = None
-) -> Tensor:
-    """`denoising_loss` with noise that is drawn here, at noise levels (B,) in 0..1: (B,)."""
-    noise = gaussian(latents.shape, generator).to(latents)
-    return denoising_loss(backbone, latents, conditioning, noise, backbone.steps_for(levels), mask)
+def denoising(backbone: Backbone, latents: Tensor, conditioning: Conditioning, levels: Tensor, generator: torch.Generator) -> Tensor:
+    """`denoising_loss` with noise that is drawn here (on the CPU: every device sees the same), at noise levels (B,) in 0..1: (B,)."""
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    return denoising_loss(backbone, latents, conditioning, noise, backbone.steps_for(levels))
 
 
 def denoising_loss(

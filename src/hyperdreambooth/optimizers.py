@@ -1,7 +1,6 @@
 """Optimizers and learning rates of the training loop."""
 
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -10,9 +9,6 @@ from torch.optim.adamw import adamw
 
 from .errors import InputError
 from .training_settings import TrainingConfig
-
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of Muon's quintic Newton-Schulz iteration: after five rounds all singular values are some 0.7 to 1.2."""
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
@@ -24,10 +20,7 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of `config` over parameter groups. Raises InputError where its package is missing.
-
-    On CUDA, AdamW keeps its step counts and learning rates on the device, so that a step can be recorded as a CUDA graph.
-    """
+    """The optimizer of `config` over parameter groups. Raises InputError where its package is missing."""
     kind: Any = torch.optim.AdamW
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adafactor":
@@ -45,7 +38,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig, device:
         kind = AdamW8bit
     elif config.optimizer == "muon":
         kind = Muon
-    elif device.type == "cuda":
+    elif device.type == "cuda":  # step counts and learning rates on the device, so that a step can be recorded as a CUDA graph
         groups = [{**group, "lr": torch.tensor(config.learning_rate, device=device)} for group in groups]
         settings |= {"capturable": True, "fused": True}
     return cast(torch.optim.Optimizer, kind(groups, **settings))
@@ -65,19 +58,17 @@ class Muon(torch.optim.Optimizer):
     """Every matrix's update is made orthogonal, so that directions with small gradients move as far as those with large ones.
 
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; scaled so that AdamW's learning rates serve (Liu et
-    al., arXiv 2502.16982, section 2.2). `torch.optim.Muon` knows single matrices alone and rounds to bfloat16. Here each matrix of a
-    stack (count, rows, columns), such as a hypernetwork's heads, is updated as if it were alone, in the precision of the parameters. A
-    kernel (out, in, height, width) is one matrix of `out` rows. Vectors get AdamW.
+    al., arXiv 2502.16982, section 2.2). Each matrix of a stack (count, rows, columns), such as a hypernetwork's heads, is updated as if it
+    were alone, in the precision of the parameters (`torch.optim.Muon` takes single matrices, and rounds to bfloat16). A kernel (out, in,
+    height, width) is one matrix of `out` rows. Vectors get AdamW.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": (0.9, 0.999), "eps": 1e-8})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of whatever has a gradient."""
-        with torch.enable_grad():
-            loss = closure() if closure else None
         for group in self.param_groups:
             alike: dict[tuple[Any, ...], dict[Tensor, Tensor]] = defaultdict(dict)
             for parameter in group["params"]:
@@ -91,7 +82,6 @@ class Muon(torch.optim.Optimizer):
                 parameters, updates = list(gradients), self._updates(gradients, group["momentum"])
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, updates, alpha=-group["lr"])
-        return loss
 
     def _adamw(self, gradients: dict[Tensor, Tensor], group: dict[str, Any]) -> None:
         """Updates vectors as torch's AdamW does."""
@@ -115,13 +105,13 @@ class Muon(torch.optim.Optimizer):
         return [part.view_as(one) for part, one in zip(updates.split([len(stack) for stack in stacks]), nesterov, strict=True)]
 
 
-def orthogonalized(matrices: Tensor, rounds: int = 5) -> Tensor:
-    """About U V^T of each matrix's U S V^T: (..., rows, columns) -> the same shape."""
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """About U V^T of each matrix's U S V^T: (..., rows, columns) -> the same shape, singular values of some 0.7 to 1.2."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    a, b, c = COEFFICIENTS
-    for _ in range(rounds):
+    a, b, c = 3.4445, -4.7750, 2.0315  # Muon's own, for five rounds of a quintic Newton-Schulz iteration
+    for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x

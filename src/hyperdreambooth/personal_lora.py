@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import formats
 from .errors import InputError
-from .lora import LoraSet, update_norms
+from .lora import LoraSet
 from .trainable_lora import LightweightLora
 
 PLACEHOLDER = "[V]"  # Stands for the person in prompts, whatever the base's own rare token is.
@@ -31,8 +31,7 @@ class PersonalLora:
     seconds: dict[str, float] = field(default_factory=dict)  # What took how long: predict, describe, finetune, export.
     shown: list[str] = field(default_factory=list)  # What each photo was taken to show, in words.
     warning: str = ""  # What makes it doubtful that pictures will look like the person, or "".
-    metadata: dict[str, str] = field(default_factory=dict)
-    """What the file's header says besides the LoRA itself: about its base, or whatever a loaded file said."""
+    metadata: dict[str, str] = field(default_factory=dict)  # What a file's header says besides: about the base, or what a loaded one said.
     convolutions: frozenset[str] = frozenset()  # Layers of a loaded file that are 1 x 1 convolutions.
 
     def __repr__(self) -> str:
@@ -41,10 +40,6 @@ class PersonalLora:
     @property
     def rank(self) -> int:
         return max(lora.rank for lora in self.loras.values())
-
-    def strengths(self) -> dict[str, float]:
-        """How strongly each layer is changed: its update's Frobenius norm."""
-        return {path: update_norms(LoraSet({path: lora})).sqrt().item() for path, lora in self.loras.items()}
 
     def save(
         self,
@@ -63,12 +58,9 @@ class PersonalLora:
             author, license, thumbnail: what UIs show beside the LoRA.
         """
         title, trigger = Path(path).stem, self.prompt.replace(PLACEHOLDER, self.identifier)
-        about = formats.standard_metadata(
-            self.loras, title=title, trigger=trigger, identifier=self.identifier, author=author, license=license, thumbnail=thumbnail
-        )
-        return formats.save_lora(
-            path, self.loras, self.metadata | about, layout=layout, dtype=dtype, convolutions=self.convolutions, overwrite=overwrite
-        )
+        shown = {"author": author, "license": license, "thumbnail": thumbnail}
+        about = self.metadata | formats.standard_metadata(self.loras, title=title, trigger=trigger, identifier=self.identifier, **shown)
+        return formats.save_lora(path, self.loras, about, layout=layout, dtype=dtype, convolutions=self.convolutions, overwrite=overwrite)
 
     def save_tokens(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the prediction's tokens: the person in a few numbers a layer. The fine-tuned residual isn't in them."""

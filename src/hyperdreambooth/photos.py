@@ -1,8 +1,4 @@
-"""Pictures: from outside, by safe decoding, orientation, colors, crop and mask; and those that go out, with their metadata.
-
-Nothing that comes from a user is decoded before its header was checked, and whatever is wrong with a file is one
-InputError that names it.
-"""
+"""Pictures: from outside, by safe decoding, orientation, colors, crop and mask; and those that go out, with their metadata."""
 
 import io
 import json
@@ -21,13 +17,13 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, JpegImagePlugin
 from torch import Tensor
 
 from .checkpoint import write_atomically
-from .errors import InputError, fresh
+from .errors import InputError, fresh, refusing
 from .faces import crop_face, face_for
 from .settings import Crop as Crop
 
 Source = Any  # What `read_photo` takes: str | Path | bytes | BinaryIO | Image.Image | numpy array | Tensor.
+# What Pillow opens beside pictures: documents (EPS runs Ghostscript), vector drawings, containers of data.
 NOT_PHOTOS = {"EPS", "PDF", "WMF", "GRIB", "HDF5", "BUFR", "MPEG", "XVTHUMB"}
-"""What Pillow opens beside pictures: documents (EPS runs Ghostscript), vector drawings, containers of data."""
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 MAX_JPEG_PIXELS = 205_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
@@ -59,8 +55,7 @@ def read_photo(source: Source) -> tuple[Image.Image, str]:
     """
     name = photo_name(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures (our own limit is lower) and of damaged EXIF, which is no loss
+        with warnings.catch_warnings(action="ignore"):  # of large pictures (our own limit is lower) and of damaged EXIF, which is no loss
             # Pillow loses the orientation of a TIFF that it maps from a file on disk, so that one is read as bytes
             if isinstance(source, Image.Image) and source.format == "TIFF" and getattr(source, "_im", None) is None:
                 source = Path(getattr(source, "filename", "")) if getattr(source, "filename", "") else source
@@ -169,13 +164,10 @@ def _finish(image: Image.Image, name: str) -> tuple[Image.Image, str]:
         raise InputError(f"{name} has {width} x {height} pixels, too few to show a face: take one of at least {MIN_SIDE} x {MIN_SIDE}.")
     frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
     image.load()
-    notes = [f"{name}: took the first of {frames} frames."] if frames > 1 else []
-    profile = image.info.get("icc_profile")
-    upright = ImageOps.exif_transpose(image)
-    if profile:
-        upright, problem = _to_srgb(upright, profile)
-        notes += [f"{name}: {problem}"] if problem else []
-    return to_rgb(upright), " ".join(notes)
+    profile, upright = image.info.get("icc_profile"), ImageOps.exif_transpose(image)
+    upright, problem = _to_srgb(upright, profile) if profile else (upright, "")
+    notes = [f"took the first of {frames} frames." if frames > 1 else "", problem]
+    return to_rgb(upright), " ".join(f"{name}: {note}" for note in notes if note)
 
 
 def _to_srgb(image: Image.Image, data: bytes) -> tuple[Image.Image, str]:
@@ -218,10 +210,7 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 
 def prepare(path: Source, size: int, crop: Crop = "auto", face: int | None = None) -> tuple[Image.Image, str]:
-    """A photo from a file, cropped and resized to `size` x `size`, and a note on what was chosen (or "").
-
-    Raises InputError for what is no photo, or where the face that is asked for isn't there.
-    """
+    """A photo, cropped, as `size` x `size` pixels, and a note on what was chosen (or ""). Raises InputError for none, or no such face."""
     image, note = read_photo(path)
     chosen, which = face_for(image, photo_name(path), crop, face)
     return square(crop_face(image, chosen) if chosen else image, size), " ".join(filter(None, (note, which)))
@@ -259,10 +248,7 @@ def read_photos(files: Any, size: int, crop: Crop = "auto", face: int | None = N
 
 
 def read_masks(masks: Any, files: Any, size: int, crop: Crop = "auto", face: int | None = None) -> Tensor:
-    """Gray pictures that say where photos count, one for all of them or one each: (n, 1, size, size) in 0..1.
-
-    Raises InputError for another number of masks, or one that doesn't fit its photo.
-    """
+    """Where photos count, by gray pictures, one for all or one each: (n, 1, size, size) in 0..1. Raises InputError where they don't fit."""
     group, drawn = ([item] if isinstance(item, (str, Path)) else list(item) for item in (files, masks))
     if len(drawn) not in (1, len(group)):
         raise InputError(f"{len(drawn)} masks for {len(group)} photos: give one for all of them, or one each.")
@@ -302,13 +288,10 @@ def generated(settings: Mapping[str, object]) -> dict[str, str]:
 
 def read_png_metadata(path: str | Path) -> dict[str, str]:
     """The text metadata of a PNG. Raises InputError for a file that is missing or no whole PNG."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            image.load()  # text may also stand after the pixels
-            return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} is not a whole PNG ({why}). Name a picture that was saved here.") from error
+    kinds, advice = (OSError, SyntaxError, ValueError, Image.DecompressionBombError), "Name a picture that was saved here."
+    with refusing(f"{path} is not a whole PNG", *kinds, advice=advice), Image.open(path, formats=("PNG",)) as image:
+        image.load()  # text may also stand after the pixels
+        return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
 
 
 def is_generated(path: str | Path) -> bool:

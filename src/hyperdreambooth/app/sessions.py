@@ -1,9 +1,8 @@
 """Visitors are kept apart: everyone's files, results and running job are their own, and go when they leave.
 
-A *visitor* is a browser (or an API client), known by a random cookie; a *visit* is one open tab, known by Gradio's session
-hash. Gradio itself serves any file of its cache to whoever knows the path. Here every path belongs to the visitor who
-uploaded it, or in whose folder it was made (the folder's name is a hash of the cookie), and `Guard` refuses it to all
-others, as a download and as an input.
+A *visitor* is a browser (or an API client), known by a random cookie; a *visit* is one open tab, known by Gradio's session hash. Gradio
+serves any file of its cache to whoever knows the path. Here every path belongs to the visitor who uploaded it, or in whose folder it was
+made (the folder's name is a hash of the cookie), and `Guard` refuses it to all others, as a download and as an input.
 """
 
 import contextlib
@@ -54,6 +53,7 @@ class Visit:
 
     folder: Path
     owner: str
+    base: str = ""  # Which base was chosen; "": the page's own.
     pixels: Tensor | None = None  # The photos as the method sees them, (n, 3, size, size).
     needs_consent: bool = True
     mine: PersonalLora | None = None  # Who was personalized or loaded.
@@ -98,9 +98,8 @@ class Visits:
         self.root, self.idle = root, idle
         self.public = [toon.directory("faces").resolve(), GREETING]
         self.visits: dict[str, Visit] = {}
-        self.uploads: dict[
-            tuple[str, str], float
-        ] = {}  # (path, visitor) -> when: the same file lies in the same place, whoever uploads it.
+        # (path, visitor) -> when: the same file lies in the same place, whoever uploads it
+        self.uploads: dict[tuple[str, str], float] = {}
         self.lock, self.over = threading.Lock(), threading.Event()
 
     def folder(self, owner: str) -> Path:
@@ -122,15 +121,13 @@ class Visits:
     def end(self, session: str | None) -> None:
         """A tab was closed: its job stops, its files go, and with a visitor's last tab the uploads."""
         with self.lock:
-            visit = self.visits.pop(session or "", None)
-            if visit is None:
-                return
-            visit.closed = True
-            visit.stop.set()
-            shutil.rmtree(visit.folder, ignore_errors=True)
-            if all(other.owner != visit.owner for other in self.visits.values()):
-                shutil.rmtree(self.folder(visit.owner), ignore_errors=True)
-                self._forget(lambda owner, when: owner == visit.owner)
+            if visit := self.visits.pop(session or "", None):
+                visit.closed = True
+                visit.stop.set()
+                shutil.rmtree(visit.folder, ignore_errors=True)
+                if all(other.owner != visit.owner for other in self.visits.values()):
+                    shutil.rmtree(self.folder(visit.owner), ignore_errors=True)
+                    self._forget(lambda owner, when: owner == visit.owner)
 
     def sweep(self) -> None:
         """Ends the visits that were idle for too long, and drops uploads that nobody used."""
@@ -220,13 +217,8 @@ def visitor(cookies: str) -> str | None:
 
 def paths_in(content: bytes) -> list[str]:
     """Every file that a call's JSON names; none where it isn't JSON, which Gradio refuses itself."""
-    found: list[str] = []
-
-    def look(value: dict[str, object]) -> None:
-        if isinstance(path := value.get("path"), str):
-            found.append(path)
-
+    objects: list[list[tuple[str, object]]] = []
     with contextlib.suppress(ValueError, RecursionError):
-        json.loads(content, object_hook=look)
-        return found
+        json.loads(content, object_pairs_hook=objects.append)
+        return [value for pairs in objects for key, value in pairs if key == "path" and isinstance(value, str)]
     return []

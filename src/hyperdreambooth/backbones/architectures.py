@@ -19,19 +19,20 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 BASES: dict[str, Any] = json.loads((Path(__file__).parents[1] / "assets" / "bases.json").read_text(encoding="utf-8"))
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 CLIP = ("text_encoder*.[qkv]_proj", "text_encoder*.out_proj")
+PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
+    family: {
+        "paper": (*patterns["attention"], *patterns["first"], *CLIP),
+        "attention": (*patterns["attention"],),
+        "attention+ff": (*patterns["attention"], *patterns["first"], *patterns["second"]),
+    }
+    for family, patterns in BASES["targets"].items()
+}
+"""Family (`Backbone.family`) -> preset -> glob patterns of the layers that carry a LoRA.
 
-
-def presets(attention: list[str], first: list[str], second: list[str]) -> dict[str, tuple[str, ...]]:
-    """Which layers carry a LoRA, by glob patterns of a denoiser's attention, and of the first and second layers of its feed-forwards.
-
-    "paper" is the choice of Ruiz et al., supplement; "attention+ff" is the default. In SD 3 and Flux the text has projections of its own in
-    every joint block (`add_*`, `ff_context`), and a single block of Flux has one output layer for both (`proj_out`).
-    """
-    return {"paper": (*attention, *first, *CLIP), "attention": (*attention,), "attention+ff": (*attention, *first, *second)}
-
-
-PRESETS = {family: presets(**patterns) for family, patterns in BASES["targets"].items()}
-"""Family (`Backbone.family`) -> preset -> patterns."""
+"paper" is the choice of Ruiz et al., supplement; "attention+ff" is the default. In SD 3 and Flux the text has projections of its own in
+every joint block (`add_*`, `ff_context`), and a single block of Flux has one output layer for both (`proj_out`).
+"""
+FAMILIES: dict[str, str] = {name: base["family"] for name, base in BASES["architectures"].items()}  # Name -> `Backbone.family`.
 
 
 def sd3_transformer(layers: int, positions: int, *, normed: bool, dual: int = 0) -> SD3Transformer2DModel:
@@ -43,10 +44,6 @@ def sd3_transformer(layers: int, positions: int, *, normed: bool, dual: int = 0)
     return SD3Transformer2DModel(**sizes, qk_norm="rms_norm" if normed else None, dual_attention_layers=tuple(range(dual)))
 
 
-UNETS = dict.fromkeys(("sd", "sdxl"), UNet2DConditionModel)
-DENOISERS: dict[str, Callable[..., nn.Module]] = {**UNETS, "sd3": sd3_transformer, "flux": FluxTransformer2DModel}
-
-
 def clip_tower(name: str, family: str) -> nn.Module:
     """A text tower of CLIP: "clip_l" (ViT-L/14), "clip_h" (OpenCLIP ViT-H/14) or "clip_g" (ViT-bigG/14), as the family reads it."""
     kind = CLIPTextModelWithProjection if name == "clip_g" or family == "sd3" else CLIPTextModel
@@ -55,15 +52,10 @@ def clip_tower(name: str, family: str) -> nn.Module:
 
 def build(name: str) -> nn.ModuleDict:
     """The denoiser and the CLIP text towers of a published architecture, with random weights, by the pipeline's names."""
-    base = BASES["architectures"][name]
-    family = base["family"]
-    models = {"unet" if family in ("sd", "sdxl") else "transformer": DENOISERS[family](**base["denoiser"])}
-    towers = [clip_tower(part, family) for part in base["texts"] if part != "t5"]
-    return nn.ModuleDict({**models, **dict(zip(("text_encoder", "text_encoder_2"), towers, strict=False))})
-
-
-FAMILIES: dict[str, str] = {name: base["family"] for name, base in BASES["architectures"].items()}
-"""Name -> family (`Backbone.family`)."""
+    family, sizes = FAMILIES[name], BASES["architectures"][name]["denoiser"]
+    makers: dict[str, Callable[..., nn.Module]] = {"sd3": sd3_transformer, "flux": FluxTransformer2DModel}
+    denoiser = {"transformer": makers[family](**sizes)} if family in makers else {"unet": UNet2DConditionModel(**sizes)}
+    return nn.ModuleDict({**denoiser, **{text: clip_tower(part, family) for text, part in text_names(name).items() if part != "t5"}})
 
 
 def architecture(name: str, *, vae: bool = False) -> nn.ModuleDict:
@@ -91,7 +83,7 @@ def count(tensors: Mapping[str, Any], blocks: str) -> int:
 def flux(tensors: Mapping[str, Any]) -> nn.Module:
     """Flux's denoiser, of the sizes that its tensors have."""
     depths = {"num_layers": count(tensors, "double_blocks."), "num_single_layers": count(tensors, "single_blocks.")}
-    return diffusers.FluxTransformer2DModel(**depths, guidance_embeds="guidance_in.in_layer.weight" in tensors)
+    return FluxTransformer2DModel(**depths, guidance_embeds="guidance_in.in_layer.weight" in tensors)
 
 
 def sd3(tensors: Mapping[str, Any]) -> nn.Module:

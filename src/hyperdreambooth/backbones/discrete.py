@@ -24,14 +24,11 @@ class Discrete(Backbone):
         config = pipe.scheduler.config
         kind = config.get("prediction_type", "epsilon")
         if "beta_schedule" not in config or kind not in ("epsilon", "v_prediction"):
-            raise InputError(
-                f"this base's scheduler ({type(pipe.scheduler).__name__}, prediction {kind}) has no discrete schedule with epsilon or v "
-                "prediction, so it can't be trained on here."
-            )
+            lacks = "has no discrete schedule with epsilon or v prediction, so it can't be trained on here"
+            raise InputError(f"this base's scheduler ({type(pipe.scheduler).__name__}, prediction {kind}) {lacks}.")
         self.schedule: Any = DDPMScheduler.from_config(config)
         alphas = self.schedule.alphas_cumprod.double()
-        self.levels = (1 - alphas).sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())
-        """The noise level of each step."""
+        self.levels = (1 - alphas).sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())  # The noise level of each step.
 
     def steps_for(self, levels: Tensor) -> Tensor:
         steps = torch.searchsorted(self.levels, levels.detach().cpu().double().clamp(0, 1))
@@ -67,9 +64,7 @@ class StableDiffusionXL(Discrete):
     def __init__(self, pipe: StableDiffusionXLPipeline):
         super().__init__(pipe)
         # made once a size: a recorded CUDA graph can't take anything from the host
-        self.sizes = functools.cache(
-            lambda height, width, device, dtype: torch.tensor([height, width, 0, 0, height, width], device=device, dtype=dtype)
-        )
+        self.sizes = functools.cache(lambda height, width, **place: torch.tensor([height, width, 0, 0, height, width], **place))
 
     def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
         # zeros are what the base was trained with in place of no prompt
@@ -87,7 +82,7 @@ class StableDiffusionXL(Discrete):
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         # (original size, crop, target size), all of this very picture: the condition of one that was neither enlarged nor cropped
         height, width = (side * self.unit for side in noisy.shape[-2:])
-        sizes = self.sizes(height, width, noisy.device, self.denoiser.dtype).expand(len(noisy), -1)
+        sizes = self.sizes(height, width, device=noisy.device, dtype=self.denoiser.dtype).expand(len(noisy), -1)
         added = {"text_embeds": conditioning["text_embeds"].to(self.denoiser.dtype), "time_ids": sizes}
         hidden = conditioning["encoder_hidden_states"]
         return self.denoise(noisy, timestep=timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,17 +38,11 @@ class Flow(Backbone):
         return noise - latents
 
     def set_timesteps(self, schedule: Any, steps: int, noise: Tensor, **more: Any) -> None:
-        """Larger pictures take more time steps at high noise.
-
-        The shift is linear in the number of 2 x 2 patches between two published anchors (Esser et al., section 5.3.2; the
-        scheduler's config has the anchors).
-        """
-        config = schedule.config
-        if config.get("use_dynamic_shifting"):
-            patches = math.prod(noise.shape[-2:]) // 4
-            few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-            low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-            more["mu"] = low + (high - low) * (patches - few) / (many - few)
+        """Larger pictures take more time steps at high noise: the shift is linear in the number of 2 x 2 patches (Esser et al., 5.3.2)."""
+        if schedule.config.get("use_dynamic_shifting"):
+            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            anchors = [schedule.config.get(name, usual) for name, usual in zip(names, (256, 4096, 0.5, 1.15), strict=True)]
+            more["mu"] = calculate_shift(math.prod(noise.shape[-2:]) // 4, *anchors)
         super().set_timesteps(schedule, steps, noise, **more)
 
 
@@ -103,7 +98,8 @@ class Flux(Flow):
     def __init__(self, pipe: FluxPipeline):
         super().__init__(pipe)
         self.unit = 2 * int(pipe.vae_scale_factor)
-        self.places = functools.cache(positions)  # made once a size: a recorded CUDA graph can't take anything from the host
+        # where each patch lies, made once a size: a recorded CUDA graph can't take anything from the host
+        self.places = functools.cache(functools.partial(pipe._prepare_latent_image_ids, 1))
         self.distilled = bool(pipe.transformer.config.guidance_embeds)
         self.t5_length = 512 if self.distilled else 256  # as the two were published
         # no second branch: guidance is distilled into the weights
@@ -130,20 +126,6 @@ class Flux(Flow):
         height, width = noisy.shape[-2:]
         places = self.places(height // 2, width // 2, noisy.device, noisy.dtype)
         words = torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3, device=noisy.device, dtype=noisy.dtype)
-        packed = self.denoise(pack(noisy), timestep=timesteps / FLOW_STEPS, img_ids=places, txt_ids=words, **conditioning)
-        return unpack(packed, height, width)
-
-
-def positions(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Where each patch of a picture lies, (rows * columns, 3): zero, row, column."""
-    return torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).to(device, dtype)
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h/2 * w/2, 4 C): every 2 x 2 patch is a token."""
-    return F.pixel_unshuffle(latents, 2).flatten(2).mT
-
-
-def unpack(packed: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`."""
-    return F.pixel_shuffle(packed.mT.unflatten(2, (height // 2, width // 2)), 2)
+        patches = F.pixel_unshuffle(noisy, 2).flatten(2).mT  # (B, h/2 * w/2, 4 C): every 2 x 2 patch is a token
+        patches = self.denoise(patches, timestep=timesteps / FLOW_STEPS, img_ids=places, txt_ids=words, **conditioning)
+        return F.pixel_shuffle(patches.mT.unflatten(2, (height // 2, width // 2)), 2)

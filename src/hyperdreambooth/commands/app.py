@@ -1,9 +1,15 @@
+from __future__ import annotations
+
 import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..progress import say
 from .options import WithHypernetwork
+
+if TYPE_CHECKING:
+    from ..api import HyperDreamBooth
 
 
 @dataclass
@@ -14,9 +20,11 @@ class App(WithHypernetwork):
 
         hyperdreambooth app
         hyperdreambooth app --base path/to/stable-diffusion-v1-5
+        hyperdreambooth app --bases dreamshaper.safetensors path/to/sdxl
         hyperdreambooth app --host 0.0.0.0 --auth anna:secret
     """
 
+    bases: tuple[str, ...] = ()  # Further bases to choose from on the page. On this machine alone any other can be typed there as well.
     host: str = "127.0.0.1"  # The address to listen on.
     port: int | None = None  # The port to listen on. Default: the first free one from 7860.
     auth: str | None = None  # USER:PASSWORD, asked of everyone. Needed where others can reach the address.
@@ -33,8 +41,13 @@ def run_app(args: App) -> None:
     if args.auth is not None and not (user and colon and password):
         raise InputError("--auth must be USER:PASSWORD.")
     app.check_host(args.host, args.auth)
-    hdb, auth = args.machine.open(args.base, args.hypernetwork), (user, password) if args.auth else None
-    server = app.start(hdb, host=args.host, port=args.port, auth=auth, max_upload_mb=args.max_upload_mb, browser=args.browser)
+
+    def open_base(name: str) -> HyperDreamBooth:
+        return args.machine.open(name, args.hypernetwork if name == args.base else "auto")
+
+    where: dict[str, Any] = {"host": args.host, "port": args.port, "auth": (user, password) if args.auth else None}
+    more: dict[str, Any] = {"bases": args.bases, "max_upload_mb": args.max_upload_mb, "browser": args.browser}
+    server = app.start(open_base(args.base), open_base=open_base, **where, **more)
     say(f"{server.url}: open it in a browser; Ctrl-C ends it and deletes what was uploaded and made")
     try:
         threading.Event().wait()

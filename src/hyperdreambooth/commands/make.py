@@ -1,13 +1,16 @@
 """The two commands that everything is about: make a personal LoRA, and draw with it."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import hashlib
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -15,11 +18,15 @@ from .. import STARTED
 from ..errors import InputError
 from ..progress import Progress, say
 from ..settings import GenerateChoices, Layout, PersonalizeChoices
+from .engines import WithEngine, each
 from .options import Flat, Output, WithBase, WithHypernetwork, Writing, as_json, check_lora_name, save_sheet, weighted
+
+if TYPE_CHECKING:
+    from ..api import HyperDreamBooth
 
 
 @dataclass
-class Personalize(WithHypernetwork, Writing):
+class Personalize(WithEngine, WithHypernetwork, Writing):
     """Turn photos of one person into a personal LoRA.
 
     The hypernetwork predicts a LoRA from the photo; a few steps of rank-relaxed fine-tuning make it fit. The result is a
@@ -28,6 +35,7 @@ class Personalize(WithHypernetwork, Writing):
 
         hyperdreambooth personalize face.png -o me.safetensors
         hyperdreambooth personalize people/ -o loras
+        hyperdreambooth personalize people/ -o loras --engine ray
         hyperdreambooth personalize me1.jpg me2.jpg --base runwayml/stable-diffusion-v1-5 --hypernetwork none -o me.safetensors
     """
 
@@ -50,9 +58,12 @@ class Personalize(WithHypernetwork, Writing):
 
 
 def run_personalize(args: Personalize) -> None:
+    args.check_engine()
     if len(args.photos) == 1 and args.photos[0].is_dir():
         run_folder(args)
         return
+    if args.engine != "local":
+        raise InputError("--engine is for a folder of people. Leave it out for one person's photos.")
     from .. import formats, photos
     from ..checkpoint import write_json
     from ..folders import caption_of
@@ -105,40 +116,74 @@ def run_folder(args: Personalize) -> None:
     """A LoRA for each person of a folder, and one sheet of previews."""
     from .. import formats
     from ..checkpoint import write_json
-    from ..folders import list_identities
+    from ..stages.preoptimize import chunks_of
 
     alone = {"--tokens": args.tokens, "--face": args.config.face, "--mask-file": args.mask_file, "--prompt": args.prompt}
     for flag, value in alone.items():
         if value:
             raise InputError(f"{flag} is for one person, and {args.photos[0]} is a folder of people. Leave it out, or personalize each.")
-    people = list_identities(args.photos[0])
-    missing = {name: files for name, files in people.items() if args.overwrite or not (args.output / f"{name}.safetensors").exists()}
-    if len(missing) < len(people):
-        say(f"{args.output}: {len(people) - len(missing)} people are there already and kept")
     hdb = args.machine.open(args.base, args.hypernetwork)
     formats.check_layout(args.format, hdb.backbone.components)
-    config = hdb.personalize_config(args.config)
-    args.machine.explain(config)
-    refused: dict[str, InputError] = {}
-    started, sheet, names = time.perf_counter(), [], []
-    with Progress("people", len(missing)) as progress:
-        everyone = hdb.personalize_all(missing, config=config, on_refused=refused.__setitem__, quiet=True)
-        for done, (name, me) in enumerate(everyone, 1):
-            file = args.output / f"{name}.safetensors"
-            me.save(file, layout=args.format, author=args.author, license=args.license, overwrite=True)
-            say(f"{file}: rank {me.rank}{', ' + me.shown[0] if me.shown else ''}{'; ' + me.warning if me.warning else ''}")
-            if done <= 16:
-                sheet += hdb.generate(args.preview or me.prompt, me, seed=config.seed)
-                names.append(name)
-            progress.update(done)
+    work = People(args, hdb)
+    missing, many = work.missing(work.people), dict[int, list[str]]()
+    if len(missing) < len(work.people):
+        say(f"{args.output}: {len(work.people) - len(missing)} people are there already and kept")
+    args.machine.explain(work.config)
+    for name, files in work.people.items():  # people of a batch have as many photos as one another
+        many.setdefault(len(files), []).append(name)
+    batches = [batch for names in many.values() for batch in chunks_of(names, hdb.side_by_side) if work.missing(batch)]
+    refused, started = dict[str, str](), time.perf_counter()
+    for made, broken in each(args, batches, work, People, "batches of people"):
+        refused |= broken
+        for name, words in made.items():
+            say(f"{args.output / name}.safetensors: {words}")
     for name, error in refused.items():
         say(f"{name} is left out: {error}")
-    if sheet:
-        save_sheet(args.output / "preview.png", [sheet], [""], names, "the first of them")
-    write_json(args.output / "personalize.json", as_json(args, config))
-    say(f"{args.output}: {len(missing) - len(refused)} people in {time.perf_counter() - started:.1f} s, {len(refused)} left out")
-    if refused and len(refused) == len(missing):
+    there = [name for name in missing if name not in refused]
+    if there:
+        people = [hdb.load(args.output / f"{name}.safetensors") for name in there[:16]]
+        sheet = [picture for me in people for picture in hdb.generate(args.preview or me.prompt, me, seed=work.config.seed)]
+        save_sheet(args.output / "preview.png", [sheet], [""], there[:16], "the first of them")
+    write_json(args.output / "personalize.json", as_json(args, work.config))
+    say(f"{args.output}: {len(there)} people in {time.perf_counter() - started:.1f} s, {len(refused)} left out")
+    if missing and not there:
         raise InputError(f"no photo of {args.photos[0]} could be read; the first: {next(iter(refused.values()))}")
+
+
+class People:
+    """Makes the LoRAs of some people of a folder, those that aren't there, in one batch.
+
+    Who else is in a batch decides how its sums are rounded; so a batch is trained whole for anybody who is missing in it.
+    """
+
+    def __init__(self, args: Personalize, hdb: HyperDreamBooth | None = None):
+        from ..folders import list_identities
+
+        self.args, self.people = args, list_identities(args.photos[0])
+        self.hdb = hdb or args.machine.open(args.base, args.hypernetwork)
+        self.config = self.hdb.personalize_config(args.config)
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if self.args.overwrite or not (self.args.output / f"{name}.safetensors").exists()]
+
+    def readable(self, name: str) -> bool:
+        try:
+            return bool(self.hdb.read_photos(self.people[name], crop=self.config.crop, face=self.config.face))
+        except InputError:
+            return False
+
+    def __call__(self, batch: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """What was made, in words, and why somebody was refused."""
+        missing, made, refused = self.missing(batch), dict[str, str](), dict[str, InputError]()
+        wanted = batch if any(map(self.readable, missing)) else missing
+        people = {name: self.people[name] for name in wanted}
+        everyone = self.hdb.personalize_all(people, config=self.config, on_refused=refused.__setitem__, quiet=True)
+        for name, me in everyone:
+            if name in missing:
+                file, args = self.args.output / f"{name}.safetensors", self.args
+                me.save(file, layout=args.format, author=args.author, license=args.license, overwrite=True)
+                made[name] = "; ".join(filter(None, [f"rank {me.rank}", *me.shown[:1], me.warning]))
+        return made, {name: str(why) for name, why in refused.items() if name in missing}
 
 
 @dataclass

@@ -40,7 +40,9 @@ class Recipe(WithBase, WithCrop):
 
     recipe: tyro.conf.Positional[str]  # The name of a recipe, or a YAML file.
     output: Output  # The run's folder.
-    data: str = "toon"  # A folder (identity/picture.png, or one picture each); hf:ORG/NAME[/FOLDER] on the hub; or toon, the shipped faces.
+    data: str = "toon"
+    """A folder (identity/picture.png, or one picture each), hf:ORG/NAME[/FOLDER] on the hub, or toon, the shipped faces. Where there are parquet
+    files alone, as in most data sets of the hub, their pictures are taken, with the extra `parquet`."""
     people: int | None = None  # Take the first so many people only.
     held_out: int | None = None  # The last so many of them aren't trained on. Default: a tenth, at least 2 and at most 128.
     encoder: str = "auto"  # A vision model of transformers, by directory or hub id. auto: the shipped one for toon.
@@ -76,6 +78,7 @@ def run_recipe(args: Recipe) -> None:
     keep(out / "recipe.json", as_json(args), ("people", "held-out"))
     size = preflight(args)
     once(out / "data.json", lambda: align(args, size))
+    shutil.rmtree(out / "unpacked", ignore_errors=True)
     shared: dict[str, Any] = {"base": args.base, "crop": "center", "machine": args.machine, "folder": out / "people"}
     if faithful:
         table = Preoptimize(**shared, output=out / "table", config=dataclasses.replace(args.table))
@@ -101,15 +104,20 @@ def once(file: Path, work: Callable[[], dict[str, Any] | None]) -> dict[str, Any
     return read_json(file)
 
 
-def people_of(data: str) -> dict[str, list[Path]]:
-    """Identity -> its pictures; those of the hub are fetched. Raises InputError where there are none."""
+def people_of(data: str, unpacked: Path) -> dict[str, list[Path]]:
+    """Identity -> its pictures; those of the hub are fetched, those of parquet files `unpacked`. Raises InputError where there are none."""
     from .. import hub
     from ..assets import toon
     from ..folders import list_identities
+    from ..parquet import unpack
+    from ..photos import SUFFIXES
 
     if data == "toon":
         return {file.stem: [file] for file in sorted(toon.directory("faces").glob("face-*.png"))}
-    return list_identities(hub.download_pictures(data[3:]) if data.startswith("hf:") else data)
+    folder = hub.download_pictures(data[3:]) if data.startswith("hf:") else Path(data)
+    files = sorted(folder.rglob("*"))
+    tables = [] if any(file.suffix.lower() in SUFFIXES for file in files) else [file for file in files if file.suffix == ".parquet"]
+    return list_identities(unpack(tables, unpacked) if tables else folder)
 
 
 def preflight(args: Recipe) -> int:
@@ -128,8 +136,10 @@ def preflight(args: Recipe) -> int:
         return int(known["size"])
     say("stage: preflight")
     if not args.data.startswith("hf:"):
-        people_of(args.data)  # a wrong folder is said at once, and what lies on the hub is fetched once a batch fits
-    found, people = measured(args), list(people_of(args.data).values())[: args.people]
+        people_of(
+            args.data, args.output / "unpacked"
+        )  # a wrong folder is said at once, and what lies on the hub is fetched once a batch fits
+    found, people = measured(args), list(people_of(args.data, args.output / "unpacked").values())[: args.people]
     count, pictures = len(people), sum(map(len, people))
     table = found["chunk_step"] * args.table.training.steps * -(-count // args.table.chunk)
     hours = (found["step"] * args.config.training.steps + table) / 3600
@@ -139,7 +149,7 @@ def preflight(args: Recipe) -> int:
     disk = pictures * (3 * found["size"] ** 2 + found["encoded"]) + 2 * found["state"] + count * found["row"]
     there = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
     needs = [("disk", disk, shutil.disk_usage(args.output).free + there)]
-    needs += [("main memory", 2 * pictures * found["encoded"], psutil.virtual_memory().available)]
+    needs += [("main memory", pictures * found["encoded"], psutil.virtual_memory().available)]
     needs += [("the card's memory", found["card"], torch.cuda.mem_get_info()[1])] if found["card"] else []
     for name, needed, free in needs:
         say(f"{name}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB there")
@@ -193,7 +203,7 @@ def align(args: Recipe, size: int) -> dict[str, Any]:
     from ..checkpoint import write_atomically
     from ..data import decoded
 
-    people = dict(list(people_of(args.data).items())[: args.people])
+    people = dict(list(people_of(args.data, args.output / "unpacked").items())[: args.people])
     held = min(128, max(2, len(people) // 10)) if args.held_out is None else args.held_out
     if not 2 <= held <= len(people) - 2:
         below = "" if len(people) >= 4 else " Are the people in a folder below? Name that."

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ..errors import InputError, some
-from ..progress import Progress, say
+from ..progress import say
 from ..training_settings import PreoptimizeConfig, TrainHypernetworkConfig, TrainLightConfig
+from .engines import WithEngine, each
 from .options import Flat, Output, WithBase, WithCrop, Writing, as_json, save_sheet
 
 if TYPE_CHECKING:
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from ..tables import Table
 
 PROMPTS = ("a pencil sketch of a [V] face", "a smiling [V] face", "a [V] face on a blue background")  # Of a hypernetwork's preview.
-MOST_BLOCKS = 4096  # Of Ray's: items that are handed out together, where there are more chunks.
 NO_MATTER = ("log_every", "validate_every", "checkpoint_minutes", "tracker", "give_up")  # Settings that change nothing about weights.
 
 
@@ -70,7 +67,7 @@ def run_train_light(args: TrainLight) -> None:
 
 
 @dataclass
-class Preoptimize(WithBase, WithCrop):
+class Preoptimize(WithEngine, WithCrop):
     """Pre-optimize tokens for every identity of a folder: identity/picture.png, or one picture each.
 
     Chunks of identities are trained side by side and written row by row; stop it at any moment and start it again.
@@ -86,20 +83,16 @@ class Preoptimize(WithBase, WithCrop):
     output: Output  # The table's folder.
     shard: str = "0/1"  # i/n: only the i-th of n parts of the identities, from 0 to n-1. Rows are the same however many parts there are.
     merge: bool = False  # Train nothing: check that every identity has its row, and pack the rows into a few files.
-    engine: Literal["local", "ray"] = "local"
-    """local: this process. ray: Ray Data, with the extra `ray`: a worker on each card of a cluster, or two workers on this machine."""
-    address: str | None = None  # ray: a running cluster, such as auto or ray://head:10001. Every machine must see both folders.
     config: Annotated[PreoptimizeConfig, Flat] = field(default_factory=PreoptimizeConfig)
 
 
 def run_preoptimize(args: Preoptimize) -> None:
     from ..personal_lora import PLACEHOLDER
-    from ..stages.preoptimize import chunks_of, parse_shard, preoptimize
+    from ..stages.preoptimize import chunks_of, parse_shard
     from ..tables import read_table_config
 
+    args.check_engine()
     shard = parse_shard(args.shard)
-    if args.address and args.engine != "ray":
-        raise InputError("--address is a Ray cluster's: give --engine ray too.")
     hdb = args.machine.open(args.base, None)
     args.config.prompt = args.config.prompt.replace(PLACEHOLDER, hdb.identifier)
     rows = opened(args, hdb)
@@ -109,10 +102,9 @@ def run_preoptimize(args: Preoptimize) -> None:
     table, chunks = rows.table, chunks_of(rows.data.names, args.config.chunk, shard)
     if args.merge:
         table = packed(rows)
-    elif args.engine == "ray" and chunks:
-        on_ray(args, chunks)
     else:
-        table = preoptimize(hdb.backbone, rows.data, args.config, args.output, shard=shard)
+        for _ in each(args, chunks, rows, opened, "chunks"):
+            pass
     names = [name for chunk in chunks for name in chunk]
     without = [name for name in names if not table.has(name)]
     if without:
@@ -126,60 +118,6 @@ def run_preoptimize(args: Preoptimize) -> None:
         loras = [updates(table[name][None].to(hdb.device)).detach().select(0) for name in shown]
         sheet = [hdb.generate([args.config.prompt] * 3, mine, seed=0) for mine in loras]
         save_sheet(args.output / "preview.png", sheet, shown, [""] * 3, "the first of them")
-
-
-class Worker:
-    """A worker of Ray: opens the base once, then makes the rows of one chunk after another. What a user got wrong comes back in words."""
-
-    def __init__(self, args: Preoptimize):
-        self.args = args
-        self.rows: Rows | None = None
-
-    def __call__(self, item: dict[str, str]) -> dict[str, str]:
-        try:
-            self.rows = self.rows or opened(self.args)
-            self.rows(json.loads(item["chunk"]))
-            return {"problem": ""}
-        except InputError as error:
-            return {"problem": str(error)}
-
-
-def on_ray(args: Preoptimize, chunks: Sequence[Sequence[str]]) -> None:
-    """Makes the rows of all chunks with Ray Data, by a worker on each GPU of the cluster, or on each CPU core.
-
-    Without `args.address` or RAY_ADDRESS a Ray with two workers is started on this machine and ends with the work. A worker that vanishes
-    is replaced and its chunks are done again. Raises InputError where a worker does, and where Ray isn't installed or can't be reached.
-    """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise InputError('the engine ray needs Ray: pip install "hyperdreambooth[ray]", or use --engine local.') from error
-    base = str(Path(args.base).resolve()) if Path(args.base).exists() else args.base
-    work = dataclasses.replace(args, base=base, folder=args.folder.resolve(), output=args.output.resolve())
-    where, count = args.address or os.environ.get("RAY_ADDRESS") or "local", len(chunks)
-    # two workers of its own, and little shared memory, since items are but names
-    own: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 1 << 28} if where == "local" else {}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(where, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"there is no Ray at {where} ({str(error).splitlines()[0]}). Check --address, or leave it out.") from error
-    try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        cards, cores = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
-        # two blocks a worker in flight: the next one waits beside the one in work
-        pool = ray.data.ActorPoolStrategy(size=min(count, cards or cores), max_tasks_in_flight_per_actor=2)
-        items = ray.data.from_items([{"chunk": json.dumps(chunk)} for chunk in chunks], override_num_blocks=min(count, MOST_BLOCKS))
-        done = items.map(Worker, fn_constructor_args=(work,), compute=pool, num_cpus=1, num_gpus=1 if cards else 0)
-        with Progress("chunks", count) as progress:
-            for number, row in enumerate(done.iter_rows(), 1):
-                if row["problem"]:
-                    raise InputError(row["problem"])
-                progress.update(number)
-    finally:
-        ray.shutdown()
 
 
 def opened(args: Preoptimize, hdb: HyperDreamBooth | None = None) -> Rows:

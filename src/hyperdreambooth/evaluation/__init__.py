@@ -15,7 +15,17 @@ class Request:
     """The JSON file to write; rows that are in it already are kept."""
     split: Literal["validation", "test"] = "test"  # Choices are made on validation; test is for reporting.
     atlas: Path = Path("benchmarks/atlas")  # References and true renders.
-    people: int | None = None  # Only the first so many people.
+    people: int | Path | None = None
+    """A number: only the first so many of the atlas's people. A folder of people, two photos or more each: they are measured instead, the
+    first photo by name being the one that is given, the others what the person is recognized by."""
+    base: str = "toon"  # The base to measure, where --people is a folder: as `personalize` takes it.
+    hypernetwork: str = "auto"  # Its hypernetwork, as `personalize` takes it; without one, the methods that need it are left out.
+    prompts: str | None = None
+    """What is drawn of the people of a folder: a text file, one prompt a line with [V], or a paper's list, dreambooth or hyperdreambooth
+    (the default)."""
+    judges: tuple[str, ...] = ()
+    """Who tells whether people of a folder are themselves, each with figures of its own: dlib (extra `judges`; the default), clip:ID,
+    dino:ID, or ID: a folder or hub id of a vision model of transformers; toon: the embedded recognizer."""
     rows: tuple[str, ...] = ()  # Only these rows.
     faithful: Path | None = None  # A faithful hypernetwork to compare with; default: benchmarks/faithful, where it exists.
     pictures: int = 1  # Pictures a prompt.

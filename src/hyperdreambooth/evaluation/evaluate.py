@@ -130,13 +130,14 @@ def rounded(values: dict[str, Tensor]) -> dict[str, Any]:
     return {name: [round(float(figure), 4) for figure in metrics.interval(value)] for name, value in values.items()}
 
 
-def fingerprint(hdb: HyperDreamBooth, atlas: Atlas, judges: Judges) -> str:
+def fingerprint(hdb: HyperDreamBooth, atlas: Atlas, judges: Judges | None = None) -> str:
     """Changes with any weight or picture that a figure depends on: rows of different weights must never share a table."""
     digest = hashlib.sha256()
-    modules = [hdb.backbone.components, hdb.backbone.pipe.vae, judges.recogniser, judges.classifier]
+    modules = [hdb.backbone.components, hdb.backbone.pipe.vae, *((judges.recogniser, judges.classifier) if judges else ())]
     modules += [hdb.source] if hdb.source is not None else []
     tensors = [tensor for module in modules for tensor in module.state_dict().values()]
-    tensors += [atlas.references, atlas.gallery, atlas.truths, *(t for t in (judges.training, judges.strangers) if t is not None)]
+    tensors += [atlas.references, atlas.gallery, atlas.truths]
+    tensors += [known for known in (judges.training, judges.strangers) if known is not None] if judges else []
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

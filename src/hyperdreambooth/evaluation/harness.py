@@ -23,6 +23,7 @@ from ..errors import InputError
 from ..lora import LoraSet
 from ..personal_lora import PLACEHOLDER
 from ..progress import say
+from ..settings import GenerateConfig
 from ..stages.dreambooth import Subject, prior_latents
 from ..stages.generate import generate
 from . import metrics, report
@@ -42,13 +43,16 @@ class Bench:
 
     hdb: HyperDreamBooth
     atlas: Atlas
-    judges: Judges
+    judges: Judges | None  # Of a world whose right answers are known.
     cache: Path
     stamp: str
     faithful: HyperDreamBooth | None = None
     faithful_stamp: str = ""
     count: int = 1  # Pictures a prompt.
     extras: bool = True  # Whether to draw nobody's face and the plain person too: a search doesn't need them.
+    main: str = "similarity"  # The figure of the curves.
+    drawn: GenerateConfig | None = None  # How pictures are drawn, where it isn't GUIDANCE.
+    names: Sequence[str] = ()  # Of people on photos.
     texts: dict[tuple[int, bool], str] = field(default_factory=dict)
     tuned: dict[str, LoraSet] = field(default_factory=dict)  # The last people's updates: a guided row draws those of the row before it.
 
@@ -91,7 +95,7 @@ class Bench:
         jobs = [(index, prompt, number) for index in range(len(who)) for prompt in prompts for number in range(self.count)]
         mine = loras.select(torch.tensor([index for index, _, _ in jobs], device=self.hdb.device)) if loras else None
         texts = [self.prompts[prompt].replace(PLACEHOLDER, self.hdb.identifier) for _, prompt, _ in jobs]
-        config = dataclasses.replace(self.hdb.generate_config(), **(IDENTITY_GUIDANCE if guided else GUIDANCE), batch=40)
+        config = self.drawn or dataclasses.replace(self.hdb.generate_config(), **(IDENTITY_GUIDANCE if guided else GUIDANCE), batch=40)
         seeds = [who[index] * 1000 + prompt * 10 + number for index, prompt, number in jobs]
         drawn = generate(self.hdb.backbone, texts, seeds, config, personal=mine)
         if not drawn.isfinite().all():
@@ -140,25 +144,27 @@ class Bench:
         if subject is not None:
             train(self.hdb, method, subject, predicted, wanted, keep)
 
-    def pictures(self, name: str, method: Method, step: int, people: int) -> Tensor:
-        """What `make` drew of the first people: (people, prompts, count, 3, H, W) in -1..1."""
-        truths = self.atlas.truths[:people, :, None]
+    def pictures(self, name: str, method: Method, step: int, people: int, first: int = 0) -> Tensor:
+        """What `make` drew of people from `first` to before `people`: (people, prompts, count, 3, H, W) in -1..1."""
+        truths = self.atlas.truths[first:people, :, None]
         if method.kind == "true":
             return truths
         if method.kind == "reconstruction":
             backbone, flat = self.hdb.backbone, truths.flatten(0, 2)
             parts = [backbone.decode_images(backbone.encode_images(part)).cpu() for part in flat.split(64)]
             return torch.cat(parts).reshape(truths.shape)
-        files = [self.file(name, method, step, person) for person in range(people)]
+        files = [self.file(name, method, step, person) for person in range(first, people)]
         return torch.stack([read_tensors(file)[0]["pictures"] for file in files]).float() / 127.5 - 1
 
     def alike(self, pictures: Tensor) -> Tensor:
         """Cosine of pictures (N, k, 3, H, W) to the first N people's gallery pictures: (N, k)."""
+        assert self.judges is not None
         embedded = self.judges.recogniser.embed(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
         return metrics.similarity(embedded, self.judges.recogniser.embed(self.atlas.gallery[: len(pictures)]))
 
     def figures(self, name: str, method: Method, step: int, people: int) -> dict[str, Any]:
         """All figures of the first people, each as [mean, low, high] of a 95 % interval over people."""
+        assert self.judges is not None
         pictures, count = self.pictures(name, method, step, people), len(self.atlas.prompts)
         atlas = self.atlas if pictures.shape[1] >= count else self.atlas.only(range(0, count, 2))
         found = judge(pictures[:, :count], atlas, self.judges)
@@ -173,16 +179,23 @@ class Bench:
         }
         return found | rounded(values)
 
+    def likeness(self, name: str, method: Method, people: int) -> Tensor:
+        """How alike the first people and their own pictures are: (people,)."""
+        drawn = self.pictures(name, method, self.steps(method), people)
+        return self.alike(drawn[:, : len(self.atlas.prompts), 0]).mean(1)
+
     def worst(self, methods: Mapping[str, Method], people: int, count: int = 3) -> dict[str, tuple[list[list[str]], list[str]]]:
         """Every method's pictures of the people whom the last of them hits worst, as grids for the report."""
-        drawn = {name: self.pictures(name, method, self.steps(method), people)[:, :, 0] for name, method in methods.items()}
-        alike = self.alike(list(drawn.values())[-1][:, : len(self.atlas.prompts)]).mean(1)
-        grids = {}
+        alike, grids = self.likeness(*list(methods.items())[-1], people), {}
         for person in alike.argsort()[:count].tolist():
             rows = {"reference": self.atlas.references[[person]]}
-            rows |= {name: pictures[person, : len(self.atlas.prompts)] for name, pictures in drawn.items()}
+            for name, method in methods.items():
+                rows[name] = self.pictures(name, method, self.steps(method), person + 1, person)[0, : len(self.atlas.prompts), 0]
             shown = [[name, *map(report.embedded, photos.to_images(row))] for name, row in rows.items()]
-            grids[f"Person {person + 1}, similarity {alike[person]:.2f}"] = shown, ["", *self.atlas.prompts]
+            grids[f"{self.names[person] if self.names else f'Person {person + 1}'}, similarity {alike[person]:.2f}"] = (
+                shown,
+                ["", *self.atlas.prompts],
+            )
         return grids
 
 
@@ -192,8 +205,14 @@ def timed(bench: Bench, methods: Mapping[str, Method], rounds: int = 2, steps: i
     for name, method in [one for _ in range(rounds) for one in methods.items()]:
         subject, predicted = bench.people(method, [0])
         if subject is not None:
-            seconds, numbers = train(bench.hdb, dataclasses.replace(method, steps=steps), subject, predicted, (), lambda *_: None)
+            made: dict[int, LoraSet | None] = {}
+            short = dataclasses.replace(method, steps=steps)
+            seconds, numbers = train(bench.hdb, short, subject, predicted, (steps,), made.__setitem__)
             found[name] = {"step": min(seconds, found.get(name, {}).get("step", seconds)), "numbers": numbers}
+            predicted = made[steps]
+        if bench.names:
+            ours = found.setdefault(name, {"step": 0.0, "numbers": 0})
+            ours["bytes"] = 2 * (sum(t.numel() for lora in (predicted or {}).values() for t in (lora.down, lora.up)) or ours["numbers"])
     return found
 
 
@@ -214,6 +233,7 @@ def compare(
         def point(name: str, method: Method, step: int, people: int = people) -> dict[str, Any]:
             cost = timings.get(name, {"step": 0.0, "numbers": 0})
             spent = {"steps": step, "seconds": round(step * cost["step"], 2), "numbers": int(cost["numbers"])}
+            spent |= {"bytes": int(cost["bytes"])} if "bytes" in cost else {}
             return {**spent, **bench.figures(name, method, step, people)}
 
         curves = {}

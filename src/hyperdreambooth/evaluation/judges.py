@@ -1,18 +1,27 @@
-"""The embedded world's judges, used only to measure: a recognizer of identities and a classifier of contexts.
+"""Who measures, and does nothing else: the embedded world's recognizer and classifier, and judges for photographs.
 
-They share no weights, seed or architecture with the encoder that predicts.
+The embedded ones share no weights, seed or architecture with the encoder that predicts. A judge of identities has `embed`: pictures
+(N, 3, H, W) in -1..1 -> unit vectors (N, D), NaN where it finds no face.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import ConvNextV2Config, ConvNextV2Model
+from transformers import AutoModel, AutoTokenizer, ConvNextV2Config, ConvNextV2Model
 
+from ..assets import toon
 from ..checkpoint import read_json, read_tensors, save_tensors, write_json
+from ..encoder import FaceEncoder
+from ..errors import InputError
+from ..photos import to_images
 
 
 class Judge(nn.Module):
@@ -71,3 +80,92 @@ class Judge(nn.Module):
         tensors, _ = read_tensors(Path(folder) / "model.safetensors")
         judge.load_state_dict({name: value.float() for name, value in tensors.items()})
         return judge.eval().requires_grad_(False)
+
+
+class Dlib:
+    """dlib's detector, five landmarks and recognizer, which was trained on real faces and comes inside its packages. Raises InputError without them."""
+
+    def __init__(self) -> None:
+        found = importlib.util.find_spec("face_recognition_models")
+        if found is None or importlib.util.find_spec("dlib") is None:
+            raise InputError('the judge "dlib" isn\'t installed: pip install "hyperdreambooth[judges]", or name others with --judges.')
+        import dlib
+
+        models = Path(next(iter(found.submodule_search_locations or ()))) / "models"
+        self.detect = dlib.get_frontal_face_detector()
+        self.landmarks = dlib.shape_predictor(str(models / "shape_predictor_5_face_landmarks.dat"))
+        self.recognizer = dlib.face_recognition_model_v1(str(models / "dlib_face_recognition_resnet_model_v1.dat"))
+
+    def __call__(self, picture: np.ndarray) -> np.ndarray | None:
+        """The 128 numbers that dlib tells people apart by, of the largest face of a picture (H, W, 3) uint8; None where it finds none."""
+        large = np.ascontiguousarray(picture.repeat(2, 0).repeat(2, 1)) if len(picture) < 200 else picture
+        faces = self.detect(large, 0) or self.detect(large, 1)
+        if not faces:
+            return None
+        largest = max(faces, key=lambda face: face.area())
+        return np.array(self.recognizer.compute_face_descriptor(large, self.landmarks(large, largest)))
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        found = [self(np.asarray(image)) for image in to_images(pixels)]
+        vectors = np.stack([np.full(128, np.nan) if one is None else one for one in found])
+        return nn.functional.normalize(torch.from_numpy(vectors).float(), dim=-1)
+
+
+class Vision:
+    """A vision model of transformers: its class token, or where it has none the mean over positions. Of a CLIP, or a relative with its two
+    towers, `texts` takes what compares pictures with texts."""
+
+    def __init__(self, source: str, device: torch.device, texts: bool = False):
+        self.encoder, self.device, self.clip = FaceEncoder.from_pretrained(source).to(device), device, texts
+        self.token = any(name.endswith(("cls_token", "class_embedding")) for name, _ in self.encoder.model.named_parameters())
+        if texts:
+            try:
+                self.model, self.tokenizer = (
+                    AutoModel.from_pretrained(source).float().to(device).eval(),
+                    AutoTokenizer.from_pretrained(source),
+                )
+                self.embed_texts(["a face"])
+            except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
+                raise InputError(
+                    f"{source} isn't a CLIP with its tokenizer. As a judge of pictures alone, name it without clip:"
+                ) from error
+
+    @torch.no_grad()
+    def embed(self, pixels: Tensor, batch: int = 32) -> Tensor:
+        mean, std = torch.tensor([self.encoder.mean, self.encoder.std], device=self.device)[..., None, None]
+        found = []
+        for part in pixels.to(self.device).split(batch):
+            if self.clip:
+                scaled = ((self.encoder.resized(part) + 1) / 2 - mean) / std
+                found.append(self.model.get_image_features(pixel_values=scaled).pooler_output)
+            else:
+                found.append(self.encoder(part)[:, 0] if self.token else self.encoder(part).mean(1))
+        return nn.functional.normalize(torch.cat(found).cpu(), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (N, D) of texts."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return nn.functional.normalize(self.model.get_text_features(**tokens.to(self.device)).pooler_output.cpu(), dim=-1)
+
+
+Embeds = Judge | Dlib | Vision
+
+
+def open_judges(names: Sequence[str], device: torch.device) -> dict[str, Embeds]:
+    """Judges by what their columns are called: "dlib", "toon" (the embedded recognizer), "clip:ID", "dino:ID", or "ID" of any vision model.
+
+    ID is a folder or USER/NAME on the hub. Raises InputError for what is none of these.
+    """
+    judges: dict[str, Embeds] = {}
+    for name in dict.fromkeys(names):
+        kind, _, rest = name.rpartition(":") if name.startswith(("clip:", "dino:")) else ("", "", name)
+        if name not in ("dlib", "toon") and not os.path.isdir(rest) and (rest.count("/") != 1 or ":" in rest or Path(rest).exists()):
+            kinds = "dlib, toon, clip:ID, dino:ID, and the ID of any vision model of transformers: its folder, or USER/NAME on the hub"
+            raise InputError(f"{name!r} is no judge. There are {kinds}.")
+        short = f"{kind}:{Path(rest).name}".removeprefix(":")
+        label = name if short in judges else short
+        embedded = Judge.from_pretrained(toon.directory("recogniser")) if name == "toon" else None
+        judges[label] = embedded or (Dlib() if name == "dlib" else Vision(rest, device, texts=kind == "clip"))
+    return judges

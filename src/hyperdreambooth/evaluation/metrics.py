@@ -1,5 +1,7 @@
 """What is measured, as pure functions. A value a picture comes out, (N, ...) with people first; means come last."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,15 +36,26 @@ def auc(embedded: Tensor, gallery: Tensor) -> Tensor:
     """For each picture (N, ..., D) the share of all wrong pairs that are less alike than it is to its own person: (N, ...).
 
     A wrong pair is a picture and somebody else of the gallery (M, D), which begins with the N people. The mean is the area under the
-    ROC curve of "the same person?"; ties count half.
+    ROC curve of "the same person?"; ties count half. A picture without a face (NaN) is less alike than any, and makes no wrong pairs.
     """
     alike = (embedded @ gallery.mT).reshape(len(embedded), -1, len(gallery))
     people = torch.arange(len(embedded))
     wrong = torch.ones_like(alike, dtype=torch.bool)
     wrong[people, :, people] = False
-    scores, own = alike[wrong].sort().values, alike[people, :, people].contiguous()
+    scores, own = alike[wrong & alike.isfinite()].sort().values, alike[people, :, people].contiguous().nan_to_num(-torch.inf)
     below, upto = torch.searchsorted(scores, own), torch.searchsorted(scores, own, right=True)
-    return ((below + upto) / 2 / len(scores)).reshape(embedded.shape[:-1])
+    return ((below + upto) / 2 / max(1, len(scores))).reshape(embedded.shape[:-1])
+
+
+def spearman(one: Tensor, other: Tensor) -> float | None:
+    """Rank correlation of two figures (N,), ties sharing their mean rank, where both are numbers; None where there is none to be had."""
+    both = one.isfinite() & other.isfinite()
+    ranked = []
+    for values in (one[both].double(), other[both].double()):
+        known = values.sort().values
+        ranked.append((torch.searchsorted(known, values) + torch.searchsorted(known, values, right=True)).double())
+    found = torch.corrcoef(torch.stack(ranked))[0, 1].item() if both.sum() > 2 else math.nan
+    return round(found, 3) if math.isfinite(found) else None
 
 
 def copied(embedded: Tensor, references: Tensor, training: Tensor) -> Tensor:

@@ -10,26 +10,29 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .. import assets
 
 ASSETS = Path(assets.__file__).parent / "report"
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True)
+LARGEST = 256  # Side in pixels of the pictures on a page, at most.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")  # Told apart by everybody (Okabe and Ito).
 
 
 def embedded(image: Image.Image) -> Markup:
-    """A picture as a part of the page."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return Markup(f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+    """A picture as a part of the page; a large one as a thumbnail."""
+    buffer, kind = io.BytesIO(), "png" if max(image.size) <= LARGEST else "webp"
+    if kind == "webp":
+        image = ImageOps.contain(image, (LARGEST, LARGEST))
+    image.save(buffer, format=kind)
+    return Markup(f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}">')
 
 
 def plot(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> Markup:
     """Curves as an SVG: each line's points are (x, y), x on a logarithmic scale with 0 at its left end."""
     width, height, left, top = 720, 340, 60, 16
-    points = [point for line in lines.values() for point in line]
+    points = [point for line in lines.values() for point in line] or [(0.0, 0.0)]
     least, most = min((at for at, _ in points if at > 0), default=1.0), max(at for at, _ in points)
     low = math.log10(max(min(at for at, _ in points), least / 2))
     high = max(math.log10(max(most, least / 2)), low + 0.1)
@@ -53,7 +56,8 @@ def plot(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> 
 
 def curves(found: Mapping[str, Sequence[Mapping[str, Any]]], over: str, figure: str = "similarity") -> Markup:
     """The methods' figure over steps or seconds."""
-    return plot({name: [(point[over], point[figure][0]) for point in line] for name, line in found.items()}, over, figure)
+    lines = {name: [(point[over], point[figure][0]) for point in line if figure in point] for name, line in found.items()}
+    return plot({name: line for name, line in lines.items() if line}, over, figure)
 
 
 def document(title: str, sections: Sequence[Mapping[str, Any]]) -> str:
@@ -66,13 +70,20 @@ def document(title: str, sections: Sequence[Mapping[str, Any]]) -> str:
     return TEMPLATES.get_template("page.html").render(title=title, sections=sections)
 
 
-def page(title: str, figures: Mapping[str, Any], table: str, grids: Mapping[str, tuple[list[list[str]], list[str]]]) -> str:
+def page(
+    title: str, figures: Mapping[str, Any], table: str, grids: Mapping[str, tuple[list[list[str]], list[str]]], main: str = "similarity"
+) -> str:
     """The report: the Markdown table's figures, the curves, what the search tried, and grids of pictures (rows of cells, heads)."""
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    text = f"{figures['people']} people of the {figures['settings']['split']} split, 95 % intervals over people."
-    sections: list[dict[str, Any]] = [{"texts": [text], "head": head, "rows": rows, "wide": True}]
+    settings = figures["settings"]
+    source = f"the {settings['split']} split" if "split" in settings else settings["people of"]
+    texts = [f"{figures['people']} people of {source}, 95 % intervals over people."]
+    texts += [
+        f"Agreement of {pair}, Spearman's correlation over all pictures: {found}." for pair, found in figures.get("agreement", {}).items()
+    ]
+    sections: list[dict[str, Any]] = [{"texts": texts, "head": head, "rows": rows, "wide": True}]
     shown = ("seconds", "steps") if figures["curves"] else ()
-    sections += [{"title": f"Identity over {over}", "plot": curves(figures["curves"], over)} for over in shown]
+    sections += [{"title": f"Identity over {over}", "plot": curves(figures["curves"], over, main)} for over in shown]
     sections += [{"title": name, "head": columns, "rows": lines, "wide": True} for name, (lines, columns) in grids.items()]
     for name, found in figures.get("search", {}).items():
         tried: dict[str, list[tuple[float, float]]] = {}

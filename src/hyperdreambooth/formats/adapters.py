@@ -21,7 +21,7 @@ from peft.tuners.lokr.layer import make_kron, make_weight_cp
 from torch import Tensor
 
 from ..checkpoint import read_tensors
-from ..errors import InputError, some
+from ..errors import InputError, refusing, some
 from ..lora import linear_shape
 from .keys import TABLES, Names, Place, plain_path, split
 
@@ -154,10 +154,8 @@ def _peft_config(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     beside = path.with_name("adapter_config.json")
     if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
         text, where = beside.read_text(encoding="utf-8"), str(beside)
-    try:
+    with refusing(f"{where} isn't a JSON object, so the LoRA's scale is unknown", TypeError, ValueError):
         return dict(json.loads(text or "{}"))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where} isn't a JSON object ({error}), so the LoRA's scale is unknown.") from error
 
 
 def _scale(parts: Mapping[str, Tensor], config: dict[str, Any], path: str, where: str) -> float:
@@ -168,7 +166,8 @@ def _scale(parts: Mapping[str, Tensor], config: dict[str, Any], path: str, where
     component, _, rest = path.partition(".")
     found = (config.get(f"{component}.{name}", config.get(name)) for name in ("lora_alpha", "alpha", "alpha_pattern", "use_rslora"))
     alpha, lycoris, patterns, rslora = found
-    try:
+    kinds = ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError, re.error
+    with refusing(f"{where} has no scale that makes sense: its alpha, or PEFT's configuration, is wrong", *kinds):
         if "alpha" in parts and parts["alpha"].numel() != 1:
             raise ValueError(f"alpha holds {parts['alpha'].numel()} numbers, expected one")
         if "alpha" in parts:
@@ -177,8 +176,6 @@ def _scale(parts: Mapping[str, Tensor], config: dict[str, Any], path: str, where
         matching = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", rest))
         alpha = next(matching, lycoris if alpha is None else alpha)
         return 1.0 if alpha is None else float(alpha) / (math.sqrt(len(ranked[0])) if rslora else len(ranked[0]))
-    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError, re.error) as error:
-        raise InputError(f"{where} has no scale that makes sense: its alpha, or PEFT's configuration, is wrong ({error}).") from error
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

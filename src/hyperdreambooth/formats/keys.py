@@ -3,8 +3,6 @@
 A name is a layer's, then the tensor's part in it: `unet.mid_block...to_q.lora_A.weight`, `lora_unet_mid_block_..._to_q.alpha`. A layer's own
 names are known, whichever prefix or separator; names by the code that a base was first published with are diffusers' to translate
 (`lora_state_dict`), but for SD 3's, which it lacks. There one layer may be several of diffusers' (query, key, value).
-
-Paths in memory are canonical: `text_model.` exactly once inside a text encoder (see `lora.canonical`).
 """
 
 import json
@@ -29,8 +27,7 @@ PART = re.compile(
     r"|(alpha|dora_scale|diff|diff_b|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)))"
 )
 PARTS = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}
-ROWS = 3072 * 7
-"""Outputs of the layer by which diffusers is asked: what its converter of Flux's `linear1` insists on."""
+ROWS = 3072 * 7  # Outputs of the layer by which diffusers is asked: what its converter of Flux's `linear1` insists on.
 
 
 def split(name: str) -> tuple[str, str]:

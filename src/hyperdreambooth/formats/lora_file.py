@@ -1,32 +1,44 @@
-"""Standard LoRA files: written in diffusers' or kohya's layout, read in any, found in folders and on the hub, or in a base as a style."""
+"""Standard LoRA files: written in diffusers' or kohya's layout, read in any, found in folders and on the hub, or in a base as a style.
 
+A file's header tells UIs about it, by Stability's model metadata standard (`modelspec.*`) and kohya's keys (`ss_*`, `sshs_*`): A1111 and
+Forge group LoRAs by `ss_base_model_version` and `ss_v2`, list them as `ss_output_name`, and show `ss_tag_frequency`; ComfyUI and SwarmUI
+read `modelspec.*`, with the picture in `modelspec.thumbnail`. What a header says is in assets/loras.json, with names for what differs.
+"""
+
+import base64
+import hashlib
+import io
+import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whatever HTTP library it uses
+from PIL import Image
 from torch import Tensor, nn
 
-from .. import header
+from .. import __version__, header
 from ..checkpoint import save_tensors
-from ..errors import InputError, fresh
+from ..errors import InputError, fresh, refusing
 from ..lora import Lora, LoraSet, applied, can_be_added_to, canonical
 from . import keys
 from .adapters import Adapter, read_adapters
-from .keys import Names
-from .metadata import hashes
+from .keys import TABLES, Names
 
 Layout = Literal["diffusers", "kohya"]
 Style = str | Path | tuple[str | Path, float]
 """A LoRA: a file, a folder or a repository with one, or (one of these, strength)."""
 
-CARRIERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""The components that a LoRA may change."""
+CARRIERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # The components that a LoRA may change.
+HUB_ERRORS = (HTTPError, OSError, ValueError)
+"""What huggingface_hub raises for a hub that can't be reached, a refused token, an invalid name, and an invalid model card."""
 
 
 @dataclass
@@ -36,8 +48,65 @@ class LoraFile:
     loras: LoraSet
     metadata: dict[str, str]
     layout: str
-    convolutions: frozenset[str] = frozenset()
-    """Layers that are 1 x 1 convolutions in their base."""
+    convolutions: frozenset[str] = frozenset()  # Layers that are 1 x 1 convolutions in their base.
+
+
+def base_metadata(pipe: Any, base: str, resolution: int) -> dict[str, str]:
+    """What a LoRA's header says about its base, which the user calls `base`: a pipeline of diffusers, of pictures `resolution` pixels a side."""
+    architecture, version = _architecture(pipe)
+    name = Path(base).name if Path(base).exists() else base  # the path on this machine doesn't belong into a file
+    values = {"architecture": architecture, "version": version, "second": version.startswith("sd_v2"), "name": name, "side": resolution}
+    metadata = {key: text.format(**values) for key, text in TABLES["header"]["base"].items()}
+    prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(pipe.scheduler.config.get("prediction_type", ""))
+    return metadata | ({"modelspec.prediction_type": prediction} if prediction else {})
+
+
+def _architecture(pipe: Any) -> tuple[str, str]:
+    """A pipeline's architecture by the standard, and kohya's name for its version."""
+    kind = type(pipe).__name__
+    if kind.startswith("Flux"):
+        return ("flux-1-dev" if pipe.transformer.config.guidance_embeds else "flux-1-schnell"), "flux1"
+    if kind.startswith("StableDiffusion3"):
+        # 3 medium has 24 blocks, 3.5 medium too but with a second attention in some, 3.5 large has 38
+        config = pipe.transformer.config
+        size = "3.5-large" if config.num_layers > 24 else "3.5-medium" if config.dual_attention_layers else "3-medium"
+        return f"stable-diffusion-{size}", "sd3"
+    if kind.startswith("StableDiffusionXL"):
+        return "stable-diffusion-xl-v1-base", "sdxl_base_v1-0"
+    velocity = pipe.scheduler.config.get("prediction_type") == "v_prediction"
+    if pipe.unet.config.cross_attention_dim == 1024:  # OpenCLIP's width, which only the second version has
+        return ("stable-diffusion-v2-768-v", "sd_v2_v") if velocity else ("stable-diffusion-v2-512", "sd_v2")
+    return "stable-diffusion-v1", "sd_v1_v" if velocity else "sd_v1"
+
+
+def standard_metadata(loras: LoraSet, *, title: str, trigger: str, identifier: str, **given: str | Image.Image | None) -> dict[str, str]:
+    """What a LoRA's header says about the LoRA itself; `base_metadata` belongs beside it. `given`: author, license, thumbnail."""
+    rank = max(lora.rank for lora in loras.values())
+    values = {"title": title, "trigger": trigger, "identifier": identifier, "rank": rank, "alpha": float(rank), "version": __version__}
+    frequency, date = json.dumps({"hyperdreambooth": {trigger: 1}}), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    metadata = {key: text.format(**values, frequency=frequency, date=date) for key, text in TABLES["header"]["lora"].items()}
+    for name, value in given.items():
+        if isinstance(value, Image.Image):  # as a small JPEG in a data URL, of 256 pixels a side, as the standard recommends
+            small, buffer = value.convert("RGB"), io.BytesIO()
+            small.thumbnail((256, 256))
+            small.save(buffer, "JPEG", quality=85)
+            value = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        metadata |= {f"modelspec.{name}": value} if value else {}
+    return metadata
+
+
+def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The hashes that UIs look a LoRA up by: of the tensors' bytes, and kohya's older one.
+
+    The older one covers 64 KB at 1 MB into a file that has no header but `ss_*` (so that editing the rest changes nothing);
+    of a smaller file it is the hash of nothing.
+    """
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    content = safetensors.torch.save(dict(tensors), training)
+    start = 8 + int.from_bytes(content[:8], "little")
+    whole = hashlib.sha256(content[start:]).hexdigest()
+    legacy = hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
+    return {"modelspec.hash_sha256": f"0x{whole}", "sshs_model_hash": whole, "sshs_legacy_hash": legacy}
 
 
 def fingerprint(loras: LoraSet) -> str:
@@ -132,25 +201,17 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def find_lora(name: str | Path) -> Path:
-    """The file that is meant by a file, a folder, `user/repo` or `user/repo/file` on the hub.
-
-    Raises InputError where there is none, several, or the hub can't be reached.
-    """
+    """The file that a file, a folder, or `user/repo[/file]` on the hub means. Raises InputError where there is none, or several."""
     path, repository = Path(name), re.fullmatch(r"([\w.-]*\w/[\w.-]+)(?:/(.+))?", str(name))
     if path.is_dir():
         return path / _only([file.name for file in path.iterdir()], str(name))
     if path.exists() or not repository or repository[1].endswith((".safetensors", ".tokens")):
         return path
-    try:
+    with refusing(f"{name} is no file or folder here, and no LoRA on the hub that can be reached", *HUB_ERRORS):
         if repository[2]:
             return Path(hf_hub_download(repository[1], repository[2]))
         about = HfApi().model_info(repository[1])
         return Path(hf_hub_download(repository[1], _only([file.rfilename for file in about.siblings or []], str(name)), revision=about.sha))
-    except InputError:  # is a ValueError
-        raise
-    except (HTTPError, OSError, ValueError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise InputError(f"{name} is no file or folder here, and no LoRA on the hub that can be reached: {why}.") from error
 
 
 def _only(files: list[str], where: str) -> str:
@@ -170,7 +231,6 @@ def styled(pipe: Any, styles: Sequence[Style]) -> Iterator[None]:
 
     Afterwards, also after an error, the weights are what they were, bit for bit; they stay where they lie in memory. Several files add up:
     each one's change is that of the untouched weight. Weights that nothing can be added to (quantized ones) take plain LoRAs by hooks.
-
     Raises InputError for a file that is no LoRA, or for another base.
     """
     if not styles:
@@ -196,14 +256,14 @@ def styled(pipe: Any, styles: Sequence[Style]) -> Iterator[None]:
                     stack.enter_context(applied(root, plain(path, adapters, why).scaled(strength)))
                     continue
                 for adapter in adapters:
-                    layers = [names.modules[place.path] for place in adapter.places]
-                    count, first = sum(len(layer.weight) for layer in layers), layers[0].weight
-                    rows = [place.outputs(count) for place in adapter.places]
+                    layers = [(names.modules[place.path], place) for place in adapter.places]
+                    count, first = sum(len(layer.weight) for layer, _ in layers), layers[0][0].weight
                     whole = torch.empty(count, *first.shape[1:], device=first.device)
-                    for layer, own in zip(layers, rows, strict=True):
-                        whole[own] = originals.get(layer.weight, layer.weight).to(whole)
+                    for layer, place in layers:
+                        whole[place.outputs(count)] = originals.get(layer.weight, layer.weight).to(whole)
                     change, bias = adapter.delta(whole, strength), adapter.bias(strength)
-                    for layer, own in zip(layers, rows, strict=True):
+                    for layer, place in layers:
+                        own = place.outputs(count)
                         add(layer.weight, change[own])
                         if bias is not None:
                             add(layer.bias, bias[own])

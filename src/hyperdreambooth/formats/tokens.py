@@ -24,8 +24,6 @@ def save_tokens(
 ) -> Path:
     """Writes tokens (layers, width). Raises InputError where `path` exists."""
     path = fresh(path, overwrite)
-    if tuple(tokens.shape) != lightweight.token_shape:
-        raise ValueError(f"tokens of shape {tuple(tokens.shape)}, expected {lightweight.token_shape}")
     recipe = json.dumps({key: value for key, value in lightweight.recipe().items() if key != "targets"})
     header = {TOKENS: VERSION, "hyperdreambooth.fingerprint": lightweight.fingerprint(), "hyperdreambooth.recipe": recipe, **metadata}
     return save_tensors(path, dict(zip(lightweight.targets, tokens.float(), strict=True)), header)
@@ -40,10 +38,7 @@ def is_tokens(path: str | Path) -> bool:
 
 
 def read_tokens(path: str | Path, lightweight: LightweightLora) -> Tensor:
-    """Tokens (layers, width) in the order of `lightweight`'s targets.
-
-    Raises InputError for a file that is no token file, of a newer version, or of another fingerprint.
-    """
+    """Tokens (layers, width) in the order of `lightweight`'s targets. Raises InputError for another kind, version or fingerprint."""
     tensors, header = read_tensors(path)
     if TOKENS not in header:
         raise InputError(f"{path} is no token file.")

@@ -26,14 +26,14 @@ def join(phrases: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def strangeness(backbone: Backbone, latents: Tensor, prompt: str, *, noises: int = 4) -> Tensor:
+def strangeness(backbone: Backbone, latents: Tensor, prompt: str) -> Tensor:
     """How badly the base denoises photos' latents (N, C, h, w) at the noise level 0.5: (N,), near 1 where it knows nothing like them.
 
     A base of drawings gets photographs wrong by several times what it gets its own drawings wrong by.
     """
-    noise = torch.randn(noises, *latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
-    conditioning, steps = PromptCache(backbone)([prompt] * noises), backbone.steps_for(torch.full((noises,), 0.5))
-    losses = [denoising_loss(backbone, one.expand(noises, *one.shape), conditioning, noise, steps).mean() for one in latents]
+    noise = torch.randn(4, *latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
+    conditioning, steps = PromptCache(backbone)([prompt] * 4), backbone.steps_for(torch.full((4,), 0.5))
+    losses = [denoising_loss(backbone, one.expand(4, *one.shape), conditioning, noise, steps).mean() for one in latents]
     return torch.stack(losses).cpu()
 
 
@@ -44,14 +44,7 @@ def familiar(backbone: Backbone, latents: Tensor, prompt: str) -> float:
 
 @torch.no_grad()
 def describe(
-    backbone: Backbone,
-    latents: Tensor,
-    slots: Sequence[Sequence[str]],
-    predicted: LoraSet | None = None,
-    *,
-    noises: int = 2,
-    seed: int = 0,
-    batch: int = 32,
+    backbone: Backbone, latents: Tensor, slots: Sequence[Sequence[str]], predicted: LoraSet | None = None, noises: int = 2, batch: int = 32
 ) -> list[str]:
     """Prompts of N photos' latents (N, C, h, w).
 
@@ -63,17 +56,15 @@ def describe(
     """
     prompts, people = PromptCache(backbone), len(latents)
     steps = backbone.steps_for(torch.tensor(LEVELS * noises).repeat_interleave(people))
-    noise = torch.randn(len(LEVELS) * noises, *latents.shape[1:], generator=torch.Generator().manual_seed(seed)).to(latents)
+    noise = torch.randn(len(LEVELS) * noises, *latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
     noise = noise.repeat_interleave(people, 0)
     copies = max(1, batch // people) * people
 
     def losses(texts: list[str]) -> Tensor:
         """Mean loss of each photo under its text: (N,)."""
-        parts = []
-        for some, at in zip(noise.split(copies), steps.split(copies), strict=True):
-            tiles = len(some) // people
-            parts.append(denoising_loss(backbone, latents.repeat(tiles, 1, 1, 1), prompts(texts * tiles), some, at))
-        return torch.cat(parts).unflatten(0, (-1, people)).mean(0)
+        parts = ((some, at, len(some) // people) for some, at in zip(noise.split(copies), steps.split(copies), strict=True))
+        found = [denoising_loss(backbone, latents.repeat(n, 1, 1, 1), prompts(texts * n), some, at) for some, at, n in parts]
+        return torch.cat(found).unflatten(0, (-1, people)).mean(0)
 
     chosen = [[slot[0] for slot in slots] for _ in range(people)]
     with applied(backbone.components, predicted or {}):

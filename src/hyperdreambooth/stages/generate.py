@@ -40,26 +40,25 @@ def generate(
     for name, value in (("width", config.width), ("height", config.height)):
         if value is not None and (value < 1 or value % backbone.unit):
             raise InputError(f"{name} must be a multiple of {backbone.unit} for this base, not {value}.")
-    cache = PromptCache(backbone)
-    batched = personal is not None and next(iter(personal.values())).down.ndim == 3
-    pictures = []
+    cache, pictures = PromptCache(backbone), []
+    scaled = personal.scaled(config.strength) if personal else None
+    batched = scaled is not None and next(iter(scaled.values())).down.ndim == 3
     for start in range(0, len(prompts), config.batch):
         part = slice(start, start + config.batch)
-        mine = personal.select(part) if personal and batched else personal
+        mine = scaled.select(part) if scaled and batched else scaled
         wanted = list(prompts[part])
         noise = noise_for(backbone, seeds[part], config.height, config.width)
-        scaled = mine.scaled(config.strength) if mine else None
         without = [config.negative] * len(wanted)
-        plain, negative = cache(wanted, without), cache(without, wanted)
-        conditioning = plain
-        text = LoraSet({path: lora for path, lora in (scaled or {}).items() if is_text(path, backbone)})
+        conditioning = plain = cache(wanted, without)
+        negative = cache(without, wanted)
+        text = LoraSet({path: lora for path, lora in (mine or {}).items() if is_text(path, backbone)})
         if text:  # it belongs to the branches with the person
             longest = cache.longest([*wanted, config.negative])
             with applied(backbone.components, text), torch.no_grad():
                 conditioning = backbone.encode_prompts(wanted, longest)
                 negative = negative if config.identity is not None else backbone.encode_prompts(without, longest)
         generator = torch.Generator().manual_seed(seeds[start])
-        latents = sample(backbone, Prompts(conditioning, negative, plain), noise, config, personal=scaled, generator=generator)
+        latents = sample(backbone, Prompts(conditioning, negative, plain), noise, config, personal=mine, generator=generator)
         pictures.append(decoded(backbone, latents).cpu())
         if on_picture:
             on_picture(start + len(wanted))

@@ -10,7 +10,7 @@ names alone, never from which rows are there or whose turn it is: shards, machin
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -48,7 +48,6 @@ def preoptimize(
     output: str | Path,
     *,
     shard: tuple[int, int] = (0, 1),
-    on_row: Callable[[str, Tensor], None] | None = None,
     minutes: float | None = None,
 ) -> Table:
     """Makes the rows of a shard's identities, tokens (layers, width), one file each in `output`/rows. Rows that are there are kept.
@@ -62,7 +61,7 @@ def preoptimize(
         for done, chunk in enumerate(chunks, 1):
             if minutes is not None and time.monotonic() - begun > 60 * minutes:
                 break
-            make(chunk, on_row)
+            make(chunk)
             progress.update(done)
     return make.table
 
@@ -76,7 +75,7 @@ class Rows:
         self.lightweight = LightweightLora(targets, config.lightweight)
         self.table = Table(output, self.lightweight.fingerprint())
 
-    def __call__(self, chunk: Sequence[str], on_row: Callable[[str, Tensor], None] | None = None) -> None:
+    def __call__(self, chunk: Sequence[str]) -> None:
         if all(map(self.table.has, chunk)):
             return
         latents = self.data.latents_of(chunk)
@@ -91,11 +90,8 @@ class Rows:
                 raise
             return  # another process was done with the chunk, and took the checkpoint away
         for name, row in zip(latents, tokens, strict=True):
-            if self.table.has(name):
-                continue  # it was written before an interruption, or by another process
-            save_row(self.output, name, row, self.table.fingerprint)
-            if on_row:
-                on_row(name, row)
+            if not self.table.has(name):  # else it was written before an interruption, or by another process
+                save_row(self.output, name, row, self.table.fingerprint)
         # the folder stays until tables are merged: another process may be about to write its own checkpoint there
         (state / "state.safetensors").unlink(missing_ok=True)
 

@@ -25,7 +25,7 @@ from ..data import IdentityData, PromptCache, conditioning_in
 from ..encoder import FaceEncoder
 from ..errors import InputError, TrainingError
 from ..lora import Hooks, LoraSet, applied, find_targets, shared_norm, update_norms
-from ..objectives import denoising, denoising_loss, gaussian, weight_loss
+from ..objectives import denoising, denoising_loss, weight_loss
 from ..personal_lora import PLACEHOLDER, RARE_TOKEN
 from ..pretrained import build
 from ..settings import GenerateConfig, resolve
@@ -129,7 +129,7 @@ def train_hypernetwork(
             "latents": latents,
             "photos": photos,
             "timesteps": backbone.steps_for(levels),
-            "noise": gaussian(latents.shape, noise).to(latents),
+            "noise": torch.randn(latents.shape, generator=noise).to(latents),
             **prompts.inputs(texts, "prompt."),
         }
         if config.preserve:

@@ -371,6 +371,19 @@ def test_help_of_every_command_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parent.parent / "src")
 
 
+def test_info_of_a_lora_and_of_tokens_needs_no_torch(me):
+    code = (
+        "import sys\nfrom hyperdreambooth.cli import main\nassert main(['info', sys.argv[1], '--json']) == 0\n"
+        "assert not {'torch', 'diffusers', 'transformers', 'PIL'} & set(sys.modules)\n"
+    )
+    for file in (me, me.with_suffix(".tokens")):
+        where = Path(__file__).parent.parent / "src"
+        done = subprocess.run([sys.executable, "-c", code, file], check=True, capture_output=True, cwd=where, text=True)
+        about = json.loads(done.stdout)
+        assert about["layers"] > 10
+        assert len(about["fingerprint"]) == 16 or about["kind"] == "tokens"
+
+
 def test_a_tracker_gets_losses_rates_gain_and_pictures(tmp_path, people):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hyperdreambooth import formats
+from hyperdreambooth import formats, header
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import Lora, LoraSet, Shape, applied
 from hyperdreambooth.trainable_lora import LightweightLora
@@ -57,6 +57,26 @@ def test_mixed_ranks_are_written_as_one(backbone, tmp_path, layout):
     assert about["rank"] == 3
     if layout == "diffusers":
         assert about["fingerprint"] == about["metadata"]["hyperdreambooth.fingerprint"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_what_is_in_a_file_is_the_same_with_torch_and_without(backbone, tmp_path, dtype, monkeypatch):
+    loras = random_loras(backbone, rank=2, patterns=(TEXT, *backbone.default_targets))
+    path = formats.save_lora(tmp_path / "a.safetensors", loras, {"modelspec.trigger_phrase": "a [V] face"}, dtype=dtype)
+    quick = header.describe(path)
+    assert (quick is None) == (dtype == torch.bfloat16)  # which numpy lacks
+    monkeypatch.setattr(header, "describe", lambda _: None)
+    whole = formats.describe(path)
+    assert whole["components"].startswith("text_encoder ")
+    assert whole == (quick or whole)
+    tensors = load_file(path)
+    damaged = {**tensors, next(iter(tensors)): next(iter(tensors.values())) * torch.nan}, dict(list(tensors.items())[1:])
+    monkeypatch.undo()
+    for content in damaged:  # left to those who say what is wrong
+        save_file(content, path)
+        assert header.describe(path) is None
+        with pytest.raises(InputError):
+            formats.describe(path)
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])

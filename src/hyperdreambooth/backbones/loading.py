@@ -12,7 +12,7 @@ from .base import Backbone
 from .directory import load_directory, read_index
 from .discrete import StableDiffusion, StableDiffusionXL
 from .flow import Flow, Flux, StableDiffusion3
-from .quantized import check_library, quantize_component
+from .quantized import check_library, quantized
 from .single_file import OTHERS, components, load_single_file, read_header, refuse_channels
 
 FAMILIES: dict[str, type[Backbone]] = {
@@ -46,8 +46,8 @@ def load_backbone(
     """
     source = resolve_base(base)
     if (file := Path(source)).is_file():
-        more = [*map(Path, parts)]
-        return wrap(load_single_file(file, dtype, device=device, prediction=prediction, more=more, quantize=quantize), source)
+        pipe = load_single_file(file, dtype, device=device, prediction=prediction, more=[*map(Path, parts)])
+        return wrap(quantized(pipe, quantize, device).to(device), source)
     if parts:
         raise InputError(f"--parts is for a single file that lacks something; {base} is none.")
     try:
@@ -66,9 +66,7 @@ def load_backbone(
         if "prediction_type" not in pipe.scheduler.config:
             raise InputError(f"--prediction is of bases with a discrete schedule; {base} is trained by flow matching.")
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
-    for name, model in pipe.components.items():
-        quantize_component(name, model, quantize, device)
-    return wrap(pipe.to(device), str(base))
+    return wrap(quantized(pipe, quantize, device).to(device), str(base))
 
 
 def trained_by_flow(base: str | Path) -> bool | None:

@@ -17,57 +17,63 @@ from transformers import T5EncoderModel
 
 from ..errors import InputError
 from ..lora import can_be_added_to
-
-LIBRARIES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "gguf": "gguf", "quanto": "optimum.quanto"}
-"""Method in a component's config -> the package that opens it."""
+from ..progress import say
 
 
-def library(method: str, what: object) -> Any:
-    """The package of a method of quantization. Raises InputError where it isn't installed."""
+def library(name: str, what: object) -> Any:
+    """A package that quantizes. Raises InputError where it isn't installed."""
     # its int8 layers would say of every call that activations are cast to float16, which is how they work
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     try:
-        return importlib.import_module(LIBRARIES.get(method, method))
+        return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"{what} needs {LIBRARIES.get(method, method)} ({error}): pip install 'hyperdreambooth[quantized]'.") from error
+        raise InputError(f"{what} needs {name} ({error}): pip install 'hyperdreambooth[quantized]', or {name} alone.") from error
 
 
 def check_library(folder: Path) -> None:
     """Raises InputError where a component in diffusers' layout is quantized by a library that isn't installed."""
     for file in folder.glob("*/config.json"):
-        if found := json.loads(file.read_text(encoding="utf-8")).get("quantization_config"):
-            library(str(found.get("quant_method")), f"{file.parent}, which is quantized,")
+        found = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
+        if found.get("quant_method") in ("bitsandbytes", "torchao"):
+            library(found["quant_method"], f"{file.parent}, which is quantized,")
 
 
-def quantize_component(name: str, model: nn.Module, kind: str | None, device: str | torch.device) -> None:
-    """Quantizes a component of a pipeline in place where that pays: the denoiser and T5. A layer goes to the device as soon as it is done.
+def quantized(pipe: Any, kind: str | None, device: str | torch.device) -> Any:
+    """The pipeline, its denoiser and T5 quantized in place by bitsandbytes; a layer goes to the device as soon as it is done.
 
-    What the models' own library keeps in a higher precision (T5's `wo`) isn't touched.
+    What T5's own library keeps in a higher precision (`wo`) isn't touched, nor what was saved quantized.
 
     Args:
-        kind: "nf4", 4 bits a weight and blocks of 64 (Dettmers et al., arXiv 2305.14314), or "int8" (LLM.int8, arXiv 2208.07339).
+        kind: "nf4", 4 bits a weight in blocks of 64 (Dettmers et al., arXiv 2305.14314), "int8" (LLM.int8, arXiv 2208.07339), or None.
 
-    Raises InputError where bitsandbytes is missing, or the model is quantized already.
+    Raises InputError where bitsandbytes is missing.
     """
-    if kind is None or not (name in ("unet", "transformer") or isinstance(model, T5EncoderModel)):
-        return
-    layers = library("bitsandbytes", f"--quantize {kind}").nn
-    if not all(can_be_added_to(parameter) for parameter in model.parameters()):
-        raise InputError(f"this base's {name} is quantized already: leave out --quantize.")
-    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
-    for parent in list(model.modules()):
-        for child, layer in list(parent.named_children()):
-            if type(layer) is not nn.Linear or child in kept:
-                continue
-            sizes, made = (layer.in_features, layer.out_features, layer.bias is not None), {"device": "meta"}
-            if kind == "nf4":
-                new = layers.Linear4bit(*sizes, compute_dtype=layer.weight.dtype, quant_type="nf4", **made)
-                new.weight = layers.Params4bit(layer.weight.data, quant_type="nf4", module=new)
-            else:
-                new = layers.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, **made)
-                new.weight = layers.Int8Params(layer.weight.data, requires_grad=False)
-            new.bias = layer.bias
-            setattr(parent, child, new.requires_grad_(False).eval().to(device))
+    layers = library("bitsandbytes", f"--quantize {kind}").nn if kind else None
+    for name, model in pipe.components.items() if kind else ():
+        if not (name in ("unet", "transformer") or isinstance(model, T5EncoderModel)):
+            continue
+        if not all(can_be_added_to(parameter) for parameter in model.parameters()):
+            say(f"this base's {name} is quantized already and stays what it is.")
+            continue
+        kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+        for parent in list(model.modules()):
+            for child, layer in list(parent.named_children()):
+                if type(layer) is nn.Linear and child not in kept:
+                    setattr(parent, child, _packed(layers, layer, kind).to(device))
+    return pipe
+
+
+def _packed(layers: Any, layer: nn.Linear, kind: str | None) -> nn.Module:
+    """A layer of bitsandbytes with another's weights, which it packs when it is moved."""
+    sizes, weight = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight.data.cpu()
+    if kind == "nf4":
+        new = layers.Linear4bit(*sizes, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
+        new.weight = layers.Params4bit(weight, quant_type="nf4", module=new)
+    else:
+        new = layers.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, device="meta")
+        new.weight = layers.Int8Params(weight, requires_grad=False)
+    new.bias = layer.bias
+    return new.requires_grad_(False).eval()
 
 
 def read_gguf(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -77,7 +83,7 @@ def read_gguf(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         opened = reader(path)
         found = {}
         for tensor in opened.tensors:
-            # a row has to be whole blocks of 256, so converters store some tensors in another shape and note their own
+            # rows are whole blocks, so converters store some tensors in another shape and note their own
             own = opened.get_field(f"comfy.gguf.orig_shape.{tensor.name}")
             shape = own.contents() if own else reversed(tensor.shape.tolist())
             found[tensor.name] = (tuple(map(int, shape)), tensor.tensor_type.name)
@@ -102,7 +108,7 @@ def load_gguf(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dt
 
 
 def gguf_model(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
-    """A denoiser like `model` (on the meta device) that holds `tensors` by diffusers' names, and expands what is quantized in every call."""
+    """A denoiser like `model` (on the meta device) that holds `tensors` by diffusers' names, expanded anew in every call."""
     from diffusers import GGUFQuantizationConfig
     from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 

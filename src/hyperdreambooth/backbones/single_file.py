@@ -2,7 +2,7 @@
 
 What lies in the file, its tensors' names tell, under whatever prefix: those of the code that each model was first published with, which
 diffusers' converters turn into its own. They are run on the shapes of the header first, so that a file with a missing layer is refused
-before anything is loaded. CLIP's tokenizer is shipped. A denoiser alone, which may be GGUF, takes what it lacks from other files or directories.
+before anything is loaded. CLIP's tokenizer is shipped. A denoiser alone (or GGUF) takes the rest from other files or directories.
 """
 
 import json
@@ -25,7 +25,7 @@ from ..progress import say
 from . import architectures
 from .architectures import BASES, text_names
 from .directory import load_directory
-from .quantized import gguf_model, load_gguf, quantize_component, read_gguf
+from .quantized import gguf_model, load_gguf, read_gguf
 
 MARKS: dict[str, str] = BASES["files"]["marks"]
 """Model -> what only its tensors' names have. What stands before it is the prefix of the whole model."""
@@ -140,7 +140,7 @@ def converted(kind: str, tensors: dict[str, Tensor], model: Any) -> dict[str, Te
 
 
 def fitted(kind: str, stored: Mapping[str, Stored], model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """A model's whole state dict, in `dtype` (of a GGUF file as it is) or as shapes. Raises InputError where a layer is missing, quantized or of another size."""
+    """A model's whole state dict, in `dtype` or as shapes; GGUF stays packed. Raises InputError where layers are missing or differ."""
     path, wanted = next(iter(stored.values())).path, model.state_dict()
     packed = path.suffix.lower() == GGUF and kind in FIRST_LAYERS
     for key, one in stored.items():
@@ -244,20 +244,14 @@ def predicts(unet: Any) -> str | None:
 
 
 def load_single_file(
-    path: Path,
-    dtype: torch.dtype,
-    *,
-    device: str | torch.device = "cpu",
-    prediction: str = "auto",
-    more: Sequence[Path] = (),
-    quantize: str | None = None,
+    path: Path, dtype: torch.dtype, *, device: str | torch.device = "cpu", prediction: str = "auto", more: Sequence[Path] = ()
 ) -> Any:
-    """The pipeline of a checkpoint, on the device.
+    """The pipeline of a checkpoint.
 
     Args:
+        device: where the UNet is asked.
         prediction: "epsilon" or "v_prediction"; "auto" believes the file, and asks the UNet where it says nothing.
         more: files and directories with what the checkpoint lacks (text encoders, autoencoder, T5's tokenizer).
-        quantize: as `load_backbone` takes it.
 
     Raises InputError where the file can't be used.
     """
@@ -293,8 +287,6 @@ def load_single_file(
             if "position_ids" in module._buffers:  # the numbers of CLIP's positions aren't in every file
                 module.register_buffer("position_ids", torch.arange(module.position_embedding.num_embeddings)[None], persistent=False)
         given[name] = model
-    for name, model in given.items():
-        quantize_component(name, model, quantize, device)
     unet: Any = given.get("unet")
     said, zero_snr = prediction_of(path, stored, header)
     if prediction != "auto":
@@ -309,7 +301,7 @@ def load_single_file(
     noising = architectures.scheduler(kind, said or "epsilon", zero_snr=zero_snr)
     pipe = getattr(diffusers, pipeline)(**{**settings, **given, "scheduler": noising})
     pipe.register_to_config(_name_or_path=str(path))
-    return pipe.to(device)
+    return pipe
 
 
 def tokenizers(kind: str, parts: Parts, given: dict[str, Any], folders: Sequence[Path]) -> dict[str, Any]:

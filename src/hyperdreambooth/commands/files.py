@@ -27,9 +27,12 @@ class Info:
 
 
 def run_info(args: Info) -> None:
-    from .. import formats
+    from .. import header
 
-    about = formats.describe(args.file)
+    if (about := header.describe(args.file)) is None:
+        from .. import formats
+
+        about = formats.describe(args.file)
     print(json.dumps(about, indent=2, default=str) if args.json else "\n".join(f"{key}: {value}" for key, value in about.items()))
 
 

@@ -62,14 +62,8 @@ class Machine:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
-        own: dict[str, Any] = {
-            "device": self.device,
-            "dtype": dtype,
-            "prediction": self.prediction,
-            "parts": self.parts,
-            "quantize": self.quantize,
-        }
-        hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, **own)
+        own: dict[str, Any] = {name: getattr(self, name) for name in ("device", "prediction", "parts", "quantize")}
+        hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, dtype=dtype, **own)
         hdb.backbone.device_memory = self.device_memory
         if self.gradient_checkpointing:
             hdb.backbone.denoiser.enable_gradient_checkpointing()

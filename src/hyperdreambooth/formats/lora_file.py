@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,14 +24,13 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of
 from PIL import Image
 from torch import Tensor, nn
 
-from .. import __version__
+from .. import __version__, header
 from ..checkpoint import save_tensors
 from ..errors import InputError, fresh, refusing
 from ..lora import Lora, LoraSet, applied, can_be_added_to, canonical
 from . import keys
 from .adapters import Adapter, read_adapters
 from .keys import TABLES, Names
-from .tokens import describe_tokens, is_tokens
 
 Layout = Literal["diffusers", "kohya"]
 Style = str | Path | tuple[str | Path, float]
@@ -113,12 +111,8 @@ def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
 
 def fingerprint(loras: LoraSet) -> str:
     """A hash of the updates' contents (as fp16, as they are written)."""
-    digest = hashlib.sha256()
-    for path in sorted(loras):
-        digest.update(path.encode())
-        for tensor in (loras[path].down, loras[path].up):
-            digest.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    halves = loras.map(lambda part: part.detach().cpu().half())
+    return header.fingerprint({path: (lora.down.numpy(), lora.up.numpy()) for path, lora in halves.items()})
 
 
 def save_lora(
@@ -160,8 +154,8 @@ def save_lora(
         else:  # loaders scale by alpha / rank: alpha = rank leaves up @ down as it is
             name, alpha = keys.kohya_name(layer, two_text_encoders=two), torch.tensor(float(largest), dtype=dtype)
             tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
-    header = {"format": "pt", **metadata, "hyperdreambooth.fingerprint": fingerprint(whole)}
-    return save_tensors(path, tensors, header | hashes(tensors, header))
+    about = {"format": "pt", **metadata, "hyperdreambooth.fingerprint": fingerprint(whole)}
+    return save_tensors(path, tensors, about | hashes(tensors, about))
 
 
 def read_lora(path: str | Path, root: nn.Module | None = None) -> LoraFile:
@@ -193,28 +187,17 @@ def plain(path: str | Path, adapters: Sequence[Adapter], why: str) -> LoraSet:
 
 def describe(path: str | Path) -> dict[str, Any]:
     """What is in a LoRA or token file, for people. Raises InputError where it is neither."""
-    if is_tokens(path):
-        return describe_tokens(path)
+    if plainly := header.describe(path):
+        return plainly
     adapters, metadata = read_adapters(path)
-    if picture := metadata.get("modelspec.thumbnail"):  # thousands of letters
-        metadata["modelspec.thumbnail"] = f"{picture.split(',')[0]}, {len(picture)} characters"
     kohya = adapters[0].layer.startswith("lora_")
     paths = [place.path for adapter in adapters for place in adapter.places]
-    components = Counter("_".join(path.split("_")[:2]) if kohya else path.split(".")[0] for path in paths)
+    components = ["_".join(path.split("_")[:2]) if kohya else path.split(".")[0] for path in paths]
     kinds = sorted({adapter.kind for adapter in adapters} - {""})
-    ranks = sorted({len(adapter.parts["down"]) for adapter in adapters if "down" in adapter.parts}) or [0]
-    return {
-        "file": str(path),
-        "kind": f"{' and '.join(kinds) or 'LoRA'} ({'kohya' if kohya else 'diffusers'} layout)",
-        "base": metadata.get("hyperdreambooth.base") or metadata.get("ss_sd_model_name") or "unknown",
-        "rank": (ranks[0] or "unknown") if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
-        "layers": len(adapters),
-        "components": ", ".join(f"{name} {count}" for name, count in components.items()),
-        "bytes": Path(path).stat().st_size,
-        "trigger": metadata.get("modelspec.trigger_phrase", "unknown"),
-        "fingerprint": "unknown" if kinds else fingerprint(plain(path, adapters, "")),
-        "metadata": metadata,
-    }
+    ranks = (len(adapter.parts["down"]) for adapter in adapters if "down" in adapter.parts)
+    kind = f"{' and '.join(kinds) or 'LoRA'} ({'kohya' if kohya else 'diffusers'} layout)"
+    mark = "unknown" if kinds else fingerprint(plain(path, adapters, ""))
+    return header.summary(path, kind, components, ranks, mark, metadata) | {"layers": len(adapters)}
 
 
 def find_lora(name: str | Path) -> Path:

@@ -7,17 +7,16 @@ recipe (frozen aux) or of the matrices (learnt aux), and another one is refused.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import read_header, read_tensors, save_tensors
-from ..errors import InputError, fresh, refusing, some
+from ..errors import InputError, fresh, some
+from ..header import TOKENS
 from ..trainable_lora import LightweightLora
 
 VERSION = "1"
-KEY = "hyperdreambooth.tokens"
 
 
 def save_tokens(
@@ -26,14 +25,14 @@ def save_tokens(
     """Writes tokens (layers, width). Raises InputError where `path` exists."""
     path = fresh(path, overwrite)
     recipe = json.dumps({key: value for key, value in lightweight.recipe().items() if key != "targets"})
-    header = {KEY: VERSION, "hyperdreambooth.fingerprint": lightweight.fingerprint(), "hyperdreambooth.recipe": recipe, **metadata}
+    header = {TOKENS: VERSION, "hyperdreambooth.fingerprint": lightweight.fingerprint(), "hyperdreambooth.recipe": recipe, **metadata}
     return save_tensors(path, dict(zip(lightweight.targets, tokens.float(), strict=True)), header)
 
 
 def is_tokens(path: str | Path) -> bool:
     """Whether a file's header says that it is a token file; False for anything else, readable or not."""
     try:
-        return KEY in read_header(path)[1]
+        return TOKENS in read_header(path)[1]
     except InputError:
         return False
 
@@ -41,10 +40,10 @@ def is_tokens(path: str | Path) -> bool:
 def read_tokens(path: str | Path, lightweight: LightweightLora) -> Tensor:
     """Tokens (layers, width) in the order of `lightweight`'s targets. Raises InputError for another kind, version or fingerprint."""
     tensors, header = read_tensors(path)
-    if KEY not in header:
+    if TOKENS not in header:
         raise InputError(f"{path} is no token file.")
-    if header[KEY] != VERSION:
-        raise InputError(f"{path} is a token file of version {header[KEY]}; this program reads version {VERSION}. Update it.")
+    if header[TOKENS] != VERSION:
+        raise InputError(f"{path} is a token file of version {header[TOKENS]}; this program reads version {VERSION}. Update it.")
     mine, theirs = lightweight.fingerprint(), header.get("hyperdreambooth.fingerprint")
     if theirs != mine:
         raise InputError(f"{path} belongs to another hypernetwork or aux recipe: its fingerprint is {theirs}, this one's is {mine}.")
@@ -54,22 +53,3 @@ def read_tokens(path: str | Path, lightweight: LightweightLora) -> Tensor:
     if any(tuple(row.shape) != (width,) or not row.is_floating_point() or not row.float().isfinite().all() for row in rows):
         raise InputError(f"{path} is damaged: its tokens aren't {width} finite numbers a layer.")
     return torch.stack([row.float() for row in rows])
-
-
-def describe_tokens(path: str | Path) -> dict[str, Any]:
-    """A token file's contents as the command `info` prints them. Raises InputError for a damaged file."""
-    tensors, header = read_tensors(path)
-    with refusing(f"{path} is damaged: the recipe in its header isn't a JSON object", TypeError, ValueError):
-        rank = dict(json.loads(header.get("hyperdreambooth.recipe", "{}"))).get("rank", "unknown")
-    return {
-        "file": str(path),
-        "kind": "tokens",
-        "base": header.get("base", "unknown"),
-        "rank": rank,
-        "layers": len(tensors),
-        "variables": sum(tensor.numel() for tensor in tensors.values()),
-        "bytes": Path(path).stat().st_size,
-        "trigger": header.get("prompt", "unknown"),
-        "fingerprint": header.get("hyperdreambooth.fingerprint", "unknown"),
-        "metadata": header,
-    }

@@ -13,7 +13,7 @@ MAY = {  # module (or package) -> the modules of ours that it may import
     "training_settings": {"errors"},
     "encoder": BASE,
     "trainable_lora": {"encoder", "errors", "lora", "training_settings"},
-    "backbones": {"errors", "assets", "backbones", "lora", "progress"},
+    "backbones": {"errors", "assets", "backbones", "checkpoint", "lora", "progress"},
     "objectives": {"backbones", "lora", "training_settings"},
     "optimizers": {"errors", "training_settings"},
     "replay": {"progress"},

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hyperdreambooth import formats, photos
+from hyperdreambooth import commands, formats, photos
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.cli import main
 
@@ -556,3 +556,41 @@ def test_evaluate_measures_resumes_and_tabulates(tmp_path, capsys, tiny_world):
     refused(capsys, "other settings", *common, "--rows", "faithful", "--faithful", faithful)
     assert run(*common, "--rows", "prediction+guidance") == 0
     assert json.loads(out.read_text())["settings"] == measured["settings"]
+
+
+@pytest.mark.parametrize("name", sorted(commands.COMMANDS))
+def test_examples_of_the_help_keep_their_lines(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    shown = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("    hyperdreambooth ")]
+    said = [line.strip() for line in str(commands.load(name)[0].__doc__).splitlines() if line.strip().startswith("hyperdreambooth ")]
+    assert shown == said
+
+
+def test_a_file_is_called_what_it_is(tmp_path, capsys):
+    for content, words in (
+        (b"<!DOCTYPE html><p>sign in", "is a web page"),
+        (b"Dear Sir or Madam,\n\nyour model is attached to this letter, as was promised.", "is a text file"),
+        (b"", "is empty"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00\x00\x01\x02", "Was it cut off"),
+    ):
+        file = tmp_path / "base.safetensors"
+        file.write_bytes(content)
+        refused(capsys, words, "targets", file)
+        refused(capsys, words, "info", file)
+    refused(capsys, "is a folder: name a LoRA", "info", tmp_path)
+
+
+def test_one_wrong_value_is_named_alone(face, tmp_path, capsys):
+    refused(capsys, "steps must be at least 0, not -5.", "personalize", face, "--steps", -5, "-o", tmp_path / "x.safetensors")
+    (tmp_path / "c.yaml").write_text("stepz: 3\n")
+    refused(
+        capsys,
+        "unknown setting 'stepz'. Did you mean steps?",
+        "personalize",
+        face,
+        "--config",
+        tmp_path / "c.yaml",
+        "-o",
+        tmp_path / "x.safetensors",
+    )

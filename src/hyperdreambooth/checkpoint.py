@@ -6,6 +6,7 @@ else as JSON in the header.
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import InputError, refusing
+
+FILES: dict[str, str] = json.loads((Path(__file__).parent / "assets" / "files.json").read_text(encoding="utf-8"))
+"""How files begin that are given for safetensors, and what they are."""
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -92,10 +96,25 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def read_header(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """The shapes of a safetensors file's tensors, and its metadata, from its header alone. Raises InputError as `read_tensors`."""
-    kinds, advice = (safetensors.SafetensorError, OSError), "Was it cut off while copying?"
-    with refusing(f"{path} is not a whole safetensors file", *kinds, advice=advice), safetensors.safe_open(path, framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        return shapes, dict(file.metadata() or {})
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return shapes, dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: str | Path, error: Exception) -> InputError:
+    """What is wrong with a file that isn't whole safetensors: what else it is by its first bytes, else the error."""
+    what = f"{str(error).strip().splitlines()[0].rstrip('.')}. Was it cut off while copying?"
+    if Path(path).is_file():
+        with Path(path).open("rb") as file:
+            start = file.read(64)
+        text = start.decode("latin-1")
+        if all(byte in b"\t\n\r" or byte >= 32 for byte in start):
+            what = "is a text file. Was another one meant?"
+        what = next((known for mark, known in FILES.items() if re.match(mark, text, re.I)), what)
+    return InputError(f"{path} is not a whole safetensors file: {'it ' * what.startswith('is ')}{what}")
 
 
 def save(

@@ -4,6 +4,7 @@ Every command is a dataclass whose fields are its flags; what stands behind or b
 from YAML or JSON. What a user got wrong is one line on stderr and exit code 2, never a traceback.
 """
 
+import inspect
 import os
 import signal
 import sys
@@ -80,7 +81,10 @@ def parse(name: str, kind: type, arguments: list[str]) -> object:
         config = vars(default.config).keys() - vars(default).keys() if hasattr(default, "config") else ()
         inner = {key: values.pop(key) for key in list(values) if str(key).replace("-", "_") in config}
         default = updated(updated(default, {"config": inner} if inner else {}, file), values, file)
-    return tyro.cli(kind, prog=f"hyperdreambooth {name}", args=arguments, default=default)
+    # lines that are indented stay as they are; examples at the margin would be one paragraph
+    lines = inspect.cleandoc(str(kind.__doc__)).splitlines()
+    about = "\n".join(f"    {line}" if line.startswith("hyperdreambooth ") else line for line in lines)
+    return tyro.cli(kind, prog=f"hyperdreambooth {name}", args=arguments, default=default, description=about)
 
 
 def commands_default(kind: type) -> object:

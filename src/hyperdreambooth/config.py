@@ -5,6 +5,7 @@ read by the same functions.
 """
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
@@ -53,7 +54,10 @@ def parsed(kind: type[T], values: Any, where: str, defaults: Mapping[str, Any] |
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in hints:
-            raise InputError(f"{where}: unknown setting {_short(key)}; there are {', '.join(hints)}.")
+            # the settings of a command's `config` may stand beside it, too
+            known = [*hints, *(vars(found["config"]) if dataclasses.is_dataclass(found.get("config")) else ())]
+            near = "".join(f" Did you mean {one}?" for one in difflib.get_close_matches(name, known, 1))
+            raise InputError(f"{where}: unknown setting {_short(key)}.{near} There are {', '.join(dict.fromkeys(known))}.")
         if dataclasses.is_dataclass(found.get(name)):
             found[name] = updated(found[name], value, f"{where}: {key}")
         else:

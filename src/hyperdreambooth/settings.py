@@ -68,8 +68,9 @@ class PersonalizeConfig:
     origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # Where each value came from, see `resolve`.
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.copies < 1 or self.steps < 0:
-            raise InputError(f"rank and copies must be at least 1 and steps at least 0, not {self.rank}, {self.copies} and {self.steps}.")
+        for name, least in (("rank", 1), ("copies", 1), ("steps", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}.")
         if not (self.noise_std >= 0 and self.learning_rate > 0):
             raise InputError(f"noise_std must be at least 0 and learning_rate above 0, not {self.noise_std} and {self.learning_rate}.")
 
@@ -131,8 +132,9 @@ class GenerateConfig:
     origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # Where each value came from, see `resolve`.
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.count < 1 or self.batch < 1:
-            raise InputError(f"steps, count and batch must be at least 1, not {self.steps}, {self.count} and {self.batch}.")
+        for name in ("steps", "count", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         for name, value in (("identity_until", self.identity_until), ("context_until", self.context_until)):
             if not 0 <= value <= 1:
                 raise InputError(f"{name} is a fraction of the steps, 0 to 1, not {value}.")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ..assets import clip
+from ..checkpoint import damaged
 from ..errors import InputError, some
 from ..progress import say
 from . import architectures
@@ -81,7 +82,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             scales = (f"{key.removesuffix('.weight')}.{name}" for name in ("scale_weight", "weight_scale"))
             stored[key] = Stored(path, key, tuple(one["shape"]), one["dtype"], next((scale for scale in scales if scale in header), None))
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}). Was it cut off while copying?") from error
+        raise damaged(path, error) from error
     return stored, metadata
 
 

@@ -29,6 +29,8 @@ class Info:
 def run_info(args: Info) -> None:
     from .. import header
 
+    if args.file.is_dir():
+        raise InputError(f"{args.file} is a folder: name a LoRA or token file in it.")
     if (about := header.describe(args.file)) is None:
         from .. import formats
 

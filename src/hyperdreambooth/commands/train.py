@@ -247,7 +247,12 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
         trained={"steps": report.steps, "identities": len(data.names), "validation": report.validations[-1:]},
     )
     save_hypernetwork(args.output, source, info)
-    say(f"{args.output}: a hypernetwork; {report.validations[-1] if report.validations else ''}")
+    gauge = report.validations[-1] if report.validations else {}
+    gain, half = gauge.get("identity_gain", 0.0), gauge.get("identity_gain_interval", 0.0)
+    word = (
+        "it tells people apart" if gain > half else "within its interval of 0, so it tells nobody apart yet: train longer, on more people"
+    )
+    say(f"{args.output}: a hypernetwork; identity gain {gain:.2g} ± {half:.2g} on people it never saw ({word})")
     sheet = preview(hdb.backbone, source.eval(), validation, 6, [prompt.replace(PLACEHOLDER, hdb.identifier) for prompt in PROMPTS])
     shown = photos.save_png(sheet, args.output / "preview.png", {"ai_generated": "true"}, overwrite=True)
     say(f"{shown}: people it never saw, and what is drawn of them")

@@ -64,7 +64,7 @@ def read_people(folder: Path, size: int, judges: Mapping[str, Embeds]) -> tuple[
             why = (
                 f"{blind[0]} finds no face in the first, or in none of the others" if blind else "two photos are needed, one to personalize"
             )
-            say(f"{name} is left out, with {len(mine)} photos that can be read: {why}.")
+            say(f"{name} is left out, with {len(mine)} that can be read: {why}.")
             continue
         first.append(pixels[0])
         seen[name] = found

@@ -179,17 +179,8 @@ def _scale(parts: Mapping[str, Tensor], config: dict[str, Any], path: str, where
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """`read_tensors`, but a file that is something else is called what it is."""
-    try:
-        tensors, metadata = read_tensors(path)
-    except InputError as error:
-        if not Path(path).is_file():
-            raise
-        with Path(path).open("rb") as file:
-            start = file.read(64).decode("latin-1")
-        if what := next((what for mark, what in TABLES["files"].items() if re.match(mark, start, re.I)), None):
-            raise InputError(f"{path} is not a whole safetensors file: it {what}") from error
-        raise
+    """`read_tensors`, where there are any."""
+    tensors, metadata = read_tensors(path)
     if not tensors:
         raise InputError(f"{path} holds no tensors.")
     return tensors, metadata

@@ -138,7 +138,7 @@ def test_people_are_read_by_name_and_who_shows_no_face_is_left_out(folk, capsys)
     Image.new("RGB", (64, 64)).save(folk / "ann" / "10.png")  # one of two others will do
     Image.new("RGB", (64, 64)).save(folk / "bob" / "10.png")
     assert list(read_people(folk, 64, {"colors": Colors()})[1]) == ["ann", "cyd"]
-    assert "bob is left out, with 2 photos that can be read: colors finds no face" in capsys.readouterr().err
+    assert "bob is left out, with 2 that can be read: colors finds no face" in capsys.readouterr().err
     Image.new("RGB", (64, 64)).save(folk / "cyd" / "9.png")
     with pytest.raises(InputError, match="1 people are left, and two are needed"):
         read_people(folk, 64, {"colors": Colors()})

@@ -106,7 +106,7 @@ def read_header(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str,
 
 def damaged(path: str | Path, error: Exception) -> InputError:
     """What is wrong with a file that isn't whole safetensors: what else it is by its first bytes, else the error."""
-    what = f"{str(error).strip().splitlines()[0].rstrip('.')}. Was it cut off while copying?"
+    what = f"{(str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')}. Was it cut off while copying?"
     if Path(path).is_file():
         with Path(path).open("rb") as file:
             start = file.read(64)

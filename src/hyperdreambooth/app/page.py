@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from .. import assets
 from ..api import HyperDreamBooth
 from ..assets import toon
 from ..errors import InputError
-from .actions import Actions, bar, example_files
+from .actions import Actions, Opener, bar, example_files
 from .sessions import GREETING, Guard, Visits
 
 SWEEP = 60  # Seconds between two looks for visits that are over.
@@ -240,7 +240,7 @@ def clean(visits: Visits, cache: str | None) -> None:
 def start(
     hdb: HyperDreamBooth,
     *,
-    open_base: Callable[[str], HyperDreamBooth] | None = None,
+    open_base: Opener | None = None,
     bases: Sequence[str] = (),
     host: str = "127.0.0.1",
     port: int | None = None,

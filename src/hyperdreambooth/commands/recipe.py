@@ -104,20 +104,21 @@ def once(file: Path, work: Callable[[], dict[str, Any] | None]) -> dict[str, Any
     return read_json(file)
 
 
-def people_of(data: str, unpacked: Path) -> dict[str, list[Path]]:
-    """Identity -> its pictures; those of the hub are fetched, those of parquet files `unpacked`. Raises InputError where there are none."""
+def people_of(args: Recipe) -> dict[str, list[Path]]:
+    """Identity -> its pictures; those of the hub are fetched, those of parquet files unpacked. Raises InputError where there are none."""
     from .. import hub
     from ..assets import toon
     from ..folders import list_identities
     from ..parquet import unpack
     from ..photos import SUFFIXES
 
+    data = args.data
     if data == "toon":
         return {file.stem: [file] for file in sorted(toon.directory("faces").glob("face-*.png"))}
     folder = hub.download_pictures(data[3:]) if data.startswith("hf:") else Path(data)
     files = sorted(folder.rglob("*"))
     tables = [] if any(file.suffix.lower() in SUFFIXES for file in files) else [file for file in files if file.suffix == ".parquet"]
-    return list_identities(unpack(tables, unpacked) if tables else folder)
+    return list_identities(unpack(tables, args.output / "unpacked") if tables else folder)
 
 
 def preflight(args: Recipe) -> int:
@@ -136,10 +137,8 @@ def preflight(args: Recipe) -> int:
         return int(known["size"])
     say("stage: preflight")
     if not args.data.startswith("hf:"):
-        people_of(
-            args.data, args.output / "unpacked"
-        )  # a wrong folder is said at once, and what lies on the hub is fetched once a batch fits
-    found, people = measured(args), list(people_of(args.data, args.output / "unpacked").values())[: args.people]
+        people_of(args)  # a wrong folder is said at once, and what lies on the hub is fetched once a batch fits
+    found, people = measured(args), list(people_of(args).values())[: args.people]
     count, pictures = len(people), sum(map(len, people))
     table = found["chunk_step"] * args.table.training.steps * -(-count // args.table.chunk)
     hours = (found["step"] * args.config.training.steps + table) / 3600
@@ -203,7 +202,7 @@ def align(args: Recipe, size: int) -> dict[str, Any]:
     from ..checkpoint import write_atomically
     from ..data import decoded
 
-    people = dict(list(people_of(args.data, args.output / "unpacked").items())[: args.people])
+    people = dict(list(people_of(args).items())[: args.people])
     held = min(128, max(2, len(people) // 10)) if args.held_out is None else args.held_out
     if not 2 <= held <= len(people) - 2:
         below = "" if len(people) >= 4 else " Are the people in a folder below? Name that."

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import formats, photos
 from .assets import toon
@@ -39,7 +39,6 @@ from .stages.dreambooth import Subject, finish, personalize
 from .stages.generate import generate
 from .trainable_lora import PredictedLora
 
-Files = Sequence[str | Path] | str | Path
 Photos = (
     Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor
 )  # One or several: files, pictures, or what `read_photos` gives.
@@ -146,10 +145,6 @@ class HyperDreamBooth:
         """Photos in the base's size, see `photos.read_photos`."""
         return photos.read_photos(files, self.backbone.size, crop, face)
 
-    def read_masks(self, masks: Files, files: Files, *, crop: photos.Crop = "auto", face: int | None = None) -> Tensor:
-        """Masks of photos in the base's size, see `photos.read_masks`."""
-        return photos.read_masks(masks, files, self.backbone.size, crop, face)
-
     @torch.no_grad()
     def predict(self, pixels: Tensor) -> Tensor:
         """Photos (n, 3, H, W) of one person -> tokens (layers, width): several photos are averaged in token space."""
@@ -182,7 +177,6 @@ class HyperDreamBooth:
         self,
         files: Photos,
         *,
-        masks: Tensor | None = None,
         prompt: str | None = None,
         directory: str | Path | None = None,
         on_step: OnStep = None,
@@ -195,7 +189,6 @@ class HyperDreamBooth:
         Args:
             changes: any field of PersonalizeChoices: `steps` (0 keeps the prediction; default: 25, or 300 without a hypernetwork), `crop`, `face`.
             config: the same as one object; `changes` win over it.
-            masks: (n, 1, size, size) in 0..1 from `read_masks`: where the loss counts in each photo. Default: the config's `mask`.
             prompt: what the photos show, such as "a [V] face wearing a cap on a blue background": what it names isn't learnt as the
                 person. Default: what `describe` finds in each.
             directory: where an interrupted fine-tuning resumes from.
@@ -204,7 +197,7 @@ class HyperDreamBooth:
         """
         config = self.personalize_config(config, **changes)
         pixels, _ = self.read_photos(files, crop=config.crop, face=config.face)
-        return self._people([pixels], [prompt], config, masks=masks, directory=directory, on_step=on_step, quiet=quiet)[0]
+        return self._people([pixels], [prompt], config, directory=directory, on_step=on_step, quiet=quiet)[0]
 
     def personalize_all(
         self,
@@ -253,12 +246,11 @@ class HyperDreamBooth:
         prompts: Sequence[str | None],
         config: PersonalizeConfig,
         *,
-        masks: Tensor | None = None,
         directory: str | Path | None = None,
         on_step: OnStep = None,
         quiet: bool = False,
     ) -> list[PersonalLora]:
-        """People with n photos (n, 3, size, size) each, in one batch. `masks` and `on_step` are for a single one."""
+        """People with n photos (n, 3, size, size) each, in one batch. `on_step` is for a single one."""
         clocks, count, each = [time.perf_counter()], len(pixels), len(pixels[0])
         tokens = torch.stack([self.predict(mine) for mine in pixels]) if self.source else None
         predicted = self.source.lightweight(tokens).detach() if self.source else None
@@ -275,14 +267,13 @@ class HyperDreamBooth:
             plain = prompt or warnings[-1] or config.steps == 0
             texts.append([given] * each if plain else self.describe(latents[index], mine))
         clocks.append(time.perf_counter())
-        mask = nn.functional.interpolate(masks, latents.shape[-2:], mode="area").to(latents)[None] if masks is not None else None
         batched = predicted is not None or count > 1
 
         def single(loras: LoraSet, index: int = 0) -> LoraSet:
             return loras.select(index) if batched else loras
 
         step = (lambda done, loras: on_step(done, single(loras))) if on_step else None
-        subject = Subject(latents, texts, mask)
+        subject = Subject(latents, texts)
         loras, report = personalize(self.backbone, subject, predicted, config, directory=directory, on_step=step, quiet=quiet)
         clocks.append(time.perf_counter())
         merged = [finish(single(loras, index)) for index in range(count)]

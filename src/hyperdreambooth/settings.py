@@ -35,9 +35,6 @@ class PersonalizeChoices:
     """Mean of logit(u), where noise levels u are drawn from: high ones ask who it is, those near 0 what the details are.
     Default: the hypernetwork's own, or 1.5."""
     noise_std: float | None = None  # Standard deviation of logit(u). Default: the hypernetwork's own, or 1.
-    mask: Literal["ellipse", "none"] | None = None
-    """Where the loss counts: an ellipse in the middle of the photo, where a face crop has the face, or all of it. Default: the
-    hypernetwork's own, or all of it."""
     prior_pictures: int | None = None  # Prior preservation: pictures of the class that the base generates first. Default: 0, none.
     prior_weight: float | None = None  # Weight of the prior loss. Default: 1.
     seed: int | None = None  # Noise and the residual's start follow from this number. Default: 0.
@@ -59,7 +56,6 @@ class PersonalizeConfig:
     copies: int = 4
     noise_mean: float = 1.5
     noise_std: float = 1.0
-    mask: Literal["ellipse", "none"] = "none"
     prior_pictures: int = 0
     prior_weight: float = 1.0
     seed: int = 0

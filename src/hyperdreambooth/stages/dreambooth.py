@@ -26,13 +26,11 @@ from ..training_settings import NoiseLevels, TrainingConfig, TrainLightConfig
 class Subject:
     """The photos of P people, as latents (P, photos, C, h, w), and what they show in words: one prompt, or (P, photos) of them.
 
-    mask: (P, photos, 1, h, w) weights of the loss, where only the face should count.
     prior: latents (n, C, h, w) of the class, and its prompt: prior preservation keeps the base's own faces.
     """
 
     latents: Tensor
     prompt: str | list[list[str]]
-    mask: Tensor | None = None
     prior: Tensor | None = None
     prior_prompt: str = "a face"
     prior_weight: float = 1.0
@@ -63,7 +61,7 @@ class PhotoLosses:
         def denoising(of: str) -> Tensor:
             latents, noise, timesteps = (batch[f"{of}.{name}"] for name in ("latents", "noise", "timesteps"))
             conditioning = conditioning_in(batch, f"{of}.prompt.", self.backbone)
-            return denoising_loss(self.backbone, latents, conditioning, noise, timesteps, batch.get(f"{of}.mask"))
+            return denoising_loss(self.backbone, latents, conditioning, noise, timesteps)
 
         losses = denoising("photo")
         return losses + self.prior_weight * denoising("prior") if "prior.latents" in batch else losses
@@ -96,8 +94,6 @@ def draw_photos(backbone: Backbone, subject: Subject, levels: NoiseLevels, copie
         latents = torch.cat([subject.latents[:, photo] for photo in chosen])  # copy-major: a batch of LoRAs tiles over it
         texts = [text for photo in chosen for text in subject.texts(photo)]
         batch = {"people": numbers, **part("photo", latents, texts, levels.draw(copies, generator), generator)}
-        if subject.mask is not None:
-            batch["photo.mask"] = torch.cat([subject.mask[:, photo] for photo in chosen])
         if subject.prior is not None:
             prior = subject.prior[torch.randint(len(subject.prior), (copies,), generator=generator)].repeat_interleave(people, 0)
             drawn = NoiseLevels(mean=0.0, uniform=1.0).draw(copies, generator)
@@ -167,9 +163,6 @@ def personalize(
     if config.prior_pictures and subject.prior is None:
         subject.prior = prior_latents(backbone, subject.prior_prompt, config.prior_pictures, config.seed)
         subject.prior_weight = config.prior_weight
-    if config.mask == "ellipse" and subject.mask is None:
-        people, photos, _, height, width = subject.latents.shape
-        subject.mask = ellipse_mask(height, width).to(subject.latents).expand(people, photos, 1, height, width)
     source = RelaxedLora(predicted, config.rank, targets=targets, order=config.order, seed=config.seed, people=len(subject.latents))
     source.to(subject.latents.device)
     carried = {**targets, **(predicted or {})}
@@ -213,16 +206,6 @@ def finish(loras: LoraSet) -> LoraSet:
 def trains_text(paths: Iterable[str], backbone: Backbone) -> bool:
     """Whether any layer of a text encoder is a target: then prompts can't be cached."""
     return any(path.split(".")[0] in backbone.text_components for path in paths)
-
-
-def ellipse_mask(height: int, width: int) -> Tensor:
-    """Weights (1, height, width) in 0..1 of the middle of a face crop: 1 on the face, falling to 0 at the corners.
-
-    The prompt names the person and nothing else: a background that counts in the loss would be learnt as the person.
-    """
-    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height - 0.5, (torch.arange(width) + 0.5) / width - 0.5, indexing="ij")
-    distance = ((x / 0.42) ** 2 + (y / 0.52) ** 2).sqrt()
-    return ((1.1 - distance) / 0.3).clamp(0, 1)[None]
 
 
 def prior_latents(backbone: Backbone, prompt: str, count: int, seed: int) -> Tensor:

@@ -23,9 +23,8 @@ from hyperdreambooth.objectives import denoising_loss
 from hyperdreambooth.pretrained import HyperNetworkInfo
 from hyperdreambooth.sampling import check_scheduler, schedulers
 from hyperdreambooth.settings import GenerateConfig
-from hyperdreambooth.stages.dreambooth import Subject, train_light
+from hyperdreambooth.stages.dreambooth import Subject, preoptimize, train_light
 from hyperdreambooth.stages.generate import noise_for
-from hyperdreambooth.stages.preoptimize import preoptimize
 from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
 from hyperdreambooth.tables import read_table
 from hyperdreambooth.training_settings import (

@@ -23,7 +23,7 @@ from hyperdreambooth import checkpoint
 from hyperdreambooth.cli import main
 from hyperdreambooth.data import FolderOfPeople, IdentityData, load_identities
 from hyperdreambooth.errors import InputError
-from hyperdreambooth.stages.preoptimize import Rows, chunks_of, parse_shard, preoptimize
+from hyperdreambooth.stages.dreambooth import Rows, chunks_of, parse_shard, preoptimize
 from hyperdreambooth.tables import Table, merge, read_table, save_row
 from hyperdreambooth.training import Run, fit
 from hyperdreambooth.training_settings import LightweightConfig, PreoptimizeConfig, TrainingConfig
@@ -110,7 +110,7 @@ def test_rows_that_were_lost_are_made_again_to_the_bit(backbone, tmp_path, monke
         (tmp_path / "rows" / f"{name}.safetensors").unlink()
     made = []
     saved = lambda folder, name, *row: made.append(name) or save_row(folder, name, *row)  # noqa: E731
-    monkeypatch.setattr("hyperdreambooth.stages.preoptimize.save_row", saved)
+    monkeypatch.setattr("hyperdreambooth.stages.dreambooth.save_row", saved)
     preoptimize(backbone, people(), config(), tmp_path)
     assert made == ["p1", "p5", "p9"]
     assert rows(tmp_path) == before

@@ -13,11 +13,11 @@ from hyperdreambooth.lora import applied, find_targets, shared_norm, update_norm
 from hyperdreambooth.objectives import denoising
 from hyperdreambooth.pretrained import build, check_targets, load_hypernetwork
 from hyperdreambooth.settings import PersonalizeChoices, PersonalizeConfig, resolve
-from hyperdreambooth.stages.dreambooth import Subject, finish, personalize, train_light
-from hyperdreambooth.stages.preoptimize import preoptimize
+from hyperdreambooth.stages.dreambooth import Subject, finish, personalize, preoptimize, train_light
 from hyperdreambooth.stages.train_hypernetwork import IdentityGain, train_hypernetwork
 from hyperdreambooth.tables import read_table, save_row
 from hyperdreambooth.trainable_lora import LightweightLora
+from hyperdreambooth.training import Run
 from hyperdreambooth.training_settings import (
     LightweightConfig,
     NoiseLevels,
@@ -176,7 +176,7 @@ def test_preoptimized_rows_are_kept_and_independent_of_the_chunk(backbone, tmp_p
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hyperdreambooth.stages.preoptimize.save_row", stop_after_two)
+        patch.setattr("hyperdreambooth.stages.dreambooth.save_row", stop_after_two)
         with pytest.raises(KeyboardInterrupt):
             preoptimize(backbone, data, config, tmp_path / "a")
     rows = tmp_path / "a" / "rows"
@@ -219,7 +219,7 @@ def test_a_hypernetwork_learns_who_is_who(mode, tmp_path):
         light = LightweightLora(find_targets(backbone.components, backbone.default_targets), config.lightweight)
         table = {name: light.start() for name in data.names[:3]}
     encoder = tiny_source(backbone).encoder
-    source, report = train_hypernetwork(backbone, encoder, data, config, directory=tmp_path, validation=data, table=table)
+    source, report = train_hypernetwork(backbone, encoder, data, config, run=Run(tmp_path), validation=data, table=table)
     gain = report.validations[-1]["identity_gain"]
     assert bool(list(source.lightweight.parameters())) == (mode == "pro")
     assert gain > 0.02
@@ -240,7 +240,7 @@ def test_what_costs_gets_less(price, measure, tmp_path):
         config = TrainHypernetworkConfig(
             lightweight=TOKENS, hypernetwork=DECODER, batch=8, training=training, **{"penalty": 0.0, "shared": 0.0, price: weight}
         )
-        source, _ = train_hypernetwork(backbone, tiny_source(backbone).encoder, data, config, directory=tmp_path / str(weight))
+        source, _ = train_hypernetwork(backbone, tiny_source(backbone).encoder, data, config, run=Run(tmp_path / str(weight)))
         found.append(measure(source(data.features.float())).item())
     assert found[1] < 0.2 * found[0]
 
@@ -259,7 +259,7 @@ def test_a_dropped_prompt_is_an_empty_one(tmp_path):
             data.prompts = [""] * len(data.prompts)
         training = TrainingConfig(steps=4, learning_rate=3e-3, warmup=0)
         config = TrainHypernetworkConfig(lightweight=TOKENS, hypernetwork=DECODER, batch=8, dropout=dropout, training=training)
-        source, _ = train_hypernetwork(backbone, tiny_source(backbone).encoder, data, config, directory=tmp_path / f"{dropout}{empty}")
+        source, _ = train_hypernetwork(backbone, tiny_source(backbone).encoder, data, config, run=Run(tmp_path / f"{dropout}{empty}"))
         return source(data.features.float())[next(iter(source.lightweight.targets))].up.detach()
 
     nothing_said = trained(0.0, empty=True)
@@ -285,7 +285,7 @@ def test_a_trained_encoder_learns_and_keeps_its_batch_statistics(backbone, tmp_p
     encoder.trained = True
     encoder.model.requires_grad_(True)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    source, report = train_hypernetwork(backbone, encoder, photo_data(), config, directory=tmp_path, validation=photo_data())
+    source, report = train_hypernetwork(backbone, encoder, photo_data(), config, run=Run(tmp_path), validation=photo_data())
     moved = {name for name, value in source.encoder.state_dict().items() if not torch.equal(value, before[name])}
     parameters = {name for name, _ in source.encoder.named_parameters()}
     assert moved

@@ -132,14 +132,12 @@ class HyperDreamBooth:
     def personalize_config(self, choices: PersonalizeChoices | PersonalizeConfig | None = None, **changes: Any) -> PersonalizeConfig:
         """The settings of a fine-tuning: `changes`, then `choices`, then the hypernetwork's own, then general ones."""
         own = ("hypernetwork", self.info.personalize if self.info else {}), ("from scratch", {} if self.source else SCRATCH)
-        complete = isinstance(choices, PersonalizeConfig)
-        return resolve(PersonalizeConfig, ("given", changes), ("given", choices or {}), *(() if complete else own))
+        return resolve(PersonalizeConfig, ("given", changes), ("given", choices or {}), *own)
 
     def generate_config(self, choices: GenerateChoices | GenerateConfig | None = None, **changes: Any) -> GenerateConfig:
         """The settings of drawing: `changes`, then `choices`, then the hypernetwork's own, then the family's, then general ones."""
         own = ("hypernetwork", self.info.generate if self.info else {}), ("family", self.backbone.generation)
-        complete = isinstance(choices, GenerateConfig)
-        return resolve(GenerateConfig, ("given", changes), ("given", choices or {}), *(() if complete else own))
+        return resolve(GenerateConfig, ("given", changes), ("given", choices or {}), *own)
 
     def read_photos(self, files: Photos, *, crop: photos.Crop = "auto", face: int | None = None) -> tuple[Tensor, list[str]]:
         """Photos in the base's size, see `photos.read_photos`."""
@@ -257,38 +255,29 @@ class HyperDreamBooth:
         clocks.append(time.perf_counter())
         # fp32 for what is trained and for its latents, whatever the base's precision
         latents = torch.stack([self.backbone.encode_images(mine).float() for mine in pixels])
-        texts, warnings = [], []
-        for index, prompt in enumerate(prompts):
-            warnings.append(self.unlike(latents[index]))
-            if warnings[-1] and not quiet:
-                say(warnings[-1])
+        warnings = [self.unlike(mine) for mine in latents]
+        for warning in filter(None, () if quiet else warnings):
+            say(warning)
+        texts = []
+        for index, (prompt, warning) in enumerate(zip(prompts, warnings, strict=True)):
             given = (prompt or self.prompt).replace(PLACEHOLDER, self.identifier)
             mine = predicted.select(slice(index, index + 1)) if predicted else None
-            plain = prompt or warnings[-1] or config.steps == 0
+            plain = prompt or warning or config.steps == 0
             texts.append([given] * each if plain else self.describe(latents[index], mine))
         clocks.append(time.perf_counter())
-        batched = predicted is not None or count > 1
-
-        def single(loras: LoraSet, index: int = 0) -> LoraSet:
-            return loras.select(index) if batched else loras
-
-        step = (lambda done, loras: on_step(done, single(loras))) if on_step else None
+        step = (lambda done, loras: on_step(done, loras.select(0))) if on_step else None
         subject = Subject(latents, texts)
         loras, report = personalize(self.backbone, subject, predicted, config, directory=directory, on_step=step, quiet=quiet)
         clocks.append(time.perf_counter())
-        merged = [finish(single(loras, index)) for index in range(count)]
+        merged = [finish(loras.select(index)) for index in range(count)]
         ends = zip(("predict", "describe", "finetune", "export"), itertools.pairwise([*clocks, time.perf_counter()]), strict=True)
-        shared: dict[str, Any] = {"losses": report.losses, "seconds": {name: (after - before) / count for name, (before, after) in ends}}
+        seconds = {name: (after - before) / count for name, (before, after) in ends}
         made = []
-        for index, loras in enumerate(merged):
-            own: dict[str, Any] = {
-                "shown": texts[index],
-                "warning": warnings[index],
-                "metadata": {"hyperdreambooth.steps": str(report.steps)},
-            }
+        for index, mine in enumerate(merged):
+            own: dict[str, Any] = {"shown": texts[index], "warning": warnings[index], "losses": report.losses, "seconds": seconds}
             if self.source and predicted is not None and tokens is not None:
                 own |= {"predicted": predicted.select(index), "tokens": tokens[index].cpu(), "lightweight": self.source.lightweight}
-            made.append(self.person(loras, **own, **shared))
+            made.append(self.person(mine, **own, metadata={"hyperdreambooth.steps": str(report.steps)}))
         return made
 
     def load(self, path: str | Path) -> PersonalLora:

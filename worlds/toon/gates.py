@@ -25,8 +25,7 @@ from hyperdreambooth.evaluation.evaluate import Atlas, Judges, judge, load_atlas
 from hyperdreambooth.evaluation.harness import Bench
 from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.lora import Hooks, LoraSet
-from hyperdreambooth.stages.dreambooth import PhotoLosses, Subject, draw_photos
-from hyperdreambooth.stages.preoptimize import preoptimize
+from hyperdreambooth.stages.dreambooth import PhotoLosses, Subject, draw_photos, preoptimize
 from hyperdreambooth.trainable_lora import IdentityTable, LightweightLora
 from hyperdreambooth.training import Run, fit
 from hyperdreambooth.training_settings import NoiseLevels, TrainingConfig

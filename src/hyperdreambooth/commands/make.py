@@ -113,7 +113,7 @@ def run_folder(args: Personalize) -> None:
     """A LoRA for each person of a folder, and one sheet of previews."""
     from .. import formats
     from ..checkpoint import write_json
-    from ..stages.preoptimize import chunks_of
+    from ..stages.dreambooth import chunks_of
 
     alone = {"--tokens": args.tokens, "--face": args.config.face, "--prompt": args.prompt}
     for flag, value in alone.items():

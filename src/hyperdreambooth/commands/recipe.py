@@ -164,7 +164,7 @@ def measured(args: Recipe) -> dict[str, float]:
 
     from .. import photos, replay
     from ..data import load_identities
-    from ..stages.preoptimize import preoptimize
+    from ..stages.dreambooth import preoptimize
     from ..stages.train_hypernetwork import train_hypernetwork
 
     hdb, config, rows = args.machine.open(args.base, None), args.config, {}

@@ -9,8 +9,7 @@ one's own, same noise, same pictures.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,15 +67,15 @@ def train_hypernetwork(
     data: IdentityData,
     config: TrainHypernetworkConfig,
     *,
-    directory: str | Path | None = None,
+    run: Run | None = None,
     validation: IdentityData | None = None,
     table: Mapping[str, Tensor] | None = None,
     start: PredictedLora | None = None,
-    minutes: float | None = None,
 ) -> tuple[PredictedLora, TrainingReport]:
     """Trains and returns the source (averaged weights in place where the training finished).
 
     Args:
+        run: where it is kept, and how long it goes on.
         encoder: trained too where `encoder.trained`; its batch statistics stay as they are.
         start: begin with the weights of this hypernetwork, of the same sizes.
     """
@@ -129,15 +128,9 @@ def train_hypernetwork(
                 figures["preview"] = preview(backbone, model, validation)
             return figures
 
-        run = Run(
-            directory=directory,
-            device=device,
-            groups=[group for group in groups if group["params"]],
-            validate=validate if gain else None,
-            minutes=minutes,
-            name=f"hypernetwork ({config.mode})",
-        )
-        report = fit(HyperNetworkLosses(backbone, config, source.lightweight, hooks), source, draw, config.training, run)
+        here = replace(run or Run(), device=device, groups=[group for group in groups if group["params"]])
+        here = replace(here, validate=validate if gain else None, name=f"hypernetwork ({config.mode})")
+        report = fit(HyperNetworkLosses(backbone, config, source.lightweight, hooks), source, draw, config.training, here)
     return source, report
 
 

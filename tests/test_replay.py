@@ -11,9 +11,9 @@ import torch
 from hyperdreambooth import replay
 from hyperdreambooth.backbones import StableDiffusion
 from hyperdreambooth.lora import Hooks
+from hyperdreambooth.sampling import generate
 from hyperdreambooth.settings import GenerateConfig, PersonalizeConfig
 from hyperdreambooth.stages.dreambooth import PhotoLosses, Subject, personalize
-from hyperdreambooth.stages.generate import generate
 
 from .conftest import random_loras, tiny_pipe
 

@@ -33,10 +33,10 @@ from .lora import LoraSet
 from .personal_lora import PLACEHOLDER, RARE_TOKEN, PersonalLora
 from .pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 from .progress import say
+from .sampling import generate
 from .settings import SCRATCH, GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
 from .stages.describe import describe, strangeness
 from .stages.dreambooth import Subject, finish, personalize
-from .stages.generate import generate
 from .trainable_lora import PredictedLora
 
 Photos = (

@@ -67,6 +67,11 @@ class Muon(torch.optim.AdamW):
     def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0):
         super().__init__(params, lr=lr, weight_decay=weight_decay, foreach=True)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's would look for its own state of matrices
+        for group in self.param_groups:
+            group |= {key: value for key, value in self.defaults.items() if key not in group}
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of whatever has a gradient."""

@@ -23,9 +23,9 @@ from ..errors import InputError
 from ..lora import LoraSet
 from ..personal_lora import PLACEHOLDER
 from ..progress import say
+from ..sampling import generate
 from ..settings import GenerateConfig
 from ..stages.dreambooth import Subject, prior_latents
-from ..stages.generate import generate
 from . import metrics, report
 from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, Atlas, Judges, judge, predicted_loras, rounded
 from .methods import LEVELS, METHODS, Method, train

@@ -25,7 +25,7 @@ from ..errors import InputError
 from ..lora import Hooks, LoraSet, Shape, compress, find_targets
 from ..objectives import denoising_loss
 from ..progress import Progress
-from ..sampling import Prompts, sample
+from ..sampling import Prompts, is_text, sample
 from ..settings import GenerateConfig, PersonalizeConfig, resolve
 from ..tables import Table, save_row
 from ..trainable_lora import IdentityTable, LightweightLora, RelaxedLora
@@ -293,7 +293,7 @@ def finish(loras: LoraSet) -> LoraSet:
 
 def trains_text(paths: Iterable[str], backbone: Backbone) -> bool:
     """Whether any layer of a text encoder is a target: then prompts can't be cached."""
-    return any(path.split(".")[0] in backbone.text_components for path in paths)
+    return any(is_text(path, backbone) for path in paths)
 
 
 def prior_latents(backbone: Backbone, prompt: str, count: int, seed: int) -> Tensor:

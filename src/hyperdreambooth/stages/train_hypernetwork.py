@@ -24,12 +24,12 @@ from ..errors import InputError, TrainingError
 from ..lora import Hooks, applied, find_targets, shared_norm, update_norms
 from ..objectives import denoising, denoising_loss, weight_loss
 from ..pretrained import build
+from ..sampling import generate
 from ..settings import GenerateConfig, resolve
 from ..trainable_lora import LightweightLora, PredictedLora
 from ..training import Run, TrainingReport, fit
 from ..training_settings import NoiseLevels, TrainHypernetworkConfig
 from .dreambooth import trains_text
-from .generate import generate
 
 HOPELESS = (
     "the identity gain is {identity_gain:.2g} ± {identity_gain_interval:.2g} after {done} of {steps} steps: the hypernetwork tells nobody apart, "
@@ -156,11 +156,9 @@ def preview(backbone: Backbone, source: nn.Module, data: IdentityData, count: in
 def begin_with(source: PredictedLora, start: PredictedLora) -> None:
     """Copies another hypernetwork's weights. Raises InputError where layers or sizes differ."""
     mine, theirs = ({name: tuple(tensor.shape) for name, tensor in one.state_dict().items()} for one in (source, start))
-    if mine != theirs or source.lightweight.targets != start.lightweight.targets:
-        names = sorted(set(mine.items()) ^ set(theirs.items()))
-        raise InputError(
-            f"the hypernetwork to start from has other layers or sizes{f' ({names[0][0]})' if names else ''}: give the same settings."
-        )
+    differing = {*mine.items(), *source.lightweight.targets.items()} ^ {*theirs.items(), *start.lightweight.targets.items()}
+    if differing:
+        raise InputError(f"the hypernetwork to start from has other layers or sizes ({min(differing)[0]}): give the same settings.")
     source.load_state_dict(start.state_dict())
 
 

@@ -210,7 +210,7 @@ def test_a_hypernetwork_learns_who_is_who(mode, tmp_path):
     backbone = StableDiffusion(tiny_pipe())
     data = identity_data()
     # at 1e-2 without warm-up so small a training may die, by rounding alone
-    training = TrainingConfig(steps=40, learning_rate=3e-3, warmup=10, cooldown=0.2, log_every=10)
+    training = TrainingConfig(steps=50, learning_rate=3e-3, warmup=10, cooldown=0.2, log_every=10)
     config = TrainHypernetworkConfig(
         mode=mode, lightweight=FROZEN, hypernetwork=DECODER, levels=NoiseLevels(mean=1.5), batch=8, penalty=0.0, training=training
     )

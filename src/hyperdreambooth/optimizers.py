@@ -1,12 +1,11 @@
 """Optimizers and learning rates of the training loop."""
 
 from collections import defaultdict
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import InputError
 from .training_settings import TrainingConfig
 
 MOMENTUM = 0.95  # Muon's.
@@ -21,28 +20,14 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of `config` over parameter groups. Raises InputError where its package is missing."""
-    kind: Any = torch.optim.AdamW
-    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
-        # the learning rate as it is given: scaled by a weight's size, a LoRA that starts at zero would hardly move
-        kind = Adafactor
-        settings |= {"scale_parameter": False, "relative_step": False}
-        groups = [{key: value for key, value in group.items() if key != "eps"} for group in groups]
-    elif config.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise InputError("adamw8bit needs bitsandbytes: pip install 'hyperdreambooth[8bit]', or take adamw.") from error
-        kind = AdamW8bit
-    elif config.optimizer == "muon":
-        kind = Muon
-    elif device.type == "cuda":  # step counts and learning rates on the device, so that a step can be recorded as a CUDA graph
+    """The optimizer of `config` over parameter groups."""
+    if config.optimizer == "muon":
+        return Muon(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    settings: dict[str, Any] = {}
+    if device.type == "cuda":  # step counts and learning rates on the device, so that a step can be recorded as a CUDA graph
         groups = [{**group, "lr": torch.tensor(config.learning_rate, device=device)} for group in groups]
-        settings |= {"capturable": True, "fused": True}
-    return cast(torch.optim.Optimizer, kind(groups, **settings))
+        settings = {"capturable": True, "fused": True}
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, **settings)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -13,10 +13,10 @@ import torch
 from .. import photos
 from ..api import HyperDreamBooth
 from ..checkpoint import read_json, write_json
-from ..config import parsed
 from ..errors import InputError, in_range
 from ..pretrained import load_hypernetwork
 from ..progress import say
+from ..settings import parsed
 from . import Request, evaluate, harness, report
 from .evaluate import Atlas, Judges
 from .harness import Bench

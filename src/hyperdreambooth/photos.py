@@ -224,13 +224,6 @@ def prepare(path: Source, size: int, crop: Crop = "auto", face: int | None = Non
     return square(crop_face(image, chosen) if chosen else image, size), " ".join(filter(None, (note, which)))
 
 
-def _listed(files: Any) -> list[Any]:
-    """One source or several, as a list."""
-    several = files.ndim > 3 if isinstance(files, (np.ndarray, Tensor)) else isinstance(files, Iterable)
-    alone = isinstance(files, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(files, "read")
-    return list(files) if several and not alone else [files]
-
-
 def read_photos(files: Any, size: int, crop: Crop = "auto", face: int | None = None) -> tuple[Tensor, list[str]]:
     """One photo or several as (n, 3, size, size) in -1..1, and what is worth saying about them (which face was taken).
 
@@ -239,7 +232,10 @@ def read_photos(files: Any, size: int, crop: Crop = "auto", face: int | None = N
     """
     if isinstance(files, Tensor) and files.shape[1:] == (3, size, size) and files.is_floating_point():
         return files, []
-    prepared = [prepare(file, size, crop, face) for file in _listed(files)]
+    alone = isinstance(files, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(files, "read") or not isinstance(files, Iterable)
+    if isinstance(files, (np.ndarray, Tensor)):
+        alone = files.ndim < 4
+    prepared = [prepare(file, size, crop, face) for file in ([files] if alone else files)]
     if not prepared:
         raise InputError("no photo was given.")
     return to_tensor([image for image, _ in prepared]), [note for _, note in prepared if note]

@@ -87,7 +87,8 @@ def _read_bytes(source: Source, name: str) -> bytes:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if isinstance(source, (str, os.PathLike)):
-        address = urlsplit(str(source)) if isinstance(source, str) and re.match(r"(?i)(data:|file:/|[a-z][a-z\d+.-]+://)", source) else None
+        text = os.fspath(source)  # a Path of an address has lost a slash
+        address = urlsplit(text) if re.match(r"(?i)(data:|[a-z][a-z\d+.-]+:/)", text) else None
         if address and (address.scheme != "file" or address.netloc not in ("", "localhost")):
             raise InputError(f"{name[:80]}: nothing is fetched from the web. Save the picture and name the file.")
         path = Path(url2pathname(address.path) if address else source)

@@ -128,7 +128,8 @@ class Bench:
         settings = {key: value for key, value in dataclasses.asdict(method).items() if key not in ("rates", "like")}
         depends = [settings, self.stamp, self.prompts, self.count, self.faithful_stamp * method.faithful]
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:8]
-        return self.cache / f"{name.replace(' ', '-').replace(',', '')}-{key}" / f"{person:03d}-{step}.safetensors"
+        begun = "" if step == self.steps(method) else "-begun"  # without it, pictures of an earlier version are of fewer prompts
+        return self.cache / f"{name.replace(' ', '-').replace(',', '')}-{key}" / f"{person:03d}-{step}{begun}.safetensors"
 
     def missing(self, name: str, method: Method, who: Sequence[int], steps: Sequence[int]) -> list[int]:
         """Those of the people whose pictures aren't kept yet."""
@@ -186,7 +187,7 @@ class Bench:
         return found
 
     def look(self, pictures: Tensor, person: int, base: Tensor | None = None) -> dict[str, Tensor]:
-        """What judges see in one person's pictures (prompts, count, 3, H, W): vectors (prompts, count, D) by judge, and figures (..., count).
+        """What judges see in one person's pictures (prompts, count, 3, H, W): vectors (prompts, count, D) by judge, and figures (…, count).
 
         Args:
             base: the base's own pictures of nobody, where `pictures` go on with nobody's and the plain person's.

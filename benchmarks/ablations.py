@@ -27,8 +27,9 @@ from hyperdreambooth.data import IdentityData
 from hyperdreambooth.encoder import FaceEncoder
 from hyperdreambooth.evaluation.evaluate import load_atlas, world_judges
 from hyperdreambooth.evaluation.harness import Bench
-from hyperdreambooth.stages.preoptimize import preoptimize
+from hyperdreambooth.stages.dreambooth import preoptimize
 from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
+from hyperdreambooth.training import Run
 from hyperdreambooth.training_settings import LightweightConfig, NoiseLevels, TrainHypernetworkConfig
 from worlds import hypernetworks as shared
 from worlds.toon import hypernetworks
@@ -121,7 +122,7 @@ def main() -> None:
             table = preoptimize(hdb.backbone, photos, shared.table_config(50), runs / "table")
         source, report = train_hypernetwork(
             hdb.backbone, encoder, everyone_alone(few) if changes.get("same") else few, config,
-            directory=runs / name.replace(" ", "-").replace(",", ""), validation=validation, table=table,
+            run=Run(runs / name.replace(" ", "-").replace(",", "")), validation=validation, table=table,
         )  # fmt: skip
         gain = report.validations[-1]
         row = {"changes": said, "identity_gain": round(gain["identity_gain"], 4), "interval": round(gain["identity_gain_interval"], 4)}

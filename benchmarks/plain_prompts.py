@@ -24,8 +24,8 @@ from hyperdreambooth.checkpoint import write_json
 from hyperdreambooth.evaluation import metrics
 from hyperdreambooth.evaluation.evaluate import load_atlas
 from hyperdreambooth.evaluation.judges import Judge
+from hyperdreambooth.sampling import generate
 from hyperdreambooth.stages.dreambooth import Subject, personalize
-from hyperdreambooth.stages.generate import generate
 from worlds.toon import pictures
 from worlds.toon.atlas import PLAIN
 

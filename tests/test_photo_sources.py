@@ -123,12 +123,11 @@ def test_profiles_count_by_what_they_hold():
 @pytest.mark.parametrize(
     "wrap", [str, lambda path: path, lambda path: path.read_bytes(), lambda path: io.BytesIO(path.read_bytes()), Image.open]
 )
-def test_photos_and_masks_come_in_every_form(tmp_path, wrap):
+def test_photos_come_in_every_form(tmp_path, wrap):
     picture(size=(64, 48)).save(path := tmp_path / "a.png")
-    Image.new("L", (64, 48), 255).save(mask := tmp_path / "m.png")
     photo = wrap(path)
     assert photos.read_photos(photo, 32)[0].shape == (1, 3, 32, 32)
-    assert photos.read_masks(wrap(mask), photo, 32).mean() == 1  # the photo is read again, from its start
+    assert photos.read_photos(photo, 32)[0].shape == (1, 3, 32, 32)  # once more, from its start
     pixels = np.asarray(picture(size=(64, 48)))
     assert photos.read_photos(np.stack([pixels, pixels]), 32)[0].shape == (2, 3, 32, 32)
     for wrong in (None, 3):

@@ -1,4 +1,4 @@
-"""Pictures: from outside, by safe decoding, orientation, colors, crop and mask; and those that go out, with their metadata."""
+"""Pictures: from outside, by safe decoding, orientation, colors and crop; and those that go out, with their metadata."""
 
 import io
 import json
@@ -228,22 +228,6 @@ def prepare(path: Source, size: int, crop: Crop = "auto", face: int | None = Non
     return square(crop_face(image, chosen) if chosen else image, size), " ".join(filter(None, (note, which)))
 
 
-def prepare_mask(path: Source, photo: Source, size: int, crop: Crop = "auto", face: int | None = None) -> Image.Image:
-    """A gray picture that says where `photo` counts (white) and where not (black), cropped as `prepare` crops the photo.
-
-    Raises InputError where the two differ in size, or the crop holds nothing that counts.
-    """
-    image, mask = load_photo(photo), load_photo(path)
-    if mask.size != image.size:
-        sizes = f"{mask.width} x {mask.height} pixels and the photo {photo_name(photo)} {image.width} x {image.height}"
-        raise InputError(f"the mask {photo_name(path)} has {sizes}: draw it on the photo itself.")
-    chosen, _ = face_for(image, photo_name(photo), crop, face)
-    gray = square(crop_face(mask, chosen) if chosen else mask, size).convert("L")
-    if np.asarray(gray).mean() < 1:  # of 255; a resize leaves traces of what lies just outside
-        raise InputError(f"the mask {photo_name(path)} is black wherever the cropped photo is: nothing would count. Paint the face white.")
-    return gray
-
-
 def _listed(files: Any) -> list[Any]:
     """One source or several, as a list."""
     several = files.ndim > 3 if isinstance(files, (np.ndarray, Tensor)) else isinstance(files, Iterable)
@@ -263,15 +247,6 @@ def read_photos(files: Any, size: int, crop: Crop = "auto", face: int | None = N
     if not prepared:
         raise InputError("no photo was given.")
     return to_tensor([image for image, _ in prepared]), [note for _, note in prepared if note]
-
-
-def read_masks(masks: Any, files: Any, size: int, crop: Crop = "auto", face: int | None = None) -> Tensor:
-    """Where photos count, by gray pictures, one for all or one each: (n, 1, size, size) in 0..1. Raises InputError where they don't fit."""
-    group, drawn = _listed(files), _listed(masks)
-    if len(drawn) not in (1, len(group)):
-        raise InputError(f"{len(drawn)} masks for {len(group)} photos: give one for all of them, or one each.")
-    pairs = zip(drawn if len(drawn) > 1 else drawn * len(group), group, strict=True)
-    return (to_tensor([prepare_mask(mask, photo, size, crop, face) for mask, photo in pairs])[:, :1] + 1) / 2
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:

@@ -22,8 +22,7 @@ from hyperdreambooth.data import IdentityData
 from hyperdreambooth.evaluation.evaluate import Atlas, load_atlas, world_judges
 from hyperdreambooth.evaluation.harness import Bench
 from hyperdreambooth.lora import Hooks, LoraSet
-from hyperdreambooth.stages.dreambooth import PhotoLosses, Subject, draw_photos
-from hyperdreambooth.stages.preoptimize import preoptimize
+from hyperdreambooth.stages.dreambooth import PhotoLosses, Subject, draw_photos, preoptimize
 from hyperdreambooth.trainable_lora import IdentityTable, LightweightLora
 from hyperdreambooth.training import Run, fit
 from hyperdreambooth.training_settings import NoiseLevels, TrainingConfig

@@ -13,10 +13,10 @@ import torch
 from .. import photos
 from ..api import HyperDreamBooth
 from ..checkpoint import read_json, write_json
-from ..config import parsed
 from ..errors import InputError, in_range
 from ..pretrained import load_hypernetwork
 from ..progress import say
+from ..settings import parsed
 from . import Request, evaluate, harness, report
 from .evaluate import Atlas, Judges
 from .harness import Bench
@@ -77,7 +77,7 @@ def run(args: Request, output: Path, open_base: Callable[[str, str], HyperDreamB
     if not methods:
         raise InputError("no method is left that could be measured.")
     old = before.get("settings", {})
-    if before and (not old or any(old.get(name, value) != value for name, value in settings.items())):
+    if before and (not old or not agree(old, settings)):
         raise InputError(f"{output} was measured with other settings or weights. Give --overwrite, or another path.")
     command = " ".join(["hyperdreambooth", *sys.argv[1:]])
     about = {"command": command, **evaluate.environment(hdb), "settings": {**old, **settings}}  # of faithful weights too, once measured
@@ -89,6 +89,15 @@ def plain(config: Any) -> dict[str, Any]:
     """Settings as JSON holds them."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("origins", "crop", "face")}
     return dict(json.loads(json.dumps(values)))
+
+
+def agree(old: Any, new: Any) -> bool:
+    """Whether two settings are the same, as far as both have them: versions know different ones."""
+    return (
+        all(agree(old[name], new[name]) for name in old.keys() & new.keys())
+        if isinstance(old, dict) and isinstance(new, dict)
+        else old == new
+    )
 
 
 def kept(args: Request, output: Path) -> dict[str, Any]:

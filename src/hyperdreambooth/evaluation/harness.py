@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from .. import photos
 from ..api import HyperDreamBooth
 from ..checkpoint import read_json, read_tensors, save_tensors
-from ..config import updated
 from ..errors import InputError, refusing
 from ..lora import LoraSet
 from ..personal_lora import PLACEHOLDER
 from ..progress import say
-from ..settings import GenerateConfig
+from ..sampling import generate
+from ..settings import GenerateConfig, updated
 from ..stages.dreambooth import Subject, prior_latents
-from ..stages.generate import generate
 from . import metrics
 from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, Atlas, Judges
 from .judges import Dlib, Vision

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from .. import assets
 from ..api import HyperDreamBooth
 from ..checkpoint import read_json
-from ..config import parsed
 from ..errors import in_range
 from ..lora import Hooks, Lora, LoraSet, find_targets
+from ..settings import parsed
 from ..stages.dreambooth import PhotoLosses, Subject, draw_photos, trained_targets, trains_text
 from ..trainable_lora import IdentityTable, LightweightLora, RelaxedLora
 from ..training import Run, fit

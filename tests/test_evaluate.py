@@ -400,8 +400,9 @@ def test_two_results_are_compared(tmp_path, capsys):
     for words in (["compare", str(files[0])], ["contrast", *map(str, files)], ["compare", str(files[0]), str(tmp_path / "none.json")]):
         assert main(["evaluate", *words]) == 2
     assert main(["evaluate"]) == 2
-    assert main(["evaluate", "--methods", "magic", "-o", str(tmp_path / "e.json")]) == 2
-    assert "'magic' is no method" in capsys.readouterr().err
+    for words in (["--methods", "magic"], ["--methods", "magic", "--rows", "base"], ["--methods", "all", "--rows", "magic"]):
+        assert main(["evaluate", *words, "-o", str(tmp_path / "e.json")]) == 2
+        assert "'magic' is no method" in capsys.readouterr().err
 
 
 def test_a_plot_shows_every_line_and_takes_zeros():

@@ -112,7 +112,7 @@ def kept(args: Request, output: Path) -> dict[str, Any]:
 
 def chosen(args: Request) -> dict[str, Method]:
     """What is asked for, with the settings that a search found, and few steps where it must be quick."""
-    words = args.methods or ("all" if args.search or args.quick or isinstance(args.people, Path) else "ours",)
+    words = (*args.methods, *args.rows) or ("all" if args.search or args.quick or isinstance(args.people, Path) else "ours",)
     names = list(dict.fromkeys(name for word in words for name in GROUPS.get(word, [word])))
     if unknown := [name for name in names if name not in METHODS]:
         raise InputError(f"{unknown[0]!r} is no method; there are {', '.join((*GROUPS, *METHODS))}.")

@@ -21,11 +21,9 @@ from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import applied, canonical, canonical_modules, find_targets
 from hyperdreambooth.objectives import denoising_loss
 from hyperdreambooth.pretrained import HyperNetworkInfo
-from hyperdreambooth.sampling import check_scheduler, schedulers
+from hyperdreambooth.sampling import check_scheduler, noise_for, schedulers
 from hyperdreambooth.settings import GenerateConfig
-from hyperdreambooth.stages.dreambooth import Subject, train_light
-from hyperdreambooth.stages.generate import noise_for
-from hyperdreambooth.stages.preoptimize import preoptimize
+from hyperdreambooth.stages.dreambooth import Subject, preoptimize, train_light
 from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
 from hyperdreambooth.tables import read_table
 from hyperdreambooth.training_settings import (

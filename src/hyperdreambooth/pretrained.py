@@ -11,12 +11,11 @@ import torch
 
 from .backbones import Backbone
 from .checkpoint import read_header, read_json, read_tensors, save_tensors, write_atomically, write_json
-from .config import parsed
 from .encoder import FaceEncoder
 from .errors import InputError, in_range, some
 from .hub import download, hypernetwork_card
 from .lora import Shape, canonical_modules, linear_shape
-from .settings import GenerateConfig, PersonalizeConfig
+from .settings import GenerateConfig, PersonalizeConfig, parsed
 from .trainable_lora import HyperNetwork, LightweightLora, PredictedLora
 from .training_settings import LARGEST_LAYER, HyperNetworkConfig, LightweightConfig
 

@@ -447,7 +447,7 @@ def test_weights_may_have_each_others_names_and_a_folder_near_a_base_leads_to_it
         with pytest.raises(InputError, match=rf"has no model_index.json.* Give {base}\?"):
             load_backbone(near)
     for name in ("./models/sd15", "/models/sd15", "https://example.com/sd15"):
-        with pytest.raises(InputError, match=f"{name}: there is no such file or directory, and a hub id has the form user/name"):
+        with pytest.raises(InputError, match=f"{name} can't be opened as a base: there is no such file or directory, and a hub id is"):
             load_backbone(name)
 
 

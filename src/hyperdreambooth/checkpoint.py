@@ -112,8 +112,9 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
         with Path(path).open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(start - 8, MOST_HEADER)))
+            size = os.fstat(file.fileno()).st_size  # not the path's: another process may replace the file meanwhile
         metadata = dict(header.pop("__metadata__", None) or {})
-        size, end = Path(path).stat().st_size, start + max((one["data_offsets"][1] for one in header.values()), default=0)
+        end = start + max((one["data_offsets"][1] for one in header.values()), default=0)
         if size != end:
             raise ValueError(f"{size:,} bytes instead of {end:,}")
         return {name: Entry(tuple(map(int, one["shape"])), str(one["dtype"])) for name, one in header.items()}, metadata

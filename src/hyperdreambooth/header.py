@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from .errors import InputError
+from .errors import refusing
 
 TOKENS = "hyperdreambooth.tokens"
 """What the header of a token file has."""
@@ -76,10 +76,8 @@ def summary(
 
 def describe_tokens(path: str | Path, shapes: Mapping[str, list[int]], header: dict[str, str]) -> dict[str, Any]:
     """A token file's contents as `info` prints them. Raises InputError for a damaged one."""
-    try:
+    with refusing(f"{path} is damaged: the recipe in its header isn't a JSON object", TypeError, ValueError):
         rank = dict(json.loads(header.get("hyperdreambooth.recipe", "{}"))).get("rank", "unknown")
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged: the recipe in its header isn't a JSON object.") from error
     return {
         "file": str(path),
         "kind": "tokens",

@@ -177,7 +177,7 @@ class Heads(Chain):
         parts = []
         for shard, pixels in enumerate(data.shards):
             file = self.runs / "latents" / f"{data.split}-{shard:03d}.safetensors"
-            if not file.is_file() or read_header(file).get("components") != mark:
+            if not file.is_file() or read_header(file)[1].get("components") != mark:
                 save_tensors(file, {"latents": super().latents_of(pixels)}, {"components": mark})
             parts.append(read_tensors(file)[0]["latents"])
         return torch.cat(parts)

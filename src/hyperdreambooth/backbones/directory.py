@@ -13,7 +13,7 @@ import diffusers
 import torch
 
 from ..checkpoint import read_header
-from ..errors import InputError, some
+from ..errors import InputError, refusing, some
 
 TEXT = {f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
 SAMPLING = {"unet", "transformer", "vae", "scheduler"} | TEXT
@@ -30,11 +30,9 @@ VARIANTS = ("", "fp16", "bf16", "fp32")
 
 def read_index(folder: Path) -> tuple[dict[str, Any], str]:
     """A directory's list of components, and the name of its pipeline. Raises InputError where it can't be read."""
-    try:
+    with refusing(f"{folder / 'model_index.json'} is no index of a pipeline of diffusers", OSError, ValueError, KeyError, TypeError):
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         return index, str(index["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'model_index.json'} is no index of a pipeline of diffusers: {error!r}.") from error
 
 
 def load_directory(folder: Path, dtype: torch.dtype, supported: Collection[str], without: Collection[str] = ()) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, refusing
 from .base import Backbone
 from .directory import load_directory, read_index
 from .discrete import StableDiffusion, StableDiffusionXL
@@ -52,17 +52,12 @@ def load_backbone(
         return wrap(quantized(pipe, quantize, device).to(device), source)
     if parts:
         raise InputError(f"--parts is for a single file that lacks something; {base} is none.")
-    try:
+    kinds = OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError
+    advice = f'Give "toon", a directory in diffusers\' layout (with {INDEX}), a .safetensors checkpoint, or a hub id.'
+    with refusing(f"{base} can't be opened as a base", *kinds, advice=advice):
         folder = Path(source) if Path(source).is_dir() else download(source)
         check_library(folder)
         pipe = load_directory(folder, dtype, FAMILIES)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError) as error:
-        raise InputError(
-            f"{base} can't be opened as a base: {(str(error) or type(error).__name__).splitlines()[0]} "
-            'Give "toon", a directory in diffusers\' layout (with model_index.json), a .safetensors checkpoint, or a hub id.'
-        ) from error
     pipe.register_to_config(_name_or_path=source)
     if prediction != "auto":
         if "prediction_type" not in pipe.scheduler.config:
@@ -120,5 +115,5 @@ def resolve_base(base: str | Path) -> str:
         what = "a link to nothing as its" if (path / INDEX).is_symlink() else "no"
         raise InputError(f"{base} has {what} {INDEX}, so it isn't a base in diffusers' layout.{advice}")
     if not path.exists() and not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", name):
-        raise InputError(f"{base}: there is no such file or directory, and a hub id has the form user/name.")
+        raise InputError(f"{base} can't be opened as a base: there is no such file or directory, and a hub id is user/name.")
     return str(base) if path.exists() else name

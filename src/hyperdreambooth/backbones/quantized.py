@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from ..errors import InputError
+from ..errors import InputError, refusing
 from ..lora import can_be_added_to
 from ..progress import say
 
@@ -79,7 +79,8 @@ def _packed(layers: Any, layer: nn.Linear, kind: str | None) -> nn.Module:
 def read_gguf(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """What a GGUF file's header says of its tensors: name -> (shape, type). Raises InputError where it isn't a whole one."""
     reader = library("gguf", path).GGUFReader
-    try:
+    kinds = ValueError, KeyError, IndexError, OSError, OverflowError
+    with refusing(f"{path} is not a whole GGUF file", *kinds, advice="Was it cut off while copying?"):
         opened = reader(path)
         found = {}
         for tensor in opened.tensors:
@@ -88,8 +89,6 @@ def read_gguf(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             shape = own.contents() if own else reversed(tensor.shape.tolist())
             found[tensor.name] = (tuple(map(int, shape)), tensor.tensor_type.name)
         return found
-    except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
-        raise InputError(f"{path} is not a whole GGUF file ({error}). Was it cut off while copying?") from error
 
 
 def load_gguf(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -97,10 +96,8 @@ def load_gguf(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dt
     from diffusers.models.model_loading_utils import load_gguf_checkpoint
     from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 
-    try:
+    with refusing(str(path), ValueError, advice="Take a file of another type, such as Q4_K, Q5_K or Q8_0."):
         tensors = load_gguf_checkpoint(str(path))
-    except ValueError as error:
-        raise InputError(f"{path}: {str(error).splitlines()[0]} Take a file of another type, such as Q4_K, Q5_K or Q8_0.") from error
     for name, shape in shapes.items():
         if tuple(getattr(tensors[name], "quant_shape", tensors[name].shape)) != shape:
             tensors[name] = dequantize_gguf_tensor(tensors[name]).to(dtype).reshape(shape)

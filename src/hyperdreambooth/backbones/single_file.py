@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from .. import checkpoint
 from ..assets import clip
-from ..errors import InputError, some
+from ..errors import InputError, refusing, some
 from ..progress import say
 from . import architectures
 from .architectures import BASES, text_names
@@ -41,8 +41,6 @@ T5_NAME = "google/t5-v1_1-xxl"
 SPOKEN: dict[str, str] = BASES["files"]["spoken"]
 OTHERS: dict[str, str] = BASES["files"]["others"]
 """What is in a tensor's name -> what a file is that has one."""
-NO_LAYERS = re.compile(r"(^|\.)(scale_input|input_scale|comfy_quant|scaled_fp8|v_pred|ztsnr)$")
-"""Names of tensors beside a denoiser's own."""
 FIRST_LAYERS = {"unet": ("input_blocks.0.0.weight", 4, 1), "sd3": ("x_embedder.proj.weight", 16, 1), "flux": ("img_in.weight", 16, 4)}
 """Denoiser -> its first layer, the channels of latents, and how many of that layer's inputs each channel takes."""
 
@@ -144,17 +142,15 @@ def fitted(kind: str, stored: Mapping[str, Stored], model: nn.Module, dtype: tor
         if side or (key.endswith("weight") and one.kind not in FLOATS and not packed):
             what = f"{path} is quantized ({key} of its {SPOKEN.get(kind, kind)} is stored as {one.kind})"
             raise InputError(f"{what}. Give the file in fp16, bf16 or fp8; a denoiser may be GGUF, too.")
-    try:
+    with refusing(f"{path} lacks layers of its {kind}, the first of them", KeyError, advice="Give a full checkpoint."):
         found = converted(kind, tensors_of(stored, dtype), model)
-    except KeyError as error:
-        raise InputError(f"{path} lacks layers of its {kind}, the first of them {error.args[0]}. Give a full checkpoint.") from error
     if "text_projection.weight" in wanted and kind == "clip_l":  # SD 3 takes this encoder's pooled text as it is
         size = len(wanted["text_projection.weight"])
         found["text_projection.weight"] = torch.eye(size, dtype=dtype, device="meta" if dtype is None else "cpu")
     if missing := [key for key in wanted if key not in found]:
         raise InputError(f"{path} lacks {len(missing)} layers of its {kind}: {some(missing)}. Is it pruned? Give a full checkpoint.")
-    model_own = (one for key, one in stored.items() if one.key not in scales and not NO_LAYERS.search(key))
-    more = sum(math.prod(one.shape) for one in model_own) - sum(tensor.numel() for tensor in wanted.values())
+    layers = (one for key, one in stored.items() if re.search(r"(^|\.)(weight|bias|scale|pos_embed)$", key))
+    more = sum(math.prod(one.shape) for one in layers) - sum(tensor.numel() for tensor in wanted.values())
     if more > 0 and kind in FIRST_LAYERS and dtype is None:
         what = f"has {more:,} numbers in its {kind} that no base of this kind has: layers that would be left out"
         raise InputError(f"{path} {what}. It is another kind of model, or has one more in it.")
@@ -213,12 +209,9 @@ def prediction_of(path: Path, stored: Mapping[str, Stored], header: Mapping[str,
     said, zero = "v" if "v_pred" in marks else None, "ztsnr" in marks
     beside = (path.with_suffix(".yaml"), path.with_suffix(".yml"), path.with_name(f"{path.name}.yaml"))
     if file := next((file for file in beside if file.is_file()), None):
-        try:
+        with refusing(f"{file}, beside the checkpoint, is no config of one", Exception, advice="Move it away."):
             params = diffusers_names.fetch_original_config(str(file))["model"]["params"]
             scaling = params.get("denoiser_config", {}).get("params", {}).get("scaling_config", {}).get("target", "")
-        except Exception as error:
-            said_by = str(error).splitlines()[0]
-            raise InputError(f"{file}, beside the checkpoint, is no config of one ({said_by}). Move it away.") from error
         if "EDM" in scaling:
             raise InputError(f"{path} is an EDM checkpoint, as {file.name} says, which can't be trained on here.")
         said = said or str(params.get("parameterization", "v" if scaling.endswith("VScaling") else "eps"))
@@ -319,31 +312,25 @@ def tokenizers(kind: str, parts: Parts, given: dict[str, Any], folders: Sequence
     SD 3 goes on without a T5 that has none; for Flux that raises InputError.
     """
     found: dict[str, Any] = {}
+    own = [str(folder) for folder in folders if any((folder / name).is_file() for name in TOKENIZER)]
     for name, part in text_names(kind).items():
         key = name.replace("text_encoder", "tokenizer")
         found[key] = given.get(key)
         if found[key] is not None or (part not in parts and name not in given):
             continue
-        found[key] = t5_tokenizer(folders) if part == "t5" else clip.tokenizer() if part == "clip_l" else clip.tokenizer("!")
-        if found[key] is None:
+        if part != "t5":
+            found[key] = clip.tokenizer() if part == "clip_l" else clip.tokenizer("!")
+            continue
+        try:
+            found[key] = AutoTokenizer.from_pretrained((own or [T5_NAME])[0])
+        except (OSError, ValueError) as error:
             what = f"T5's tokenizer is neither shipped nor on the hub that can be reached ({T5_NAME}): give its folder as --parts"
-            if kind == "flux":
-                raise InputError(f"{what}.")
+            if kind == "flux" or own:
+                raise InputError(f"{own[0]} holds no tokenizer that can be opened: {error}" if own else f"{what}.") from error
             say(f"T5 is left out. {what} to have it.")
             parts.pop(part, None)
             given.pop(name, None)
     return found
-
-
-def t5_tokenizer(folders: Sequence[Path]) -> Any:
-    """T5's tokenizer from the first folder that has one, or from the hub; None where there is none."""
-    own = [str(folder) for folder in folders if any((folder / name).is_file() for name in TOKENIZER)]
-    try:
-        return AutoTokenizer.from_pretrained((own or [T5_NAME])[0])
-    except (OSError, ValueError) as error:
-        if own:
-            raise InputError(f"{own[0]} holds no tokenizer that can be opened: {error}") from error
-        return None
 
 
 def require(kind: str, parts: Parts, given: Mapping[str, Any], path: Path) -> None:

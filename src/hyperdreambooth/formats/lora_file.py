@@ -37,7 +37,7 @@ Style = str | Path | tuple[str | Path, float]
 """A LoRA: a file, a folder or a repository with one, or (one of these, strength)."""
 
 CARRIERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # The components that a LoRA may change.
-REPOSITORY = re.compile(r"(?:https?://(?:huggingface\.co|hf\.co)/)?([\w.-]*\w/[\w.-]+)(?:/(?:blob|resolve|tree)/([^/]+))?(?:/(.+))?")
+REPOSITORY = re.compile(r"(?:https?:/+(?:huggingface\.co|hf\.co)/)?([\w.-]*\w/[\w.-]+)(?:/(?:blob|resolve|tree)/([^/]+))?(?:/(.+))?")
 HUB_ERRORS = (HTTPError, OSError, ValueError)
 """What huggingface_hub raises for a hub that can't be reached, a refused token, an invalid name, and an invalid model card."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import socket
 import time
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -154,13 +156,19 @@ def test_a_base_without_a_hypernetwork(world, face):
 
 def test_a_visit_chooses_its_base(world, face):
     other = str(world / "base")
+    opened: list[weakref.ref[object]] = []
+    in_memory: list[int] = []
 
     def open_base(name: str) -> HyperDreamBooth:
-        return HyperDreamBooth.from_pretrained(name, device="cpu")
+        gc.collect()
+        in_memory.append(sum(base() is not None for base in opened))
+        hdb = HyperDreamBooth.from_pretrained(name, device="cpu")
+        opened.append(weakref.ref(hdb.backbone.denoiser))
+        return hdb
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HYPERDREAMBOOTH_TOON", str(world))
-        running = app.start(HyperDreamBooth.from_pretrained("toon", device="cpu"), open_base=open_base, bases=[other], port=free_port())
+        running = app.start(open_base("toon"), open_base=open_base, bases=[other], port=free_port())
         try:
             first, second = (Client(running.url, verbose=False) for _ in range(2))
             for client in (first, second):
@@ -179,6 +187,8 @@ def test_a_visit_chooses_its_base(world, face):
             assert names(second.predict(0, False, api_name="/personalize")[1]) == ["prediction"]
             refused(first, "there.safetensors", "not/there.safetensors", api_name="/choose")
             assert names(first.predict(2, False, api_name="/personalize")[1]) == ["step 1", "fine-tuned"], "the last base stays"
+            assert len(in_memory) > 4
+            assert not any(in_memory), "a base goes before the next one comes"
         finally:
             running.close()
 

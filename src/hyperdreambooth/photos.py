@@ -1,5 +1,6 @@
 """Pictures: from outside, by safe decoding, orientation, colors, crop and mask; and those that go out, with their metadata."""
 
+import bisect
 import io
 import json
 import re
@@ -34,6 +35,7 @@ TOO_MANY = f"the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first
 MIN_SIDE = 16
 # Pillow refuses a PNG with more than a megabyte of text, such as the recipe that some programs write into their pictures
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20
+LINE = 16  # Pixels from one line of a label to the next.
 
 
 def load_photo(source: Source) -> Image.Image:
@@ -311,23 +313,39 @@ def preview_path(lora: Path) -> Path:
 def grid(
     rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int | None = None
 ) -> Image.Image:
-    """A labelled contact sheet: one row of pictures for each row label. `cell` is the side of a picture on it."""
+    """A labelled contact sheet: one row of pictures for each row label; what is too long for its place goes on in the next line.
+
+    Args:
+        cell: the side of a picture on it, in pixels.
+    """
     cell = cell or min(256, max(128, max(row[0].width for row in rows)))
     font, columns = ImageFont.load_default(13), max(map(len, rows))
-    top, strip = 22 if any(column_labels) else 4, 20 if any(row_labels) else 4
-    sheet = Image.new("RGB", (columns * (cell + 4) + 4, top + len(rows) * (cell + strip)), "white")
-
-    def write(x: int, y: int, text: str, width: int) -> None:
-        while text and font.getlength(text) > width:
-            text = text[:-2].rstrip() + "…" if len(text) > 2 else ""
-        ImageDraw.Draw(sheet).text((x, y), text, fill="black", font=font)
-
-    for column, label in enumerate(column_labels[:columns]):
-        write(4 + column * (cell + 4), 4, label, cell)
-    for index, row in enumerate(rows):
-        y = top + index * (cell + strip)
-        write(4, y + 1, row_labels[index] if strip > 4 else "", columns * (cell + 4))
+    width = columns * (cell + 4) + 4
+    heads = [wrapped(label, font, cell) for label in column_labels[:columns]]
+    sides = [wrapped(label, font, width - 4) for label in row_labels]
+    top = 6 + LINE * max(map(len, heads), default=0) if any(heads) else 4
+    strips = [4 + LINE * max(1, len(side)) if any(sides) else 4 for side in sides]
+    sheet = Image.new("RGB", (width, top + sum(strips) + len(rows) * cell), "white")
+    draw, y = ImageDraw.Draw(sheet), top
+    for column, head in enumerate(heads):
+        for index, line in enumerate(head):
+            draw.text((4 + column * (cell + 4), 4 + index * LINE), line, fill="black", font=font)
+    for row, side, strip in zip(rows, sides, strips, strict=True):
+        for index, line in enumerate(side):
+            draw.text((4, y + 1 + index * LINE), line, fill="black", font=font)
         for column, image in enumerate(row):
             resample = Image.Resampling.NEAREST if image.width * 2 <= cell and cell % image.width == 0 else Image.Resampling.LANCZOS
             sheet.paste(image.resize((cell, cell), resample), (4 + column * (cell + 4), y + strip - 2))
+        y += strip + cell
     return sheet
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
+    """A text in lines of at most `width` pixels, broken at spaces where there are any."""
+    lines, text = [], " ".join(text.split())
+    while text:
+        fitting = max(1, bisect.bisect_right(range(1, len(text) + 1), width, key=lambda end: font.getlength(text[:end])))
+        space = text.rfind(" ", 1, fitting + 1) if fitting < len(text) else -1
+        lines.append(text[: space if space > 0 else fitting])
+        text = text[len(lines[-1]) :].lstrip()
+    return lines

@@ -28,6 +28,7 @@ from ..assets import toon
 from ..errors import InputError, NoFaceError, TrainingError
 from ..lora import LoraSet
 from ..personal_lora import PersonalLora
+from ..progress import spoken
 from ..settings import GenerateConfig
 from .sessions import COOKIE, Picture, Visit, Visits
 
@@ -270,7 +271,7 @@ class Actions:
             for done, preview in iter(news.get, None):
                 shown += preview
                 left = (time.monotonic() - started) / done * (total - done)
-                yield bar(f"Fine-tuning: step {done} of {total}, about {left:.0f} s left", done, total), shown
+                yield bar(f"Fine-tuning: step {done} of {total}, about {spoken(left)} left", done, total), shown
             visit.mine = visit.me = me = job.result()
             shown += self._on_model(self._preview, visit, me, "fine-tuned")
         finally:  # also where the tab was closed

@@ -125,6 +125,13 @@ def as_json(args: Any, settings: Any = None) -> dict[str, Any]:
     return values | ({RESOLVED: explained(settings)} if settings else {})
 
 
+def save_settings(path: Path, args: Any, settings: Any) -> None:
+    from ..checkpoint import write_json
+
+    write_json(path, as_json(args, settings))
+    say(f"{path}: the settings, which --config takes again")
+
+
 def weighted(text: str, default: float = 1.0) -> tuple[str, float]:
     """FILE[:WEIGHT]; a colon of a Windows drive isn't a weight."""
     file, _, weight = text.rpartition(":")

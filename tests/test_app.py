@@ -6,6 +6,7 @@ import gc
 import json
 import re
 import socket
+import threading
 import time
 import weakref
 import zipfile
@@ -138,6 +139,21 @@ def test_where_there_are_several_faces_one_is_chosen(connect, tmp_path):
     assert "2 faces, took the largest; change the face" in client.predict(photo(tmp_path / "eileen.jpg"), 1, api_name="/look")[1]
     assert "face 2 is taken" in client.predict(photo(tmp_path / "eileen.jpg"), 2, api_name="/look")[1]
     refused(client, "there is no face 3; 2 were found", photo(tmp_path / "eileen.jpg"), 3, api_name="/look")
+
+
+def test_who_personalizes_while_a_face_is_still_looked_for_waits(connect, face, monkeypatch):
+    real, began = photos.prepare, threading.Event()
+
+    def slow(*args: object) -> object:
+        began.set()
+        time.sleep(1.5)
+        return real(*args)
+
+    monkeypatch.setattr(photos, "prepare", slow)
+    client = connect()
+    client.submit(photo(face), 1, api_name="/look")
+    assert began.wait(60)
+    assert names(client.predict(0, True, api_name="/personalize")[1]) == ["prediction"]
 
 
 def test_a_base_without_a_hypernetwork(world, face):

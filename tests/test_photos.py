@@ -255,6 +255,6 @@ def test_a_label_that_is_too_long_goes_on_below():
     assert more.crop((0, 0, 150, 20)).tobytes() == one.crop((0, 0, 150, 20)).tobytes()
     font = ImageFont.load_default(13)
     for text in (long, "x" * 200, " spaces   and\nlines ", ""):
-        lines = photos.wrapped(text, font, 150)
+        lines = photos.wrapped(text, font, 150).splitlines()
         assert all(font.getlength(line) <= 150 for line in lines)
         assert "".join(lines).replace(" ", "") == "".join(text.split())

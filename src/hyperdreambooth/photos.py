@@ -1,10 +1,10 @@
 """Pictures: from outside, by safe decoding, orientation, colors, crop and mask; and those that go out, with their metadata."""
 
-import bisect
 import io
 import json
 import re
 import struct
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ TOO_MANY = f"the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first
 MIN_SIDE = 16
 # Pillow refuses a PNG with more than a megabyte of text, such as the recipe that some programs write into their pictures
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20
-LINE = 16  # Pixels from one line of a label to the next.
+LINE = 17  # Pixels from one line of a label to the next, as Pillow sets them.
 
 
 def load_photo(source: Source) -> Image.Image:
@@ -323,16 +323,14 @@ def grid(
     width = columns * (cell + 4) + 4
     heads = [wrapped(label, font, cell) for label in column_labels[:columns]]
     sides = [wrapped(label, font, width - 4) for label in row_labels]
-    top = 6 + LINE * max(map(len, heads), default=0) if any(heads) else 4
-    strips = [4 + LINE * max(1, len(side)) if any(sides) else 4 for side in sides]
+    top = 22 + LINE * max(head.count("\n") for head in heads) if any(heads) else 4
+    strips = [20 + LINE * side.count("\n") if any(sides) else 4 for side in sides]
     sheet = Image.new("RGB", (width, top + sum(strips) + len(rows) * cell), "white")
     draw, y = ImageDraw.Draw(sheet), top
     for column, head in enumerate(heads):
-        for index, line in enumerate(head):
-            draw.text((4 + column * (cell + 4), 4 + index * LINE), line, fill="black", font=font)
+        draw.text((4 + column * (cell + 4), 4), head, fill="black", font=font)
     for row, side, strip in zip(rows, sides, strips, strict=True):
-        for index, line in enumerate(side):
-            draw.text((4, y + 1 + index * LINE), line, fill="black", font=font)
+        draw.text((4, y + 1), side, fill="black", font=font)
         for column, image in enumerate(row):
             resample = Image.Resampling.NEAREST if image.width * 2 <= cell and cell % image.width == 0 else Image.Resampling.LANCZOS
             sheet.paste(image.resize((cell, cell), resample), (4 + column * (cell + 4), y + strip - 2))
@@ -340,12 +338,9 @@ def grid(
     return sheet
 
 
-def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
-    """A text in lines of at most `width` pixels, broken at spaces where there are any."""
-    lines, text = [], " ".join(text.split())
-    while text:
-        fitting = max(1, bisect.bisect_right(range(1, len(text) + 1), width, key=lambda end: font.getlength(text[:end])))
-        space = text.rfind(" ", 1, fitting + 1) if fitting < len(text) else -1
-        lines.append(text[: space if space > 0 else fitting])
-        text = text[len(lines[-1]) :].lstrip()
-    return lines
+def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """A text with line breaks, so that no line is longer than `width` pixels."""
+    count = max(1, width // 3)  # Letters of a line, should all be narrow ones.
+    while count > 1 and any(font.getlength(line) > width for line in textwrap.wrap(text, count)):
+        count -= 1
+    return "\n".join(textwrap.wrap(text, count))

@@ -44,7 +44,7 @@ def readable(values: dict[str, Any], indent: str = "") -> list[str]:
     """A line a value, those of a nested dict indented. A file's own words are cut where they are long, and can't steer a terminal."""
     lines = []
     for key, value in values.items():
-        inner = readable(value, f"{indent}  ") if isinstance(value, dict) else []
+        inner = readable(dict(sorted(value.items())), f"{indent}  ") if isinstance(value, dict) else []
         text = "" if isinstance(value, dict) else f" {value}"
         long = f"... ({len(text) - 1} characters; --json prints all)" if len(text) > SHOWN else ""
         lines += ["".join(letter if letter.isprintable() else " " for letter in f"{indent}{key}:{text[:SHOWN]}{long}"), *inner]

@@ -244,7 +244,7 @@ class Actions:
             if me is None:
                 raise InputError("it was stopped before there was anything to keep.")
             done, seconds = me.metadata.get("hyperdreambooth.steps", 0), sum(me.seconds.values())
-            yield bar(f"Done: {done} steps in {seconds:.0f} s. Draw it below, or take it home: a LoRA of rank {me.rank}."), shown
+            yield bar(f"Done: {done} steps in {seconds:.0f} s. Draw the person below, or take the LoRA home (rank {me.rank})."), shown
 
     def _preview(self, visit: Visit, person: PersonalLora | LoraSet, label: str) -> Shown:
         """The person as such, drawn in the model's thread."""

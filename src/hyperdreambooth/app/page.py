@@ -43,7 +43,7 @@ def build(actions: Actions, hdb: HyperDreamBooth) -> gr.Blocks:
             "Runs on this machine alone; nothing you give it leaves it, and all of it goes when you close this page."
         )
         greeting = f'<img src="{SHOWN}" alt="" class="hdb-greeting">One photo, and five pictures that were drawn of the person.'
-        gr.HTML(greeting, padding=False)
+        gr.HTML(greeting)
         how = "Or type a folder, a .safetensors checkpoint or a hub id, then Enter. It is loaded at once." if actions.any_base else None
         choice: dict[str, Any] = {"allow_custom_value": actions.any_base, "visible": actions.any_base or len(actions.bases) > 1}
         chosen = gr.Dropdown(actions.bases, value=hdb.base, label="Base: the model that draws", info=how, elem_id="base", **choice)
@@ -268,9 +268,10 @@ def start(
     if host in LOOPBACK:  # a name that another site lets point here isn't answered
         gates.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
     page = build(Actions(hdb, visits, open_base, bases, any_base=bool(open_base) and host in LOOPBACK and not auth), hdb)
-    # a theme that loads nothing: Gradio's usual ones ask for fonts
+    # a theme that loads nothing: Gradio's usual ones ask for fonts; what explains is dark enough to be read
     fonts = {"font": ["system-ui", "-apple-system", "Segoe UI", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    looks = {"theme": gr.themes.Default(primary_hue="indigo", **fonts), "css": CSS, "head": HEAD, "footer_links": ["api"]}
+    theme = gr.themes.Default(primary_hue="indigo", **fonts).set(body_text_color_subdued="*neutral_500")
+    looks = {"theme": theme, "css": CSS, "head": HEAD, "footer_links": ["api"]}
     where: dict[str, Any] = {"server_name": host, "server_port": port, "auth": auth, "inbrowser": browser}
     limits = {"max_file_size": max_upload_mb * 1_000_000, "state_session_capacity": 100}
     off = dict.fromkeys(("share", "show_error", "ssr_mode", "run_history", "mcp_server"), False)

@@ -92,6 +92,7 @@ def run_demo(args: Demo) -> None:
     lora = me.save(args.output / "me.safetensors", overwrite=True)
     me.save_tokens(args.output / "me.tokens", overwrite=True)
     took, drawing = {"personalize": sum(me.seconds.values()), **me.seconds}, time.perf_counter()
+    say(f"drawing {3 * len(prompts)} pictures: by the base alone, by the prediction, and fine-tuned")
     drawn = [hdb.generate(prompts, person, seed=args.face) for person in (None, me.predicted, me)]
     took["pictures"] = time.perf_counter() - drawing
     photo = photos.load_photo(reference)
@@ -111,7 +112,6 @@ def run_demo(args: Demo) -> None:
     table = [[prompt, *map(embedded, row)] for prompt, row in zip(prompts, rows, strict=True)]
     text = document("One photo in, a personal LoRA out", [{"texts": [way, cost], "head": ["prompt", *columns], "rows": table}])
     report = write_atomically(args.output / "index.html", lambda file: file.write_text(text, encoding="utf-8"))
-    pictures, seconds = f"{3 * len(prompts)} pictures in {took['pictures']:.1f} s", time.perf_counter() - STARTED
-    say(f"personalized in {took['personalize']:.1f} s, {pictures}, in all {seconds:.1f} s")
+    say(f"personalized in {took['personalize']:.1f} s, pictures {took['pictures']:.1f} s, in all {time.perf_counter() - STARTED:.1f} s")
     for path, what in ((lora, "the LoRA"), (grid, "the pictures"), (report, "the report: open it in a browser")):
         say(f"{path}: {what}")

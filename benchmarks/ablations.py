@@ -25,11 +25,11 @@ from hyperdreambooth.assets import toon
 from hyperdreambooth.checkpoint import read_json, write_json
 from hyperdreambooth.data import IdentityData
 from hyperdreambooth.encoder import FaceEncoder
-from hyperdreambooth.evaluation.evaluate import Judges, judge, load_atlas
+from hyperdreambooth.evaluation.evaluate import load_atlas, world_judges
 from hyperdreambooth.evaluation.harness import Bench
-from hyperdreambooth.evaluation.judges import Judge
-from hyperdreambooth.stages.preoptimize import preoptimize
+from hyperdreambooth.stages.dreambooth import preoptimize
 from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
+from hyperdreambooth.training import Run
 from hyperdreambooth.training_settings import LightweightConfig, NoiseLevels, TrainHypernetworkConfig
 from worlds import hypernetworks as shared
 from worlds.toon import hypernetworks
@@ -85,14 +85,13 @@ def drawing_with(hdb: HyperDreamBooth, source: Any) -> Iterator[None]:
 def judged(hdb: HyperDreamBooth, count: int) -> Callable[[Any], dict[str, Any]]:
     """What gives the figures of a hypernetwork on the first validation people."""
     whole = load_atlas("benchmarks/atlas", "validation")
-    atlas = whole.only(range(0, len(whole.prompts), 2))
-    judges = Judges(*(Judge.from_pretrained(toon.directory(name)) for name in ("recogniser", "classifier")))
-    bench, who = Bench(hdb, atlas, judges, Path(), "", extras=False), range(count)
+    atlas = whole.part(prompts=slice(None, None, 2))
+    bench, who = Bench(hdb, atlas, world_judges("benchmarks/atlas"), Path(), "", extras=False), range(count)
 
     def figures(source: Any) -> dict[str, Any]:
         with drawing_with(hdb, source), torch.no_grad():
             tokens: Tensor = source.tokens(atlas.references[:count])
-            found = judge(bench.draw(who, range(len(atlas.prompts)), source.lightweight(tokens).detach()), atlas, judges)
+            found = bench.judged(bench.draw(who, range(len(atlas.prompts)), source.lightweight(tokens).detach()))
         return {name: found[name] for name in FIGURES}
 
     return figures
@@ -123,7 +122,7 @@ def main() -> None:
             table = preoptimize(hdb.backbone, photos, shared.table_config(50), runs / "table")
         source, report = train_hypernetwork(
             hdb.backbone, encoder, everyone_alone(few) if changes.get("same") else few, config,
-            directory=runs / name.replace(" ", "-").replace(",", ""), validation=validation, table=table,
+            run=Run(runs / name.replace(" ", "-").replace(",", "")), validation=validation, table=table,
         )  # fmt: skip
         gain = report.validations[-1]
         row = {"changes": said, "identity_gain": round(gain["identity_gain"], 4), "interval": round(gain["identity_gain_interval"], 4)}

@@ -85,13 +85,12 @@ def families_table() -> str:
 
 
 def memory_table() -> str:
-    lines = ["| base | stage | batch | dtype | checkpointing | weights | activations | AdamW | 8-bit AdamW | Adafactor |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    lines = ["| base | stage | batch | dtype | checkpointing | weights | activations | in all |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for row in json.loads((RESULTS / "memory.json").read_text(encoding="utf-8"))["rows"]:
-        totals = " | ".join(f"**{row[f'{name}_gb']:.1f} GB**" for name in ("AdamW", "8-bit AdamW", "Adafactor"))
-        parts = f"{row['weights_gb']:.1f} GB | {row['activations_gb']:.1f} GB"
+        parts = f"{row['weights_gb']:.1f} GB | {row['activations_gb']:.1f} GB | **{row['AdamW_gb']:.1f} GB**"
         kept = "yes" if row["checkpointing"] else "no"
-        lines.append(f"| {row['base']} | {row['stage']} | {row['batch']} | {row['dtype']} | {kept} | {parts} | {totals} |")
+        lines.append(f"| {row['base']} | {row['stage']} | {row['batch']} | {row['dtype']} | {kept} | {parts} |")
     return "\n".join(lines)
 
 

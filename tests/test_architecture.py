@@ -23,7 +23,7 @@ MAY = {  # module (or package) -> the modules of ours that it may import
     "personal_lora": {"errors", "formats", "lora", "trainable_lora"},
     "photos": {*BASE, "faces", "settings"},
     "folders": {*BASE, "photos"},
-    "sampling": {"backbones", "errors", "lora", "replay", "settings"},
+    "sampling": {"backbones", "data", "errors", "lora", "progress", "replay", "settings"},
 }
 
 

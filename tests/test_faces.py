@@ -12,8 +12,6 @@ from PIL import Image
 from hyperdreambooth import faces, photos
 from hyperdreambooth.errors import InputError
 
-from .test_photos import drawn
-
 skimage_data = pytest.importorskip("skimage.data")
 pytest.importorskip("cv2")
 
@@ -103,18 +101,6 @@ def test_several_faces_and_none(tmp_path, astronaut):
 @pytest.mark.parametrize("name", ["coffee", "chelsea", "camera", "brick", "text"])
 def test_pictures_without_a_face_have_none(name):
     assert faces.find_faces(Image.fromarray(getattr(skimage_data, name)())) == []
-
-
-def test_masks_are_turned_with_the_photo(tmp_path, astronaut):
-    tilted = astronaut.rotate(-30, Image.Resampling.BICUBIC, expand=True, fillcolor="gray")
-    tilted.save(tmp_path / "a.png")
-    (face,) = faces.find_faces(tilted)
-    half = round(0.3 * face.side)
-    box = (round(face.x) - half, round(face.y) - half, round(face.x) + half, round(face.y) + half)
-    mask = np.asarray(photos.prepare_mask(drawn(tmp_path / "m.png", box, tilted.size), tmp_path / "a.png", 64, "face"))
-    assert mask[28:36, 28:36].min() == 255
-    assert mask[:12].max() == mask[-12:].max() == 0
-    assert mask[20, 32] != mask[20, 20]  # the box itself is tilted now
 
 
 def test_without_opencv_the_error_says_what_to_install(astronaut, monkeypatch):

@@ -187,29 +187,6 @@ def test_tensor_round_trip(seed):
     assert np.array_equal(np.asarray(photos.to_images(tensor)[0]), np.asarray(image))
 
 
-def drawn(path, box, size=(80, 64)):
-    """A mask: black but for a white box."""
-    mask = Image.new("L", size, 0)
-    mask.paste(255, box)
-    mask.save(path)
-    return path
-
-
-def test_masks_are_cropped_as_the_photo_is(tmp_path, face):
-    left = photos.prepare_mask(drawn(tmp_path / "left.png", (0, 0, 40, 64)), face, 32)
-    assert left.size == (32, 32)
-    values = np.asarray(left)
-    assert values[:, :14].min() > 240  # the middle square of 80 x 64 begins at 8: white ends at column 16
-    assert values[:, 18:].max() < 15
-
-
-def test_masks_that_cant_be_used_are_one_error(tmp_path, face):
-    with pytest.raises(InputError, match=r"small\.png has 40 x 32 pixels and the photo .* 80 x 64"):
-        photos.prepare_mask(drawn(tmp_path / "small.png", (0, 0, 9, 9), (40, 32)), face, 32)
-    with pytest.raises(InputError, match="black"):
-        photos.prepare_mask(drawn(tmp_path / "edge.png", (0, 0, 4, 64)), face, 32)  # only what the crop leaves out
-
-
 def test_identities_of_a_folder(tmp_path, people):
     found = folders.list_identities(people)
     assert list(found) == ["ann", "bob", "cyd", "dan"]

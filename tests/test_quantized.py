@@ -19,7 +19,7 @@ from hyperdreambooth.backbones import Backbone, load_backbone, wrap
 from hyperdreambooth.backbones.quantized import quantized
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import Hooks, applied, can_be_added_to, find_targets, mergeable
-from hyperdreambooth.stages.generate import noise_for
+from hyperdreambooth.sampling import noise_for
 
 from . import families
 from .conftest import picture, random_loras

@@ -11,9 +11,9 @@ import torch
 from hyperdreambooth import replay
 from hyperdreambooth.backbones import StableDiffusion
 from hyperdreambooth.lora import Hooks
+from hyperdreambooth.sampling import generate
 from hyperdreambooth.settings import GenerateConfig, PersonalizeConfig
 from hyperdreambooth.stages.dreambooth import PhotoLosses, Subject, personalize
-from hyperdreambooth.stages.generate import generate
 
 from .conftest import random_loras, tiny_pipe
 
@@ -68,6 +68,27 @@ def test_drawing_is_recorded_unless_hooks_are_there_already(monkeypatch, hooked)
     generate(base, ["a [V] face"], [1], GenerateConfig(steps=1))
     assert bool(made) != hooked
     assert all(key[:2] == (replay.token(base), replay.fingerprint(base.denoiser)) for key in made)
+
+
+def test_the_next_training_goes_on_with_its_own_values_in_the_memory_of_the_last():
+    def begun(seed: int, steps: int) -> replay.Memory:
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "lr": torch.tensor(0.1 + seed)}], foreach=False)
+        for _ in range(steps):
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+        return replay.Memory(model, optimizer)
+
+    first, second, third = begun(0, 2), begun(1, 1), begun(2, 0)
+    recorded = first.tensors()
+    assert first.kind() == second.kind()
+    for memory in (second, third):  # a training that hasn't begun has no moments yet
+        before = {name: tensor.clone() for name, tensor in memory.tensors().items()}
+        memory.move_to(recorded)
+        after = memory.tensors()
+        assert all(after[name].data_ptr() == tensor.data_ptr() for name, tensor in recorded.items())
+        assert all(torch.equal(after[name], before.get(name, torch.zeros(()))) or not after[name].any() for name in after)
 
 
 def test_work_on_a_cpu_runs_as_it_is():

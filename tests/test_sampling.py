@@ -8,9 +8,8 @@ import torch
 from hyperdreambooth import formats, photos
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import Lora, LoraSet, applied, merged
-from hyperdreambooth.sampling import branches
+from hyperdreambooth.sampling import branches, generate, noise_for
 from hyperdreambooth.settings import GenerateConfig
-from hyperdreambooth.stages.generate import generate, noise_for
 
 from .conftest import conditioning, random_loras, sampled, tiny_pipe
 

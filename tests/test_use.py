@@ -32,26 +32,6 @@ def test_a_strip_leads_from_one_person_to_the_other(tmp_path, me, capsys):
     refused(capsys, "strip.png exists", "mix", *both, "-o", tmp_path / "one.safetensors", "--strip", tmp_path / "strip.png")
 
 
-def test_masks_say_where_the_photo_counts(tmp_path, face, capsys):
-    photos_size = Image.open(face).size
-    for name, color in (("all", 255), ("half", 0)):
-        mask = Image.new("L", photos_size, color)
-        mask.paste(255, (0, 0, photos_size[0] // 2, photos_size[1]))
-        mask.save(tmp_path / f"{name}.png")
-    common = ["personalize", face, "--steps", 2, "--mask", "none"]
-    for name, more in (("plain", []), ("all", ["--mask-file", tmp_path / "all.png"]), ("half", ["--mask-file", tmp_path / "half.png"])):
-        assert run(*common, *more, "-o", tmp_path / f"{name}.safetensors") == 0
-    plain, whole, half = (formats.read_lora(tmp_path / f"{name}.safetensors").loras for name in ("plain", "all", "half"))
-    for path in plain:  # white everywhere is no mask
-        torch.testing.assert_close(whole[path].delta(), plain[path].delta(), atol=1e-3, rtol=1e-2)
-    assert max((half[path].delta() - plain[path].delta()).abs().max() for path in plain) > 1e-4
-    Image.new("L", (9, 9)).resize((40, 40)).save(tmp_path / "small.png")
-    refused(capsys, "draw it on the photo", *common, "--mask-file", tmp_path / "small.png", "-o", tmp_path / "x.safetensors")
-    two = ["--mask-file", tmp_path / "all.png", tmp_path / "half.png"]
-    refused(capsys, "2 masks for 1 photos", *common, *two, "-o", tmp_path / "x.safetensors")
-    refused(capsys, "no such file", *common, "--mask-file", tmp_path / "none.png", "-o", tmp_path / "x.safetensors")
-
-
 def test_a_photo_of_the_loras_name_is_never_replaced(tmp_path):
     photo = tmp_path / "ann.png"
     picture(4).save(photo)

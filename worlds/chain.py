@@ -30,7 +30,7 @@ from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.lora import find_targets
 from hyperdreambooth.pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 from hyperdreambooth.stages.describe import familiar
-from hyperdreambooth.stages.preoptimize import preoptimize
+from hyperdreambooth.stages.dreambooth import preoptimize
 from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
 from hyperdreambooth.tables import read_table
 from hyperdreambooth.trainable_lora import LightweightLora, PredictedLora
@@ -296,7 +296,7 @@ class Chain:
         encoder = FaceEncoder.from_pretrained(self.runs / "encoder" / "model", trained=config.train_encoder)
         data, validation = self.identity_data(encoder, "train"), self.identity_data(encoder, "validation")
         source, report = train_hypernetwork(
-            backbone, encoder, data, config, directory=self.runs / "pro", validation=validation, start=start, minutes=minutes
+            backbone, encoder, data, config, run=Run(self.runs / "pro", minutes=minutes), validation=validation, start=start
         )
         if report.finished:
             known = familiar(backbone, validation.latents.to(backbone.device).float(), config.prompt)
@@ -321,7 +321,7 @@ class Chain:
         targets = find_targets(backbone.components, config.targets)
         table = read_table(self.runs / "table", LightweightLora(targets, config.lightweight).fingerprint())
         source, report = train_hypernetwork(
-            backbone, encoder, data, config, directory=self.runs / "faithful", validation=validation, table=table, minutes=minutes
+            backbone, encoder, data, config, run=Run(self.runs / "faithful", minutes=minutes), validation=validation, table=table
         )
         if report.finished:
             save_hypernetwork(self.runs / "faithful" / "model", source, self.describe(source, config, report, len(data.names)))

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import formats, photos
 from .assets import toon
@@ -33,13 +33,12 @@ from .lora import LoraSet
 from .personal_lora import PLACEHOLDER, RARE_TOKEN, PersonalLora
 from .pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 from .progress import say
+from .sampling import generate
 from .settings import SCRATCH, GenerateChoices, GenerateConfig, PersonalizeChoices, PersonalizeConfig, resolve
 from .stages.describe import describe, strangeness
 from .stages.dreambooth import Subject, finish, personalize
-from .stages.generate import generate
 from .trainable_lora import PredictedLora
 
-Files = Sequence[str | Path] | str | Path
 Photos = (
     Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor
 )  # One or several: files, pictures, or what `read_photos` gives.
@@ -133,22 +132,16 @@ class HyperDreamBooth:
     def personalize_config(self, choices: PersonalizeChoices | PersonalizeConfig | None = None, **changes: Any) -> PersonalizeConfig:
         """The settings of a fine-tuning: `changes`, then `choices`, then the hypernetwork's own, then general ones."""
         own = ("hypernetwork", self.info.personalize if self.info else {}), ("from scratch", {} if self.source else SCRATCH)
-        complete = isinstance(choices, PersonalizeConfig)
-        return resolve(PersonalizeConfig, ("given", changes), ("given", choices or {}), *(() if complete else own))
+        return resolve(PersonalizeConfig, ("given", changes), ("given", choices or {}), *own)
 
     def generate_config(self, choices: GenerateChoices | GenerateConfig | None = None, **changes: Any) -> GenerateConfig:
         """The settings of drawing: `changes`, then `choices`, then the hypernetwork's own, then the family's, then general ones."""
         own = ("hypernetwork", self.info.generate if self.info else {}), ("family", self.backbone.generation)
-        complete = isinstance(choices, GenerateConfig)
-        return resolve(GenerateConfig, ("given", changes), ("given", choices or {}), *(() if complete else own))
+        return resolve(GenerateConfig, ("given", changes), ("given", choices or {}), *own)
 
     def read_photos(self, files: Photos, *, crop: photos.Crop = "auto", face: int | None = None) -> tuple[Tensor, list[str]]:
         """Photos in the base's size, see `photos.read_photos`."""
         return photos.read_photos(files, self.backbone.size, crop, face)
-
-    def read_masks(self, masks: Files, files: Files, *, crop: photos.Crop = "auto", face: int | None = None) -> Tensor:
-        """Masks of photos in the base's size, see `photos.read_masks`."""
-        return photos.read_masks(masks, files, self.backbone.size, crop, face)
 
     @torch.no_grad()
     def predict(self, pixels: Tensor) -> Tensor:
@@ -182,7 +175,6 @@ class HyperDreamBooth:
         self,
         files: Photos,
         *,
-        masks: Tensor | None = None,
         prompt: str | None = None,
         directory: str | Path | None = None,
         on_step: OnStep = None,
@@ -195,7 +187,6 @@ class HyperDreamBooth:
         Args:
             changes: any field of PersonalizeChoices: `steps` (0 keeps the prediction; default: 25, or 300 without a hypernetwork), `crop`, `face`.
             config: the same as one object; `changes` win over it.
-            masks: (n, 1, size, size) in 0..1 from `read_masks`: where the loss counts in each photo. Default: the config's `mask`.
             prompt: what the photos show, such as "a [V] face wearing a cap on a blue background": what it names isn't learnt as the
                 person. Default: what `describe` finds in each.
             directory: where an interrupted fine-tuning resumes from.
@@ -204,7 +195,7 @@ class HyperDreamBooth:
         """
         config = self.personalize_config(config, **changes)
         pixels, _ = self.read_photos(files, crop=config.crop, face=config.face)
-        return self._people([pixels], [prompt], config, masks=masks, directory=directory, on_step=on_step, quiet=quiet)[0]
+        return self._people([pixels], [prompt], config, directory=directory, on_step=on_step, quiet=quiet)[0]
 
     def personalize_all(
         self,
@@ -253,51 +244,40 @@ class HyperDreamBooth:
         prompts: Sequence[str | None],
         config: PersonalizeConfig,
         *,
-        masks: Tensor | None = None,
         directory: str | Path | None = None,
         on_step: OnStep = None,
         quiet: bool = False,
     ) -> list[PersonalLora]:
-        """People with n photos (n, 3, size, size) each, in one batch. `masks` and `on_step` are for a single one."""
+        """People with n photos (n, 3, size, size) each, in one batch. `on_step` is for a single one."""
         clocks, count, each = [time.perf_counter()], len(pixels), len(pixels[0])
         tokens = torch.stack([self.predict(mine) for mine in pixels]) if self.source else None
         predicted = self.source.lightweight(tokens).detach() if self.source else None
         clocks.append(time.perf_counter())
         # fp32 for what is trained and for its latents, whatever the base's precision
         latents = torch.stack([self.backbone.encode_images(mine).float() for mine in pixels])
-        texts, warnings = [], []
-        for index, prompt in enumerate(prompts):
-            warnings.append(self.unlike(latents[index]))
-            if warnings[-1] and not quiet:
-                say(warnings[-1])
+        warnings = [self.unlike(mine) for mine in latents]
+        for warning in filter(None, () if quiet else warnings):
+            say(warning)
+        texts = []
+        for index, (prompt, warning) in enumerate(zip(prompts, warnings, strict=True)):
             given = (prompt or self.prompt).replace(PLACEHOLDER, self.identifier)
             mine = predicted.select(slice(index, index + 1)) if predicted else None
-            plain = prompt or warnings[-1] or config.steps == 0
+            plain = prompt or warning or config.steps == 0
             texts.append([given] * each if plain else self.describe(latents[index], mine))
         clocks.append(time.perf_counter())
-        mask = nn.functional.interpolate(masks, latents.shape[-2:], mode="area").to(latents)[None] if masks is not None else None
-        batched = predicted is not None or count > 1
-
-        def single(loras: LoraSet, index: int = 0) -> LoraSet:
-            return loras.select(index) if batched else loras
-
-        step = (lambda done, loras: on_step(done, single(loras))) if on_step else None
-        subject = Subject(latents, texts, mask)
+        step = (lambda done, loras: on_step(done, loras.select(0))) if on_step else None
+        subject = Subject(latents, texts)
         loras, report = personalize(self.backbone, subject, predicted, config, directory=directory, on_step=step, quiet=quiet)
         clocks.append(time.perf_counter())
-        merged = [finish(single(loras, index)) for index in range(count)]
+        merged = [finish(loras.select(index)) for index in range(count)]
         ends = zip(("predict", "describe", "finetune", "export"), itertools.pairwise([*clocks, time.perf_counter()]), strict=True)
-        shared: dict[str, Any] = {"losses": report.losses, "seconds": {name: (after - before) / count for name, (before, after) in ends}}
+        seconds = {name: (after - before) / count for name, (before, after) in ends}
         made = []
-        for index, loras in enumerate(merged):
-            own: dict[str, Any] = {
-                "shown": texts[index],
-                "warning": warnings[index],
-                "metadata": {"hyperdreambooth.steps": str(report.steps)},
-            }
+        for index, mine in enumerate(merged):
+            own: dict[str, Any] = {"shown": texts[index], "warning": warnings[index], "losses": report.losses, "seconds": seconds}
             if self.source and predicted is not None and tokens is not None:
                 own |= {"predicted": predicted.select(index), "tokens": tokens[index].cpu(), "lightweight": self.source.lightweight}
-            made.append(self.person(loras, **own, **shared))
+            made.append(self.person(mine, **own, metadata={"hyperdreambooth.steps": str(report.steps)}))
         return made
 
     def load(self, path: str | Path) -> PersonalLora:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import tyro
 
 from . import __version__, commands
-from .config import read_config, required, updated
 from .errors import InputError, TrainingError, unexpected
+from .settings import read_config, required, updated
 
 # before transformers is imported: without torchvision it prints two lines at import that concern nobody here
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -13,21 +13,15 @@ def denoising(backbone: Backbone, latents: Tensor, conditioning: Conditioning, l
     return denoising_loss(backbone, latents, conditioning, noise, backbone.steps_for(levels))
 
 
-def denoising_loss(
-    backbone: Backbone, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor, mask: Tensor | None = None
-) -> Tensor:
+def denoising_loss(backbone: Backbone, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor) -> Tensor:
     """The denoising loss of Ruiz et al., equation 1, as a mean over each sample's elements: (B,). Nothing random, nothing on the host.
 
     Args:
         latents, noise: (B, C, h, w).
         timesteps: (B,) as the denoiser takes them, from `Backbone.steps_for`.
-        mask: weights (B, 1, h, w) in 0..1, where only a part of the picture (a face) should count.
     """
     predicted = backbone.predict(backbone.add_noise(latents, noise, timesteps), timesteps, conditioning)
-    errors = (predicted.float() - backbone.target(latents, noise, timesteps).float()).square()
-    if mask is None:
-        return errors.flatten(1).mean(1)
-    return (errors * mask).flatten(1).sum(1) / (mask.expand_as(errors).flatten(1).sum(1) + 1e-6)
+    return (predicted.float() - backbone.target(latents, noise, timesteps).float()).square().flatten(1).mean(1)
 
 
 def weight_loss(predicted: LoraSet, target: LoraSet) -> Tensor:

@@ -1,14 +1,14 @@
 """Optimizers and learning rates of the training loop."""
 
 from collections import defaultdict
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
-from .errors import InputError
 from .training_settings import TrainingConfig
+
+MOMENTUM = 0.95  # Muon's.
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
@@ -20,28 +20,14 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of `config` over parameter groups. Raises InputError where its package is missing."""
-    kind: Any = torch.optim.AdamW
-    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
-        # the learning rate as it is given: scaled by a weight's size, a LoRA that starts at zero would hardly move
-        kind = Adafactor
-        settings |= {"scale_parameter": False, "relative_step": False}
-        groups = [{key: value for key, value in group.items() if key != "eps"} for group in groups]
-    elif config.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise InputError("adamw8bit needs bitsandbytes: pip install 'hyperdreambooth[8bit]', or take adamw.") from error
-        kind = AdamW8bit
-    elif config.optimizer == "muon":
-        kind = Muon
-    elif device.type == "cuda":  # step counts and learning rates on the device, so that a step can be recorded as a CUDA graph
+    """The optimizer of `config` over parameter groups."""
+    if config.optimizer == "muon":
+        return Muon(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    settings: dict[str, Any] = {}
+    if device.type == "cuda":  # step counts and learning rates on the device, so that a step can be recorded as a CUDA graph
         groups = [{**group, "lr": torch.tensor(config.learning_rate, device=device)} for group in groups]
-        settings |= {"capturable": True, "fused": True}
-    return cast(torch.optim.Optimizer, kind(groups, **settings))
+        settings = {"capturable": True, "fused": True}
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, **settings)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -54,55 +40,47 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = value
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.AdamW):
     """Every matrix's update is made orthogonal, so that directions with small gradients move as far as those with large ones.
 
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; scaled so that AdamW's learning rates serve (Liu et
     al., arXiv 2502.16982, section 2.2). Each matrix of a stack (count, rows, columns), such as a hypernetwork's heads, is updated as if it
     were alone, in the precision of the parameters (`torch.optim.Muon` takes single matrices, and rounds to bfloat16). A kernel (out, in,
-    height, width) is one matrix of `out` rows. Vectors get AdamW.
+    height, width) is one matrix of `out` rows. Vectors get AdamW. A step takes the gradients of matrices away.
     """
 
-    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": (0.9, 0.999), "eps": 1e-8})
+    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, foreach=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's would look for its own state of matrices
+        for group in self.param_groups:
+            group |= {key: value for key, value in self.defaults.items() if key not in group}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of whatever has a gradient."""
         for group in self.param_groups:
-            alike: dict[tuple[Any, ...], dict[Tensor, Tensor]] = defaultdict(dict)
+            alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    kind = _stack(parameter).shape[1:] if parameter.ndim > 1 else (), parameter.device, parameter.dtype
-                    alike[kind][parameter] = parameter.grad
-            for (matrix, *_), gradients in alike.items():
-                if not matrix:
-                    self._adamw(gradients, group)
-                    continue
-                parameters, updates = list(gradients), self._updates(gradients, group["momentum"])
+                if parameter.grad is not None and parameter.ndim > 1:
+                    alike[_stack(parameter).shape[1:], parameter.device, parameter.dtype].append(parameter)
+            for parameters in alike.values():
+                updates = self._updates(parameters)
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+                for parameter in parameters:
+                    parameter.grad = None  # what is left is AdamW's
+        super().step()
 
-    def _adamw(self, gradients: dict[Tensor, Tensor], group: dict[str, Any]) -> None:
-        """Updates vectors as torch's AdamW does."""
-        for parameter in gradients:
-            if not self.state[parameter]:
-                self.state[parameter] = {"step": torch.zeros(()), **{n: torch.zeros_like(parameter) for n in ("exp_avg", "exp_avg_sq")}}
-        means, squares, steps = ([self.state[one][name] for one in gradients] for name in ("exp_avg", "exp_avg_sq", "step"))
-        settings = {"beta1": group["betas"][0], "beta2": group["betas"][1], **{key: group[key] for key in ("lr", "weight_decay", "eps")}}
-        adamw(list(gradients), list(gradients.values()), means, squares, [], steps, foreach=True, amsgrad=False, maximize=False, **settings)
-
-    def _updates(self, gradients: dict[Tensor, Tensor], momentum: float) -> list[Tensor]:
+    def _updates(self, parameters: list[Tensor]) -> list[Tensor]:
         """Updates of parameters whose matrices are of one size, orthogonalized together."""
-        for parameter in gradients:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        momenta = [self.state[parameter]["momentum_buffer"] for parameter in gradients]
-        torch._foreach_lerp_(momenta, list(gradients.values()), 1 - momentum)
-        nesterov = torch._foreach_lerp(list(gradients.values()), momenta, momentum)
-        stacks = [_stack(one) for one in nesterov]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        momenta = [self.state[one].setdefault("momentum_buffer", torch.zeros_like(one)) for one in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        stacks = [_stack(one) for one in torch._foreach_lerp(gradients, momenta, MOMENTUM)]  # Nesterov's
         updates = orthogonalized(torch.cat(stacks)) * (0.2 * max(stacks[0].shape[1:]) ** 0.5)  # the root mean square of AdamW's updates
-        return [part.view_as(one) for part, one in zip(updates.split([len(stack) for stack in stacks]), nesterov, strict=True)]
+        return [part.view_as(one) for part, one in zip(updates.split([len(stack) for stack in stacks]), parameters, strict=True)]
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

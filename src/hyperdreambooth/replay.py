@@ -12,7 +12,7 @@ import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,43 @@ KEPT = 4  # Recordings that are kept; the one that wasn't used for longest goes 
 OFF = False  # Set to True, all work runs as it is: to compare with.
 
 
-class Memory(Protocol):
-    """What recorded work reads and writes besides its inputs: parameters, buffers, an optimizer's state."""
+class Memory:
+    """What a recorded training step reads and writes besides its inputs: a model, and an optimizer's state and rates."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.model, self.optimizer = model, optimizer
+
+    def kind(self) -> Hashable:
+        """What a recorded step depends on besides its losses: the model's tensors and the optimizer's constants."""
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        shapes = tuple((name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors.items())
+        groups = self.optimizer.param_groups
+        constants = tuple((len(group["params"]), group["eps"], group["betas"], group["weight_decay"]) for group in groups)
+        return type(self.model), shapes, constants
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, by name, once the work has run."""
+        """All of it, by name, once the step has run."""
+        found = {f"model/{n}": t.data for n, t in (*self.model.named_parameters(), *self.model.named_buffers())}
+        for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            found |= {f"optimizer/{index}/{key}": value for key, value in self.optimizer.state[parameter].items()}
+        return found | {f"rate/{index}": group["lr"] for index, group in enumerate(self.optimizer.param_groups)}
 
+    @torch.no_grad()
     def move_to(self, recorded: dict[str, Tensor]) -> None:
-        """Copies the present values into the tensors of an earlier recording, and works with those from then on."""
+        """Copies the present values into the tensors of an earlier recording, and goes on with those."""
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            recorded[f"model/{name}"].copy_(tensor)
+            tensor.data = recorded[f"model/{name}"]
+        for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            own = self.optimizer.state[parameter]
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                there = recorded.get(f"optimizer/{index}/{key}")
+                if there is not None:  # a parameter without a gradient has no state
+                    there.copy_(own[key]) if key in own else there.zero_()
+                    own[key] = there
+        for index, group in enumerate(self.optimizer.param_groups):
+            recorded[f"rate/{index}"].copy_(group["lr"])
+            group["lr"] = recorded[f"rate/{index}"]
 
 
 class Recording(NamedTuple):

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .checkpoint import read_header, read_json, read_tensors, save_tensors, write_json
-from .config import parsed
 from .errors import InputError
+from .settings import parsed
 from .training_settings import LightweightConfig
 
 PACK_BYTES = 1 << 28  # Size of a packed file, at most. Merging takes a few times as much memory.

@@ -183,7 +183,7 @@ class RelaxedLora(nn.Module):
     order="residual": predicted (frozen) + residual of rank r (down random, up zero); the residual is trained.
     order="merged": both are merged first and all of it is trained, the zero directions being the fresh rank.
     `targets` says which layers are trained; with a prediction: which of its own, all by default, and the others keep it as it is.
-    Without a prediction the residual is an ordinary LoRA from scratch, one for all or, of several `people`, a batch of them.
+    Without a prediction the residual is an ordinary LoRA from scratch, a batch of `people`.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class RelaxedLora(nn.Module):
             down = orthonormal(rows, shape.inputs, f"{seed}/{path}/residual") * math.sqrt(1 / 3)  # the scale of torch's Linear
             reference = predicted[path] if predicted is not None else None
             device = reference.down.device if reference else down.device
-            batch = reference.down.shape[:-2] if reference else (people,) * (people > 1)
+            batch = reference.down.shape[:-2] if reference else (people,)
             fresh = Lora(*(matrix.to(device).expand(*batch, -1, -1) for matrix in (down, torch.zeros(shape.outputs, rows))))
             if reference and order == "merged":
                 fresh = reference + fresh
@@ -223,8 +223,8 @@ class RelaxedLora(nn.Module):
     @property
     def predicted(self) -> LoraSet:
         """The frozen prediction; empty without one."""
-        buffers = dict(self.named_buffers(recurse=False))
-        return LoraSet({path: Lora(buffers[f"predicted_down_{i}"], buffers[f"predicted_up_{i}"]) for i, path in enumerate(self.frozen)})
+        matrices = list(self.buffers(recurse=False))
+        return LoraSet({path: Lora(*both) for path, *both in zip(self.frozen, matrices[::2], matrices[1::2], strict=True)})
 
     def forward(self, batch: object = None) -> LoraSet:
         trained = LoraSet({path: Lora(down, up) for path, down, up in zip(self.paths, self.downs, self.ups, strict=True)})

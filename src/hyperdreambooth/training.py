@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,7 +212,8 @@ def make_update(losses: Losses, accelerator: Accelerator, state: State) -> Calla
     if accelerator.device.type != "cuda" or not plain or config.optimizer != "adamw":
         return update
     key = getattr(losses, "key", None) or (replay.token(losses),)
-    return replay.Replayed(update, (*key, state.kind()), state)
+    memory = replay.Memory(state.model, state.optimizer)
+    return replay.Replayed(update, (*key, config.max_grad_norm, memory.kind()), memory)
 
 
 def check_finite(losses: Tensor, name: str, step: int) -> None:
@@ -304,38 +305,6 @@ class State:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({key: np.asarray(picture)[None] for key, picture in pictures.items()}, step=self.done, **layout)
         progress.note(f"step {self.done} validation: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
-
-    def kind(self) -> Hashable:
-        """What a recorded step depends on besides its losses: the model's tensors and the optimizer's constants."""
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        shapes = tuple((name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors.items())
-        groups = self.optimizer.param_groups
-        constants = tuple((len(group["params"]), group["eps"], group["betas"], group["weight_decay"]) for group in groups)
-        return type(self.model), shapes, constants, self.config.max_grad_norm
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a recorded step reads or writes, see `replay.Memory`."""
-        found = {f"model/{n}": t.data for n, t in (*self.model.named_parameters(), *self.model.named_buffers())}
-        for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
-            found |= {f"optimizer/{index}/{key}": value for key, value in self.optimizer.state[parameter].items()}
-        return found | {f"rate/{index}": group["lr"] for index, group in enumerate(self.optimizer.param_groups)}
-
-    @torch.no_grad()
-    def move_to(self, recorded: dict[str, Tensor]) -> None:
-        """Goes on in the memory of an earlier recording, see `replay.Memory`."""
-        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            recorded[f"model/{name}"].copy_(tensor)
-            tensor.data = recorded[f"model/{name}"]
-        for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
-            own = self.optimizer.state[parameter]
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                there = recorded.get(f"optimizer/{index}/{key}")
-                if there is not None:  # a parameter without a gradient has no state
-                    there.copy_(own[key]) if key in own else there.zero_()
-                    own[key] = there
-        for index, group in enumerate(self.optimizer.param_groups):
-            recorded[f"rate/{index}"].copy_(group["lr"])
-            group["lr"] = recorded[f"rate/{index}"]
 
     def keep_own_memory(self) -> None:
         """The model leaves memory that belongs to a recording: the next training overwrites that."""

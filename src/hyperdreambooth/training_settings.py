@@ -22,9 +22,7 @@ class TrainingConfig:
     """How a training runs; the same for every stage."""
 
     steps: int = 1000  # Optimizer steps in all.
-    optimizer: Literal["adamw", "muon", "adamw8bit", "adafactor"] = "adamw"
-    """adamw; muon (orthogonal updates of matrices: fewer steps); adamw8bit (its state in 8 bits, on CUDA, with the extra `8bit`);
-    adafactor (its second moment as rows and columns)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal updates of matrices, which take fewer steps.
     learning_rate: float = 1e-3  # Peak learning rate.
     weight_decay: float = 0.0  # Decoupled weight decay.
     warmup: int = 0  # Steps over which the learning rate rises from zero.

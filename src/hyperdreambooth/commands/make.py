@@ -45,8 +45,6 @@ class Personalize(WithEngine, WithHypernetwork, Writing):
     format: Layout = "diffusers"
     """Layout of the LoRA file: diffusers (also for PEFT, and for ComfyUI on SD 3 and Flux), or kohya, which ComfyUI and A1111 need on
     Stable Diffusion 1, 2 and XL and diffusers opens too."""
-    mask_file: tuple[Path, ...] = ()
-    """Gray pictures as large as the photos, one for all or one each: white where the loss counts, black where not. Default: --mask."""
     prompt: str | None = None
     """What the photos show, such as "a [V] face on a blue background": what it names isn't learnt as the person. Default: the caption
     beside a single photo (me.txt beside me.jpg), else what the base itself sees in them, where the hypernetwork brings words to choose
@@ -79,15 +77,14 @@ def run_personalize(args: Personalize) -> None:
     for note in notes:
         say(note)
     formats.check_layout(args.format, hdb.backbone.components)
-    masks = hdb.read_masks(args.mask_file, args.photos, crop=config.crop, face=config.face) if args.mask_file else None
     prompt = hdb.naming(args.prompt or caption_of(args.photos))
     loaded = time.perf_counter()
     # an interrupted fine-tuning of the very same photos and settings goes on; anything else starts anew
     stamp = hashlib.sha256(repr((args.base, args.hypernetwork, prompt, config)).encode())
-    for file in (*args.photos, *args.mask_file):
+    for file in args.photos:
         stamp.update(file.read_bytes())
     state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
-    me = hdb.personalize(pixels, masks=masks, prompt=prompt, config=config, directory=state)
+    me = hdb.personalize(pixels, prompt=prompt, config=config, directory=state)
     for text in dict.fromkeys(me.shown) if not me.warning else ():
         say(f'taken to show "{text}"; --prompt says otherwise')
     save = functools.partial(me.save, args.output, layout=args.format, author=args.author, license=args.license, overwrite=True)
@@ -113,9 +110,9 @@ def run_personalize(args: Personalize) -> None:
 def run_folder(args: Personalize) -> None:
     """A LoRA for each person of a folder, and one sheet of previews."""
     from .. import formats
-    from ..stages.preoptimize import chunks_of
+    from ..stages.dreambooth import chunks_of
 
-    alone = {"--tokens": args.tokens, "--face": args.config.face, "--mask-file": args.mask_file, "--prompt": args.prompt}
+    alone = {"--tokens": args.tokens, "--face": args.config.face, "--prompt": args.prompt}
     for flag, value in alone.items():
         if value:
             raise InputError(f"{flag} is for one person, and {args.photos[0]} is a folder of people. Leave it out, or personalize each.")

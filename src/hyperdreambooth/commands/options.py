@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ..config import RESOLVED
 from ..errors import InputError, fresh
 from ..progress import say
-from ..settings import Crop, explained
+from ..settings import RESOLVED, Crop, explained
 
 if TYPE_CHECKING:
     from PIL import Image

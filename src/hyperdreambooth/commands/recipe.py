@@ -149,7 +149,6 @@ def preflight(args: Recipe) -> int:
     there = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
     needs = [("disk", disk, shutil.disk_usage(args.output).free + there)]
     needs += [("main memory", pictures * found["encoded"], psutil.virtual_memory().available)]
-    needs += [("the card's memory", found["card"], torch.cuda.mem_get_info()[1])] if found["card"] else []
     for name, needed, free in needs:
         say(f"{name}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB there")
         if needed > free:
@@ -164,7 +163,7 @@ def measured(args: Recipe) -> dict[str, float]:
 
     from .. import photos, replay
     from ..data import load_identities
-    from ..stages.preoptimize import preoptimize
+    from ..stages.dreambooth import preoptimize
     from ..stages.train_hypernetwork import train_hypernetwork
 
     hdb, config, rows = args.machine.open(args.base, None), args.config, {}
@@ -189,9 +188,8 @@ def measured(args: Recipe) -> dict[str, float]:
     encoded = (data.latents.nbytes + data.features.nbytes) / len(data.people)
     state = 16 * sum(p.numel() for p in source.parameters() if p.requires_grad)  # weights, their average, and two moments
     row = 4 * next(iter(rows.values())).numel() if rows else 0
-    card = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
     step = report.seconds / report.steps
-    return {"size": size, "step": step, "chunk_step": chunk_step, "encoded": encoded, "state": state, "row": row, "card": card}
+    return {"size": size, "step": step, "chunk_step": chunk_step, "encoded": encoded, "state": state, "row": row}
 
 
 def align(args: Recipe, size: int) -> dict[str, Any]:

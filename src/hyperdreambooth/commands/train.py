@@ -21,7 +21,7 @@ from .options import Flat, Output, WithBase, WithCrop, Writing, as_json, save_sh
 if TYPE_CHECKING:
     from ..api import HyperDreamBooth
     from ..encoder import FaceEncoder
-    from ..stages.preoptimize import Rows
+    from ..stages.dreambooth import Rows
     from ..tables import Table
 
 PROMPTS = ("a pencil sketch of a [V] face", "a smiling [V] face", "a [V] face on a blue background")  # Of a hypernetwork's preview.
@@ -88,7 +88,7 @@ class Preoptimize(WithEngine, WithCrop):
 
 def run_preoptimize(args: Preoptimize) -> None:
     from ..personal_lora import PLACEHOLDER
-    from ..stages.preoptimize import chunks_of, parse_shard
+    from ..stages.dreambooth import chunks_of, parse_shard
     from ..tables import read_table_config
 
     args.check_engine()
@@ -123,7 +123,7 @@ def run_preoptimize(args: Preoptimize) -> None:
 def opened(args: Preoptimize, hdb: HyperDreamBooth | None = None) -> Rows:
     """What rows are made with, here or by a worker."""
     from ..data import FolderOfPeople
-    from ..stages.preoptimize import Rows
+    from ..stages.dreambooth import Rows
 
     backbone = (hdb or args.machine.open(args.base, None)).backbone
     return Rows(backbone, FolderOfPeople(args.folder, backbone, args.crop), args.config, args.output)
@@ -212,6 +212,7 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
     from ..stages.train_hypernetwork import preview, train_hypernetwork
     from ..tables import read_table
     from ..trainable_lora import LightweightLora
+    from ..training import Run
 
     hdb = args.machine.open(args.base, None)
     config = args.config
@@ -232,7 +233,7 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
         table = read_table(args.table, LightweightLora(targets, config.lightweight).fingerprint())
     write_json(args.output / "training.json", as_json(args))
     source, report = train_hypernetwork(
-        hdb.backbone, encoder, data, config, directory=args.output / "run", validation=validation, table=table, start=start
+        hdb.backbone, encoder, data, config, run=Run(args.output / "run"), validation=validation, table=table, start=start
     )
     info = HyperNetworkInfo(
         base=args.base,

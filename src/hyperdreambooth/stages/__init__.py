@@ -1,1 +1,1 @@
-"""The five stages: each a dataclass of settings and a function. `api` and `cli` alone import them."""
+"""The stages of training: each a dataclass of settings and a function. `api` and the commands alone import them."""

@@ -1,6 +1,15 @@
-"""DreamBooth on people's photos: what `train-light`, `preoptimize` and `personalize` share, and the first and the last of these."""
+"""DreamBooth on people's photos: `train-light`, `preoptimize` and `personalize`, which share all but what is trained and who shares a batch.
+
+Pre-optimization (paper, section 4.2): a chunk of identities shares a batch, each sample with its own tokens, and is trained to the end and
+written before the next begins. All identities see the same noise and time steps and start from the same tokens, so that their rows can be
+compared. The size of a batch, and whoever else is in it, decide how its sums are rounded. So who shares a chunk follows from all identities'
+names alone, never from which rows are there or whose turn it is: shards, machines and interruptions change no bit of a row.
+"""
 
 import fnmatch
+import hashlib
+import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,28 +20,28 @@ from torch import Tensor, nn
 
 from .. import replay
 from ..backbones import Backbone
-from ..data import PromptCache, conditioning_in
+from ..data import FolderOfPeople, IdentityData, PromptCache, conditioning_in
 from ..errors import InputError
 from ..lora import Hooks, LoraSet, Shape, compress, find_targets
 from ..objectives import denoising_loss
-from ..sampling import Prompts, sample
+from ..progress import Progress
+from ..sampling import Prompts, is_text, sample
 from ..settings import GenerateConfig, PersonalizeConfig, resolve
+from ..tables import Table, save_row
 from ..trainable_lora import IdentityTable, LightweightLora, RelaxedLora
 from ..training import Draw, Run, TrainingReport, fit
-from ..training_settings import NoiseLevels, TrainingConfig, TrainLightConfig
+from ..training_settings import NoiseLevels, PreoptimizeConfig, TrainingConfig, TrainLightConfig
 
 
 @dataclass
 class Subject:
     """The photos of P people, as latents (P, photos, C, h, w), and what they show in words: one prompt, or (P, photos) of them.
 
-    mask: (P, photos, 1, h, w) weights of the loss, where only the face should count.
     prior: latents (n, C, h, w) of the class, and its prompt: prior preservation keeps the base's own faces.
     """
 
     latents: Tensor
     prompt: str | list[list[str]]
-    mask: Tensor | None = None
     prior: Tensor | None = None
     prior_prompt: str = "a face"
     prior_weight: float = 1.0
@@ -63,7 +72,7 @@ class PhotoLosses:
         def denoising(of: str) -> Tensor:
             latents, noise, timesteps = (batch[f"{of}.{name}"] for name in ("latents", "noise", "timesteps"))
             conditioning = conditioning_in(batch, f"{of}.prompt.", self.backbone)
-            return denoising_loss(self.backbone, latents, conditioning, noise, timesteps, batch.get(f"{of}.mask"))
+            return denoising_loss(self.backbone, latents, conditioning, noise, timesteps)
 
         losses = denoising("photo")
         return losses + self.prior_weight * denoising("prior") if "prior.latents" in batch else losses
@@ -96,8 +105,6 @@ def draw_photos(backbone: Backbone, subject: Subject, levels: NoiseLevels, copie
         latents = torch.cat([subject.latents[:, photo] for photo in chosen])  # copy-major: a batch of LoRAs tiles over it
         texts = [text for photo in chosen for text in subject.texts(photo)]
         batch = {"people": numbers, **part("photo", latents, texts, levels.draw(copies, generator), generator)}
-        if subject.mask is not None:
-            batch["photo.mask"] = torch.cat([subject.mask[:, photo] for photo in chosen])
         if subject.prior is not None:
             prior = subject.prior[torch.randint(len(subject.prior), (copies,), generator=generator)].repeat_interleave(people, 0)
             drawn = NoiseLevels(mean=0.0, uniform=1.0).draw(copies, generator)
@@ -142,6 +149,83 @@ def train_light(
     return source, train_on_photos(backbone, subject, source, targets, config.levels, config.copies, config.training, run)
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "i/n" -> (i, n): the i-th of n shards, counted from 0."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(f"a shard is i/n with i from 0 to n-1, such as 0/4, not {text!r}.")
+    return int(index), int(count)
+
+
+def chunks_of(names: Sequence[str], size: int, shard: tuple[int, int] = (0, 1)) -> list[list[str]]:
+    """All identities in their order, cut into chunks; of these every n-th from the i-th on, for the shard (i, n)."""
+    return [list(names[start : start + size]) for start in range(0, len(names), size)][shard[0] :: shard[1]]
+
+
+def preoptimize(
+    backbone: Backbone,
+    data: IdentityData | FolderOfPeople,
+    config: PreoptimizeConfig,
+    output: str | Path,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    minutes: float | None = None,
+) -> Table:
+    """Makes the rows of a shard's identities, tokens (layers, width), one file each in `output`/rows. Rows that are there are kept.
+
+    Survives a kill at any moment: a row is whole or absent, and an unfinished chunk goes on from its checkpoint. Any number of
+    processes may work on one table, on the same shard too.
+    """
+    chunks = chunks_of(data.names, config.chunk, shard)
+    make, begun = Rows(backbone, data, config, output), time.monotonic()
+    with Progress("chunks", len(chunks)) as progress:
+        for done, chunk in enumerate(chunks, 1):
+            if minutes is not None and time.monotonic() - begun > 60 * minutes:
+                break
+            make(chunk)
+            progress.update(done)
+    return make.table
+
+
+class Rows:
+    """Makes the rows of a chunk of identities, those that aren't there yet."""
+
+    def __init__(self, backbone: Backbone, data: IdentityData | FolderOfPeople, config: PreoptimizeConfig, output: str | Path):
+        self.backbone, self.data, self.config, self.output = backbone, data, config, Path(output)
+        targets = find_targets(backbone.components, config.targets or backbone.default_targets)
+        self.lightweight = LightweightLora(targets, config.lightweight)
+        self.table = Table(output, self.lightweight.fingerprint())
+
+    def __call__(self, chunk: Sequence[str]) -> None:
+        if all(map(self.table.has, chunk)):
+            return
+        latents = self.data.latents_of(chunk)
+        if all(map(self.table.has, latents)):
+            return
+        # its checkpoint is found by any process that trains the same people
+        state = self.output / "chunk" / hashlib.sha256(os.fsencode("/".join(latents))).hexdigest()[:16]
+        try:
+            tokens = self._train(list(latents.values()), state)
+        except InputError:
+            if not all(map(self.table.has, latents)):
+                raise
+            return  # another process was done with the chunk, and took the checkpoint away
+        for name, row in zip(latents, tokens, strict=True):
+            if not self.table.has(name):  # else it was written before an interruption, or by another process
+                save_row(self.output, name, row, self.table.fingerprint)
+        # the folder stays until tables are merged: another process may be about to write its own checkpoint there
+        (state / "state.safetensors").unlink(missing_ok=True)
+
+    def _train(self, photos: list[Tensor], state: Path) -> Tensor:
+        most = max(map(len, photos))  # people with fewer pictures see theirs more often
+        latents = torch.stack([mine[torch.arange(most) % len(mine)] for mine in photos])
+        subject = Subject(latents.to(self.backbone.device).float(), self.config.prompt)
+        source = IdentityTable(len(photos), self.lightweight).to(self.backbone.device)
+        config, run = self.config, Run(state, name="chunk", quiet=True)
+        train_on_photos(self.backbone, subject, source, self.lightweight.targets, config.levels, config.copies, config.training, run)
+        return source.tokens.detach().cpu()
+
+
 def personalize(
     backbone: Backbone,
     subject: Subject,
@@ -167,9 +251,6 @@ def personalize(
     if config.prior_pictures and subject.prior is None:
         subject.prior = prior_latents(backbone, subject.prior_prompt, config.prior_pictures, config.seed)
         subject.prior_weight = config.prior_weight
-    if config.mask == "ellipse" and subject.mask is None:
-        people, photos, _, height, width = subject.latents.shape
-        subject.mask = ellipse_mask(height, width).to(subject.latents).expand(people, photos, 1, height, width)
     source = RelaxedLora(predicted, config.rank, targets=targets, order=config.order, seed=config.seed, people=len(subject.latents))
     source.to(subject.latents.device)
     carried = {**targets, **(predicted or {})}
@@ -212,17 +293,7 @@ def finish(loras: LoraSet) -> LoraSet:
 
 def trains_text(paths: Iterable[str], backbone: Backbone) -> bool:
     """Whether any layer of a text encoder is a target: then prompts can't be cached."""
-    return any(path.split(".")[0] in backbone.text_components for path in paths)
-
-
-def ellipse_mask(height: int, width: int) -> Tensor:
-    """Weights (1, height, width) in 0..1 of the middle of a face crop: 1 on the face, falling to 0 at the corners.
-
-    The prompt names the person and nothing else: a background that counts in the loss would be learnt as the person.
-    """
-    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height - 0.5, (torch.arange(width) + 0.5) / width - 0.5, indexing="ij")
-    distance = ((x / 0.42) ** 2 + (y / 0.52) ** 2).sqrt()
-    return ((1.1 - distance) / 0.3).clamp(0, 1)[None]
+    return any(is_text(path, backbone) for path in paths)
 
 
 def prior_latents(backbone: Backbone, prompt: str, count: int, seed: int) -> Tensor:

@@ -11,8 +11,7 @@ one's own, same noise, same pictures.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,12 +27,12 @@ from ..lora import Hooks, LoraSet, applied, find_targets, shared_norm, update_no
 from ..objectives import denoising, denoising_loss, weight_loss
 from ..personal_lora import PLACEHOLDER, RARE_TOKEN
 from ..pretrained import build
+from ..sampling import generate
 from ..settings import GenerateConfig, resolve
 from ..trainable_lora import LightweightLora, PredictedLora
 from ..training import Run, TrainingReport, fit
 from ..training_settings import NoiseLevels, TrainHypernetworkConfig
 from .dreambooth import trains_text
-from .generate import generate
 
 HOPELESS = (
     "the identity gain is {identity_gain:.2g} ± {identity_gain_interval:.2g} after {done} of {steps} steps: the hypernetwork tells nobody apart, "
@@ -93,15 +92,15 @@ def train_hypernetwork(
     data: IdentityData,
     config: TrainHypernetworkConfig,
     *,
-    directory: str | Path | None = None,
+    run: Run | None = None,
     validation: IdentityData | None = None,
     table: Mapping[str, Tensor] | None = None,
     start: PredictedLora | None = None,
-    minutes: float | None = None,
 ) -> tuple[PredictedLora, TrainingReport]:
     """Trains and returns the source (averaged weights in place where the training finished).
 
     Args:
+        run: where it is kept, and how long it goes on.
         encoder: trained too where `encoder.trained`; its batch statistics stay as they are.
         start: begin with the weights of this hypernetwork, of the same sizes.
     """
@@ -156,15 +155,9 @@ def train_hypernetwork(
                 figures["preview"] = preview(backbone, model, validation)
             return figures
 
-        run = Run(
-            directory=directory,
-            device=device,
-            groups=[group for group in groups if group["params"]],
-            validate=validate if gain else None,
-            minutes=minutes,
-            name=f"hypernetwork ({config.mode})",
-        )
-        report = fit(HyperNetworkLosses(backbone, config, source.lightweight, hooks), source, draw, config.training, run)
+        here = replace(run or Run(), device=device, groups=[group for group in groups if group["params"]])
+        here = replace(here, validate=validate if gain else None, name=f"hypernetwork ({config.mode})")
+        report = fit(HyperNetworkLosses(backbone, config, source.lightweight, hooks), source, draw, config.training, here)
     return source, report
 
 
@@ -198,11 +191,9 @@ def preview(backbone: Backbone, source: nn.Module, data: IdentityData, count: in
 def begin_with(source: PredictedLora, start: PredictedLora) -> None:
     """Copies another hypernetwork's weights. Raises InputError where layers or sizes differ."""
     mine, theirs = ({name: tuple(tensor.shape) for name, tensor in one.state_dict().items()} for one in (source, start))
-    if mine != theirs or source.lightweight.targets != start.lightweight.targets:
-        names = sorted(set(mine.items()) ^ set(theirs.items()))
-        raise InputError(
-            f"the hypernetwork to start from has other layers or sizes{f' ({names[0][0]})' if names else ''}: give the same settings."
-        )
+    differing = {*mine.items(), *source.lightweight.targets.items()} ^ {*theirs.items(), *start.lightweight.targets.items()}
+    if differing:
+        raise InputError(f"the hypernetwork to start from has other layers or sizes ({min(differing)[0]}): give the same settings.")
     source.load_state_dict(start.state_dict())
 
 

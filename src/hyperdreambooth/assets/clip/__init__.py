@@ -9,17 +9,12 @@ SIZE = 49_408
 """Tokens: 256 bytes, the same at a word's end, the merges in the file's order, start and end."""
 
 
-def byte_alphabet() -> list[str]:
-    """Printable stand-ins for the 256 bytes: printable Latin-1 as it is, in front, and the rest from U+0100 on."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [*map(chr, kept), *map(chr, range(256, 512 - len(kept)))]
-
-
 def tokenizer(pad: str = "<|endoftext|>") -> Any:
     """A `CLIPTokenizer` of 77 tokens. SD 1.x and SDXL's first encoder pad with the end token, OpenCLIP's encoders with "!"."""
     from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    alphabet = byte_alphabet()
+    alphabet = list(bytes_to_unicode().values())  # printable stand-ins for the 256 bytes
     lines = gzip.decompress(FILE.read_bytes()).decode("utf-8").splitlines()
     merges = [(left, right) for left, right in (line.split() for line in lines)]
     names = [*alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]

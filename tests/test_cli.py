@@ -445,7 +445,7 @@ def test_bad_requests_are_one_line(tmp_path, capsys, face, me, people):
     refused(capsys, "no such folder", "preoptimize", tmp_path / "nowhere", "-o", tmp_path / "t")
     (tmp_path / "empty").mkdir()
     refused(capsys, "holds no pictures", "preoptimize", tmp_path / "empty", "-o", tmp_path / "t")
-    refused(capsys, "can't be opened as a base", "generate", "x", "--base", tmp_path / "nowhere", "-o", tmp_path / "g")
+    refused(capsys, "no such file or directory, and a hub id", "generate", "x", "--base", tmp_path / "nowhere", "-o", tmp_path / "g")
     refused(capsys, "model_index.json", "generate", "x", "--base", tmp_path / "empty", "-o", tmp_path / "g")
     refused(capsys, "isn't a hypernetwork", "personalize", face, "--hypernetwork", tmp_path / "empty", "-o", tmp_path / "h.safetensors")
     refused(capsys, "matches no layer", "targets", "toon", "--targets", "unet.nothing*")

@@ -297,9 +297,17 @@ def test_a_search_finds_the_settings_with_the_least_distance(bench, tmp_path):
     for name, steps in (("DreamBooth", 7), ("no hypernetwork, 25 steps", 7), ("no hypernetwork, 40 steps", 40), ("DreamBooth-LoRA 4", 60)):
         assert (changed[name].rate, changed[name].levels, changed[name].steps) == (0.5, "high", steps)
     assert changed["textual inversion"] == METHODS["textual inversion"]
-    write_json(file, {"search": {"DreamBooth": {"best": {"levels": "low"}}}})
-    with pytest.raises(InputError, match=r"s\.json: DreamBooth: levels must be one of uniform, high, not 'low'"):
-        harness.with_settings(METHODS, file)
+    for best, said in (
+        ({"levels": "low"}, "levels must be one of uniform, high, not 'low'"),
+        ({"rate": -1}, "rate must lie in 0.0 to 10.0"),
+    ):
+        write_json(file, {"search": {"DreamBooth": {"best": best}}})
+        with pytest.raises(InputError, match=f"s.json: DreamBooth: {said}"):
+            harness.with_settings(METHODS, file)
+    for wrong in ({}, {"search": ["DreamBooth"]}, {"search": {"DreamBooth": 1e-4}}, {"search": {"DreamBooth": {"best": 1e-4}}}):
+        write_json(file, wrong)
+        with pytest.raises(InputError, match="isn't what `evaluate --search` writes"):
+            harness.with_settings(METHODS, file)
 
 
 @pytest.fixture
@@ -392,8 +400,9 @@ def test_two_results_are_compared(tmp_path, capsys):
     for words in (["compare", str(files[0])], ["contrast", *map(str, files)], ["compare", str(files[0]), str(tmp_path / "none.json")]):
         assert main(["evaluate", *words]) == 2
     assert main(["evaluate"]) == 2
-    assert main(["evaluate", "--methods", "magic", "-o", str(tmp_path / "e.json")]) == 2
-    assert "'magic' is no method" in capsys.readouterr().err
+    for words in (["--methods", "magic"], ["--methods", "magic", "--rows", "base"], ["--methods", "all", "--rows", "magic"]):
+        assert main(["evaluate", *words, "-o", str(tmp_path / "e.json")]) == 2
+        assert "'magic' is no method" in capsys.readouterr().err
 
 
 def test_a_plot_shows_every_line_and_takes_zeros():

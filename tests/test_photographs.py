@@ -120,13 +120,14 @@ def test_any_base_is_measured_on_a_folder_of_people(family, folk, models, tmp_pa
 
 def test_a_hypernetwork_of_the_base_is_measured_with_it(folk, models, tmp_path, world):
     out = tmp_path / "out.json"
-    methods = ["--methods", "hypernetwork", "hypernetwork + fine-tuning", "faithful hypernetwork"]
+    methods = ["--methods", "hypernetwork", "hypernetwork + fine-tuning", "faithful hypernetwork", "prediction+guidance"]
     given = ["--hypernetwork", world / "hypernetwork", "--faithful", world / "hypernetwork", "--judges", f"dino:{models / 'dino'}"]
     assert measured(world / "base", folk, out, *given, *methods) == 0
     rows = json.loads(out.read_text())["rows"]
     assert set(rows) == set(methods[1:])
-    same = [{key: value for key, value in rows[name].items() if "." in key} for name in ("hypernetwork", "faithful hypernetwork")]
-    assert same[0] == same[1] != {key: value for key, value in rows["hypernetwork + fine-tuning"].items() if "." in key}
+    own = {name: {key: value for key, value in row.items() if "." in key} for name, row in rows.items()}
+    assert own["hypernetwork"] == own["faithful hypernetwork"]
+    assert all(own["hypernetwork"] != own[name] for name in ("hypernetwork + fine-tuning", "prediction+guidance"))
     assert 0 < rows["hypernetwork"]["bytes"] < rows["hypernetwork + fine-tuning"]["bytes"]
 
 

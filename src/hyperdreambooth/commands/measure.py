@@ -73,7 +73,7 @@ class Evaluate(Request, Command):
     """Measure fidelity on people that were never trained on: identity, context, copying; figures, a table and a report.
 
     hyperdreambooth evaluate -o fidelity.json
-    hyperdreambooth evaluate --split validation --people 20 --rows prediction -o quick.json
+    hyperdreambooth evaluate --split validation --people 20 --methods prediction -o quick.json
     hyperdreambooth evaluate --split validation --people 8 --search -o search.json
     hyperdreambooth evaluate --methods all --settings search.json -o comparison.json
     hyperdreambooth evaluate compare before.json after.json

@@ -28,7 +28,8 @@ class Request:
     dino:ID, or ID: a folder or hub id of a vision model of transformers; toon: the embedded recognizer."""
     faithful: Path | None = None  # A faithful hypernetwork to compare with; default: benchmarks/faithful, where it exists.
     pictures: int = 1  # Pictures a prompt.
-    methods: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--rows"])] = ()
+    rows: tuple[str, ...] = ()  # More of --methods, by another name.
+    methods: tuple[str, ...] = ()
     """By name, or "ours": this project's own ways (the default), or "all": what they are compared with too, each with its settings as they
     were searched (the default for photos, --quick and --search)."""
     search: bool = False  # Search learning rate, noise levels and steps of the methods instead; on validation people.

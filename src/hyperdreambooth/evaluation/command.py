@@ -77,7 +77,7 @@ def run(args: Request, output: Path, open_base: Callable[[str, str], HyperDreamB
     if not methods:
         raise InputError("no method is left that could be measured.")
     old = before.get("settings", {})
-    if before and (not old or any(old.get(name, value) != value for name, value in settings.items())):
+    if before and (not old or not agree(old, settings)):
         raise InputError(f"{output} was measured with other settings or weights. Give --overwrite, or another path.")
     command = " ".join(["hyperdreambooth", *sys.argv[1:]])
     about = {"command": command, **evaluate.environment(hdb), "settings": {**old, **settings}}  # of faithful weights too, once measured
@@ -89,6 +89,15 @@ def plain(config: Any) -> dict[str, Any]:
     """Settings as JSON holds them."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("origins", "crop", "face")}
     return dict(json.loads(json.dumps(values)))
+
+
+def agree(old: Any, new: Any) -> bool:
+    """Whether two settings are the same, as far as both have them: versions know different ones."""
+    return (
+        all(agree(old[name], new[name]) for name in old.keys() & new.keys())
+        if isinstance(old, dict) and isinstance(new, dict)
+        else old == new
+    )
 
 
 def kept(args: Request, output: Path) -> dict[str, Any]:
@@ -103,7 +112,7 @@ def kept(args: Request, output: Path) -> dict[str, Any]:
 
 def chosen(args: Request) -> dict[str, Method]:
     """What is asked for, with the settings that a search found, and few steps where it must be quick."""
-    words = args.methods or ("all" if args.search or args.quick or isinstance(args.people, Path) else "ours",)
+    words = (*args.methods, *args.rows) or ("all" if args.search or args.quick or isinstance(args.people, Path) else "ours",)
     names = list(dict.fromkeys(name for word in words for name in GROUPS.get(word, [word])))
     if unknown := [name for name in names if name not in METHODS]:
         raise InputError(f"{unknown[0]!r} is no method; there are {', '.join((*GROUPS, *METHODS))}.")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import photos
 from ..api import HyperDreamBooth
 from ..checkpoint import read_json, read_tensors, save_tensors
-from ..errors import InputError
+from ..errors import InputError, refusing
 from ..lora import LoraSet
 from ..personal_lora import PLACEHOLDER
 from ..progress import say
@@ -127,7 +127,8 @@ class Bench:
         settings = {key: value for key, value in dataclasses.asdict(method).items() if key not in ("rates", "like")}
         depends = [settings, self.stamp, self.prompts, self.count, self.faithful_stamp * method.faithful]
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:8]
-        return self.cache / f"{name.replace(' ', '-').replace(',', '')}-{key}" / f"{person:03d}-{step}.safetensors"
+        begun = "" if step == self.steps(method) else "-begun"  # without it, pictures of an earlier version are of fewer prompts
+        return self.cache / f"{name.replace(' ', '-').replace(',', '')}-{key}" / f"{person:03d}-{step}{begun}.safetensors"
 
     def missing(self, name: str, method: Method, who: Sequence[int], steps: Sequence[int]) -> list[int]:
         """Those of the people whose pictures aren't kept yet."""
@@ -185,7 +186,7 @@ class Bench:
         return found
 
     def look(self, pictures: Tensor, person: int, base: Tensor | None = None) -> dict[str, Tensor]:
-        """What judges see in one person's pictures (prompts, count, 3, H, W): vectors (prompts, count, D) by judge, and figures (..., count).
+        """What judges see in one person's pictures (prompts, count, 3, H, W): vectors (prompts, count, D) by judge, and figures (…, count).
 
         Args:
             base: the base's own pictures of nobody, where `pictures` go on with nobody's and the plain person's.
@@ -266,6 +267,12 @@ class Bench:
         means = {key: mean[mean.isfinite()] for key, mean in means.items() if mean.isfinite().any()}
         return {key: [round(float(figure), 4) for figure in metrics.interval(mean)] for key, mean in means.items()}
 
+    def points(self, name: str, method: Method, people: int, marks: Sequence[int] = ()) -> list[dict[str, Any]]:
+        """Makes the first people's pictures; the figures after `marks` steps and at the end, with how many people and steps they are of."""
+        self.make(name, method, range(people), marks)
+        steps = (*marks, self.steps(method))
+        return [{"people": people, "steps": step, **self.figures(self.looked(name, method, step, people))} for step in steps]
+
     def judged(self, pictures: Tensor) -> dict[str, Any]:
         """All figures of pictures (N, prompts, count, 3, H, W) of the first people, however they were made."""
         looks = [self.look(mine, person) for person, mine in enumerate(pictures)]
@@ -323,19 +330,15 @@ def compare(
         everyone: how many of the atlas's people are personalized; the others fill the gallery up.
         together: people who are trained side by side.
     """
-    marks = {name: [0] * (method.kind == "relaxed") + list(MARKS) for name, method in methods.items() if name in CURVES}
     for people in (*range(together, everyone, together), everyone):
         bench.make("base", METHODS["base"], range(people))
         rows, curves = dict[str, Any](), dict[str, Any]()
         for name, method in methods.items():
-            end, cost, points = bench.steps(method), timings[name], []
-            looked = [mark for mark in marks.get(name, ()) if mark < end]
-            bench.make(name, method, range(people), looked)
-            for step in (*looked, end):
-                spent = {"people": people, "steps": step, "seconds": round(step * cost["step"], 2), "numbers": cost["numbers"]}
-                points.append(spent | {"bytes": cost["bytes"]} | bench.figures(bench.looked(name, method, step, people)))
-            rows[name] = points[-1]
-            curves |= {name: points} if name in CURVES else {}
+            begins = [0] * (method.kind == "relaxed")
+            marks = [mark for mark in (*begins, *MARKS) if name in CURVES and mark < bench.steps(method)]
+            step, spent = timings[name]["step"], {key: timings[name][key] for key in ("numbers", "bytes")}
+            points = [{"seconds": round(one["steps"] * step, 2), **spent, **one} for one in bench.points(name, method, people, marks)]
+            rows[name], curves = points[-1], {**curves, **({name: points} if name in CURVES else {})}
         yield rows, curves, people
 
 
@@ -353,21 +356,18 @@ def search(bench: Bench, method: Method, name: str, people: int) -> dict[str, An
     for rate, levels in [*((rate, method.levels) for rate in method.rates), *((0.0, levels) for levels in others)]:
         changed = dataclasses.replace(method, rate=rate or best()["rate"], levels=levels)
         marks = [changed.steps // 4, changed.steps // 2] if changed.steps >= 60 else []
-        bench.make(name, changed, range(people), marks)
-        for step in [*marks, changed.steps]:
-            found = bench.figures(bench.looked(name, changed, step, people))
-            figures = {key: found[key] for key in (SCORE, "similarity", "rank1", "context")}
-            tried.append({"rate": changed.rate, "levels": levels, "steps": step, **figures})
-            say(f"  rate {changed.rate:g}, {levels} levels, {step} steps: {SCORE} {found[SCORE][0]:.3f}")
+        for point in bench.points(name, changed, people, marks):
+            figures = {key: point[key] for key in ("steps", SCORE, "similarity", "rank1", "context")}
+            tried.append({"rate": changed.rate, "levels": levels, **figures})
+            say(f"  rate {changed.rate:g}, {levels} levels, {point['steps']} steps: {SCORE} {point[SCORE][0]:.3f}")
     return {"tried": tried, "best": best()}
 
 
 def with_settings(methods: Mapping[str, Method], file: Path) -> dict[str, Method]:
     """The methods with what a search found best for them, or for the method that they are `like`. Raises InputError for a wrong value."""
-    found, changed = read_json(file).get("search"), {}
-    if not isinstance(found, dict):
-        raise InputError(f'{file} holds no "search": it isn\'t what `evaluate --search` writes.')
+    with refusing(f"{file} isn't what `evaluate --search` writes", AttributeError, KeyError, TypeError, ValueError):
+        found, changed = {name: dict(one.get("best", {})) for name, one in read_json(file)["search"].items()}, {}
     for name, method in methods.items():
-        best, taken = (found.get(method.like or name) or {}).get("best", {}), {"rate", "levels", *(() if method.like else ("steps",))}
+        best, taken = found.get(method.like or name, {}), {"rate", "levels", *(() if method.like else ("steps",))}
         changed[name] = updated(method, {key: best[key] for key in taken & best.keys()}, f"{file}: {method.like or name}")
     return changed

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import assets
 from ..api import HyperDreamBooth
 from ..checkpoint import read_json
+from ..errors import in_range
 from ..lora import Hooks, Lora, LoraSet, find_targets
 from ..settings import parsed
 from ..stages.dreambooth import PhotoLosses, Subject, draw_photos, trained_targets, trains_text
@@ -45,6 +46,10 @@ class Method:
     guided: bool = False  # Drawn with identity guidance.
     rates: tuple[float, ...] = ()  # Learning rates that a search tries.
     like: str = ""  # The method whose searched rate and levels it takes.
+
+    def __post_init__(self) -> None:
+        in_range(self.steps, 0, 100_000, "steps")
+        in_range(self.rate, 0.0, 10.0, "rate")
 
 
 GROUPS = {

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 MINUTES ?= 170
 WORLD ?= toon
 
@@ -9,18 +10,20 @@ WORLD ?= toon
 
 # personalize a face nobody trained on, and draw it in new pictures: demo/index.html
 demo: $(VENV)/installed
+	@echo "== personalizing a face and drawing it: about half a minute"
 	$(BIN)/hyperdreambooth demo -o demo --overwrite
 
 # the page in the browser, on this machine alone
 app: $(VENV)/installed-app
+	@echo "== starting the page"
 	$(BIN)/hyperdreambooth app
 
 test: $(VENV)/installed-dev
+	@echo "== running the tests: about a quarter of an hour on two cores"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # the page in a real browser, some minutes; needs Chromium (Debian: apt-get install chromium; elsewhere CHROMIUM=path/to/it)
-test-app: $(VENV)/installed-dev
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[app-tests]"
+test-app: $(VENV)/installed-dev $(VENV)/installed-app-tests
 	$(BIN)/python -m pytest tests/browser/app.py -s
 
 check: $(VENV)/installed-dev
@@ -35,18 +38,17 @@ weights: $(VENV)/installed-dev
 evaluate: $(VENV)/installed
 	$(BIN)/hyperdreambooth evaluate -o benchmarks/results/fidelity.json
 
+# pip says each package as it comes: torch is large, and silence for minutes looks like a fault
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "== installing into $(VENV), once: torch, diffusers and others. Some minutes, by your connection"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
-	touch $@
+	$(PIP) -e .
+	@touch $@
 
-$(VENV)/installed-app: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[app]"
-	touch $@
-
-$(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	touch $@
+$(VENV)/installed-%: $(VENV)/installed
+	@echo "== installing what $* needs besides, once"
+	$(PIP) -e ".[$*]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) demo build dist

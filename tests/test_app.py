@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import socket
+import threading
 import time
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -138,6 +141,21 @@ def test_where_there_are_several_faces_one_is_chosen(connect, tmp_path):
     refused(client, "there is no face 3; 2 were found", photo(tmp_path / "eileen.jpg"), 3, api_name="/look")
 
 
+def test_who_personalizes_while_a_face_is_still_looked_for_waits(connect, face, monkeypatch):
+    real, began = photos.prepare, threading.Event()
+
+    def slow(*args: object) -> object:
+        began.set()
+        time.sleep(1.5)
+        return real(*args)
+
+    monkeypatch.setattr(photos, "prepare", slow)
+    client = connect()
+    client.submit(photo(face), 1, api_name="/look")
+    assert began.wait(60)
+    assert names(client.predict(0, True, api_name="/personalize")[1]) == ["prediction"]
+
+
 def test_a_base_without_a_hypernetwork(world, face):
     running = app.start(HyperDreamBooth.from_pretrained(world / "base", hypernetwork=None, device="cpu"), port=free_port())
     try:
@@ -154,13 +172,19 @@ def test_a_base_without_a_hypernetwork(world, face):
 
 def test_a_visit_chooses_its_base(world, face):
     other = str(world / "base")
+    opened: list[weakref.ref[object]] = []
+    in_memory: list[int] = []
 
     def open_base(name: str) -> HyperDreamBooth:
-        return HyperDreamBooth.from_pretrained(name, device="cpu")
+        gc.collect()
+        in_memory.append(sum(base() is not None for base in opened))
+        hdb = HyperDreamBooth.from_pretrained(name, device="cpu")
+        opened.append(weakref.ref(hdb.backbone.denoiser))
+        return hdb
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HYPERDREAMBOOTH_TOON", str(world))
-        running = app.start(HyperDreamBooth.from_pretrained("toon", device="cpu"), open_base=open_base, bases=[other], port=free_port())
+        running = app.start(open_base("toon"), open_base=open_base, bases=[other], port=free_port())
         try:
             first, second = (Client(running.url, verbose=False) for _ in range(2))
             for client in (first, second):
@@ -179,6 +203,8 @@ def test_a_visit_chooses_its_base(world, face):
             assert names(second.predict(0, False, api_name="/personalize")[1]) == ["prediction"]
             refused(first, "there.safetensors", "not/there.safetensors", api_name="/choose")
             assert names(first.predict(2, False, api_name="/personalize")[1]) == ["step 1", "fine-tuned"], "the last base stays"
+            assert len(in_memory) > 4
+            assert not any(in_memory), "a base goes before the next one comes"
         finally:
             running.close()
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hyperdreambooth import commands, formats, photos
+from hyperdreambooth import commands, formats, photos, progress
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.cli import main
 
@@ -445,7 +445,7 @@ def test_bad_requests_are_one_line(tmp_path, capsys, face, me, people):
     refused(capsys, "no such folder", "preoptimize", tmp_path / "nowhere", "-o", tmp_path / "t")
     (tmp_path / "empty").mkdir()
     refused(capsys, "holds no pictures", "preoptimize", tmp_path / "empty", "-o", tmp_path / "t")
-    refused(capsys, "can't be opened as a base", "generate", "x", "--base", tmp_path / "nowhere", "-o", tmp_path / "g")
+    refused(capsys, "no such file or directory, and a hub id", "generate", "x", "--base", tmp_path / "nowhere", "-o", tmp_path / "g")
     refused(capsys, "model_index.json", "generate", "x", "--base", tmp_path / "empty", "-o", tmp_path / "g")
     refused(capsys, "isn't a hypernetwork", "personalize", face, "--hypernetwork", tmp_path / "empty", "-o", tmp_path / "h.safetensors")
     refused(capsys, "matches no layer", "targets", "toon", "--targets", "unet.nothing*")
@@ -495,18 +495,19 @@ def test_ctrl_c_says_so(monkeypatch, face, tmp_path, capsys):
     assert "stopped" in capsys.readouterr().err
 
 
-def test_settings_say_where_they_came_from_and_can_be_given_back(me, face, tmp_path, capsys):
+def test_settings_say_where_they_came_from_and_can_be_given_back(me, face, tmp_path):
     saved = me.with_suffix(".json")
     said = json.loads(saved.read_text())["resolved"]
     assert "steps = 3 (hypernetwork)" in said  # the tiny world's own
     assert "copies = 4 (default)" in said
-    more = ["--tokens", tmp_path / "again.tokens", "--copies", 2, "--verbose"]
+    more = ["--tokens", tmp_path / "again.tokens", "--copies", 2]
     assert run("personalize", face, "--config", saved, "-o", tmp_path / "again.safetensors", *more) == 0
-    assert "copies = 2 (given)" in capsys.readouterr().err
+    assert "copies = 2 (given)" in json.loads((tmp_path / "again.json").read_text())["resolved"]
     one, other = (formats.read_lora(file).loras for file in (me, tmp_path / "again.safetensors"))
     assert one.keys() == other.keys()
-    assert run("generate", "a [V] face", "--lora", f"{me}:0.5", "-o", tmp_path / "drawn", "--verbose") == 0
-    assert "strength = 0.5 (given, times the LoRA's own weight)" in capsys.readouterr().err
+    assert run("generate", "a [V] face", "--lora", f"{me}:0.5", "-o", tmp_path / "drawn") == 0
+    said = json.loads((tmp_path / "drawn" / "generate.json").read_text())["resolved"]
+    assert "strength = 0.5 (given, times the LoRA's own weight)" in said
 
 
 def test_an_error_that_nobody_foresaw_is_a_sentence_and_debug_shows_the_trace(monkeypatch, face, capsys):
@@ -594,3 +595,45 @@ def test_one_wrong_value_is_named_alone(face, tmp_path, capsys):
         "-o",
         tmp_path / "x.safetensors",
     )
+
+
+def test_everything_that_is_written_is_said(tmp_path, face, capsys):
+    assert (
+        run("personalize", face, "--steps", 0, "-o", tmp_path / "out" / "me.safetensors", "--tokens", tmp_path / "out" / "me.tokens") == 0
+    )
+    assert run("generate", "a [V] face", "--lora", tmp_path / "out" / "me.safetensors", "--steps", 1, "-o", tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    for file in (tmp_path / "out").iterdir():
+        assert f"{file}: " in said
+
+
+def test_info_prints_a_line_a_value_that_cannot_steer_the_terminal(tmp_path, me, capsys):
+    about = formats.read_lora(me)
+    words = {"ss_tag_frequency": "tag " * 900, "ss_title": "two\nlines \x1b[31mred", "key\x1b[2J": "x"}
+    formats.save_lora(tmp_path / "other.safetensors", about.loras, about.metadata | words)
+    assert run("info", tmp_path / "other.safetensors") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "metadata:" in lines
+    assert "  modelspec.title: me" in lines
+    assert "  ss_title: two lines  [31mred" in lines
+    assert any("ss_tag_frequency: tag" in line and "(3600 characters" in line for line in lines)
+    assert max(map(len, lines)) < 300
+    assert all(line.isprintable() and "{'" not in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.2, "1 s"), (29.5, "30 s"), (59.0, "59 s"), (59.5, "1 min"), (200, "3 min"), (3599, "1 h 0 min"), (7500, "2 h 5 min")],
+)
+def test_a_time_to_wait_is_said_as_people_say_it(seconds, said):
+    assert progress.spoken(seconds) == said
+
+
+def test_a_log_says_the_seconds_of_the_last_minute(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    log = progress.Progress("training", 10)
+    for done, says in ((2, "12 s left"), (9, "2 s left"), (10, "done")):
+        now[0] = 1.5 * done
+        log.log(done, loss=0.1, rate=1e-3)
+        assert capsys.readouterr().err.strip().endswith(says)

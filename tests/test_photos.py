@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFont
 
 from hyperdreambooth import folders, photos
 from hyperdreambooth.errors import InputError
@@ -220,3 +220,18 @@ def test_grids_have_a_cell_for_every_picture():
     )
     assert sheet.width >= 100
     assert sheet.height >= 100
+
+
+def test_a_label_that_is_too_long_goes_on_below():
+    def sheet(rows: list[str], columns: list[str]) -> Image.Image:
+        return photos.grid([[picture(), picture()]] * len(rows), rows, columns, cell=150)
+
+    short, long, two = "a [V] face", "a [V] face wearing a santa hat on a purple background, as a pencil sketch, in the rain", "one, two"
+    one, more = sheet([short, short], [two, two]), sheet([short, long], [two, long])
+    assert more.height > one.height
+    assert more.crop((0, 0, 150, 20)).tobytes() == one.crop((0, 0, 150, 20)).tobytes()
+    font = ImageFont.load_default(13)
+    for text in (long, "x" * 200, " spaces   and\nlines ", ""):
+        lines = photos.wrapped(text, font, 150).splitlines()
+        assert all(font.getlength(line) <= 150 for line in lines)
+        assert "".join(lines).replace(" ", "") == "".join(text.split())

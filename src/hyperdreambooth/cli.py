@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0] if arguments else ""
     if name in ("", "-h", "--help", "help"):
         print(USAGE)
-        for group, modules in commands.GROUPS.items():
-            names = [command for command, module in commands.COMMANDS.items() if module in modules]
+        for group, names in commands.GROUPS.items():
             lines = [f"  {command:<19} {str(commands.load(command)[0].__doc__).splitlines()[0]}" for command in names]
             print("\n".join([group, *lines, ""]))
         return 0 if arguments else 2
@@ -76,7 +75,7 @@ def parse(name: str, kind: type, arguments: list[str]) -> object:
     if "--config" in arguments[:-1]:
         file = arguments.pop(arguments.index("--config") + 1)
         arguments.remove("--config")
-        default, values = commands_default(kind), read_config(file)
+        default, values = kind(**dict.fromkeys(required(kind), tyro.MISSING)), read_config(file)  # what is required may still be given
         # a setting of `config` may stand beside it as well, as its flag does
         config = vars(default.config).keys() - vars(default).keys() if hasattr(default, "config") else ()
         inner = {key: values.pop(key) for key in list(values) if str(key).replace("-", "_") in config}
@@ -85,8 +84,3 @@ def parse(name: str, kind: type, arguments: list[str]) -> object:
     lines = inspect.cleandoc(str(kind.__doc__)).splitlines()
     about = "\n".join(f"    {line}" if line.startswith("hyperdreambooth ") else line for line in lines)
     return tyro.cli(kind, prog=f"hyperdreambooth {name}", args=arguments, default=default, description=about)
-
-
-def commands_default(kind: type) -> object:
-    """A command's dataclass with what it requires still missing, for a config file to be laid over."""
-    return kind(**dict.fromkeys(required(kind), tyro.MISSING))

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import struct
+import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -36,6 +37,7 @@ TOO_MANY = f"the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first
 MIN_SIDE = 16
 # Pillow refuses a PNG with more than a megabyte of text, such as the recipe that some programs write into their pictures
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20
+LINE = 17  # Pixels from one line of a label to the next, as Pillow sets them.
 
 
 def load_photo(source: Source) -> Image.Image:
@@ -295,23 +297,34 @@ def preview_path(lora: Path) -> Path:
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int = 0) -> Image.Image:
-    """A labelled contact sheet: one row of pictures for each row label. `cell` is the side of a picture on it, 0 for a fitting one."""
+    """A labelled contact sheet: one row of pictures for each row label; what is too long for its place goes on in the next line.
+
+    Args:
+        cell: the side of a picture on it, in pixels; 0 for a fitting one.
+    """
     cell = cell or min(256, max(128, max(row[0].width for row in rows)))
     font, columns = ImageFont.load_default(13), max(map(len, rows))
-    top, strip = 22 if any(column_labels) else 4, 20 if any(row_labels) else 4
-    sheet = Image.new("RGB", (columns * (cell + 4) + 4, top + len(rows) * (cell + strip)), "white")
-
-    def write(x: int, y: int, text: str, width: int) -> None:
-        while text and font.getlength(text) > width:
-            text = text[:-2].rstrip() + "…" if len(text) > 2 else ""
-        ImageDraw.Draw(sheet).text((x, y), text, fill="black", font=font)
-
-    for column, label in enumerate(column_labels[:columns]):
-        write(4 + column * (cell + 4), 4, label, cell)
-    for index, row in enumerate(rows):
-        y = top + index * (cell + strip)
-        write(4, y + 1, row_labels[index] if strip > 4 else "", columns * (cell + 4))
+    width = columns * (cell + 4) + 4
+    heads = [wrapped(label, font, cell) for label in column_labels[:columns]]
+    sides = [wrapped(label, font, width - 4) for label in row_labels]
+    top = 22 + LINE * max(head.count("\n") for head in heads) if any(heads) else 4
+    strips = [20 + LINE * side.count("\n") if any(sides) else 4 for side in sides]
+    sheet = Image.new("RGB", (width, top + sum(strips) + len(rows) * cell), "white")
+    draw, y = ImageDraw.Draw(sheet), top
+    for column, head in enumerate(heads):
+        draw.text((4 + column * (cell + 4), 4), head, fill="black", font=font)
+    for row, side, strip in zip(rows, sides, strips, strict=True):
+        draw.text((4, y + 1), side, fill="black", font=font)
         for column, image in enumerate(row):
             resample = Image.Resampling.NEAREST if image.width * 2 <= cell and cell % image.width == 0 else Image.Resampling.LANCZOS
             sheet.paste(image.resize((cell, cell), resample), (4 + column * (cell + 4), y + strip - 2))
+        y += strip + cell
     return sheet
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """A text with line breaks, so that no line is longer than `width` pixels."""
+    count = max(1, width // 3)  # Letters of a line, should all be narrow ones.
+    while count > 1 and any(font.getlength(line) > width for line in textwrap.wrap(text, count)):
+        count -= 1
+    return "\n".join(textwrap.wrap(text, count))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 
@@ -15,6 +16,14 @@ console = Console(stderr=True)
 def say(text: str) -> None:
     """A line for people, on stderr: long paths aren't broken, and nothing in them is markup."""
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def spoken(seconds: float) -> str:
+    """A time to wait, as people say it: 8 s, 3 min, 2 h 5 min."""
+    minutes = round(seconds / 60)
+    if seconds <= 59:
+        return f"{math.ceil(seconds)} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class Progress:
@@ -45,9 +54,9 @@ class Progress:
         if self.quiet or not self.bar.disable:
             return
         speed = (done - self.first) / max(time.monotonic() - self.started, 1e-9)
-        left = (self.total - done) / max(speed, 1e-9) / 60
-        clock, figures = time.strftime("%H:%M:%S"), f"loss {loss:.4f} lr {rate:.2e} {speed:.2f} steps/s {left:.0f} min left"
-        print(f"{clock} {self.name} {done}/{self.total} {figures}", file=sys.stderr, flush=True)
+        left = f"{spoken((self.total - done) / max(speed, 1e-9))} left" if done < self.total else "done"
+        figures = f"loss {loss:.4f} lr {rate:.2e} {speed:.2f} steps/s {left}"
+        print(f"{time.strftime('%H:%M:%S')} {self.name} {done}/{self.total} {figures}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""

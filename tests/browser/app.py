@@ -231,6 +231,7 @@ def test_photos_and_bad_files(visitor, tmp_path):
     page = visitor()
     page.click("#personalize")
     problem(page, "There is no photo yet")
+    expect(page.locator("#progress")).not_to_contain_text("Waiting")
     for place in ("#prompts", "#draw", "#mix", "#files"):  # until there is somebody
         expect(page.locator(place)).not_to_be_visible()
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import gradio as gr
 from PIL import Image
+from torch import Tensor
 
 from .. import photos, replay
 from ..api import HyperDreamBooth
@@ -28,6 +29,7 @@ from ..assets import toon
 from ..errors import InputError, NoFaceError, TrainingError
 from ..lora import LoraSet
 from ..personal_lora import PersonalLora
+from ..progress import spoken
 from ..settings import GenerateConfig
 from .sessions import COOKIE, Picture, Visit, Visits
 
@@ -119,9 +121,9 @@ class Actions:
                 text = text.replace(word, Path(word).name)
         return text.replace("--face N takes another", "change the face's number")
 
-    def model(self, visit: Visit) -> HyperDreamBooth:
-        """The base of a visit, in the model's thread alone."""
-        name = visit.base or self.bases[0]
+    def model(self, name: str) -> HyperDreamBooth:
+        """A base ("" is the page's own), in the model's thread alone. The one before goes first."""
+        name = name or self.bases[0]
         if name not in self.opened and self.open_base:
             self.opened.clear()
             replay.forget()
@@ -129,7 +131,7 @@ class Actions:
         return self.opened[name]
 
     def hdb(self, visit: Visit) -> HyperDreamBooth:
-        return self._on_model(self.model, visit)
+        return self._on_model(self.model, visit.base)
 
     @plainly
     def choose(self, name: str, request: gr.Request) -> HyperDreamBooth:
@@ -139,14 +141,9 @@ class Actions:
             raise InputError(f"this page has the bases {', '.join(self.bases)}. Start it with --bases for others.")
         if visit.busy:
             raise InputError("something is running still. Stop it first.")
-        before, visit.base = visit.base, name
-        try:
-            hdb = self.hdb(visit)
-        except Exception:
-            visit.base = before
-            raise
+        hdb: HyperDreamBooth = self._on_model(self.model, name)
+        visit.base, visit.needs_consent = name, True
         visit.mine = visit.me = visit.pixels = None
-        visit.needs_consent = True
         return hdb
 
     def _on_model(self, work: Callable[..., Any], *args: Any, **more: Any) -> Any:
@@ -185,9 +182,10 @@ class Actions:
         if len(uploaded) > MAX_PHOTOS:
             raise InputError(f"{len(uploaded)} photos are more than {MAX_PHOTOS}. Take the best ones.")
         which = int(face) if face and face > 1 else None
-        hdb = self.hdb(visit)
-        seen = [self._understand(file, hdb.backbone.size, which) for file, _ in uploaded]
-        visit.pixels = pixels = photos.to_tensor([image for image, _ in seen])
+        with visit.looking:
+            hdb = self.hdb(visit)
+            seen = [self._understand(file, hdb.backbone.size, which) for file, _ in uploaded]
+            visit.pixels = pixels = photos.to_tensor([image for image, _ in seen])
         warning = self._on_model(lambda: hdb.unlike(hdb.backbone.encode_images(pixels).float()))
         return [(str(visit.save(image)), "") for image, _ in seen], bar(" ".join([*(note for _, note in seen), warning]).strip())
 
@@ -208,7 +206,7 @@ class Actions:
         image = example_face(number)
         visit.pixels, _ = self.hdb(visit).read_photos(image)
         visit.needs_consent = False
-        return [(str(visit.save(image)), "")], bar(f"Example face {int(number)}, whom nobody trained on.")
+        return [(str(visit.save(image)), "")], bar(f"Example face {int(number)}: a person that nothing here was trained on.")
 
     def pick(self, contexts: list[str], styles: list[str], prompts: str) -> str:
         """The prompts, a line each, with what is ticked in the palette and without what isn't; one's own lines stay."""
@@ -224,7 +222,9 @@ class Actions:
             visit.stop.clear()
             yield bar("Stopped before it began."), []
             return
-        if visit.pixels is None:
+        with visit.looking:  # who clicks while a face is still looked for in a photo waits for it
+            pixels = visit.pixels
+        if pixels is None:
             raise InputError("there is no photo yet. Drop one in, or take an example face.")
         check_consent(consent or not visit.needs_consent)
         hdb = self.hdb(visit)
@@ -235,23 +235,23 @@ class Actions:
             shown: Shown = []
             if hdb.source is not None:
                 yield bar("Predicting ..."), []
-                visit.mine = visit.me = me = self._on_model(hdb.personalize, visit.pixels, steps=0, quiet=True)
+                visit.mine = visit.me = me = self._on_model(hdb.personalize, pixels, steps=0, quiet=True)
                 shown += self._on_model(self._preview, visit, me, "prediction")
                 yield bar("This is the prediction."), shown
             if not visit.stop.is_set():
-                yield from self._fine_tune(visit, total, shown)
+                yield from self._fine_tune(visit, pixels, total, shown)
             me = visit.me
             if me is None:
                 raise InputError("it was stopped before there was anything to keep.")
             done, seconds = me.metadata.get("hyperdreambooth.steps", 0), sum(me.seconds.values())
-            yield bar(f"Done: {done} steps in {seconds:.0f} s, a LoRA of rank {me.rank} for {len(me.loras)} layers."), shown
+            yield bar(f"Done: {done} steps in {seconds:.0f} s. Draw the person below, or take the LoRA home (rank {me.rank})."), shown
 
     def _preview(self, visit: Visit, person: PersonalLora | LoraSet, label: str) -> Shown:
         """The person as such, drawn in the model's thread."""
-        hdb = self.model(visit)
+        hdb = self.model(visit.base)
         return [(self._draw_one(visit, person, Picture(hdb.prompt, 0, label), hdb.generate_config()), label)]
 
-    def _fine_tune(self, visit: Visit, total: int, shown: Shown) -> Iterator[tuple[str, Shown]]:
+    def _fine_tune(self, visit: Visit, pixels: Tensor, total: int, shown: Shown) -> Iterator[tuple[str, Shown]]:
         """Shows the steps as they are made; where nobody listens any more, they end."""
         if not total:
             return
@@ -263,14 +263,14 @@ class Actions:
             news.put((done, self._preview(visit, loras, f"step {done}") if quarter else []))
             return visit.stop.is_set()
 
-        job = self.submit(self.hdb(visit).personalize, visit.pixels, steps=total, on_step=on_step, quiet=True)
+        job = self.submit(self.hdb(visit).personalize, pixels, steps=total, on_step=on_step, quiet=True)
         job.add_done_callback(lambda _: news.put(None))
         try:
             yield bar("Fine-tuning ...", 0, total), shown
             for done, preview in iter(news.get, None):
                 shown += preview
                 left = (time.monotonic() - started) / done * (total - done)
-                yield bar(f"Fine-tuning: step {done} of {total}, about {left:.0f} s left", done, total), shown
+                yield bar(f"Fine-tuning: step {done} of {total}, about {spoken(left)} left", done, total), shown
             visit.mine = visit.me = me = job.result()
             shown += self._on_model(self._preview, visit, me, "fine-tuned")
         finally:  # also where the tab was closed
@@ -357,7 +357,7 @@ class Actions:
         self, visit: Visit, person: PersonalLora | LoraSet | None, picture: Picture, config: GenerateConfig, styles: list[Any] | None = None
     ) -> str:
         """Draws and writes a picture, in the model's thread, and forgets the oldest beyond KEPT."""
-        hdb, prompt, seed = self.model(visit), picture.prompt, picture.seed
+        hdb, prompt, seed = self.model(visit.base), picture.prompt, picture.seed
         image = hdb.generate(prompt, person, seed=seed, styles=styles or [], config=config)[0]
         used = [("person", config.strength)] * bool(person) + [(Path(file).name, weight) for file, weight in styles or []]
         name = "-".join(part for part in (prompt.replace("[V]", "person"), picture.label, f"seed {seed}") if part)

@@ -1,7 +1,6 @@
 """The page: a line of explanation for each step, and which action each button calls; and how it is run, on the loopback address unless
 told otherwise, and then only with a password."""
 
-import ipaddress
 import os
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ from ..errors import InputError
 from .actions import Actions, Opener, bar, example_files
 from .sessions import GREETING, Guard, Visits
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # The addresses that only this machine can reach.
 SWEEP = 60  # Seconds between two looks for visits that are over.
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 ON_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # One at a time: a model carries one LoRA at a time.
@@ -42,10 +42,11 @@ def build(actions: Actions, hdb: HyperDreamBooth) -> gr.Blocks:
             "# One face photo in, a personal LoRA out\n"
             "Runs on this machine alone; nothing you give it leaves it, and all of it goes when you close this page."
         )
-        gr.HTML(f'<img src="{SHOWN}" alt="An example face, and five pictures that were drawn of it" class="hdb-greeting">')
+        greeting = f'<img src="{SHOWN}" alt="" class="hdb-greeting">One photo, and five pictures that were drawn of the person.'
+        gr.HTML(greeting)
         how = "Or type a folder, a .safetensors checkpoint or a hub id, then Enter. It is loaded at once." if actions.any_base else None
         choice: dict[str, Any] = {"allow_custom_value": actions.any_base, "visible": actions.any_base or len(actions.bases) > 1}
-        chosen = gr.Dropdown(actions.bases, value=hdb.base, label="Base", info=how, elem_id="base", **choice)
+        chosen = gr.Dropdown(actions.bases, value=hdb.base, label="Base: the model that draws", info=how, elem_id="base", **choice)
         values = first_values(hdb)
         with gr.Row():
             with gr.Column(min_width=320):
@@ -196,7 +197,9 @@ def _job(actions: Actions, button: gr.Button, outputs: list[Any], name: str, **i
     """A button whose job waits for its turn; `outputs` begin with the line that says so. The event after which the job is done."""
     waiting = button.click(actions.begin, None, outputs[0], queue=False, **PRIVATE)
     action = actions.personalize if name == "personalize" else actions.draw
-    return waiting.success(action, outputs=outputs, api_name=name, **inputs, **ON_MODEL)
+    job = waiting.success(action, outputs=outputs, api_name=name, **inputs, **ON_MODEL)
+    job.failure(lambda: bar(""), None, outputs[0], queue=False, **PRIVATE)  # a message says why; nothing waits any more
+    return job
 
 
 def _pictures(name: str, classes: str = "hdb-pictures", **more: Any) -> gr.Gallery:
@@ -219,7 +222,7 @@ class Server:
     page: gr.Blocks
     url: str
     visits: Visits
-    cache: str | None  # What GRADIO_TEMP_DIR was before.
+    cache: str  # Where Gradio put its files before.
 
     def close(self) -> None:
         """Ends it, and deletes all that was uploaded and made."""
@@ -227,14 +230,8 @@ class Server:
         for session in list(self.visits.visits):
             self.visits.end(session)
         self.page.close(verbose=False)
-        clean(self.visits, self.cache)
-
-
-def clean(visits: Visits, cache: str | None) -> None:
-    """Deletes all files, and gives the environment's name of Gradio's folder back to whoever had it."""
-    shutil.rmtree(visits.root, ignore_errors=True)
-    os.environ.pop("GRADIO_TEMP_DIR", None)
-    os.environ |= {"GRADIO_TEMP_DIR": cache} if cache is not None else {}
+        shutil.rmtree(self.visits.root, ignore_errors=True)
+        os.environ["GRADIO_TEMP_DIR"] = self.cache
 
 
 def start(
@@ -261,41 +258,36 @@ def start(
     """
     check_host(host, auth)
     visits = Visits(Path(tempfile.mkdtemp(prefix="hyperdreambooth-")).resolve())
-    cache = os.environ.get("GRADIO_TEMP_DIR")
-    os.environ["GRADIO_TEMP_DIR"] = str(visits.root)
+    cache, os.environ["GRADIO_TEMP_DIR"] = os.environ.get("GRADIO_TEMP_DIR", ""), str(visits.root)
 
     def sweep() -> None:
         while not visits.over.wait(SWEEP):
             visits.sweep()
 
     gates = [Middleware(Guard, visits=visits)]
-    if is_loopback(host):  # a name that another site lets point here isn't answered
-        gates.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host]))
-    page = build(Actions(hdb, visits, open_base, bases, any_base=bool(open_base) and is_loopback(host) and not auth), hdb)
-    # a theme that loads nothing: Gradio's usual ones ask for fonts
+    if host in LOOPBACK:  # a name that another site lets point here isn't answered
+        gates.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
+    page = build(Actions(hdb, visits, open_base, bases, any_base=bool(open_base) and host in LOOPBACK and not auth), hdb)
+    # a theme that loads nothing: Gradio's usual ones ask for fonts; what explains is dark enough to be read
     fonts = {"font": ["system-ui", "-apple-system", "Segoe UI", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    looks = {"theme": gr.themes.Default(primary_hue="indigo", **fonts), "css": CSS, "head": HEAD, "footer_links": ["api"]}
+    theme = gr.themes.Default(primary_hue="indigo", **fonts).set(body_text_color_subdued="*neutral_500")
+    looks = {"theme": theme, "css": CSS, "head": HEAD, "footer_links": ["api"]}
     where: dict[str, Any] = {"server_name": host, "server_port": port, "auth": auth, "inbrowser": browser}
     limits = {"max_file_size": max_upload_mb * 1_000_000, "state_session_capacity": 100}
     off = dict.fromkeys(("share", "show_error", "ssr_mode", "run_history", "mcp_server"), False)
+    server = Server(page, "", visits, cache)
     try:
-        _, url, _ = page.launch(**where, **looks, **limits, **off, prevent_thread_lock=True, quiet=True, app_kwargs={"middleware": gates})
+        _, server.url, _ = page.launch(
+            **where, **looks, **limits, **off, prevent_thread_lock=True, quiet=True, app_kwargs={"middleware": gates}
+        )
     except OSError as error:
-        clean(visits, cache)
+        server.close()
         raise InputError(f"port {port or '7860 and the hundred after it'} can't be used on {host}. Give another with --port.") from error
     threading.Thread(target=sweep, daemon=True).start()
-    return Server(page, url, visits, cache)
+    return server
 
 
 def check_host(host: str, auth: object) -> None:
     """Raises InputError where others can reach the address and nobody would be asked who they are."""
-    if not is_loopback(host) and not auth:
+    if host not in LOOPBACK and not auth:
         raise InputError(f"{host} can be reached by others: give --auth USER:PASSWORD as well, or leave --host out.")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

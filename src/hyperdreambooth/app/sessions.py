@@ -61,6 +61,7 @@ class Visit:
     pictures: list[Picture] = field(default_factory=list)
     take: Path | None = None  # The folder of the files to download, until they are made anew.
     stop: threading.Event = field(default_factory=threading.Event)
+    looking: threading.Lock = field(default_factory=threading.Lock)  # Held while a face is looked for in a photo.
     busy: bool = False
     closed: bool = False
     seen: float = field(default_factory=time.monotonic)

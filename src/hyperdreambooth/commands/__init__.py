@@ -7,17 +7,16 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-MODULES = {
-    "make": ("personalize", "generate"),
-    "app": ("app",),
-    "demo": ("demo",),
-    "files": ("info", "export", "mix", "push"),
-    "train": ("train-light", "preoptimize", "train-hypernetwork"),
-    "recipe": ("recipe",),
-    "measure": ("targets", "evaluate"),
+GROUPS = {  # What each is for, command by command, and the module that holds it.
+    "make and use a personal LoRA": {
+        **dict.fromkeys(("personalize", "generate"), "make"),
+        **dict.fromkeys(("app", "demo"), "tour"),
+        **dict.fromkeys(("info", "export", "mix", "push"), "files"),
+    },
+    "train": {**dict.fromkeys(("train-light", "preoptimize", "train-hypernetwork"), "train"), "recipe": "recipe"},
+    "look and measure": dict.fromkeys(("targets", "evaluate"), "measure"),
 }
-GROUPS = {"make and use a personal LoRA": ("make", "app", "demo", "files"), "train": ("train", "recipe"), "look and measure": ("measure",)}
-COMMANDS = {name: module for module, names in MODULES.items() for name in names}
+COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
 
 
 def load(name: str) -> tuple[type, Callable[[Any], int | None]]:

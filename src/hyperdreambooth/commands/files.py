@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -16,6 +16,8 @@ from .options import Output, WithHypernetwork, Writing, check_lora_name, weighte
 
 if TYPE_CHECKING:
     from ..personal_lora import PersonalLora
+
+SHOWN = 200  # Letters of a value that `info` prints.
 
 
 @dataclass
@@ -35,7 +37,18 @@ def run_info(args: Info) -> None:
         from .. import formats
 
         about = formats.describe(args.file)
-    print(json.dumps(about, indent=2, default=str) if args.json else "\n".join(f"{key}: {value}" for key, value in about.items()))
+    print(json.dumps(about, indent=2, default=str) if args.json else "\n".join(readable(about)))
+
+
+def readable(values: dict[str, Any], indent: str = "") -> list[str]:
+    """A line a value, those of a nested dict indented. A file's own words are cut where they are long, and can't steer a terminal."""
+    lines = []
+    for key, value in values.items():
+        inner = readable(dict(sorted(value.items())), f"{indent}  ") if isinstance(value, dict) else []
+        text = "" if isinstance(value, dict) else f" {value}"
+        long = f"... ({len(text) - 1} characters; --json prints all)" if len(text) > SHOWN else ""
+        lines += ["".join(letter if letter.isprintable() else " " for letter in f"{indent}{key}:{text[:SHOWN]}{long}"), *inner]
+    return lines
 
 
 @dataclass

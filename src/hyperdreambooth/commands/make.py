@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..progress import Progress, say
 from ..settings import GenerateChoices, Layout, PersonalizeChoices
 from .engines import WithEngine, each
-from .options import Flat, Output, WithBase, WithHypernetwork, Writing, as_json, check_lora_name, save_sheet, weighted
+from .options import Flat, Output, WithBase, WithHypernetwork, Writing, check_lora_name, save_settings, save_sheet, weighted
 
 if TYPE_CHECKING:
     from ..api import HyperDreamBooth
@@ -63,7 +63,6 @@ def run_personalize(args: Personalize) -> None:
     if args.engine != "local":
         raise InputError("--engine is for a folder of people. Leave it out for one person's photos.")
     from .. import formats, photos
-    from ..checkpoint import write_json
     from ..folders import caption_of
 
     check_lora_name(args.output)
@@ -79,7 +78,6 @@ def run_personalize(args: Personalize) -> None:
         say(note)
     formats.check_layout(args.format, hdb.backbone.components)
     prompt = hdb.naming(args.prompt or caption_of(args.photos))
-    args.machine.explain(config)
     loaded = time.perf_counter()
     # an interrupted fine-tuning of the very same photos and settings goes on; anything else starts anew
     stamp = hashlib.sha256(repr((args.base, args.hypernetwork, prompt, config)).encode())
@@ -101,9 +99,9 @@ def run_personalize(args: Personalize) -> None:
     preview = photos.preview_path(args.output)
     metadata = hdb.picture_metadata(args.preview or me.prompt, config.seed, hdb.generate_config(), [(str(args.output), 1.0)])
     photos.save_png(picture, preview, metadata, overwrite=True)
-    write_json(args.output.with_suffix(".json"), as_json(args, config))
     took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in me.seconds.items())
     say(f"{preview}: a preview")
+    save_settings(args.output.with_suffix(".json"), args, config)
     if me.warning:
         say(me.warning)
     say(f"starting and loading {loaded - STARTED:.1f} s, {took}, in all {time.perf_counter() - STARTED:.1f} s")
@@ -112,7 +110,6 @@ def run_personalize(args: Personalize) -> None:
 def run_folder(args: Personalize) -> None:
     """A LoRA for each person of a folder, and one sheet of previews."""
     from .. import formats
-    from ..checkpoint import write_json
     from ..stages.dreambooth import chunks_of
 
     alone = {"--tokens": args.tokens, "--face": args.config.face, "--prompt": args.prompt}
@@ -125,7 +122,6 @@ def run_folder(args: Personalize) -> None:
     missing, many = work.missing(work.people), dict[int, list[str]]()
     if len(missing) < len(work.people):
         say(f"{args.output}: {len(work.people) - len(missing)} people are there already and kept")
-    args.machine.explain(work.config)
     for name, files in work.people.items():  # people of a batch have as many photos as one another
         many.setdefault(len(files), []).append(name)
     batches = [batch for names in many.values() for batch in chunks_of(names, hdb.side_by_side) if work.missing(batch)]
@@ -141,7 +137,7 @@ def run_folder(args: Personalize) -> None:
         people = [hdb.load(args.output / f"{name}.safetensors") for name in there[:16]]
         sheet = [picture for me in people for picture in hdb.generate(args.preview or me.prompt, me, seed=work.config.seed)]
         save_sheet(args.output / "preview.png", [sheet], [""], there[:16], "the first of them")
-    write_json(args.output / "personalize.json", as_json(args, work.config))
+    save_settings(args.output / "personalize.json", args, work.config)
     say(f"{args.output}: {len(there)} people in {time.perf_counter() - started:.1f} s, {len(refused)} left out")
     if missing and not there:
         raise InputError(f"no photo of {args.photos[0]} could be read; the first: {next(iter(refused.values()))}")
@@ -206,7 +202,6 @@ class Generate(WithBase, Writing):
 def run_generate(args: Generate) -> None:
     from .. import photos
     from ..backbones import trained_by_flow
-    from ..checkpoint import write_json
     from ..sampling import check_scheduler
 
     check_scheduler(args.config.scheduler, trained_by_flow(args.base))
@@ -218,7 +213,6 @@ def run_generate(args: Generate) -> None:
     if loras:
         origins = config.origins | ({"strength": "given, times the LoRA's own weight"} if loras[0][1] != 1 else {})
         config = dataclasses.replace(config, strength=config.strength * loras[0][1], origins=origins)
-    args.machine.explain(config)
     files = [args.output / f"{p + 1:02d}-{config.seed + i}.png" for p in range(len(args.prompts)) for i in range(config.count)]
     args.refuse_existing(*files)
     with Progress("pictures", len(files)) as progress:
@@ -231,4 +225,4 @@ def run_generate(args: Generate) -> None:
         rows = [images[i : i + config.count] for i in range(0, len(images), config.count)]
         seeds = [f"seed {config.seed + i}" for i in range(config.count)]
         save_sheet(args.output / "grid.png", rows, args.prompts, seeds, "all of them")
-    write_json(args.output / "generate.json", as_json(args, config))
+    save_settings(args.output / "generate.json", args, config)

@@ -41,14 +41,9 @@ class Machine:
     """What a single-file base lacks (text encoders, autoencoder, T5's tokenizer): files, or directories in diffusers' layout."""
     quantize: Literal["nf4", "int8"] | None = None
     """Keep the denoiser and T5 in 4 or 8 bits a weight, with the extra `quantized`: SDXL in 8 GB, Flux in 16."""
-    verbose: bool = False  # Also print every setting of personalize and generate with where its value came from.
     device_memory: Literal["auto", "low", "high"] = "auto"
     """Whether text encoders leave the device once prompts are encoded. auto: where less of its memory is free than the denoiser takes."""
     gradient_checkpointing: bool = False  # Compute activations again in the backward pass: slower, but a fraction of the memory.
-
-    def explain(self, settings: object) -> None:
-        for line in explained(settings) if self.verbose else ():
-            say(line)
 
     def open(self, base: str, hypernetwork: str | None = "auto") -> HyperDreamBooth:
         import diffusers
@@ -122,6 +117,13 @@ def as_json(args: Any, settings: Any = None) -> dict[str, Any]:
     """A command's settings as they are saved beside what it made, with the resolved ones and where each came from."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     return values | ({RESOLVED: explained(settings)} if settings else {})
+
+
+def save_settings(path: Path, args: Any, settings: Any) -> None:
+    from ..checkpoint import write_json
+
+    write_json(path, as_json(args, settings))
+    say(f"{path}: the settings, which --config takes again")
 
 
 def weighted(text: str, default: float = 1.0) -> tuple[str, float]:

@@ -10,7 +10,8 @@ from typing import Any
 GROUPS = {  # What each is for, command by command, and the module that holds it.
     "make and use a personal LoRA": {
         **dict.fromkeys(("personalize", "generate"), "make"),
-        **dict.fromkeys(("app", "demo"), "tour"),
+        "app": "app",
+        "demo": "demo",
         **dict.fromkeys(("info", "export", "mix", "push"), "files"),
     },
     "train": {**dict.fromkeys(("train-light", "preoptimize", "train-hypernetwork"), "train"), "recipe": "recipe"},

@@ -78,6 +78,7 @@ def run_personalize(args: Personalize) -> None:
         say(note)
     formats.check_layout(args.format, hdb.backbone.components)
     prompt = hdb.naming(args.prompt or caption_of(args.photos))
+    args.machine.explain(config)
     loaded = time.perf_counter()
     # an interrupted fine-tuning of the very same photos and settings goes on; anything else starts anew
     stamp = hashlib.sha256(repr((args.base, args.hypernetwork, prompt, config)).encode())
@@ -122,6 +123,7 @@ def run_folder(args: Personalize) -> None:
     missing, many = work.missing(work.people), dict[int, list[str]]()
     if len(missing) < len(work.people):
         say(f"{args.output}: {len(work.people) - len(missing)} people are there already and kept")
+    args.machine.explain(work.config)
     for name, files in work.people.items():  # people of a batch have as many photos as one another
         many.setdefault(len(files), []).append(name)
     batches = [batch for names in many.values() for batch in chunks_of(names, hdb.side_by_side) if work.missing(batch)]
@@ -213,6 +215,7 @@ def run_generate(args: Generate) -> None:
     if loras:
         origins = config.origins | ({"strength": "given, times the LoRA's own weight"} if loras[0][1] != 1 else {})
         config = dataclasses.replace(config, strength=config.strength * loras[0][1], origins=origins)
+    args.machine.explain(config)
     files = [args.output / f"{p + 1:02d}-{config.seed + i}.png" for p in range(len(args.prompts)) for i in range(config.count)]
     args.refuse_existing(*files)
     with Progress("pictures", len(files)) as progress:

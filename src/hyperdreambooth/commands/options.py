@@ -41,9 +41,14 @@ class Machine:
     """What a single-file base lacks (text encoders, autoencoder, T5's tokenizer): files, or directories in diffusers' layout."""
     quantize: Literal["nf4", "int8"] | None = None
     """Keep the denoiser and T5 in 4 or 8 bits a weight, with the extra `quantized`: SDXL in 8 GB, Flux in 16."""
+    verbose: bool = False  # Also print every setting of personalize and generate with where its value came from.
     device_memory: Literal["auto", "low", "high"] = "auto"
     """Whether text encoders leave the device once prompts are encoded. auto: where less of its memory is free than the denoiser takes."""
     gradient_checkpointing: bool = False  # Compute activations again in the backward pass: slower, but a fraction of the memory.
+
+    def explain(self, settings: object) -> None:
+        for line in explained(settings) if self.verbose else ():
+            say(line)
 
     def open(self, base: str, hypernetwork: str | None = "auto") -> HyperDreamBooth:
         import diffusers

@@ -25,9 +25,8 @@ from hyperdreambooth.assets import toon
 from hyperdreambooth.checkpoint import read_json, write_json
 from hyperdreambooth.data import IdentityData
 from hyperdreambooth.encoder import FaceEncoder
-from hyperdreambooth.evaluation.evaluate import Judges, judge, load_atlas
+from hyperdreambooth.evaluation.evaluate import load_atlas, world_judges
 from hyperdreambooth.evaluation.harness import Bench
-from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.stages.dreambooth import preoptimize
 from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
 from hyperdreambooth.training import Run
@@ -86,14 +85,13 @@ def drawing_with(hdb: HyperDreamBooth, source: Any) -> Iterator[None]:
 def judged(hdb: HyperDreamBooth, count: int) -> Callable[[Any], dict[str, Any]]:
     """What gives the figures of a hypernetwork on the first validation people."""
     whole = load_atlas("benchmarks/atlas", "validation")
-    atlas = whole.only(range(0, len(whole.prompts), 2))
-    judges = Judges(*(Judge.from_pretrained(toon.directory(name)) for name in ("recogniser", "classifier")))
-    bench, who = Bench(hdb, atlas, judges, Path(), "", extras=False), range(count)
+    atlas = whole.part(prompts=slice(None, None, 2))
+    bench, who = Bench(hdb, atlas, world_judges("benchmarks/atlas"), Path(), "", extras=False), range(count)
 
     def figures(source: Any) -> dict[str, Any]:
         with drawing_with(hdb, source), torch.no_grad():
             tokens: Tensor = source.tokens(atlas.references[:count])
-            found = judge(bench.draw(who, range(len(atlas.prompts)), source.lightweight(tokens).detach()), atlas, judges)
+            found = bench.judged(bench.draw(who, range(len(atlas.prompts)), source.lightweight(tokens).detach()))
         return {name: found[name] for name in FIGURES}
 
     return figures

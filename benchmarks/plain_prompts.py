@@ -15,13 +15,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hyperdreambooth import HyperDreamBooth, photos
 from hyperdreambooth.assets import toon
 from hyperdreambooth.checkpoint import write_json
 from hyperdreambooth.evaluation import metrics
-from hyperdreambooth.evaluation.evaluate import load_atlas, predicted_loras
+from hyperdreambooth.evaluation.evaluate import load_atlas
 from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.sampling import generate
 from hyperdreambooth.stages.dreambooth import Subject, personalize
@@ -65,10 +66,11 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     hdb = HyperDreamBooth.from_pretrained("toon")
-    atlas = load_atlas(Path("benchmarks/atlas"), args.split).first(args.people)
+    atlas = load_atlas(Path("benchmarks/atlas"), args.split).part(slice(args.people))
     recogniser = Judge.from_pretrained(toon.directory("recogniser"))
     gallery = recogniser.embed(load_atlas(Path("benchmarks/atlas"), args.split).gallery)
-    predicted = predicted_loras(hdb, atlas)
+    with torch.no_grad():
+        predicted = hdb.source(atlas.references).detach()
     loras: dict[str, Any] = {"base": None, "prediction": predicted}
     if args.finetuned:
         latents = hdb.backbone.encode_images(atlas.references).float()

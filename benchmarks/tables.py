@@ -7,14 +7,15 @@ import re
 import sys
 from pathlib import Path
 
-from hyperdreambooth.evaluation.command import COMPARED, markdown_table
+from hyperdreambooth.evaluation.command import markdown_table
 
 ROOT = Path(__file__).parents[1]
 
 
 def fidelity() -> str:
     results = json.loads((ROOT / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))
-    return markdown_table(results["rows"])
+    crowds = ("rank1", "rank1_crowd", "rank1_lookalikes", "similarity", "context_seen", "context_held_out")
+    return markdown_table(results["rows"], (*crowds, "perceptual_distance", "pixel_distance", "copied"))
 
 
 def short() -> str:
@@ -38,7 +39,8 @@ def short() -> str:
 
 def comparison() -> str:
     results = json.loads((ROOT / "benchmarks/results/comparison.json").read_text(encoding="utf-8"))
-    return markdown_table(results["rows"], COMPARED)
+    names = ("rank1", "rank1_crowd", "auc", "similarity", "context", "perceptual_distance", "leakage", "prior_drift", "diversity")
+    return markdown_table(results["rows"], (*names, "steps", "seconds", "numbers"))
 
 
 def searched() -> str:

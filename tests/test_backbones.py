@@ -396,6 +396,61 @@ def test_directories_open_whatever_their_weights_are_called(name, form, tmp_path
             torch.testing.assert_close(tensors[path], tensor)
 
 
+def dangling(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("../../blobs/none")
+
+
+def changed(file: Path, change: Any) -> None:
+    save_file(change(load_file(file)), file, {"format": "pt"})
+
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "a blob that isn't there": (lambda base: dangling(base / UNET), r"unet/.*safetensors is a link to a file that isn't there"),
+    "a config that isn't there": (lambda base: dangling(base / "text_encoder/config.json"), "text_encoder/config.json is a link to"),
+    "words that aren't there": (lambda base: dangling(base / "tokenizer/tokenizer.json"), "tokenizer/tokenizer.json is a link to"),
+    "no words": (lambda base: (base / "tokenizer/tokenizer.json").unlink(), r"tokenizer has no tokenizer.json or vocab.json or"),
+    "no config": (lambda base: (base / "unet/config.json").unlink(), "unet has no config.json"),
+    "no tokenizer": (lambda base: shutil.rmtree(base / "tokenizer"), "no folder tokenizer, which"),
+    "a pointer": (lambda base: (base / UNET).write_text("version https://git-lfs.github.com/spec/v1\noid"), "is a Git LFS pointer"),
+    "half a file": (lambda base: (base / UNET).write_bytes((base / UNET).read_bytes()[:-9]), r"unet.*not a whole safetensors.* cut off"),
+    "more layers": (lambda base: changed(base / UNET, lambda t: t | {"fuser.weight": torch.ones(1)}), "left out: fuser.weight"),
+    "bytes": (lambda base: changed(base / UNET, lambda t: {k: v.char() for k, v in t.items()}), r"is quantized \(.* is stored as I8\)"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "base"
+    families.make("sd1").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("what", list(DAMAGE))
+def test_what_is_wrong_in_a_directory_is_said_with_its_file(what, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "base")
+    damage, says = DAMAGE[what]
+    damage(tmp_path / "base")
+    with pytest.raises(InputError, match=says) as refused:
+        load_backbone(tmp_path / "base")
+    assert str(tmp_path / "base") in str(refused.value)
+
+
+def test_weights_may_have_each_others_names_and_a_folder_near_a_base_leads_to_it(saved, tmp_path):
+    base = tmp_path / "models--ann--base/snapshots/0123"
+    shutil.copytree(saved, base)
+    (base / UNET).rename(base / "unet/model.SAFETENSORS")
+    (base / "text_encoder/model.safetensors").rename(base / "text_encoder/pytorch_model.safetensors")
+    assert load_backbone(base).family == "sd"
+    for near in (tmp_path / "models--ann--base", base.parent, base / "unet"):
+        with pytest.raises(InputError, match=rf"has no model_index.json.* Give {base}\?"):
+            load_backbone(near)
+    for name in ("./models/sd15", "/models/sd15", "https://example.com/sd15"):
+        with pytest.raises(InputError, match=f"{name}: there is no such file or directory, and a hub id has the form user/name"):
+            load_backbone(name)
+
+
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
 def test_a_directory_that_lost_a_layer_a_shard_or_its_weights_is_refused(component, tmp_path):
     families.make("sd1").save_pretrained(tmp_path / "base", max_shard_size="40KB")

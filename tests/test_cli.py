@@ -457,7 +457,7 @@ def test_bad_requests_are_one_line(tmp_path, capsys, face, me, people):
     refused(capsys, "no scheduler", "generate", "x", "--scheduler", "Nope", "-o", tmp_path / "g")
     refused(capsys, "no such file or folder", "export", tmp_path / "nothing", "-o", tmp_path / "x.safetensors")
     refused(capsys, "table", "train-hypernetwork", people, "--mode", "faithful", "-o", tmp_path / "f")
-    refused(capsys, "is no row", "evaluate", "--rows", "nonsense", "-o", tmp_path / "e.json")
+    refused(capsys, "is no method", "evaluate", "--rows", "nonsense", "-o", tmp_path / "e.json")
 
 
 def test_a_lora_of_another_base_is_refused(tmp_path, capsys, me):

@@ -17,20 +17,22 @@ from PIL import Image
 
 from hyperdreambooth import photos
 from hyperdreambooth.api import HyperDreamBooth
+from hyperdreambooth.checkpoint import write_json
 from hyperdreambooth.cli import main
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.evaluation import evaluate as protocol
 from hyperdreambooth.evaluation import harness, metrics, report
-from hyperdreambooth.evaluation.command import contact_sheet, markdown_table
+from hyperdreambooth.evaluation.command import markdown_table
 from hyperdreambooth.evaluation.evaluate import Atlas, load_atlas
 from hyperdreambooth.evaluation.judges import Judge
-from hyperdreambooth.evaluation.methods import METHODS, ROWS, Method
+from hyperdreambooth.evaluation.methods import GROUPS, METHODS, Method
 from hyperdreambooth.pretrained import HyperNetworkInfo
 
 from .conftest import picture, random_loras, tiny_source
 
 PEOPLE, PROMPTS = 3, ["a pencil sketch of a [V] face", "a [V] face wearing a cap"]
 SMALL = {"num_channels": 3, "patch_size": 4, "num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1]}
+OURS = GROUPS["ours"]
 DRAWN = ("base", "prediction", "prediction+guidance", "finetuned", "finetuned+guidance")
 
 
@@ -50,7 +52,7 @@ def judges() -> protocol.Judges:
     torch.manual_seed(0)
     recogniser = Judge(SMALL, {"identity": [""] * 16}).eval()
     classifier = Judge(SMALL, {"style": ["plain", "sketch"], "headwear": ["none", "cap"]}).eval()
-    return protocol.Judges(recogniser, classifier, recogniser.embed(pixels(4, 300)), recogniser.embed(pixels(5, 400)))
+    return protocol.Judges({"": recogniser}, classifier, recogniser.embed(pixels(4, 300)), recogniser.embed(pixels(5, 400)))
 
 
 @pytest.fixture
@@ -68,48 +70,53 @@ def bench(hdb, atlas, judges, tmp_path) -> harness.Bench:
 
 @pytest.fixture
 def rows(bench) -> harness.Bench:
-    """The bench of the rows: no more than the prompts are drawn."""
+    """No more than the prompts are drawn."""
     return dataclasses.replace(bench, extras=False)
 
 
-def test_every_row_is_measured(rows):
-    for name, method in ROWS.items():
+def drawn_of(bench: harness.Bench, name: str, method: Method, people: int = PEOPLE) -> torch.Tensor:
+    return torch.stack([bench.pictures(name, method, bench.steps(method), person) for person in range(people)])
+
+
+def figures(bench: harness.Bench, name: str, method: Method, people: int = PEOPLE) -> dict:
+    return bench.figures(bench.looked(name, method, bench.steps(method), people))
+
+
+def test_every_way_of_ours_is_measured(rows):
+    for name, method in OURS.items():
         rows.make(name, method, range(PEOPLE))
-    results = {name: rows.figures(name, method, rows.steps(method), PEOPLE) for name, method in ROWS.items()}
+    results = {name: figures(rows, name, method) for name, method in OURS.items()}
     assert json.loads(json.dumps(results, allow_nan=False)) == results
-    for figures in results.values():
-        assert {"rank1", "top5", "similarity", "context", "context_seen", "context_held_out", "copied"} <= set(figures)
-        assert {"pixel_distance", "feature_distance", "perceptual_distance", "psnr"} <= set(figures)
-        assert figures["rank1_crowd"][0] <= figures["rank1"][0]
-        assert figures["rank1_crowd"][0] <= figures["rank1_lookalikes"][0]
-        assert all(low <= mean + 1e-4 and mean <= high + 1e-4 for mean, low, high in figures.values())
-        assert figures["context"][0] == pytest.approx((figures["context_seen"][0] + figures["context_held_out"][0]) / 2, abs=1e-3)
+    for found in results.values():
+        assert {"rank1", "top5", "similarity", "context", "context_seen", "context_held_out", "copied"} <= set(found)
+        assert {"pixel_distance", "feature_distance", "perceptual_distance", "psnr"} <= set(found)
+        assert found["rank1_crowd"][0] <= found["rank1"][0]
+        assert found["rank1_crowd"][0] <= found["rank1_lookalikes"][0]
+        assert all(low <= mean + 1e-4 and mean <= high + 1e-4 for mean, low, high in found.values())
+        assert found["context"][0] == pytest.approx((found["context_seen"][0] + found["context_held_out"][0]) / 2, abs=1e-3)
     assert results["true"]["pixel_distance"][0] == results["true"]["perceptual_distance"][0] == 0
     assert results["reconstruction"]["perceptual_distance"][0] > 0
     assert results["true"]["feature_distance"][0] == pytest.approx(0, abs=1e-4)
     assert results["reconstruction"]["pixel_distance"][0] > 0
-    drawn = {name: rows.pictures(name, method, rows.steps(method), PEOPLE) for name, method in ROWS.items()}
+    drawn = {name: drawn_of(rows, name, method) for name, method in OURS.items()}
     assert all(pictures.shape == (PEOPLE, 2, 1, 3, 64, 64) for pictures in drawn.values())
     # the same network as "faithful" is the same row, drawn again: the rows share their seeds
     assert torch.equal(drawn["faithful"], drawn["prediction"])
     different = [drawn[name] for name in DRAWN]
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(different, 2))
-    assert markdown_table(results).count("\n") == len(ROWS) + 1
-    sheet = contact_sheet(rows.atlas, drawn)
-    assert sheet.width >= (1 + 1 + len(DRAWN)) * 128
-    assert sheet.height >= PEOPLE * 128
+    assert markdown_table(results).count("\n") == len(OURS) + 1
 
 
-def test_a_guided_row_draws_the_updates_of_the_row_before_it(rows, monkeypatch, tmp_path):
+def test_a_guided_method_draws_the_updates_of_the_one_before_it(rows, monkeypatch, tmp_path):
     alone = dataclasses.replace(rows, cache=tmp_path / "alone", tuned={})
-    alone.make("finetuned+guidance", ROWS["finetuned+guidance"], range(2))
-    rows.make("finetuned", ROWS["finetuned"], range(2))
+    alone.make("finetuned+guidance", METHODS["finetuned+guidance"], range(2))
+    rows.make("finetuned", METHODS["finetuned"], range(2))
     monkeypatch.setattr(harness, "train", None)
-    rows.make("finetuned+guidance", ROWS["finetuned+guidance"], range(2))
-    both = [some.pictures("finetuned+guidance", ROWS["finetuned+guidance"], 2, 2) for some in (rows, alone)]
+    rows.make("finetuned+guidance", METHODS["finetuned+guidance"], range(2))
+    both = [drawn_of(some, "finetuned+guidance", METHODS["finetuned+guidance"], 2) for some in (rows, alone)]
     torch.testing.assert_close(*both, atol=2 / 127.5, rtol=0)
     with pytest.raises(TypeError):  # others' updates aren't theirs
-        rows.make("finetuned+guidance", ROWS["finetuned+guidance"], range(2, PEOPLE))
+        rows.make("finetuned+guidance", METHODS["finetuned+guidance"], range(2, PEOPLE))
 
 
 def test_a_picture_depends_on_its_person_prompt_and_number_alone(rows):
@@ -133,26 +140,27 @@ def test_everyone_gets_their_own_lora(rows, guided):
 
 def test_people_are_fine_tuned_under_what_their_photos_show(rows):
     def texts() -> list[list[str]]:
-        return dataclasses.replace(rows, texts={}).people(ROWS["finetuned"], range(PEOPLE))[0].prompt
+        return dataclasses.replace(rows, texts={}).people(METHODS["finetuned"], range(PEOPLE))[0].prompt
 
     assert texts() == [["a [V] face"]] * PEOPLE
     rows.hdb.info.describe = [["a [V] face"], ["wearing a cap"]]
     assert texts() == [["a [V] face wearing a cap"]] * PEOPLE
 
 
-def test_a_row_that_needs_what_is_not_there_is_left_out(rows, judges):
-    few = dataclasses.replace(rows, judges=protocol.Judges(judges.recogniser, judges.classifier))
-    figures = few.figures("true", ROWS["true"], 0, PEOPLE)
-    assert "copied" not in figures
-    assert "| - |" in markdown_table({"true": figures})
+def test_a_figure_that_needs_what_is_not_there_is_left_out(rows, judges):
+    few = dataclasses.replace(rows, judges=protocol.Judges(judges.eyes, judges.classifier))
+    whole, lacking = (figures(some, "true", METHODS["true"]) for some in (rows, few))
+    assert whole.keys() - lacking.keys() == {"copied"}
+    assert "copies" not in markdown_table({"true": lacking})
+    assert "| - |" in markdown_table({"true": lacking, "base": whole})
 
 
 def test_faithful_pictures_are_drawn_again_for_other_faithful_weights_and_no_others(rows):
     for name in ("prediction", "faithful"):
-        rows.make(name, ROWS[name], range(PEOPLE))
+        rows.make(name, METHODS[name], range(PEOPLE))
     other = dataclasses.replace(rows, faithful_stamp="other")
-    assert other.missing("prediction", ROWS["prediction"], range(PEOPLE), [0]) == []
-    assert other.missing("faithful", ROWS["faithful"], range(PEOPLE), [0]) == [0, 1, 2]
+    assert other.missing("prediction", METHODS["prediction"], range(PEOPLE), [0]) == []
+    assert other.missing("faithful", METHODS["faithful"], range(PEOPLE), [0]) == [0, 1, 2]
 
 
 def test_an_atlas_is_read_as_it_was_packed(tmp_path, atlas):
@@ -166,10 +174,10 @@ def test_an_atlas_is_read_as_it_was_packed(tmp_path, atlas):
     for name in ("references", "gallery", "truths"):
         torch.testing.assert_close(getattr(found, name), getattr(atlas, name), atol=1e-6, rtol=0)
     assert (found.prompts, found.asked, found.seen, found.people) == (atlas.prompts, atlas.asked, atlas.seen, atlas.people)
-    assert found.first(2).people == [7, 8]
-    assert len(found.first(2).truths) == 2
-    assert found.first(None).people == found.people
-    few = found.only([1])
+    assert found.part(slice(2)).people == [7, 8]
+    assert len(found.part(slice(2)).truths) == 2
+    assert found.part().people == found.people
+    few = found.part(prompts=slice(1, 2))
     assert (few.prompts, few.asked, few.seen) == (atlas.prompts[1:], atlas.asked[1:], atlas.seen[1:])
     assert torch.equal(few.truths, found.truths[:, 1:])
     with pytest.raises(InputError, match="missing"):
@@ -199,14 +207,14 @@ def test_pictures_that_are_not_numbers_are_refused(rows):
     with torch.no_grad():
         rows.hdb.source.hypernetwork.start += float("nan")
     with pytest.raises(InputError, match="finite"):
-        rows.make("prediction", ROWS["prediction"], range(PEOPLE))
+        rows.make("prediction", METHODS["prediction"], range(PEOPLE))
 
 
 def test_the_fingerprint_changes_with_any_weight_or_picture(hdb, atlas, judges):
     first = protocol.fingerprint(hdb, atlas, judges)
     assert protocol.fingerprint(hdb, atlas, judges) == first
-    seen = {first, protocol.fingerprint(hdb, atlas.first(2), judges)}
-    seen.add(protocol.fingerprint(hdb, atlas, protocol.Judges(judges.recogniser, judges.classifier)))
+    seen = {first, protocol.fingerprint(hdb, atlas.part(slice(2)), judges)}
+    seen.add(protocol.fingerprint(hdb, atlas, protocol.Judges(judges.eyes, judges.classifier)))
     with torch.no_grad():
         hdb.source.hypernetwork.start += 1e-3
     assert protocol.fingerprint(hdb, atlas, judges) not in seen
@@ -225,11 +233,11 @@ def test_every_method_changes_its_person_and_leaves_the_base_as_it_was(bench, na
     assert all(torch.equal(tensor, before[key]) for key, tensor in components.state_dict().items())
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in components.parameters())
     assert not any(module._forward_hooks for module in components.modules())
-    drawn, base = bench.pictures(name, SHORT[name], 3, 1), bench.pictures("base", METHODS["base"], 0, 1)
+    drawn, base = bench.pictures(name, SHORT[name], 3, 0), bench.pictures("base", METHODS["base"], 0, 0)
     named = [index for index, prompt in enumerate(bench.prompts) if "[V]" in prompt]
-    assert all(not torch.equal(drawn[0, index], base[0, index]) for index in named)
+    assert all(not torch.equal(drawn[index], base[index]) for index in named)
     if SHORT[name].kind == "words":  # it learns a word: who doesn't say it never meets the person
-        assert all(torch.equal(drawn[0, index], base[0, index]) for index in range(len(bench.prompts)) if index not in named)
+        assert all(torch.equal(drawn[index], base[index]) for index in range(len(bench.prompts)) if index not in named)
 
 
 @pytest.mark.parametrize("name", ["DreamBooth-LoRA 4 + prior", "lightweight DreamBooth", "hypernetwork + fine-tuning"])
@@ -238,8 +246,7 @@ def test_people_side_by_side_get_what_each_gets_alone(bench, name, tmp_path):
     bench.make(name, SHORT[name], range(PEOPLE))
     for person in range(PEOPLE):
         alone.make(name, SHORT[name], [person])
-    steps = bench.steps(SHORT[name])
-    together, apart = (some.pictures(name, SHORT[name], steps, PEOPLE) for some in (bench, alone))
+    together, apart = (drawn_of(some, name, SHORT[name]) for some in (bench, alone))
     torch.testing.assert_close(together, apart, atol=2 / 127.5, rtol=0)
     assert (together[0] - together[1]).abs().max() > 0.1
 
@@ -248,8 +255,11 @@ def test_the_comparison_measures_everything_and_goes_on(bench, monkeypatch):
     methods = {name: SHORT[name] for name in ("true render", "base", "DreamBooth-LoRA 4", "hypernetwork", "hypernetwork + fine-tuning")}
     monkeypatch.setattr(harness, "MARKS", (1, 2))
     timings = harness.timed(bench, methods, rounds=1, steps=2)
-    assert set(timings) == {"DreamBooth-LoRA 4", "hypernetwork + fine-tuning"}
-    assert all(found["step"] > 0 and found["numbers"] > 0 for found in timings.values())
+    trained = {"DreamBooth-LoRA 4", "hypernetwork + fine-tuning"}
+    assert set(timings) == set(methods)
+    for name, found in timings.items():
+        assert (found["step"] > 0) == (found["numbers"] > 0) == (name in trained)
+        assert (found["bytes"] > 0) == (name in {*trained, "hypernetwork"})
     saved = list(harness.compare(bench, methods, timings, PEOPLE, together=2))
     assert [people for _, _, people in saved] == [2, 3]
     rows, curves, _ = saved[-1]
@@ -266,26 +276,30 @@ def test_the_comparison_measures_everything_and_goes_on(bench, monkeypatch):
 
 
 def test_figures_are_of_the_people_that_are_done_among_all_in_the_gallery(bench):
-    figures = bench.figures("true render", METHODS["true render"], 0, 2)
-    whole = protocol.judge(bench.atlas.truths[:, :, None], bench.atlas, bench.judges)
-    assert figures.keys() == whole.keys()
-    embedded = bench.judges.recogniser.embed(bench.atlas.truths[:2].flatten(0, 1)).unflatten(0, (2, 2))
-    gallery = bench.judges.recogniser.embed(bench.atlas.gallery)
-    assert figures["rank1"][0] == pytest.approx((metrics.ranks(embedded, gallery) == 0).float().mean().item(), abs=1e-4)
+    found = figures(bench, "true render", METHODS["true render"], 2)
+    assert found == bench.judged(bench.atlas.truths[:2, :, None])
+    recogniser = bench.judges.eyes[""]
+    embedded = recogniser.embed(bench.atlas.truths[:2].flatten(0, 1)).unflatten(0, (2, 2))
+    gallery = recogniser.embed(bench.atlas.gallery)
+    assert found["rank1"][0] == pytest.approx((metrics.ranks(embedded, gallery) == 0).float().mean().item(), abs=1e-4)
 
 
-def test_a_search_finds_the_settings_with_the_least_distance(bench):
+def test_a_search_finds_the_settings_with_the_least_distance(bench, tmp_path):
     few = dataclasses.replace(bench, extras=False)
     method = Method("lora", 3, 1.0, rates=(1e-6, 1e-2))
     found = harness.search(few, method, "DreamBooth-LoRA 4", 2)
     assert [(one["rate"], one["levels"]) for one in found["tried"][:2]] == [(1e-6, "uniform"), (1e-2, "uniform")]
     assert found["best"][harness.SCORE][0] == min(one[harness.SCORE][0] for one in found["tried"])
     assert {one["levels"] for one in found["tried"]} == {"uniform", "high"}
-    best = {"rate": 0.5, "levels": "high", "steps": 7}
-    changed = harness.with_settings(METHODS, {"no hypernetwork, 25 steps": {"best": best}, "DreamBooth": {"best": best}})
+    best, file = {"rate": 0.5, "levels": "high", "steps": 7}, tmp_path / "s.json"
+    write_json(file, {"search": {"no hypernetwork, 25 steps": {"best": best}, "DreamBooth": {"best": best}}})
+    changed = harness.with_settings(METHODS, file)
     for name, steps in (("DreamBooth", 7), ("no hypernetwork, 25 steps", 7), ("no hypernetwork, 40 steps", 40), ("DreamBooth-LoRA 4", 60)):
         assert (changed[name].rate, changed[name].levels, changed[name].steps) == (0.5, "high", steps)
     assert changed["textual inversion"] == METHODS["textual inversion"]
+    write_json(file, {"search": {"DreamBooth": {"best": {"levels": "low"}}}})
+    with pytest.raises(InputError, match=r"s\.json: DreamBooth: levels must be one of uniform, high, not 'low'"):
+        harness.with_settings(METHODS, file)
 
 
 @pytest.fixture
@@ -303,7 +317,7 @@ def test_the_quick_form_compares_all_methods_and_reports(tmp_path, evaluated):
     out = tmp_path / "quick.json"
     assert evaluated("--quick", "--people", 1, "-o", out) == 0
     found = json.loads(out.read_text())
-    assert set(found["rows"]) == set(METHODS)
+    assert set(found["rows"]) == set(GROUPS["all"])
     assert set(found["curves"]) == set(harness.CURVES)
     table = out.with_suffix(".md").read_text()
     page = out.with_suffix(".html").read_text()
@@ -331,6 +345,24 @@ def test_a_search_is_written_down_and_used(tmp_path, evaluated, capsys):
     assert "Search: DreamBooth, 40 steps" in out.with_suffix(".html").read_text()
 
 
+def test_what_is_measured_with_the_same_settings_on_as_many_people_is_kept(tmp_path, evaluated, capsys, monkeypatch):
+    out = tmp_path / "e.json"
+    assert evaluated("--methods", "base", "hypernetwork", "--people", 2, "-o", out) == 0
+    first = json.loads(out.read_text())
+    assert first["rows"]["base"]["people"] == first["people"] == 2
+    assert evaluated("--methods", "base", "prediction+guidance", "--people", 1, "-o", out) == 0
+    second = json.loads(out.read_text())
+    assert [row["people"] for row in second["rows"].values()] == [2, 2, 1]
+    assert {name: second["rows"][name] for name in first["rows"]} == first["rows"]
+    assert set(second["methods"]) == set(second["rows"])
+    shown = out.with_suffix(".md").read_text()
+    shutil.rmtree(out.with_suffix(".cache"))  # figures from elsewhere come without their pictures
+    monkeypatch.setattr(harness.Bench, "draw", None)
+    assert evaluated("--methods", "hypernetwork", "--people", 2, "-o", out) == 0
+    assert json.loads(out.read_text())["rows"] == second["rows"]
+    assert out.with_suffix(".md").read_text() == shown
+
+
 def test_two_results_are_compared(tmp_path, capsys):
     files = []
     for name, (low, high) in {"a": (0.1, 0.2), "b": (0.3, 0.4)}.items():
@@ -347,6 +379,11 @@ def test_two_results_are_compared(tmp_path, capsys):
         file.write_text(json.dumps({**json.loads(file.read_text()), **about}), encoding="utf-8")
     assert main(["evaluate", "compare", *map(str, files)]) == 0
     assert "measured with other people, split, so" in capsys.readouterr().err
+    for file, rate in zip(files, (0.1, 0.2), strict=True):
+        about = {"methods": {"base": {"rate": rate}, "DreamBooth": {"rate": rate}}}
+        file.write_text(json.dumps({**json.loads(file.read_text()), **about}), encoding="utf-8")
+    assert main(["evaluate", "compare", *map(str, files)]) == 0
+    assert "measured with other people, base, split, so" in capsys.readouterr().err
     files.append(tmp_path / "c.json")
     files[-1].write_text(json.dumps({"rows": {"DreamBooth": {}}}), encoding="utf-8")
     assert main(["evaluate", "compare", *map(str, files[1:])]) == 2
@@ -357,8 +394,6 @@ def test_two_results_are_compared(tmp_path, capsys):
     assert main(["evaluate"]) == 2
     assert main(["evaluate", "--methods", "magic", "-o", str(tmp_path / "e.json")]) == 2
     assert "'magic' is no method" in capsys.readouterr().err
-    assert main(["evaluate", "--methods", "all", "--rows", "base", "-o", str(tmp_path / "e.json")]) == 2
-    assert "--rows can't be given with --methods" in capsys.readouterr().err
 
 
 def test_a_plot_shows_every_line_and_takes_zeros():

@@ -79,7 +79,12 @@ ATTENTION = {
     **dict.fromkeys(("sd3", "sd3.5", "flux-dev", "flux-schnell"), "{}.transformer_blocks.0.attn.{}"),
 }
 LAYERS = ("to_q", "to_k", "to_out.0")
-PARTS = {"kohya": ("lora_down", "lora_up"), "peft": ("lora_A", "lora_B"), "named": ("lora_A.me", "lora_B.me"), "older": ("down", "up")}
+PARTS = {
+    "kohya": ("lora_down", "lora_up"),
+    "peft": ("lora_A", "lora_B"),
+    "named": ("lora_A.my-style_1", "lora_B.my-style_1"),
+    "older": ("down", "up"),
+}
 SPELLINGS = {
     "diffusers": ("{component}.{rest}", "peft"),
     "PEFT": ("base_model.model.{component}.{rest}", "peft"),
@@ -88,6 +93,8 @@ SPELLINGS = {
     "without a component": ("{rest}", "peft"),
     "saved from a wrapped model": ("{component}.base_model.model.{rest}", "peft"),
     "component twice": ("{component}.{component}.{rest}", "peft"),
+    "saved from a compiled model": ("{component}._orig_mod.{rest}", "peft"),
+    "saved from several devices": ("module.{component}.{rest}", "peft"),
     "ComfyUI": ("diffusion_model.{rest}", "kohya"),
     "kohya": ("lora_unet_{flat}", "kohya"),
     "OneTrainer": ("lora_transformer_{flat}", "kohya"),
@@ -319,6 +326,10 @@ def test_full_differences_kohyas_cores_and_doras_of_inputs(tmp_path):
     x = torch.randn(1, conv.in_channels, 5, 5)
     expected = nn.functional.conv2d(nn.functional.conv2d(nn.functional.conv2d(x, down), core, padding=1), up)
     torch.testing.assert_close(nn.functional.conv2d(x, found, padding=1), expected, atol=1e-3, rtol=1e-3)
+    lengths, changed = torch.rand(1, conv.in_channels, 1, 1) + 1, conv.weight.detach() + found
+    norms = torch.linalg.vector_norm(changed, dim=(0, 2, 3), keepdim=True)
+    found = effect(pipe, written(tmp_path, {**sides, f"{name}.dora_scale": lengths}))[f"unet.{CONVOLUTION}"]
+    torch.testing.assert_close(found, changed * lengths / norms - conv.weight.detach(), atol=1e-5, rtol=1e-3)
     down, up, lengths = torch.randn(2, linear.in_features), torch.randn(linear.out_features, 2), torch.rand(1, linear.in_features) + 1
     name = f"unet.{LINEAR}"
     changed = linear.weight.detach() + up @ down
@@ -406,12 +417,23 @@ REFUSED = {
     "a layer more than the base has": ({**PLAIN, **ELSEWHERE}, r"of its kind, but larger\): of its 2 layers .* lacks unet.down_blocks.3"),
     "another size": ({**PLAIN, f"{LAYER}.lora_A.weight": torch.ones(2, 99)}, "another size: 99 x 64 there, 64 x 64 here"),
     "a matrix for a convolution": ({f"unet.conv_in.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}, "another size"),
+    "SDXL": (
+        {**PLAIN, f"{LAYER.replace('blocks.0.attn1', 'blocks.1.attn1')}.lora_A.weight": torch.ones(2, 64)},
+        r"another base \(SDXL, or one of its kind",
+    ),
+    "Qwen-Image": (
+        {f"transformer.transformer_blocks.0.{layer}.lora_A.weight": torch.ones(2, 2) for layer in ("attn.to_q", "img_mlp.net.2")},
+        "another model, such as Wan, Qwen-Image",
+    ),
     "names that nobody reads": (
         {"foo.bar.lora_A.weight": torch.ones(2, 2), "foo.bar.lora_B.weight": torch.ones(2, 2)},
         "as no tool reads them",
     ),
     "tensors that nobody reads": ({**PLAIN, f"{LAYER}.lora_C.weight": torch.ones(2)}, r"lora_C.weight: of no LoRA layout"),
     "OFT": ({"lora_unet_mid_block_attentions_0_proj_in.oft_blocks": torch.ones(2, 4, 4)}, "an OFT"),
+    "AdaLoRA": ({**PLAIN, f"{LAYER}.lora_E": torch.ones(2, 1)}, "an AdaLoRA"),
+    "whole numbers": ({key: value.to(torch.int8) for key, value in PLAIN.items()}, r"no floating-point numbers \(torch.int8\)"),
+    "scales beside": ({**PLAIN, f"{LAYER}.lora_A.scale_weight": torch.ones(())}, "lora_A.scale_weight: of no LoRA layout"),
     "IA3": ({"lora_unet_x.weight": torch.ones(4), "lora_unet_x.on_input": torch.tensor(True)}, "an IA3"),
     "GLoRA": ({f"lora_unet_x.{part}.weight": torch.ones(2, 2) for part in ("a1", "a2", "b1", "b2")}, "a GLoRA"),
     "a bundled embedding": ({**PLAIN, "bundle_emb.ann.string_to_param.*": torch.ones(2, 768)}, "embedding bundled"),
@@ -494,6 +516,17 @@ def test_a_file_that_was_cut_off(tmp_path):
 # --- where a LoRA is
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "my-style.safetensors"])
+def test_a_file_of_pefts_is_scaled_by_the_config_beside_it_whatever_it_is_called(tmp_path, name):
+    path = written(tmp_path, {f"base_model.model.{key}": value for key, value in PLAIN.items()}, name)
+    same(effect(pipeline("sd1"), path), {LAYER: torch.full((64, 64), 2.0)})
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8, "init_lora_weights": "gaussian"}')
+    same(effect(pipeline("sd1"), path), {LAYER: torch.full((64, 64), 8.0)})
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8, "init_lora_weights": "pissa_niter_4"}')
+    with pytest.raises(InputError, match=r"changed first \(init_lora_weights pissa_niter_4\)\. Convert it"):
+        effect(pipeline("sd1"), path)
+
+
 def test_a_folder_means_the_lora_in_it(tmp_path):
     with pytest.raises(InputError, match=r"no \.safetensors file"):
         formats.find_lora(tmp_path)
@@ -503,6 +536,10 @@ def test_a_folder_means_the_lora_in_it(tmp_path):
     written(tmp_path, PLAIN, "other.safetensors")
     with pytest.raises(InputError, match=r"several LoRAs: other.safetensors, style.safetensors\. Name one"):
         formats.find_lora(tmp_path)
+    (tmp_path / "more" / "step").mkdir(parents=True)
+    for name in ("._a.safetensors", "scheduler.safetensors", "step/one.SAFETENSORS"):
+        written(tmp_path / "more", PLAIN, name)
+    assert formats.find_lora(tmp_path / "more").name == "one.SAFETENSORS"
     usual = written(tmp_path, PLAIN, "pytorch_lora_weights.safetensors")
     assert formats.find_lora(tmp_path) == usual
     same(effect(pipeline("sd1"), tmp_path), {LAYER: torch.full((64, 64), 2.0)})
@@ -525,8 +562,12 @@ def test_a_name_on_the_hub_means_the_lora_in_it(tmp_path, server, monkeypatch):
         server.files["more.safetensors"] = content
         with pytest.raises(InputError, match=r"ann/style has several LoRAs: more.safetensors, style.safetensors\. Name one"):
             formats.find_lora("ann/style")
-        server.files["/ann/other/resolve/main/more.safetensors"] = content
-        same(effect(pipeline("sd1"), "ann/other/more.safetensors"), {LAYER: torch.full((64, 64), 2.0)})
+        for name in ("ann/other/more.safetensors", "https://huggingface.co/ann/other/blob/main/more.safetensors"):
+            same(effect(pipeline("sd1"), name), {LAYER: torch.full((64, 64), 2.0)})
+        with pytest.raises(InputError, match=r"there is no less.safetensors in ann/other"):
+            formats.find_lora("ann/other/less.safetensors")
+        server.files["adapter_model.safetensors"], server.files["adapter_config.json"] = content, b'{"lora_alpha": 8}'
+        same(effect(pipeline("sd1"), "ann/peft"), {LAYER: torch.full((64, 64), 8.0)})
         server.files.clear()
         with pytest.raises(InputError, match="ann/none is no file or folder here, and no LoRA on the hub that can be reached"):
             formats.find_lora("ann/none")

@@ -28,11 +28,111 @@ def test_all_sources_of_a_file_give_one_picture(tmp_path_factory, container, ori
     loaded, note = photos.read_photo(path)
     assert loaded.size == ((48, 32) if orientation < 5 else (32, 48))
     assert ("profile" in note) == bool(extra)
-    for source in (path.read_bytes(), io.BytesIO(path.read_bytes()), Image.open(path), path.as_uri()):
+    at_its_end = io.BytesIO(path.read_bytes())
+    at_its_end.seek(0, 2)
+    for source in (
+        path.read_bytes(),
+        memoryview(path.read_bytes()),
+        at_its_end,
+        at_its_end,
+        Image.open(path),
+        path.as_uri(),
+        f"file:{path}",
+    ):
         assert np.array_equal(photos.load_photo(source), loaded)
     array = np.asarray(loaded)
     for source in (array, array / 255.0, torch.from_numpy(array.copy()).permute(2, 0, 1)):
         assert np.array_equal(photos.load_photo(source), loaded)
+
+
+RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        RAMP.astype(np.float16),
+        RAMP * 1.0001 - 0.00005,  # a resize leaves the range a little
+        RAMP * 255,
+        RAMP * 2 - 1,
+        (RAMP * 255).astype(np.uint16),
+        (RAMP * 4095).astype(np.uint32),
+        (RAMP * 65535).astype(">u2"),
+        np.dstack([RAMP, np.ones_like(RAMP)]),
+        torch.from_numpy(RAMP).to_sparse(),
+        Image.fromarray((RAMP * 255).astype(np.uint8)).convert("I"),
+        Image.fromarray((RAMP * 65535).astype(np.uint16)),
+        Image.fromarray((RAMP * 255).astype(np.float32)),
+        Image.fromarray((RAMP * 255).astype(np.uint8)).convert("LA").convert("La"),
+    ],
+)
+def test_numbers_are_read_by_the_range_they_have(values):
+    assert np.abs(np.asarray(photos.load_photo(values), float)[..., 0] - RAMP * 255).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (RAMP * 2, "0..2"),
+        (RAMP * 5000 - 2000, "-2000..3000"),
+        (np.where(RAMP > 0.5, np.nan, RAMP), "nan"),
+        (Image.fromarray((RAMP * 9).astype(np.float32)), "0..9"),  # light without an upper end: it was nearly black
+        ((RAMP * 300).astype(int), "0..300"),
+        (RAMP.astype(complex), "complex128"),
+        (RAMP.astype(object), "object"),
+        (RAMP[None, None], "shape"),
+    ],
+)
+def test_numbers_that_could_mean_anything_are_refused(values, says):
+    with pytest.raises(InputError, match=says):
+        photos.load_photo(values)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"photometric": "miniswhite"}, "inverted"),
+        ({"dtype": np.int16}, "signed"),
+        ({"planarconfig": "separate", "photometric": "rgb"}, "planes"),
+    ],
+)
+def test_tiffs_that_pillow_misreads_are_refused(options, says):
+    tifffile, file = pytest.importorskip("tifffile"), io.BytesIO()
+    values = (RAMP * 32000).astype(options.pop("dtype", np.uint16))
+    tifffile.imwrite(file, np.stack([values] * 3) if "planarconfig" in options else values, **options)
+    with pytest.raises(InputError, match=says):
+        photos.load_photo(file)
+
+
+def test_profiles_count_by_what_they_hold():
+    colors = picture(size=(64, 64)).convert("RGB")
+
+    def read(image: Image.Image, profile: ImageCms.core.CmsProfile) -> tuple[np.ndarray, str]:
+        image.save(file := io.BytesIO(), "TIFF", icc_profile=ImageCms.ImageCmsProfile(profile).tobytes())
+        loaded, note = photos.read_photo(file)
+        return np.asarray(loaded, int), note
+
+    for image in (colors, colors.convert("L")):
+        values, note = read(image, ImageCms.createProfile("sRGB"))
+        assert note == ""
+        assert np.abs(values - np.asarray(image.convert("RGB"), int)).max() <= 1
+    lab = ImageCms.profileToProfile(colors, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+    assert np.abs(read(lab, ImageCms.createProfile("LAB"))[0] - np.asarray(colors, int)).mean() < 3
+
+
+@pytest.mark.parametrize(
+    "wrap", [str, lambda path: path, lambda path: path.read_bytes(), lambda path: io.BytesIO(path.read_bytes()), Image.open]
+)
+def test_photos_come_in_every_form(tmp_path, wrap):
+    picture(size=(64, 48)).save(path := tmp_path / "a.png")
+    photo = wrap(path)
+    for _ in range(2):  # the second time it is read again, from its start
+        assert photos.read_photos(photo, 32)[0].shape == (1, 3, 32, 32)
+    pixels = np.asarray(picture(size=(64, 48)))
+    assert photos.read_photos(np.stack([pixels, pixels]), 32)[0].shape == (2, 3, 32, 32)
+    for wrong in (None, 3):
+        with pytest.raises(InputError, match="is no picture"):
+            photos.read_photos(wrong, 32)
 
 
 def test_long_texts_profiles_and_web_addresses(tmp_path):
@@ -45,8 +145,11 @@ def test_long_texts_profiles_and_web_addresses(tmp_path):
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     picture().save(tmp_path / "lab.png", icc_profile=lab)
     assert "ignored" in photos.read_photo(tmp_path / "lab.png")[1]
-    with pytest.raises(InputError, match="nothing is fetched"):
-        photos.load_photo("https://example.org/a.png")
+    for address in ("https://example.org/a.png", "s3://bucket/a.png", f"file://server{tmp_path}/text.png"):
+        with pytest.raises(InputError, match="nothing is fetched"):
+            photos.load_photo(address)
+    with (tmp_path / "text.png").open() as text_file, pytest.raises(InputError, match="binary mode"):
+        photos.load_photo(text_file)
 
 
 def test_phone_photos_over_the_limit_are_decoded_smaller(tmp_path, monkeypatch):
@@ -57,18 +160,23 @@ def test_phone_photos_over_the_limit_are_decoded_smaller(tmp_path, monkeypatch):
 
 def test_folders_take_pictures_by_content_and_name_the_rest(tmp_path, capsys):
     (tmp_path / "c" / "deep").mkdir(parents=True)
-    for name in ("a", "b.jfif", "c/deep/x.odd"):
+    for name in ("masks", "c/Masks", "@eaDir"):
+        (tmp_path / name).mkdir()
+    for name in ("a", "b.jfif", "c/deep/x.odd", "c/Masks/x.png", "masks/a.png", "@eaDir/a.jpg"):
         picture().save(tmp_path / name, "JPEG")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / "notes.doc").write_text("words")
-    for quiet in ("Thumbs.db", "._b.jfif", ".DS_Store", "b.txt"):
-        (tmp_path / quiet).write_text("a man  in a hat\n")
+    for quiet in ("Thumbs.db", "._b.jfif", ".DS_Store", "b.txt", "a.caption"):
+        (tmp_path / quiet).write_text("\ufeffa man  in\r\na hat\n")
     assert list(folders.list_identities(tmp_path)) == ["a", "b", "c"]
     said = capsys.readouterr().err
-    assert "2 files" in said
-    assert all(name in said for name in ("gone.png", "notes.doc"))
+    assert "4 files" in said
+    assert all(name in said for name in ("gone.png", "notes.doc", "c/Masks/x.png", "masks/a.png"))
     assert "Thumbs" not in said
-    assert folders.caption_of(tmp_path / "b.jfif") == "a man in a hat"
+    assert folders.caption_of(tmp_path / "b.jfif") == folders.caption_of(tmp_path / "a") == "a man in a hat"
+    (tmp_path / "d.jpg.txt").write_text("a woman")
+    assert folders.caption_of([str(tmp_path / "d.jpg")]) == "a woman"
+    assert folders.caption_of("") is None
 
 
 def test_auto_takes_the_face_or_says_that_it_took_the_middle(tmp_path):
@@ -88,13 +196,6 @@ def test_auto_takes_the_face_or_says_that_it_took_the_middle(tmp_path):
     assert "took the middle" in note
     crop = astronaut.resize((250, 250))  # small pictures are crops already
     assert photos.prepare(crop, 64) == (photos.square(crop, 64), "")
-
-
-def test_twelve_bits_in_a_16_bit_file_are_scaled_by_what_they_hold():
-    ramp = np.linspace(0, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)
-    twelve = np.asarray(photos.load_photo(Image.fromarray(ramp)).convert("L"), int)
-    sixteen = np.asarray(photos.load_photo(Image.fromarray(ramp * 16)).convert("L"), int)
-    assert np.abs(twelve - sixteen).max() <= 1
 
 
 def test_a_phones_heic_is_upright_and_whole(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -17,18 +18,19 @@ from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.backbones import wrap
 from hyperdreambooth.checkpoint import save_tensors
 from hyperdreambooth.cli import main
+from hyperdreambooth.commands import options
 from hyperdreambooth.errors import InputError
-from hyperdreambooth.evaluation.evaluate import Atlas
-from hyperdreambooth.evaluation.harness import timed
+from hyperdreambooth.evaluation.evaluate import LISTS, Atlas, Judges, read_people, read_prompts
+from hyperdreambooth.evaluation.harness import Bench, timed
 from hyperdreambooth.evaluation.judges import Dlib, Vision, open_judges
 from hyperdreambooth.evaluation.methods import METHODS
-from hyperdreambooth.evaluation.photographs import LISTS, PhotoBench, lacks, read_people, read_prompts
+from hyperdreambooth.folders import list_identities
 from worlds.toon.base import build_tokenizer
 
 from . import families
 from .conftest import picture
 
-CPU = torch.device("cpu")
+ATLAS = Path(__file__).parents[1] / "benchmarks" / "atlas"
 
 
 class Colors:
@@ -129,7 +131,7 @@ def test_a_hypernetwork_of_the_base_is_measured_with_it(folk, models, tmp_path, 
 
 
 def test_people_are_read_by_name_and_who_shows_no_face_is_left_out(folk, capsys):
-    first, seen = read_people(folk, 64, {"colors": Colors()})
+    first, seen = read_people(list_identities(folk), 64, {"colors": Colors()})
     assert {name: len(found["colors"]) for name, found in seen.items()} == {"ann": 3, "bob": 2, "cyd": 2}
     for person, name in enumerate(seen):
         expected = photos.read_photos([folk / name / "9.png"], 64)[0]
@@ -137,22 +139,27 @@ def test_people_are_read_by_name_and_who_shows_no_face_is_left_out(folk, capsys)
         torch.testing.assert_close(seen[name]["colors"][:1], Colors().embed(expected))
     Image.new("RGB", (64, 64)).save(folk / "ann" / "10.png")  # one of two others will do
     Image.new("RGB", (64, 64)).save(folk / "bob" / "10.png")
-    assert list(read_people(folk, 64, {"colors": Colors()})[1]) == ["ann", "cyd"]
+    assert list(read_people(list_identities(folk), 64, {"colors": Colors()})[1]) == ["ann", "cyd"]
     assert "bob is left out, with 2 that can be read: colors finds no face" in capsys.readouterr().err
     Image.new("RGB", (64, 64)).save(folk / "cyd" / "9.png")
     with pytest.raises(InputError, match="1 people are left, and two are needed"):
-        read_people(folk, 64, {"colors": Colors()})
+        read_people(list_identities(folk), 64, {"colors": Colors()})
+
+
+def opened(hdb: HyperDreamBooth, folk: Path, cache: Path, prompts: list[str]) -> Bench:
+    judges = Judges({"colors": Colors()})
+    first, seen = read_people(list_identities(folk), 64, judges.eyes)
+    atlas = Atlas(first, torch.zeros(0), torch.zeros(3, len(prompts), 0), prompts, [], [], list(seen))
+    return Bench(hdb, atlas, judges, cache, "tiny", folk=seen)
 
 
 @pytest.fixture
-def bench(folk, tmp_path) -> PhotoBench:
-    hdb, eyes = HyperDreamBooth(wrap(families.make("sd1"), "tiny"), "tiny"), {"colors": Colors()}
-    first, seen = read_people(folk, 64, eyes)
-    atlas = Atlas(first, torch.zeros(0), torch.zeros(3, 2, 0), ["a [V] face", "a [V] face with a cap"], [], [], [0, 1, 2])
-    return PhotoBench(hdb, atlas, None, tmp_path / "cache", "tiny", names=list(seen), folk=seen, eyes=eyes)
+def bench(folk, tmp_path) -> Bench:
+    hdb = HyperDreamBooth(wrap(families.make("sd1"), "tiny"), "tiny")
+    return opened(hdb, folk, tmp_path / "cache", ["a [V] face", "a [V] face with a cap"])
 
 
-def keep(bench: PhotoBench, name: str, person: int, drawn: torch.Tensor) -> None:
+def keep(bench: Bench, name: str, person: int, drawn: torch.Tensor) -> None:
     """Puts pictures (6, 3, 64, 64) where the bench looks for what it drew of a person."""
     pixels = ((drawn[:, None] + 1) * 127.5).round().to(torch.uint8)
     save_tensors(bench.file(name, METHODS[name], METHODS[name].steps, person), {"pictures": pixels})
@@ -167,7 +174,7 @@ def test_figures_by_hand(bench, folk):
     black = -torch.ones(3, 64, 64)
     for person, asked in enumerate(([own[0][1], own[0][0]], [own[2][1], black], [own[2][1], own[2][1]])):
         keep(bench, name, person, torch.stack([*asked, own[person][1], own[(person + 1) % 3][1], own[0][0], own[0][0]]))
-    found = {key: mean for key, (mean, *_) in bench.figures(name, method, 60, 3).items()}
+    found = {key: mean for key, (mean, *_) in bench.figures(bench.looked(name, method, 60, 3)).items()}
     vectors = [[Colors().embed(photo[None])[0] for photo in mine] for mine in own]
     gallery = [torch.nn.functional.normalize(seen["colors"][1:].mean(0), dim=-1) for seen in bench.folk.values()]
     ann, cyd = [float(vectors[0][number] @ gallery[0]) for number in (1, 0)], float(vectors[2][1] @ gallery[2])
@@ -194,29 +201,25 @@ def test_where_no_picture_shows_a_face_likeness_is_no_figure(bench):
     for name in ("base", "DreamBooth-LoRA 4"):
         for person in range(3):
             keep(bench, name, person, -torch.ones(6, 3, 64, 64))
-    found = bench.figures("DreamBooth-LoRA 4", METHODS["DreamBooth-LoRA 4"], 60, 3)
+    found = bench.figures(bench.looked("DreamBooth-LoRA 4", METHODS["DreamBooth-LoRA 4"], 60, 3))
     assert found["colors.rank1"] == found["colors.auc"] == [0, 0, 0]
     assert not {"colors.similarity", "colors.copying", "colors.leakage"} & set(found)
     json.dumps(found, allow_nan=False)
 
 
 def test_methods_say_what_they_lack(bench):
-    hdb = bench.hdb
-    assert {name for name, method in METHODS.items() if lacks(method, hdb, False)} == {
-        *("true render", "hypernetwork", "hypernetwork + fine-tuning", "faithful hypernetwork")
-    }
-    assert lacks(METHODS["faithful hypernetwork"], hdb, True) == ""
-    hdb.backbone.denoiser.to(torch.bfloat16)
-    assert "float32" in lacks(METHODS["DreamBooth"], hdb, False)
-    assert lacks(METHODS["DreamBooth-LoRA 4"], hdb, False) == ""
+    lacking = {name for name, method in METHODS.items() if bench.lacks(method)}
+    assert lacking == {name for name, method in METHODS.items() if method.kind in ("true", "reconstruction", "prediction", "relaxed")}
+    assert dataclasses.replace(bench, faithful=bench.hdb).lacks(METHODS["faithful hypernetwork"]) == ""
+    bench.hdb.backbone.denoiser.to(torch.bfloat16)
+    assert "float32" in bench.lacks(METHODS["DreamBooth"])
+    assert bench.lacks(METHODS["DreamBooth-LoRA 4"]) == ""
 
 
 @pytest.mark.parametrize("family", ["sd3-no-t5", "flux-dev"])
 def test_costs_are_those_of_one_person_in_every_family(family, tmp_path, folk):
-    hdb, eyes = HyperDreamBooth(wrap(families.make(family), "tiny"), "tiny"), {"colors": Colors()}
-    first, seen = read_people(folk, 64, eyes)
-    atlas = Atlas(first, torch.zeros(0), torch.zeros(3, 1, 0), ["a [V] face"], [], [], [0, 1, 2])
-    bench = PhotoBench(hdb, atlas, None, tmp_path / "cache", "tiny", names=list(seen), folk=seen, eyes=eyes)
+    hdb = HyperDreamBooth(wrap(families.make(family), "tiny"), "tiny")
+    bench = opened(hdb, folk, tmp_path / "cache", ["a [V] face"])
     methods = {name: METHODS[name] for name in ("base", "textual inversion", "DreamBooth", "DreamBooth-LoRA 16", "lightweight DreamBooth")}
     costs = timed(bench, methods, rounds=1, steps=2)
     assert {name: cost["bytes"] > 0 for name, cost in costs.items()} == {name: name != "base" for name in methods}
@@ -245,7 +248,7 @@ def test_prompt_lists_and_files(tmp_path):
 def test_judges_are_what_transformers_computes(models):
     pixels = photos.to_tensor([picture(number, (32, 32)) for number in range(3)])
     clip, unit = CLIPModel.from_pretrained(models / "clip").eval(), torch.nn.functional.normalize
-    judge = Vision(str(models / "clip"), CPU, texts=True)
+    judge = Vision(str(models / "clip"), texts=True)
     with torch.no_grad():
         torch.testing.assert_close(judge.embed(pixels), unit(clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1))
         ids = build_tokenizer()(["a face", "a face wearing a cap"], padding=True, return_tensors="pt")
@@ -254,30 +257,30 @@ def test_judges_are_what_transformers_computes(models):
         dino = Dinov2Model.from_pretrained(models / "dino").eval()
         small = torch.nn.functional.interpolate(pixels, (28, 28), mode="bicubic", antialias=True)
         expected = unit(dino(pixel_values=small).last_hidden_state[:, 0], dim=-1)
-        torch.testing.assert_close(Vision(str(models / "dino"), CPU).embed(pixels), expected, atol=1e-5, rtol=0)
-        judge = Vision(str(models / "resnet"), CPU)
+        torch.testing.assert_close(Vision(str(models / "dino")).embed(pixels), expected, atol=1e-5, rtol=0)
+        judge = Vision(str(models / "resnet"))
         torch.testing.assert_close(judge.embed(pixels), unit(judge.encoder(pixels).mean(1), dim=-1))
 
 
 def test_judges_by_name(models, tmp_path, monkeypatch):
-    assert list(open_judges([f"dino:{models / 'dino'}", str(models / "dino"), "toon"], CPU)) == ["dino:dino", "dino", "toon"]
+    assert list(open_judges([f"dino:{models / 'dino'}", str(models / "dino"), "toon"])) == ["dino:dino", "dino", "toon"]
     (tmp_path / "dino").mkdir()
     for file in (models / "dino").iterdir():
         (tmp_path / "dino" / file.name).write_bytes(file.read_bytes())
     names = [f"dino:{models / 'dino'}", f"dino:{tmp_path / 'dino'}"]
-    assert list(open_judges(names, CPU)) == ["dino:dino", names[1]]
+    assert list(open_judges(names)) == ["dino:dino", names[1]]
     (tmp_path / "file").write_text("no model", encoding="utf-8")
     (tmp_path / "empty").mkdir()
     for wrong in ("magic", "lpips:alex/net", str(tmp_path / "file"), "clip:"):
         with pytest.raises(InputError, match="is no judge"):
-            open_judges([wrong], CPU)
+            open_judges([wrong])
     with pytest.raises(InputError, match="empty"):
-        open_judges([str(tmp_path / "empty")], CPU)
+        open_judges([str(tmp_path / "empty")])
     with pytest.raises(InputError, match="isn't a CLIP"):
-        open_judges([f"clip:{models / 'dino'}"], CPU)
+        open_judges([f"clip:{models / 'dino'}"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r'pip install "hyperdreambooth\[judges\]"'):
-        open_judges(["dlib"], CPU)
+        open_judges(["dlib"])
 
 
 def test_dlib_tells_faces_apart_and_says_where_there_is_none():
@@ -296,10 +299,15 @@ def test_dlib_tells_faces_apart_and_says_where_there_is_none():
     assert min(alike[0, 1], alike[2, 3]) > max(alike[0, 2:].max(), alike[1, 2:].max())
 
 
-def test_what_cannot_be_measured_is_refused_in_a_sentence(folk, tmp_path, models, capsys, tiny_world):
+def test_what_cannot_be_measured_is_refused_before_a_base_is_loaded(folk, tmp_path, models, capsys, monkeypatch, tiny_world):
     families.make("sd1").save_pretrained(tmp_path / "sd1")
     words = [str(word) for word in ("evaluate", "--base", tmp_path / "sd1", "-o", tmp_path / "e.json")]
     judge = ["--judges", f"dino:{models / 'dino'}"]
+    monkeypatch.setattr(options.Machine, "open", None)  # none of these loads a base
+    (tmp_path / "searched.json").write_text('{"search": {"DreamBooth": {"best": {"rate": "fast"}}}}', encoding="utf-8")
+    (tmp_path / "alone" / "ann").mkdir(parents=True)
+    for number in range(2):
+        picture(number).save(tmp_path / "alone" / "ann" / f"{number}.png")
     for more, expected in (
         ([], "name their folder with --people"),
         (["--people", "3"], "name their folder with --people"),
@@ -307,9 +315,24 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(folk, tmp_path, models
         (["--people", str(folk), "--judges", "magic"], "'magic' is no judge"),
         (["--people", str(folk), "--prompts", "none"], "no list of prompts"),
         (["--people", str(folk), "--search"], "a search needs right answers"),
-        (["--people", str(folk), "--rows", "base"], "--rows can't be given"),
-        (["--people", str(folk), "--methods", "hypernetwork"], "no method is left"),
+        (["--people", str(folk), *judge, "--hypernetwork", str(tmp_path / "none")], "isn't a hypernetwork"),
+        (["--people", str(folk), *judge, "--faithful", str(tmp_path / "none")], "isn't a hypernetwork"),
+        (["--people", str(folk), *judge, "--pictures", "0"], "--pictures must lie in 1 to 10"),
+        (["--people", str(folk), *judge, "--settings", str(tmp_path / "searched.json")], "DreamBooth: rate must be float, not 'fast'"),
+        (["--people", str(tmp_path / "alone"), *judge], "1 of its people have two photos or more"),
+        (["--people", str(folk), *judge, "-o", str(tmp_path / "e.md")], "Name it e.md.json"),
     ):
         assert main([*words, *more]) == 2
         assert expected in capsys.readouterr().err
+    for more, expected in (
+        (["--people", "0"], "--people must lie in 1 to 100, not 0"),
+        (["--people", "101"], "--people must lie in 1 to 100, not 101"),
+        (["--search", "--methods", "base", "true"], "nothing of base, true can be searched"),
+        (["--faithful", str(tmp_path / "none")], "isn't a hypernetwork"),
+    ):
+        assert main(["evaluate", "--atlas", str(ATLAS), "-o", str(tmp_path / "e.json"), *more]) == 2
+        assert expected in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main([*words, "--people", str(folk), *judge, "--methods", "hypernetwork"]) == 2
+    assert "no method is left" in capsys.readouterr().err
     assert not (tmp_path / "e.json").exists()

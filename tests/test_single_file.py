@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -162,6 +163,10 @@ def test_what_it_predicts_is_said_by_the_user_the_header_a_tensor_or_a_file_besi
     config = load_backbone(path).pipe.scheduler.config
     assert (config.prediction_type, config.rescale_betas_zero_snr, config.timestep_spacing) == ("v_prediction", True, "trailing")
     assert kind(prediction="epsilon") == "epsilon"
+    checkpoints.save(path, small, metadata={"modelspec.prediction_type": "edm"})
+    assert kind(prediction="epsilon") == "epsilon"
+    with pytest.raises(InputError, match=r"says that it predicts edm.*give --prediction"):
+        kind()
     checkpoints.save(path, small, metadata={"modelspec.prediction_type": "v"})
     assert kind() == "v_prediction"
     checkpoints.save(path, small)
@@ -172,6 +177,41 @@ def test_what_it_predicts_is_said_by_the_user_the_header_a_tensor_or_a_file_besi
     (tmp_path / "model.yaml").write_text("- nothing\n")
     with pytest.raises(InputError, match="is no config of one"):
         kind()
+
+
+ODD: dict[str, tuple[Any, str]] = {
+    "scales that are divided by": (lambda q: {"weight_scale_inv": torch.tensor(4.0)}, "is quantized .*weight_scale_inv"),
+    "a scale for each block": (lambda q: {"weight_scale": torch.ones(len(q), 4)}, r"is quantized .*weight_scale "),
+    "half a byte a weight": (lambda q: {"weight": torch.ones(len(q), 1, dtype=torch.uint8)}, r"is quantized .*stored as U8"),
+    "an adapter in it": (lambda q: {"gate.weight": torch.ones(3, 3)}, "has 9 numbers in its unet that no base of this kind has"),
+    "places": (lambda q: {"fuser.linear.weight": torch.ones(3, 3)}, "is GLIGEN"),
+}
+
+
+@pytest.mark.parametrize("family", ["sd15"])
+@pytest.mark.parametrize("what", list(ODD))
+def test_nothing_of_a_denoiser_is_left_out_or_misread(what, small, tmp_path):
+    layer = next(key for key in small if key.endswith("attn1.to_q.weight")).removesuffix("weight")
+    tensors = {**small, f"{layer}weight": small[f"{layer}weight"].to(torch.float8_e4m3fn)}
+    more, says = ODD[what]
+    tensors |= {layer + name: value for name, value in more(small[f"{layer}weight"]).items()}
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=says):
+        load_backbone(tmp_path / "model.safetensors", prediction="epsilon")
+
+
+@pytest.mark.parametrize("family", ["sd15"])
+def test_a_file_is_what_is_in_it_and_parts_replace_its_own(small, tmp_path):
+    tensors = {**small, "model_ema.decay": torch.ones(1)}
+    path = checkpoints.save(tmp_path / "model.ckpt", tensors)
+    assert same(load_backbone(path, prediction="epsilon").pipe, "sd15", torch.float16)
+    other = {key.removeprefix("first_stage_model."): 2 * value for key, value in small.items() if key.startswith("first_stage_model.")}
+    vae = checkpoints.save(tmp_path / "vae.safetensors", other)
+    found = load_backbone(path, prediction="epsilon", parts=[vae]).pipe.vae.encoder.conv_in.bias
+    torch.testing.assert_close(found, 2 * small["first_stage_model.encoder.conv_in.bias"], atol=1e-3, rtol=1e-2)
+    for wrong in ({"decoder.mid_block.x.weight": torch.ones(1)}, {"lora_unet_x.lora_up.weight": torch.ones(1, 1)}):
+        with pytest.raises(InputError, match=r"--parts .*holds no text encoder or autoencoder by the names"):
+            load_backbone(path, parts=[checkpoints.save(tmp_path / "wrong.safetensors", wrong)])
 
 
 def test_a_denoiser_alone_takes_the_rest_from_parts(family, small, tmp_path):

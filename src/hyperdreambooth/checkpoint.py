@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -21,6 +21,7 @@ from .errors import InputError, refusing
 
 FILES: dict[str, str] = json.loads((Path(__file__).parent / "assets" / "files.json").read_text(encoding="utf-8"))
 """How files begin that are given for safetensors, and what they are."""
+MOST_HEADER = 100_000_000  # Bytes: safetensors' own limit.
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -91,16 +92,32 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
     header = read_header(path)[1]
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}, header
-
-
-def read_header(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """The shapes of a safetensors file's tensors, and its metadata, from its header alone. Raises InputError as `read_tensors`."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            return shapes, dict(file.metadata() or {})
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}, header
     except (safetensors.SafetensorError, OSError) as error:
+        raise damaged(path, error) from error
+
+
+class Entry(NamedTuple):
+    """A tensor in a file: its shape, and what safetensors calls its type ("F16")."""
+
+    shape: tuple[int, ...]
+    kind: str
+
+
+def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """What a safetensors file's header says of its tensors, and its metadata. Raises InputError as `read_tensors`."""
+    try:
+        # by hand, for safetensors maps the whole file into memory first, which fails for one that is larger than what is free
+        with Path(path).open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(start - 8, MOST_HEADER)))
+        metadata = dict(header.pop("__metadata__", None) or {})
+        size, end = Path(path).stat().st_size, start + max((one["data_offsets"][1] for one in header.values()), default=0)
+        if size != end:
+            raise ValueError(f"{size:,} bytes instead of {end:,}")
+        return {name: Entry(tuple(map(int, one["shape"])), str(one["dtype"])) for name, one in header.items()}, metadata
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise damaged(path, error) from error
 
 

@@ -10,13 +10,14 @@ from .errors import InputError, refusing
 from .photos import SUFFIXES, picture_formats
 from .progress import say
 
-LEFT_BY_SYSTEMS = {"thumbs.db", "desktop.ini"}
+LEFT_BY_SYSTEMS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "@eadir", "__macosx"}
+CAPTIONS = (".txt", ".TXT", ".caption")
 
 
 def list_identities(folder: str | Path) -> dict[str, list[Path]]:
     """Identity -> its pictures: a subfolder each (with whatever folders are in it), or a picture each.
 
-    What is no picture is named and counted on stderr; captions and the files that systems leave in folders are passed over quietly.
+    What is no picture, or in a folder of masks, is named and counted on stderr; captions and what systems leave in folders isn't.
     Raises InputError where there are no pictures.
     """
     folder = Path(folder)
@@ -28,14 +29,14 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
         inside = sorted((f for f in entry.rglob("*") if not f.is_dir()), key=_natural) if entry.is_dir() else [entry]
         for file in inside:
             parts = file.relative_to(folder).parts
-            if any(part.startswith(".") for part in parts) or file.name.lower() in LEFT_BY_SYSTEMS or file.suffix.lower() == ".txt":
+            if file.suffix in CAPTIONS or any(part.startswith(".") or part.lower() in LEFT_BY_SYSTEMS for part in parts):
                 continue
-            if _looks_like_picture(file):
+            if _looks_like_picture(file) and not {"mask", "masks"} & {part.lower() for part in parts[:-1]}:
                 found.setdefault(entry.name if entry.is_dir() else entry.stem, []).append(file)
             else:
                 refused.append("/".join(parts))
     if refused:
-        say(f"{folder}: {len(refused)} files are no pictures and aren't taken: {', '.join(refused)}")
+        say(f"{folder}: {len(refused)} files are no pictures of people and aren't taken: {', '.join(refused)}")
     if not found:
         raise InputError(f"{folder} holds no pictures. Expected: {folder}/identity/picture.png, or {folder}/identity.png, one each.")
     return found
@@ -53,13 +54,19 @@ def _looks_like_picture(file: Path) -> bool:
 
 
 def caption_of(photos: object) -> str | None:
-    """The caption beside a person's only photo, NAME.txt in one line, or None. Raises InputError for one that can't be read."""
+    """The caption beside a person's only photo, NAME.txt, NAME.caption or NAME.jpg.txt, in one line, or None.
+
+    Raises InputError for one that can't be read.
+    """
     group = photos if isinstance(photos, (list, tuple)) else [photos]
     if len(group) != 1 or not isinstance(group[0], (str, Path)):
         return None
-    file = Path(group[0]).with_suffix(".txt")
-    with refusing(f"the caption {file} can't be read", OSError, UnicodeDecodeError, advice="Save it as UTF-8 text."):
-        return " ".join(file.read_text("utf-8-sig").split()) or None if file.is_file() else None
+    photo = Path(group[0])
+    for file in [photo.parent / name for name in (*(photo.stem + suffix for suffix in CAPTIONS), f"{photo.name}.txt")]:
+        with refusing(f"the caption {file} can't be read", OSError, UnicodeDecodeError, advice="Save it as UTF-8 text."):
+            if file.is_file() and (words := file.read_text("utf-8-sig").split()):
+                return " ".join(words)
+    return None
 
 
 def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:

@@ -2,12 +2,14 @@
 
 import io
 import json
+import os
 import re
 import struct
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -48,10 +50,10 @@ def read_photo(source: Source) -> tuple[Image.Image, str]:
 
     Args:
         source: a path or file:// URL, the bytes of a file, an open binary file, a PIL image, an array (H, W) or (H, W, C), or a
-            tensor (C, H, W); uint8, uint16, or float in 0..1, 0..255 or (where anything is negative) -1..1.
+            tensor (C, H, W); uint8, uint16, or float in 0..1, 0..255 or (where anything is negative) -1..1. Files are read from their start.
 
     Raises InputError for a file that is missing, empty, no picture, truncated, under 16 x 16 pixels, over 64 megapixels (JPEG: 200,
-    decoded at a reduced size) or over 100 MB, and for a web address.
+    decoded at a reduced size) or over 100 MB, for a web address, and for numbers in any other range.
     """
     name = photo_name(source)
     try:
@@ -67,43 +69,44 @@ def read_photo(source: Source) -> tuple[Image.Image, str]:
     except Image.DecompressionBombError as error:
         raise InputError(f"{name} has too many pixels; {TOO_MANY}") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} is not a picture ({', '.join(FORMATS)} and more are read). Convert it first.") from error
+        raise InputError(f"{name} is not a picture of a kind that is read ({', '.join(FORMATS)} and more). Convert it first.") from error
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, KeyError, struct.error) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's errors have a number, Pillow's have none
             raise InputError(f"{name} can't be read: {error.strerror}. Check the path and its permissions.") from error
-        raise InputError(f"{name} is a damaged picture ({error}). Was it cut off while copying?") from error
+        raise InputError(f"{name} is a damaged picture ({' '.join(str(error).split())}). Was it cut off while copying?") from error
 
 
 def photo_name(source: Source) -> str:
     """What messages call a picture."""
-    if isinstance(source, (str, Path)):
-        return str(source)
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
     return str(getattr(source, "filename", "") or getattr(source, "name", "") or f"the picture ({type(source).__name__})")
 
 
-def _read_bytes(source: str | Path | bytes | BinaryIO, name: str) -> bytes:
-    if isinstance(source, (bytes, bytearray)):
+def _read_bytes(source: Source, name: str) -> bytes:
+    if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
-    if isinstance(source, (str, Path)):
-        if isinstance(source, str) and re.match(r"(?i)(https?|ftp|data):", source):
+    if isinstance(source, (str, os.PathLike)):
+        address = urlsplit(str(source)) if isinstance(source, str) and re.match(r"(?i)(data:|file:/|[a-z][a-z\d+.-]+://)", source) else None
+        if address and (address.scheme != "file" or address.netloc not in ("", "localhost")):
             raise InputError(f"{name[:80]}: nothing is fetched from the web. Save the picture and name the file.")
-        is_url = isinstance(source, str) and source.lower().startswith("file://")
-        path = Path(url2pathname(urlsplit(str(source)).path) if is_url else source)
+        path = Path(url2pathname(address.path) if address else source)
         if path.is_dir():
             raise InputError(f"{name} is a folder, not a picture. Name a picture in it.")
         if not path.is_file():
             raise InputError(f"{name}: no such file. Check the path.")
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
+    if isinstance(source, io.TextIOBase):
+        raise InputError(f"{name} was opened as text. Open it in binary mode.")
     if not hasattr(source, "read"):
         raise InputError(f"{name} is no picture: give a path, bytes, an open file, a PIL image, an array or a tensor.")
-    data = source.read(MAX_BYTES + 1)
-    if not isinstance(data, bytes):
-        raise InputError(f"{name} was opened as text. Open it in binary mode.")
-    return data
+    with suppress(AttributeError, OSError):  # a pipe has no start to go back to
+        source.seek(0)
+    return source.read(MAX_BYTES + 1)
 
 
-def _open(source: str | Path | bytes | BinaryIO, name: str) -> Image.Image:
+def _open(source: Source, name: str) -> Image.Image:
     """Opens a file by its content; no pixel is decoded yet."""
     data = _read_bytes(source, name)
     if not data:
@@ -134,25 +137,33 @@ def picture_formats() -> list[str]:
 def _from_array(values: Any, name: str) -> Image.Image:
     """(H, W) or (H, W, 1..4), or a tensor (C, H, W), as a picture."""
     if isinstance(values, Tensor):
-        values = values.detach().cpu()
+        values = values.detach().cpu().to_dense()
         values = values[0] if values.ndim == 4 and len(values) == 1 else values
         values = values.movedim(0, -1) if values.ndim == 3 else values
         values = (values.float() if values.is_floating_point() else values).numpy()  # numpy has no bfloat16
-    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)) or values.size == 0:
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] > 4) or values.size == 0:
         raise InputError(f"{name} has shape {tuple(values.shape)}: give an array (H, W, 3), a gray one (H, W), or a tensor (3, H, W).")
-    if values.dtype.kind == "f":
-        low, high = float(values.min()), float(values.max())
-        if not -1 <= low <= high <= (1 if low < 0 else 255):  # nor is NaN
-            raise InputError(f"{name} has values in {low:g}..{high:g}: give 0..1, -1..1 or 0..255.")
-        values = (values + 1) * 127.5 if low < 0 else values * (255 if high <= 1 else 1)
-    elif values.dtype == np.uint16:
-        values = values / 257
-    elif values.dtype.kind == "b":
-        values = values * 255
-    elif values.min() < 0 or values.max() > 255:
-        raise InputError(f"{name} has whole numbers outside 0..255.")
-    array = values.round().astype(np.uint8)
+    array = _to_8_bits(values, name)
     return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def _to_8_bits(values: Any, name: str) -> Any:
+    """Numbers of a picture as uint8, by the range that they seem to have. Raises InputError where that is anybody's guess."""
+    if values.dtype.kind not in "biuf":
+        raise InputError(f"{name} holds {values.dtype}, which are no colors: give uint8, uint16 or float.")
+    low, high = float(values.min()), float(values.max())
+    bottom, top, beyond = 0.0, 255.0, 0.0
+    if values.dtype.kind == "f":
+        beyond = 0.05  # a picture that was resized, or rounded, may leave its range a little
+        bottom, top = (-1.0, 1.0) if low < -beyond else (0.0, 1.0 if high <= 1 + beyond else 255.0)
+    elif values.dtype.kind == "b":
+        top = 1.0
+    elif values.dtype.kind == "u":  # 12 bits of a camera or scanner in a 16-bit file
+        top = next((most for most in (255.0, 4095.0, 65535.0) if high <= most), high)
+    too_dark = values.dtype.kind == "f" and top == 255 and high < 32  # light without an upper end, more likely than 0..255
+    if not bottom - beyond <= low <= high <= top * (1 + beyond) or too_dark:  # nor is NaN
+        raise InputError(f"{name} has values in {low:g}..{high:g}: give 0..1, -1..1 or 0..255.")
+    return ((values - bottom) * (255 / (top - bottom))).clip(0, 255).round().astype(np.uint8)
 
 
 def _finish(image: Image.Image, name: str) -> tuple[Image.Image, str]:
@@ -162,25 +173,27 @@ def _finish(image: Image.Image, name: str) -> tuple[Image.Image, str]:
         raise InputError(f"{name} has {width} x {height} pixels; {TOO_MANY}")
     if min(width, height) < MIN_SIDE:
         raise InputError(f"{name} has {width} x {height} pixels, too few to show a face: take one of at least {MIN_SIDE} x {MIN_SIDE}.")
-    frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+    frames = getattr(image, "n_frames", 1) if image.format != "MPO" and not image.tell() else 1
+    tags = getattr(image, "tag_v2", {})
+    bits, inverted, planes = tags.get(258, (8,)), tags.get(262) == 0, tags.get(284) == 2
+    if bits[0] > 8 and (inverted or (planes and len(bits) > 1) or tags.get(339, (1,))[0] == 2):
+        raise InputError(f"{name} is a TIFF of {bits[0]} bits that is inverted, signed or in planes. Convert it to PNG first.")
     image.load()
     profile, upright = image.info.get("icc_profile"), ImageOps.exif_transpose(image)
-    upright, problem = _to_srgb(upright, profile) if profile else (upright, "")
+    upright, problem = _to_srgb(upright, profile, name) if profile else (upright, "")
     notes = [f"took the first of {frames} frames." if frames > 1 else "", problem]
-    return to_rgb(upright), " ".join(f"{name}: {note}" for note in notes if note)
+    return to_rgb(upright, name), " ".join(f"{name}: {note}" for note in notes if note)
 
 
-def _to_srgb(image: Image.Image, data: bytes) -> tuple[Image.Image, str]:
+def _to_srgb(image: Image.Image, data: bytes, name: str) -> tuple[Image.Image, str]:
     """Applies an ICC profile; one that is damaged or of another kind of color is ignored, and the note says so."""
     if image.mode.startswith("I") or image.mode == "F":
-        image = to_rgb(image).convert("L")
+        image = to_rgb(image, name).convert("L")
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        if "srgb" in ImageCms.getProfileDescription(profile).lower():
-            return image, ""
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
         space = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(profile.profile.xcolor_space, "")
-        if not space or (image.mode == "CMYK") != (space == "CMYK") or (space == "RGB" and image.mode in ("L", "LA")):
+        if not space or (image.mode == "CMYK") != (space == "CMYK") or (space == "L" and image.mode not in ("1", "L", "LA")):
             return image, "its color profile is for another kind of picture and was ignored."
         converted = ImageCms.profileToProfile(image.convert(space), profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
@@ -190,16 +203,15 @@ def _to_srgb(image: Image.Image, data: bytes) -> tuple[Image.Image, str]:
     return converted or image, ""
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow as 8-bit RGB: 16-bit is scaled, never clipped; transparency is laid on white."""
+def to_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
+    """Any mode of Pillow as 8-bit RGB: 16-bit is scaled, never clipped; transparency is laid on white; NaN is black."""
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        # 16-bit files are read as I or I;16, 32-bit ones as I; a float picture is taken as 0..1, or as 0..255 where it exceeds that
-        largest = values.max(initial=0)
-        whole = 4095.0 if 255 < largest <= 4095 else max(65535.0, largest)  # 12 bits of a camera or scanner in a 16-bit file
-        top = (1.0 if largest <= 1 else 255.0) if image.mode == "F" else whole
-        return Image.fromarray(((values / top).clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
+        values = np.nan_to_num(np.asarray(image))
+        if image.mode == "I" and values.min(initial=0) >= 0:  # 16 bits or 32, which Pillow gives a sign
+            values = values.astype(np.uint32)
+        return Image.fromarray(_to_8_bits(values, name)).convert("RGB")
     if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
@@ -216,16 +228,22 @@ def prepare(path: Source, size: int, crop: Crop = "auto", face: int | None = Non
     return square(crop_face(image, chosen) if chosen else image, size), " ".join(filter(None, (note, which)))
 
 
+def _listed(files: Any) -> list[Any]:
+    """One source or several, as a list."""
+    several = files.ndim > 3 if isinstance(files, (np.ndarray, Tensor)) else isinstance(files, Iterable)
+    alone = isinstance(files, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(files, "read")
+    return list(files) if several and not alone else [files]
+
+
 def read_photos(files: Any, size: int, crop: Crop = "auto", face: int | None = None) -> tuple[Tensor, list[str]]:
     """One photo or several as (n, 3, size, size) in -1..1, and what is worth saying about them (which face was taken).
 
     Args:
         files: whatever `read_photo` takes, or a sequence of it; a tensor (n, 3, size, size) is what this function made, and stays as it is.
     """
-    if isinstance(files, Tensor) and files.ndim == 4:
+    if isinstance(files, Tensor) and files.shape[1:] == (3, size, size) and files.is_floating_point():
         return files, []
-    alone = isinstance(files, (str, Path, Image.Image, bytes, np.ndarray, Tensor)) or hasattr(files, "read")
-    prepared = [prepare(file, size, crop, face) for file in ([files] if alone else files)]
+    prepared = [prepare(file, size, crop, face) for file in _listed(files)]
     if not prepared:
         raise InputError("no photo was given.")
     return to_tensor([image for image, _ in prepared]), [note for _, note in prepared if note]

@@ -88,7 +88,7 @@ def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> t
     with torch.device("meta"):  # shapes, no memory
         planned = build(targets, encoder, lightweight, config).state_dict()
     wanted = {name: tuple(value.shape) for name, value in planned.items() if not name.startswith("encoder.")}
-    found = {name: shape for name, shape in read_header(file)[0].items() if not name.startswith("encoder.")}
+    found = {name: entry.shape for name, entry in read_header(file)[0].items() if not name.startswith("encoder.")}
     if wrong := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
         sizes = f"{wanted.get(wrong[0], 'none')} by the config, {found.get(wrong[0], 'none')} in the file"
         raise InputError(f"{file} doesn't fit its config.json: {wrong[0]} ({sizes}) and {len(wrong) - 1} more.")

@@ -18,12 +18,9 @@ import torch
 from torch import Tensor
 
 from hyperdreambooth import HyperDreamBooth
-from hyperdreambooth.assets import toon
-from hyperdreambooth.checkpoint import read_tensors
 from hyperdreambooth.data import IdentityData
-from hyperdreambooth.evaluation.evaluate import Atlas, Judges, judge, load_atlas, predicted_loras
+from hyperdreambooth.evaluation.evaluate import Atlas, load_atlas, world_judges
 from hyperdreambooth.evaluation.harness import Bench
-from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.lora import Hooks, LoraSet
 from hyperdreambooth.stages.dreambooth import PhotoLosses, Subject, draw_photos, preoptimize
 from hyperdreambooth.trainable_lora import IdentityTable, LightweightLora
@@ -37,7 +34,8 @@ def optimized(hdb: HyperDreamBooth, atlas: Atlas, steps: int) -> LoraSet:
     """Each person's own tokens, all people side by side."""
     assert hdb.source is not None
     latents = hdb.backbone.encode_images(atlas.references).float()
-    words = hdb.describe(latents, predicted_loras(hdb, atlas))
+    with torch.no_grad():
+        words = hdb.describe(latents, hdb.source(atlas.references))
     table = IdentityTable(len(latents), hdb.source.lightweight.requires_grad_(False))
     with torch.no_grad():
         table.tokens.copy_(hdb.source.tokens(atlas.references))
@@ -89,22 +87,23 @@ def main() -> None:
     parser.add_argument("--faithful", action="store_true")
     args = parser.parse_args()
     folder = Path("benchmarks/atlas")
-    atlas = load_atlas(folder, "validation").first(args.people)
+    atlas = load_atlas(folder, "validation").part(slice(args.people))
     if args.faithful:
         faithful(atlas)
         return
     hdb = HyperDreamBooth.from_pretrained("toon")
-    strangers = read_tensors(folder / "strangers.safetensors")[0]["embeddings"].float()
-    judges = Judges(*(Judge.from_pretrained(toon.directory(name)) for name in ("recogniser", "classifier")), strangers=strangers)
     rebuilt = torch.cat([hdb.backbone.decode_images(hdb.backbone.encode_images(part)) for part in atlas.truths.flatten(0, 1).split(64)])
     rows = {"true": atlas.truths[:, :, None], "reconstruction": rebuilt.unflatten(0, atlas.truths.shape[:2])[:, :, None]}
-    bench = Bench(hdb, atlas, judges, folder, "", extras=False)
+    bench = Bench(hdb, atlas, world_judges(folder), folder, "", extras=False)
     everyone, prompts = range(len(atlas.people)), range(len(atlas.prompts))
-    for name, loras in (("prediction", predicted_loras(hdb, atlas)), ("optimized tokens", optimized(hdb, atlas, args.steps))):
+    assert hdb.source is not None
+    with torch.no_grad():
+        predicted = hdb.source(atlas.references)
+    for name, loras in (("prediction", predicted), ("optimized tokens", optimized(hdb, atlas, args.steps))):
         for guided in (False, True):
             rows[name + (" + guidance" if guided else "")] = bench.draw(everyone, prompts, loras, guided)
     for name, images in rows.items():
-        figures = judge(images, atlas, judges)
+        figures = bench.judged(images)
         shown = ("rank1", "rank1_crowd", "context_seen", "context_held_out", "perceptual_distance")
         print(f"{name:30s}" + "  ".join(f"{key} {figures[key][0]:.3f}" for key in shown), flush=True)
 

@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import safetensors
 import torch
 
+from ..checkpoint import read_header
 from ..errors import InputError, some
 
 TEXT = {f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
 SAMPLING = {"unet", "transformer", "vae", "scheduler"} | TEXT
 """The components that a picture is drawn with, of any family."""
-WEIGHTS = re.compile(r"(?:diffusion_)?(?:pytorch_)?model(?P<tags>(?:[.-][\w-]+)*)\.safetensors", re.IGNORECASE)
+WEIGHTS = re.compile(r"(?:\w+_)?model(?P<tags>(?:[.-][\w-]+)*)\.safetensors", re.IGNORECASE)
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+"""safetensors' names of the types that weights may have."""
+NEEDED = {"tokenizer": ("tokenizer.json", "vocab.json", "spiece.model"), "scheduler": ("scheduler_config.json",)}
+"""Component -> files of which it needs one; a model needs its config.json."""
 VARIANTS = ("", "fp16", "bf16", "fp32")
 """Weights to prefer where a component comes in several variants; plain ones first, training's own (non_ema) last."""
 
@@ -45,7 +49,8 @@ def load_directory(folder: Path, dtype: torch.dtype, supported: Collection[str],
         raise InputError(f"{folder} is a {kind}; supported: {', '.join(supported)}.")
     parts = {name: value for name, value in index.items() if isinstance(value, list) and name not in without}
     needed = {name for name, value in parts.items() if name in SAMPLING and any(value) and (folder / name).is_dir()}
-    if lost := sorted((parts.keys() & SAMPLING) - TEXT - needed):
+    tokenizers = {name.replace("text_encoder", "tokenizer") for name in needed & TEXT} & parts.keys()
+    if lost := sorted((((parts.keys() & SAMPLING) - TEXT) | tokenizers) - needed):
         raise InputError(f"{folder} has no folder {lost[0]}, which its model_index.json names. Was it copied whole?")
     plain = {name: value for name, value in index.items() if name in needed or not isinstance(value, list)}
     # SD 3 runs without any two of its text encoders: diffusers wants to be told
@@ -62,6 +67,9 @@ def load_directory(folder: Path, dtype: torch.dtype, supported: Collection[str],
         lost = [key for key, tensor in found.items() if tensor.is_meta or ("text" in name and key.removeprefix("text_model.") not in given)]
         if lost:
             raise InputError(f"{folder / name} lacks {len(lost)} layers: {some(lost)}. Copy or download it again.")
+        denoiser = getattr(pipe, name) if name in ("unet", "transformer") and not packed(folder / name) else None
+        if denoiser and (more := sorted(tensors - denoiser.state_dict().keys())):
+            raise InputError(f"{folder / name} has layers that its config.json doesn't name, and that would be left out: {some(more)}.")
     return pipe
 
 
@@ -71,7 +79,11 @@ def link_component(folder: Path, target: Path) -> set[str]:
     for file in folder.iterdir():
         if file.suffix in (".json", ".txt", ".model") and ".safetensors" not in file.name:
             link(file, target / file.name)
-    if folder.name.startswith(("tokenizer", "scheduler")):
+    kind = re.sub(r"_\d$", "", folder.name)
+    needed = NEEDED.get(kind, ("config.json",))
+    if not any((target / name).exists() for name in needed):
+        raise InputError(f"{folder} has no {' or '.join(needed)}. Copy or download it again.")
+    if kind in NEEDED:
         return set()
     found: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(folder.iterdir()):
@@ -86,20 +98,29 @@ def link_component(folder: Path, target: Path) -> set[str]:
         what = f"a part of its shards ({found[best[0]][0].name} ...)" if found else "no .safetensors file (.bin, a pickle, isn't opened)"
         raise InputError(f"{folder} has {what}. Copy or download it again.")
     files = found[variant]
-    stem = re.split(r"[.-]", files[0].name)[0]
+    stem = "model" if kind == "text_encoder" else "diffusion_pytorch_model"
     shards: dict[str, str] = {}
     for number, file in enumerate(files, 1):
         name = f"{stem}.safetensors" if len(files) == 1 else f"{stem}-{number:05}-of-{len(files):05}.safetensors"
         link(file, target / name)
-        with safetensors.safe_open(file, framework="pt") as opened:
-            shards |= dict.fromkeys(opened.keys(), name)
+        entries = read_header(file)[0]
+        if not packed(folder) and (odd := [key for key, one in entries.items() if key.endswith("weight") and one.kind not in FLOATS]):
+            raise InputError(f"{file} is quantized ({odd[0]} is stored as {entries[odd[0]].kind}), and its config.json doesn't say how.")
+        shards |= dict.fromkeys(entries, name)
     if len(files) > 1:
         (target / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}), encoding="utf-8")
     return set(shards)
 
 
+def packed(folder: Path) -> bool:
+    """Whether a component was saved quantized."""
+    return "quantization_config" in (folder / "config.json").read_text(encoding="utf-8")
+
+
 def link(file: Path, target: Path) -> None:
-    """A link, or a copy where the system allows no links (Windows)."""
+    """A link, or a copy where the system allows no links (Windows). Raises InputError where the file itself is a link to nothing."""
+    if not file.exists():
+        raise InputError(f"{file} is a link to a file that isn't there ({file.readlink()}). Download it again.")
     try:
         target.symlink_to(file.resolve())
     except OSError:

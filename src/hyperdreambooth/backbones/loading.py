@@ -1,5 +1,6 @@
 """How a base is opened, and which family it is of."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .flow import Flow, Flux, StableDiffusion3
 from .quantized import check_library, quantized
 from .single_file import OTHERS, components, load_single_file, read_header, refuse_channels
 
+INDEX = "model_index.json"
 FAMILIES: dict[str, type[Backbone]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
@@ -106,9 +108,17 @@ def resolve_base(base: str | Path) -> str:
 
     if str(base) == "toon":
         return str(toon.directory("base"))
-    path = Path(base)
+    path, name = Path(base), re.sub(r"^https?://(huggingface\.co|hf\.co)/", "", str(base))
     if path.suffix.lower() in (".safetensors", ".sft", ".ckpt", ".gguf") and not path.exists():
         raise InputError(f"{base}: no such file.")
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise InputError(f"{base} has no model_index.json, so it isn't a base in diffusers' layout.")
-    return str(base)
+    if path.is_dir() and not (path / INDEX).is_file():
+        near = [
+            file.parent for file in (path.parent / INDEX, *path.glob(f"*/{INDEX}"), *path.glob(f"snapshots/*/{INDEX}")) if file.is_file()
+        ]
+        near += path.glob("*.safetensors")
+        advice = f" Give {near[0]}?" if near else ""
+        what = "a link to nothing as its" if (path / INDEX).is_symlink() else "no"
+        raise InputError(f"{base} has {what} {INDEX}, so it isn't a base in diffusers' layout.{advice}")
+    if not path.exists() and not re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", name):
+        raise InputError(f"{base}: there is no such file or directory, and a hub id has the form user/name.")
+    return str(base) if path.exists() else name

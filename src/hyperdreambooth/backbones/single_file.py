@@ -5,7 +5,7 @@ diffusers' converters turn into its own. They are run on the shapes of the heade
 before anything is loaded. CLIP's tokenizer is shipped. A denoiser alone (or GGUF) takes the rest from other files or directories.
 """
 
-import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from diffusers.loaders import single_file_utils as diffusers_names
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from .. import checkpoint
 from ..assets import clip
-from ..checkpoint import damaged
 from ..errors import InputError, some
 from ..progress import say
 from . import architectures
 from .architectures import BASES, text_names
-from .directory import load_directory
+from .directory import FLOATS, load_directory
 from .quantized import gguf_model, load_gguf, read_gguf
 
 MARKS: dict[str, str] = BASES["files"]["marks"]
@@ -34,9 +34,6 @@ TOWERS: dict[int, str] = {config["hidden_size"]: name for name, config in BASES[
 """Width of a CLIP text encoder -> its name: "clip_l", "clip_h" or "clip_g"."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 GGUF = ".gguf"
-MOST_HEADER = 100_000_000
-"""Bytes: safetensors' own limit."""
-FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 WIDTHS = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
 """The width of what a UNet's cross-attention reads tells the families apart."""
 TOKENIZER = ("spiece.model", "tokenizer.json")
@@ -44,6 +41,8 @@ T5_NAME = "google/t5-v1_1-xxl"
 SPOKEN: dict[str, str] = BASES["files"]["spoken"]
 OTHERS: dict[str, str] = BASES["files"]["others"]
 """What is in a tensor's name -> what a file is that has one."""
+NO_LAYERS = re.compile(r"(^|\.)(scale_input|input_scale|comfy_quant|scaled_fp8|v_pred|ztsnr)$")
+"""Names of tensors beside a denoiser's own."""
 FIRST_LAYERS = {"unet": ("input_blocks.0.0.weight", 4, 1), "sd3": ("x_embedder.proj.weight", 16, 1), "flux": ("img_in.weight", 16, 4)}
 """Denoiser -> its first layer, the channels of latents, and how many of that layer's inputs each channel takes."""
 
@@ -66,37 +65,32 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Names and shapes of a file's tensors, and its metadata. Raises InputError where it isn't whole safetensors."""
     if path.suffix.lower() == GGUF:
         return {key: Stored(path, key, *about) for key, about in read_gguf(path).items()}, {}
-    if path.suffix.lower() in PICKLES:
-        raise InputError(f"{path}: only .safetensors is opened (a pickle, as in .ckpt, .pt, .bin, can run any code). Convert it first.")
     try:
-        # by hand, for safetensors maps the whole file into memory first, which fails for one that is larger than what is free
-        with path.open("rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(start - 8, MOST_HEADER)))
-        metadata = header.pop("__metadata__", {})
-        end = max((one["data_offsets"][1] for one in header.values()), default=0)
-        if path.stat().st_size != start + end:
-            raise ValueError(f"{path.stat().st_size:,} bytes instead of {start + end:,}")
-        stored = {}
-        for key, one in header.items():
-            scales = (f"{key.removesuffix('.weight')}.{name}" for name in ("scale_weight", "weight_scale"))
-            stored[key] = Stored(path, key, tuple(one["shape"]), one["dtype"], next((scale for scale in scales if scale in header), None))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise damaged(path, error) from error
+        header, metadata = checkpoint.read_header(path)
+    except InputError as error:
+        if path.suffix.lower() not in PICKLES:
+            raise
+        what = f"{path}: only .safetensors is opened (a pickle, as in .ckpt, .pt, .bin, can run any code). Convert it first."
+        raise InputError(what) from error
+    stored = {}
+    for key, one in header.items():
+        scales = (f"{key.removesuffix('.weight')}.{name}" for name in ("scale_weight", "weight_scale"))
+        fits = (scale for scale in scales if scale in header and math.prod(header[scale].shape) in (1, *one.shape[:1]))
+        stored[key] = Stored(path, key, *one, next(fits, None))
     return stored, metadata
 
 
 def components(stored: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
     """The models in a file, by name ("unet", "sd3", "flux", "vae", "clip_l", "clip_g", "clip_h", "t5"): their tensors without the prefix."""
     found: dict[str, dict[str, Stored]] = {}
-    for kind, mark in MARKS.items():
-        matches = (re.match(rf"((?:.*?\.)??){mark}", key) for key in stored)
-        for prefix in dict.fromkeys(match[1] for match in matches if match):
-            if "vis" in prefix:  # the other half of CLIP, which some files keep
-                continue
-            tensors = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
-            width = next((value.shape[-1] for key, value in tensors.items() if key.endswith(("q_proj.weight", "attn.in_proj_weight"))), 0)
-            found.setdefault(TOWERS.get(width, kind) if "clip" in kind else kind, tensors)
+    matches = ((kind, re.match(rf"((?:.*?\.)??){mark}", key)) for kind, mark in MARKS.items() for key in stored)
+    models = dict.fromkeys((kind, match[1]) for kind, match in matches if match and "vis" not in match[1])  # CLIP has another half
+    others = tuple({prefix for _, prefix in models} - {""})
+    for kind, prefix in models:
+        own = (key for key in stored if (key.startswith(prefix) if prefix else not key.startswith(others)))
+        tensors = {key.removeprefix(prefix): stored[key] for key in own}
+        width = next((value.shape[-1] for key, value in tensors.items() if key.endswith(("q_proj.weight", "attn.in_proj_weight"))), 0)
+        found.setdefault(TOWERS.get(width, kind) if "clip" in kind else kind, tensors)
     return found
 
 
@@ -144,8 +138,10 @@ def fitted(kind: str, stored: Mapping[str, Stored], model: nn.Module, dtype: tor
     """A model's whole state dict, in `dtype` or as shapes; GGUF stays packed. Raises InputError where layers are missing or differ."""
     path, wanted = next(iter(stored.values())).path, model.state_dict()
     packed = path.suffix.lower() == GGUF and kind in FIRST_LAYERS
+    scales = {one.scale for one in stored.values()}
     for key, one in stored.items():
-        if key.endswith("weight") and one.kind not in FLOATS and not packed:
+        side = one.key not in scales and re.search(r"scale_inv$|weight_scale|scale_weight|\.weight\.", key)
+        if side or (key.endswith("weight") and one.kind not in FLOATS and not packed):
             what = f"{path} is quantized ({key} of its {SPOKEN.get(kind, kind)} is stored as {one.kind})"
             raise InputError(f"{what}. Give the file in fp16, bf16 or fp8; a denoiser may be GGUF, too.")
     try:
@@ -157,6 +153,11 @@ def fitted(kind: str, stored: Mapping[str, Stored], model: nn.Module, dtype: tor
         found["text_projection.weight"] = torch.eye(size, dtype=dtype, device="meta" if dtype is None else "cpu")
     if missing := [key for key in wanted if key not in found]:
         raise InputError(f"{path} lacks {len(missing)} layers of its {kind}: {some(missing)}. Is it pruned? Give a full checkpoint.")
+    model_own = (one for key, one in stored.items() if one.key not in scales and not NO_LAYERS.search(key))
+    more = sum(math.prod(one.shape) for one in model_own) - sum(tensor.numel() for tensor in wanted.values())
+    if more > 0 and kind in FIRST_LAYERS and dtype is None:
+        what = f"has {more:,} numbers in its {kind} that no base of this kind has: layers that would be left out"
+        raise InputError(f"{path} {what}. It is another kind of model, or has one more in it.")
     if packed and dtype is not None:  # the shapes were looked at before
         return {key: found[key] for key in wanted}
     for key, tensor in wanted.items():
@@ -202,24 +203,29 @@ def refuse_channels(channels: int, latent: int, name: object) -> None:
         raise InputError(f"{name} is {what}; only text-to-image bases are supported.")
 
 
-def prediction_of(path: Path, stored: Mapping[str, Stored], header: Mapping[str, str]) -> tuple[str | None, bool]:
+def prediction_of(path: Path, stored: Mapping[str, Stored], header: Mapping[str, str], given: str) -> tuple[str | None, bool]:
     """What a checkpoint says of itself: "epsilon" or "v_prediction" (None: nothing), and whether its noise goes up to pure noise (zero SNR).
 
-    In this order: the header's `modelspec.prediction_type`, the tensors `v_pred` and `ztsnr`, a YAML file beside it.
+    In this order: what is `given` but "auto", the header's `modelspec.prediction_type`, the tensors `v_pred` and `ztsnr`, a YAML file beside it.
+    Raises InputError for another kind.
     """
-    said, zero = "v" if "v_pred" in stored else None, "ztsnr" in stored
+    marks = {key.rpartition(".")[2] for key in stored}
+    said, zero = "v" if "v_pred" in marks else None, "ztsnr" in marks
     beside = (path.with_suffix(".yaml"), path.with_suffix(".yml"), path.with_name(f"{path.name}.yaml"))
     if file := next((file for file in beside if file.is_file()), None):
         try:
             params = diffusers_names.fetch_original_config(str(file))["model"]["params"]
             scaling = params.get("denoiser_config", {}).get("params", {}).get("scaling_config", {}).get("target", "")
         except Exception as error:
-            raise InputError(f"{file}, beside the checkpoint, is no config of one ({error}). Move it away.") from error
+            said_by = str(error).splitlines()[0]
+            raise InputError(f"{file}, beside the checkpoint, is no config of one ({said_by}). Move it away.") from error
         if "EDM" in scaling:
             raise InputError(f"{path} is an EDM checkpoint, as {file.name} says, which can't be trained on here.")
         said = said or str(params.get("parameterization", "v" if scaling.endswith("VScaling") else "eps"))
         zero |= any(params.get(key) for key in ("zero_snr", "ztsnr", "use_ztsnr", "zero_terminal_snr", "use_zero_snr"))
-    said = header.get("modelspec.prediction_type") or said
+    said = given if given != "auto" else str(header.get("modelspec.prediction_type") or said or "").lower()
+    if said and not said.startswith(("v", "eps")):
+        raise InputError(f"{path} says that it predicts {said}, which can't be trained on here. If it doesn't, give --prediction.")
     return said and ("v_prediction" if said.startswith("v") else "epsilon"), zero
 
 
@@ -264,7 +270,11 @@ def load_single_file(
     given: dict[str, Any] = {}
     for source in more:
         if source.is_file():
-            parts = components(read_header(source)[0]) | parts
+            held = {name: part for name, part in components(read_header(source)[0]).items() if name not in FIRST_LAYERS}
+            if not held:
+                what = "no text encoder or autoencoder by the names that they were first published with"
+                raise InputError(f"--parts {source} holds {what}. Of files in diffusers' layout give the base's whole directory.")
+            parts |= held
         elif (source / "model_index.json").is_file():
             whole = load_directory(source, dtype, [pipeline], without=("unet", "transformer", "scheduler"))
             given = {name: part for name, part in whole.components.items() if part is not None and name != "scheduler"} | given
@@ -289,10 +299,8 @@ def load_single_file(
                 module.register_buffer("position_ids", torch.arange(module.position_embedding.num_embeddings)[None], persistent=False)
         given[name] = model
     unet: Any = given.get("unet")
-    said, zero_snr = prediction_of(path, stored, header)
-    if prediction != "auto":
-        said = prediction
-    elif said is None and unet is not None and (said := predicts(unet.to(device))) != "epsilon":
+    said, zero_snr = prediction_of(path, stored, header, prediction) if unet is not None else (None, False)
+    if not said and unet is not None and (said := predicts(unet.to(device))) != "epsilon":
         said = said or ("v_prediction" if kind == "sd21" else "epsilon")
         say(f"{path.name} doesn't say what it predicts; its UNet seems to predict {said}. If pictures are noise, give --prediction.")
     if kind == "flux":

@@ -70,7 +70,7 @@ def run_targets(args: Targets) -> None:
 
 @dataclass
 class Evaluate(Request, Command):
-    """Measure fidelity on people that were never trained on: identity, context, copying; a JSON and a table.
+    """Measure fidelity on people that were never trained on: identity, context, copying; figures, a table and a report.
 
     hyperdreambooth evaluate -o fidelity.json
     hyperdreambooth evaluate --split validation --people 20 --rows prediction -o quick.json

@@ -12,7 +12,7 @@ class Request:
     """The flags that decide what is measured."""
 
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """The JSON file to write; rows that are in it already are kept."""
+    """The JSON file to write; what is in it already is kept."""
     split: Literal["validation", "test"] = "test"  # Choices are made on validation; test is for reporting.
     atlas: Path = Path("benchmarks/atlas")  # References and true renders.
     people: int | Path | None = None
@@ -26,11 +26,12 @@ class Request:
     judges: tuple[str, ...] = ()
     """Who tells whether people of a folder are themselves, each with figures of its own: dlib (extra `judges`; the default), clip:ID,
     dino:ID, or ID: a folder or hub id of a vision model of transformers; toon: the embedded recognizer."""
-    rows: tuple[str, ...] = ()  # Only these rows.
     faithful: Path | None = None  # A faithful hypernetwork to compare with; default: benchmarks/faithful, where it exists.
     pictures: int = 1  # Pictures a prompt.
-    methods: tuple[str, ...] = ()  # Compare methods instead: "all", or some of them by name, each with its settings as they were searched.
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--rows"])] = ()
+    """By name, or "ours": this project's own ways (the default), or "all": what they are compared with too, each with its settings as they
+    were searched (the default for photos, --quick and --search)."""
     search: bool = False  # Search learning rate, noise levels and steps of the methods instead; on validation people.
     settings: Path | None = None  # A search's JSON: what it found best is what the methods run with.
     quick: bool = False  # All methods on two people with ten steps each: does it run?
-    overwrite: bool = False  # Measure all rows again.
+    overwrite: bool = False  # Measure everything again.

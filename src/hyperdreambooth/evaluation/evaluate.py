@@ -1,12 +1,15 @@
-"""The protocol: one reference of each person, the same prompts and seeds for every row, judged by the embedded judges."""
+"""The protocol: who is measured, by which prompts, and what makes two measurements comparable.
+
+People of the embedded world come with the right answer to every prompt; people of a folder of photos with as many photos as there are.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +20,31 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from .. import __version__
+from .. import __version__, assets, photos
 from ..api import HyperDreamBooth
-from ..checkpoint import read_json
-from ..errors import InputError
-from ..lora import LoraSet
-from . import metrics
-from .judges import Judge
+from ..assets import toon
+from ..checkpoint import read_json, read_tensors
+from ..data import decoded
+from ..errors import InputError, refusing
+from ..folders import list_identities
+from ..personal_lora import PLACEHOLDER
+from ..progress import say
+from .judges import Embeds, Judge
 
 GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": "off", "context_guidance": 3.0, "context_until": 0.5}
-"""How pictures are drawn: prompt guidance as low as the base still leaves out what wasn't asked for."""
+"""How pictures of the world's people are drawn: prompt guidance as low as the base still leaves out what wasn't asked for."""
 
 IDENTITY_GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": 1.5, "identity_until": 0.3}
-"""The same of the rows with identity guidance."""
+"""What differs for methods with identity guidance; of other bases the guidance stays what it is."""
 
-LOOKALIKES = 20  # Each person's nearest of the gallery, among whom to be told apart is hardest.
+LISTS = read_json(Path(assets.__file__).parent / "prompts.json")
+"""Prompts of papers, by the names that --prompts takes."""
 
 
 @dataclass
 class Atlas:
-    """References, gallery and right answers of N people who were never trained on, and P prompts; pictures are (…, 3, H, W) in -1..1."""
+    """N people who were never trained on, and P prompts; pictures are (…, 3, H, W) in -1..1. People on photos have no gallery picture and
+    no right answers."""
 
     references: Tensor  # (N, 3, H, W): the one photo that is given.
     gallery: Tensor  # (N, 3, H, W): another plain picture of each, to be recognized by.
@@ -44,17 +52,13 @@ class Atlas:
     prompts: list[str]
     asked: list[dict[str, str]]  # What each prompt asks for, by kind of context.
     seen: list[bool]  # Whether hypernetworks trained on a prompt's context, or it was held out.
-    people: list[int]
+    people: Sequence[int | str]  # Numbers of the world's people, names of those on photos.
 
-    def first(self, count: int | None) -> Atlas:
-        """Only the first people."""
-        few: dict[str, Any] = {name: getattr(self, name)[:count] for name in ("references", "gallery", "truths", "people")}
-        return dataclasses.replace(self, **few)
-
-    def only(self, prompts: Sequence[int]) -> Atlas:
-        """Only these prompts, by number."""
-        few: dict[str, Any] = {name: [getattr(self, name)[prompt] for prompt in prompts] for name in ("prompts", "asked", "seen")}
-        return dataclasses.replace(self, truths=self.truths[:, list(prompts)], **few)
+    def part(self, people: slice = slice(None), prompts: slice = slice(None)) -> Atlas:
+        """Some of the people and prompts."""
+        few: dict[str, Any] = {name: getattr(self, name)[people] for name in ("references", "gallery", "people")}
+        few |= {name: getattr(self, name)[prompts] for name in ("prompts", "asked", "seen")}
+        return dataclasses.replace(self, truths=self.truths[people, prompts], **few)
 
 
 def load_atlas(folder: str | Path, split: str) -> Atlas:
@@ -75,69 +79,78 @@ def load_atlas(folder: str | Path, split: str) -> Atlas:
 class Judges:
     """Who measures. `training` (M, D) are embeddings of training people, `strangers` (K, D) of people who fill the gallery up."""
 
-    recogniser: Judge
-    classifier: Judge
-    training: Tensor | None = None
-    strangers: Tensor | None = None
+    eyes: Mapping[str, Embeds]  # Who tell people apart, by what the names of their figures begin with: "" is the world's own.
+    classifier: Judge | None = None  # Of the world whose right answers are known.
+    training: Tensor = field(default_factory=lambda: torch.zeros(0))
+    strangers: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
-def predicted_loras(hdb: HyperDreamBooth, atlas: Atlas) -> LoraSet:
-    """The hypernetwork's update of every person, batched."""
-    assert hdb.source is not None
-    with torch.no_grad():
-        tokens = torch.cat([hdb.source.tokens(part.to(hdb.device)) for part in atlas.references.split(32)])
-        return hdb.source.lightweight(tokens).detach()
+def world_judges(folder: str | Path) -> Judges:
+    """The embedded judges, with what an atlas's folder holds of training people and strangers."""
+    files = {name: Path(folder) / f"{name}.safetensors" for name in ("training", "strangers")}
+    known = {name: read_tensors(file)[0]["embeddings"].float() for name, file in files.items() if file.is_file()}
+    recogniser, classifier = (Judge.from_pretrained(toon.directory(name)) for name in ("recogniser", "classifier"))
+    return Judges({"": recogniser}, classifier, **known)
 
 
-def judge(images: Tensor, atlas: Atlas, judges: Judges) -> dict[str, Any]:
-    """All figures of one row of pictures (N, P, k, 3, H, W), each as [mean, low, high] of a 95 % interval over people.
+def read_prompts(name: str) -> list[str]:
+    """The prompts of a paper, or of a text file, one a line. Raises InputError for one that doesn't name the person."""
+    if name in LISTS:
+        return list(LISTS[name]["prompts"])
+    what = f"{name} is no list of prompts ({', '.join(LISTS)}), nor a UTF-8 text file with one a line"
+    with refusing(what, OSError, UnicodeDecodeError):
+        lines = [line.strip() for line in Path(name).read_text("utf-8-sig").splitlines()]
+    without = [f"{name}, line {number}: {line!r}" for number, line in enumerate(lines, 1) if line and PLACEHOLDER not in line]
+    if without or not any(lines):
+        raise InputError(f"{(without or [name])[0]} doesn't name the person. Write {PLACEHOLDER} where the person belongs.")
+    return [line for line in lines if line]
 
-    The N are the first of the atlas's people; the others fill the gallery up.
+
+def list_people(folder: Path) -> dict[str, list[Path]]:
+    """Everybody's photos. Raises InputError where fewer than two people have the two that are needed."""
+    named = list_identities(folder)
+    if (able := sum(len(files) > 1 for files in named.values())) < 2:
+        raise InputError(f"{folder}: {able} of its people have two photos or more, and two such people are needed. Give each a folder.")
+    return named
+
+
+def read_people(
+    named: Mapping[str, Sequence[Path]], size: int, judges: Mapping[str, Embeds]
+) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
+    """The first photo of each of N people (N, 3, size, size) in -1..1, and by name what each judge sees in all of theirs (k, D).
+
+    They are cropped as `personalize` does. Who has fewer than two that can be read, or no face for a judge, is named and left out.
+    Raises InputError where fewer than two people remain.
     """
-    gallery = judges.recogniser.embed(atlas.gallery)
-    atlas = dataclasses.replace(atlas.first(len(images)), gallery=atlas.gallery)
-    references = judges.recogniser.embed(atlas.references)
-    truths = judges.recogniser.embed(atlas.truths.flatten(0, 1)).unflatten(0, atlas.truths.shape[:2])
-    embedded = judges.recogniser.embed(images.flatten(0, 2)).unflatten(0, images.shape[:3])
-    order = metrics.ranks(embedded, gallery)
-    crowd = gallery if judges.strangers is None else torch.cat([gallery, judges.strangers])
-    answers = atlas.truths[:, :, None].expand_as(images)
-    asked = [atlas.asked[prompt] for _ in atlas.people for prompt in range(len(atlas.prompts)) for _ in range(images.shape[2])]
-    right = metrics.context_right(judges.classifier.classify(images.flatten(0, 2)), asked).reshape(images.shape[:3])
-    seen = torch.tensor(atlas.seen)
-    values = {
-        "rank1": (order == 0).float(),
-        "top5": (order < 5).float(),
-        "rank1_crowd": (metrics.ranks(embedded, crowd) == 0).float(),
-        "rank1_lookalikes": (metrics.lookalike_ranks(embedded, crowd, LOOKALIKES) == 0).float(),
-        "auc": metrics.auc(embedded, gallery),
-        "similarity": metrics.similarity(embedded, gallery[: len(images)]),
-        "context": right,
-        "pixel_distance": (images - answers).abs().mean((-3, -2, -1)) / 2,
-        "perceptual_distance": judges.classifier.distance(images.flatten(0, 2), answers.flatten(0, 2)).reshape(images.shape[:3]),
-        "feature_distance": 1 - (embedded * truths[:, :, None]).sum(-1),
-        "psnr": metrics.psnr(images, answers),
-    }
-    for name, which in (("seen", seen), ("held_out", ~seen)):
-        values |= {f"{figure}_{name}": values[figure][:, which] for figure in ("rank1", "context")}
-    if judges.training is not None:
-        values["copied"] = metrics.copied(embedded, references, judges.training)
-    return rounded({name: value for name, value in values.items() if value.numel()})
+    files = [(name, file) for name, group in named.items() for file in group]
+    images: dict[str, list[Any]] = {name: [] for name in named}
+    for some in decoded([file for _, file in files], size, "auto", 16):
+        for index, image in some.items():
+            images[files[index][0]].append(image)
+    first, seen = [], {}
+    for name, mine in images.items():
+        pixels = photos.to_tensor(mine) if len(mine) > 1 else torch.zeros(0)
+        found = {label: judge.embed(pixels) for label, judge in judges.items() if len(mine) > 1}
+        blind = [label for label, vectors in found.items() if vectors[0].isnan().any() or vectors[1:].isnan().any(1).all()]
+        if blind or len(mine) < 2:
+            faceless = f"{''.join(blind[:1])} finds no face in the first, or in none of the others"
+            why = faceless if blind else "two photos are needed, one to personalize"
+            say(f"{name} is left out, with {len(mine)} that can be read: {why}.")
+            continue
+        first.append(pixels[0])
+        seen[name] = found
+    if len(seen) < 2:
+        raise InputError(f"{len(seen)} people are left, and two are needed to be told apart. Give more people two photos that can be read.")
+    return torch.stack(first), seen
 
 
-def rounded(values: dict[str, Tensor]) -> dict[str, Any]:
-    """Means and 95 % intervals, as they are written down."""
-    return {name: [round(float(figure), 4) for figure in metrics.interval(value)] for name, value in values.items()}
-
-
-def fingerprint(hdb: HyperDreamBooth, atlas: Atlas, judges: Judges | None = None) -> str:
-    """Changes with any weight or picture that a figure depends on: rows of different weights must never share a table."""
-    digest = hashlib.sha256()
-    modules = [hdb.backbone.components, hdb.backbone.pipe.vae, *((judges.recogniser, judges.classifier) if judges else ())]
-    modules += [hdb.source] if hdb.source is not None else []
+def fingerprint(hdb: HyperDreamBooth, atlas: Atlas, judges: Judges) -> str:
+    """Changes with any weight or picture that a figure depends on: figures of different weights must never share a table."""
+    digest, world = hashlib.sha256(), judges.classifier is not None
+    measuring = [*judges.eyes.values(), judges.classifier] if world else []  # on photos, whoever judges is named beside the figures
+    modules: list[Any] = [hdb.backbone.components, hdb.backbone.pipe.vae, *measuring, *([hdb.source] if hdb.source is not None else [])]
     tensors = [tensor for module in modules for tensor in module.state_dict().values()]
-    tensors += [atlas.references, atlas.gallery, atlas.truths]
-    tensors += [known for known in (judges.training, judges.strangers) if known is not None] if judges else []
+    tensors += [atlas.references, atlas.gallery, atlas.truths, judges.training, judges.strangers]
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

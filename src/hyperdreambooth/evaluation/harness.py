@@ -6,6 +6,7 @@ time with all methods: whenever it ends, the figures are of the same people for 
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,26 +15,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from .. import photos
 from ..api import HyperDreamBooth
-from ..checkpoint import read_tensors, save_tensors
+from ..checkpoint import read_json, read_tensors, save_tensors
 from ..errors import InputError
 from ..lora import LoraSet
 from ..personal_lora import PLACEHOLDER
 from ..progress import say
 from ..sampling import generate
-from ..settings import GenerateConfig
+from ..settings import GenerateConfig, updated
 from ..stages.dreambooth import Subject, prior_latents
-from . import metrics, report
-from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, Atlas, Judges, judge, predicted_loras, rounded
+from . import metrics
+from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, Atlas, Judges
+from .judges import Dlib, Vision
 from .methods import LEVELS, METHODS, Method, train
 
 PLAIN = "a face"  # Names nobody: whoever is seen in its pictures has leaked.
+LOOKALIKES = 20  # Each person's nearest of the gallery, among whom to be told apart is hardest.
 MARKS = (5, 10, 25, 50, 100, 200)  # Steps after which the curves' methods are looked at.
 CURVES = ("DreamBooth", "DreamBooth-LoRA 4", "hypernetwork + fine-tuning")
 SCORE = "perceptual_distance"  # What a search minimizes: the distance to the true render counts the person and the context alike.
+PIXEL = "pixel"  # Thumbnails of 16 x 16 pixels, which are compared beside what judges see in photos.
+
+
+def named(judge: str, figure: str) -> str:
+    """A judge's figure; those of the world's own judges have no prefix."""
+    return f"{judge}.{figure}".removeprefix(".")
 
 
 @dataclass
@@ -43,18 +53,18 @@ class Bench:
 
     hdb: HyperDreamBooth
     atlas: Atlas
-    judges: Judges | None  # Of a world whose right answers are known.
+    judges: Judges
     cache: Path
     stamp: str
     faithful: HyperDreamBooth | None = None
     faithful_stamp: str = ""
     count: int = 1  # Pictures a prompt.
     extras: bool = True  # Whether to draw nobody's face and the plain person too: a search doesn't need them.
-    main: str = "similarity"  # The figure of the curves.
     drawn: GenerateConfig | None = None  # How pictures are drawn, where it isn't GUIDANCE.
-    names: Sequence[str] = ()  # Of people on photos.
+    folk: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # What `read_people` saw in people's photos.
     texts: dict[tuple[int, bool], str] = field(default_factory=dict)
-    tuned: dict[str, LoraSet] = field(default_factory=dict)  # The last people's updates: a guided row draws those of the row before it.
+    tuned: dict[str, LoraSet] = field(default_factory=dict)  # The last people's updates: a guided method draws those of the one before it.
+    looks: dict[Path, dict[str, Tensor]] = field(default_factory=dict, init=False)  # What `look` gave, by file.
 
     @property
     def prompts(self) -> list[str]:
@@ -68,15 +78,25 @@ class Bench:
     def steps(self, method: Method) -> int:
         return method.steps or (self.hdb.personalize_config().steps if method.kind == "relaxed" else 0)
 
+    def lacks(self, method: Method) -> str:
+        """What a method would need that isn't there, or ""."""
+        if method.kind in ("true", "reconstruction") and not self.atlas.truths.numel():
+            return "photos have no right answers"
+        if method.kind in ("prediction", "relaxed") and not (self.faithful if method.faithful else self.hdb.source):
+            return f"there is no such hypernetwork for {self.hdb.base}: name one with --{'faithful' if method.faithful else 'hypernetwork'}"
+        full = method.kind == "full" and self.hdb.backbone.denoiser.dtype != torch.float32
+        return "all weights are trained, which needs --dtype float32" if full else ""
+
     def people(self, method: Method, who: Sequence[int]) -> tuple[Subject | None, LoraSet | None]:
         """The people's photos, where they are trained on, with what they show in words; and what the hypernetwork predicts of them.
 
         The base alone tells what a photo shows, unless the method begins with a prediction.
         """
         predicted, photo = None, self.atlas.references[list(who)]
-        if helped := method.kind in ("prediction", "relaxed"):
-            hdb = self.faithful if method.faithful and self.faithful else self.hdb
-            predicted = predicted_loras(hdb, dataclasses.replace(self.atlas, references=photo))
+        source = (self.faithful if method.faithful and self.faithful else self.hdb).source
+        if (helped := method.kind in ("prediction", "relaxed")) and source is not None:
+            with torch.no_grad():
+                predicted = source(photo.to(self.hdb.device)).detach()
         if not self.steps(method):
             return None, predicted
         latents = self.hdb.backbone.encode_images(photo).float()
@@ -95,7 +115,8 @@ class Bench:
         jobs = [(index, prompt, number) for index in range(len(who)) for prompt in prompts for number in range(self.count)]
         mine = loras.select(torch.tensor([index for index, _, _ in jobs], device=self.hdb.device)) if loras else None
         texts = [self.prompts[prompt].replace(PLACEHOLDER, self.hdb.identifier) for _, prompt, _ in jobs]
-        config = self.drawn or dataclasses.replace(self.hdb.generate_config(), **(IDENTITY_GUIDANCE if guided else GUIDANCE), batch=40)
+        config = self.drawn or dataclasses.replace(self.hdb.generate_config(), **GUIDANCE, batch=40)
+        config = dataclasses.replace(config, **{**IDENTITY_GUIDANCE, "guidance": config.guidance}) if guided else config
         seeds = [who[index] * 1000 + prompt * 10 + number for index, prompt, number in jobs]
         drawn = generate(self.hdb.backbone, texts, seeds, config, personal=mine)
         if not drawn.isfinite().all():
@@ -115,10 +136,9 @@ class Bench:
         return [person for person in who if not all(self.file(name, method, step, person).is_file() for step in steps)]
 
     def make(self, name: str, method: Method, who: Sequence[int], marks: Sequence[int] = ()) -> None:
-        """Personalizes the people that aren't in the cache. Draws them at the end, and every second prompt after `marks` steps."""
-        end, begins = self.steps(method), method.kind == "relaxed"
-        wanted = [*sorted(mark for mark in marks if mark < end and (mark or begins)), end]
-        missing = self.missing(name, method, who, wanted)
+        """Personalizes the people that aren't in the cache. Draws them at the end, and by the atlas's prompts alone after `marks` steps."""
+        end = self.steps(method)
+        missing = self.missing(name, method, who, (*marks, end))
         if method.kind in ("full", "words") and len(missing) > 1:
             for person in missing:
                 self.make(name, method, [person], marks)
@@ -129,7 +149,7 @@ class Bench:
         same = f"{dataclasses.replace(method, guided=False)} {missing}"
 
         def keep(step: int, loras: LoraSet | None) -> None:
-            shown = range(len(self.prompts)) if step == end or not self.extras else range(0, len(self.atlas.prompts), 2)
+            shown = range(len(self.prompts if step == end else self.atlas.prompts))
             drawn = ((self.draw(missing, shown, loras, method.guided).cpu() + 1) * 127.5).round().to(torch.uint8)
             for person, pictures in zip(missing, drawn, strict=True):
                 save_tensors(self.file(name, method, step, person), {"pictures": pictures})
@@ -139,80 +159,158 @@ class Bench:
             keep(end, self.tuned[same])
             return
         subject, predicted = self.people(method, missing)
-        if 0 in wanted:
+        if 0 in (*marks, end):
             keep(0, predicted)
         if subject is not None:
-            train(self.hdb, method, subject, predicted, wanted, keep)
+            train(self.hdb, method, subject, predicted, (*marks, end), keep)
 
-    def pictures(self, name: str, method: Method, step: int, people: int, first: int = 0) -> Tensor:
-        """What `make` drew of people from `first` to before `people`: (people, prompts, count, 3, H, W) in -1..1."""
-        truths = self.atlas.truths[first:people, :, None]
-        if method.kind == "true":
-            return truths
-        if method.kind == "reconstruction":
-            backbone, flat = self.hdb.backbone, truths.flatten(0, 2)
-            parts = [backbone.decode_images(backbone.encode_images(part)).cpu() for part in flat.split(64)]
-            return torch.cat(parts).reshape(truths.shape)
-        files = [self.file(name, method, step, person) for person in range(first, people)]
-        return torch.stack([read_tensors(file)[0]["pictures"] for file in files]).float() / 127.5 - 1
+    def pictures(self, name: str, method: Method, step: int, person: int) -> Tensor:
+        """What `make` drew of a person: (prompts, count, 3, H, W) in -1..1."""
+        truths, backbone = self.atlas.truths[person], self.hdb.backbone
+        if method.kind in ("true", "reconstruction"):
+            return (truths if method.kind == "true" else backbone.decode_images(backbone.encode_images(truths)).cpu())[:, None]
+        return read_tensors(self.file(name, method, step, person))[0]["pictures"].float() / 127.5 - 1
 
-    def alike(self, pictures: Tensor) -> Tensor:
-        """Cosine of pictures (N, k, 3, H, W) to the first N people's gallery pictures: (N, k)."""
-        assert self.judges is not None
-        embedded = self.judges.recogniser.embed(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
-        return metrics.similarity(embedded, self.judges.recogniser.embed(self.atlas.gallery[: len(pictures)]))
+    @cached_property
+    def known(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """What each judge sees in people's own photos: the one that is given (N, D), the mean of the others (N, D), and how near both are (N,)."""
+        found = {}
+        for label, eye in self.judges.eyes.items():
+            each = [seen[label] for seen in self.folk.values()]
+            each = each or list(torch.stack([eye.embed(self.atlas.references), eye.embed(self.atlas.gallery)], 1))
+            others = [vectors[1:][vectors[1:].isfinite().all(1)] for vectors in each]
+            near = torch.stack([(rest @ vectors[0]).mean() for rest, vectors in zip(others, each, strict=True)])
+            gallery = nn.functional.normalize(torch.stack([rest.mean(0) for rest in others]), dim=-1)
+            found[label] = torch.stack([vectors[0] for vectors in each]), gallery, near
+        return found
 
-    def figures(self, name: str, method: Method, step: int, people: int) -> dict[str, Any]:
-        """All figures of the first people, each as [mean, low, high] of a 95 % interval over people."""
-        assert self.judges is not None
-        pictures, count = self.pictures(name, method, step, people), len(self.atlas.prompts)
-        atlas = self.atlas if pictures.shape[1] >= count else self.atlas.only(range(0, count, 2))
-        found = judge(pictures[:, :count], atlas, self.judges)
-        if pictures.shape[1] <= count:
-            return found
-        base = self.pictures("base", METHODS["base"], 0, people)[:, count : count + 2, 0]
-        nobody, twice, distance = pictures[:, count : count + 2, 0], pictures[:, count + 2 :, 0], self.judges.classifier.distance
-        values = {
-            "leakage": self.alike(nobody) - self.alike(base),
-            "prior_drift": distance(nobody.flatten(0, 1), base.flatten(0, 1)).unflatten(0, (people, 2)),
-            "diversity": distance(twice[:, 0], twice[:, 1]),
+    def look(self, pictures: Tensor, person: int, base: Tensor | None = None) -> dict[str, Tensor]:
+        """What judges see in one person's pictures (prompts, count, 3, H, W): vectors (prompts, count, D) by judge, and figures (..., count).
+
+        Args:
+            base: the base's own pictures of nobody, where `pictures` go on with nobody's and the plain person's.
+        """
+        count, each, found = len(self.atlas.prompts), pictures.shape[1], dict[str, Tensor]()
+        shown = (pictures if base is None else torch.cat([pictures, base])).flatten(0, 1)
+        vectors = {label: eye.embed(shown) for label, eye in self.judges.eyes.items()}
+        if not self.judges.classifier:
+            small = nn.functional.adaptive_avg_pool2d(shown, 16).flatten(1)
+            vectors[PIXEL] = nn.functional.normalize(small - small.mean(1, keepdim=True), dim=-1)
+        for label, seen in vectors.items():
+            mine, nobody, twice, before = seen.unflatten(0, (-1, each)).tensor_split((count, count + 2, count + 4))
+            found[label], eye = mine, self.judges.eyes.get(label)
+            if isinstance(eye, Vision) and eye.clip:
+                texts = eye.embed_texts([" ".join(prompt.replace(PLACEHOLDER, " ").split()) for prompt in self.atlas.prompts])
+                found[named(label, "prompt")] = (mine * texts[:, None]).sum(-1)
+            if eye and base is not None:
+                found[named(label, "leakage")] = (nobody - before) @ self.known[label][1][person]
+            if label and base is not None and not isinstance(eye, Dlib):  # it looks at nothing but faces
+                found[named(label, "prior_drift")] = (1 - (nobody * before).sum(-1)).clamp(min=0)
+                found[named(label, "diversity")] = (1 - (twice[:1] * twice[1:]).sum(-1)).clamp(min=0)
+        if judge := self.judges.classifier:
+            mine, nobody, twice = (part.flatten(0, 1) for part in pictures.tensor_split((count, count + 2)))
+            answers = self.atlas.truths[person].repeat_interleave(each, 0)
+            values = {
+                "context": metrics.context_right(judge.classify(mine), [one for one in self.atlas.asked for _ in range(each)]),
+                "pixel_distance": (mine - answers).abs().mean((1, 2, 3)) / 2,
+                "perceptual_distance": judge.distance(mine, answers),
+                "feature_distance": 1 - (found[""].flatten(0, 1) * self.judges.eyes[""].embed(answers)).sum(-1),
+                "psnr": metrics.psnr(mine, answers),
+            }
+            if base is not None:
+                values["prior_drift"] = judge.distance(nobody, base.flatten(0, 1))
+                values["diversity"] = judge.distance(twice[:each], twice[each:])
+            found |= {name: value.unflatten(0, (-1, each)) for name, value in values.items()}
+        return found
+
+    def looked(self, name: str, method: Method, step: int, people: int) -> dict[str, Tensor]:
+        """The same of what `make` drew of the first people, (people, ...) each."""
+        files, count = [self.file(name, method, step, person) for person in range(people)], len(self.atlas.prompts)
+        for person, file in enumerate(files):
+            if file not in self.looks:
+                drawn, base = self.pictures(name, method, step, person), None
+                if len(drawn) > count:
+                    base = self.pictures("base", METHODS["base"], 0, person)[count : count + 2]
+                self.looks[file] = self.look(drawn, person, base)
+        return {key: torch.stack([self.looks[file][key] for file in files]) for key in self.looks[files[0]]}
+
+    def figures(self, found: Mapping[str, Tensor]) -> dict[str, Any]:
+        """All figures of the first people out of what was seen of them, each as [mean, low, high] of a 95 % interval over people.
+
+        A picture in which a judge finds no face is wrong, and is left out of its means of likeness. The people who weren't drawn fill the
+        gallery up.
+        """
+        values = {key: value for key, value in found.items() if key not in (*self.judges.eyes, PIXEL)}
+        for label, eye in self.judges.eyes.items():
+            vectors, everybody = found[label], self.known[label][1]
+            references, gallery, near = (known[: len(vectors)] for known in self.known[label])
+            crowd, order = torch.cat([everybody, self.judges.strangers]), metrics.ranks(vectors, everybody)
+            own = {
+                "rank1": (order == 0).float(),
+                "rank1_lookalikes": (metrics.lookalike_ranks(vectors, crowd, LOOKALIKES) == 0).float(),
+                "auc": metrics.auc(vectors, everybody),
+                "similarity": metrics.similarity(vectors, gallery),
+                "copying": metrics.similarity(vectors, references) - near[:, None, None],
+            }
+            if isinstance(eye, Dlib):
+                own["no_face"] = vectors.isnan().any(-1).float()
+            if self.judges.classifier:
+                own |= {"top5": (order < 5).float(), "rank1_crowd": (metrics.ranks(vectors, crowd) == 0).float()}
+            if len(self.judges.training):
+                own["copied"] = metrics.copied(vectors, references, self.judges.training)
+            values |= {named(label, figure): value for figure, value in own.items()}
+        if self.atlas.seen:
+            halves = (("seen", torch.tensor(self.atlas.seen)), ("held_out", ~torch.tensor(self.atlas.seen)))
+            values |= {f"{figure}_{half}": values[figure][:, which] for figure in ("rank1", "context") for half, which in halves}
+        means = {key: value.flatten(1).double().nanmean(1) for key, value in values.items()}
+        means = {key: mean[mean.isfinite()] for key, mean in means.items() if mean.isfinite().any()}
+        return {key: [round(float(figure), 4) for figure in metrics.interval(mean)] for key, mean in means.items()}
+
+    def judged(self, pictures: Tensor) -> dict[str, Any]:
+        """All figures of pictures (N, prompts, count, 3, H, W) of the first people, however they were made."""
+        looks = [self.look(mine, person) for person, mine in enumerate(pictures)]
+        return self.figures({key: torch.stack([one[key] for one in looks]) for key in looks[0]})
+
+    def likeness(self, methods: Mapping[str, Method], people: int, label: str) -> Tensor:
+        """How alike the first people and all pictures that methods made of them are, as a judge sees it: (people, pictures)."""
+        vectors = [self.looked(name, method, self.steps(method), people)[label].flatten(1, 2) for name, method in methods.items()]
+        return metrics.similarity(torch.cat(vectors, 1), self.known[label][1][:people])
+
+    def agreement(self, methods: Mapping[str, Method], people: int) -> dict[str, float | None]:
+        """How far two judges order all pictures alike by their likeness to their people: Spearman's correlation."""
+        return {
+            f"{one} / {other}": metrics.spearman(*(self.likeness(methods, people, label).flatten() for label in (one, other)))
+            for one, other in itertools.combinations(self.judges.eyes if methods else (), 2)
         }
-        return found | rounded(values)
 
-    def likeness(self, name: str, method: Method, people: int) -> Tensor:
-        """How alike the first people and their own pictures are: (people,)."""
-        drawn = self.pictures(name, method, self.steps(method), people)
-        return self.alike(drawn[:, : len(self.atlas.prompts), 0]).mean(1)
-
-    def worst(self, methods: Mapping[str, Method], people: int, count: int = 3) -> dict[str, tuple[list[list[str]], list[str]]]:
-        """Every method's pictures of the people whom the last of them hits worst, as grids for the report."""
-        alike, grids = self.likeness(*list(methods.items())[-1], people), {}
+    def worst(self, methods: Mapping[str, Method], people: int, count: int = 3) -> dict[str, dict[str, list[Image.Image]]]:
+        """Every method's pictures of the people whom the last of them hits worst, by person and method."""
+        if not methods:
+            return {}
+        alike, grids = self.likeness(dict(list(methods.items())[-1:]), people, next(iter(self.judges.eyes))).nanmean(1).nan_to_num(-1.0), {}
         for person in alike.argsort()[:count].tolist():
-            rows = {"reference": self.atlas.references[[person]]}
-            for name, method in methods.items():
-                rows[name] = self.pictures(name, method, self.steps(method), person + 1, person)[0, : len(self.atlas.prompts), 0]
-            shown = [[name, *map(report.embedded, photos.to_images(row))] for name, row in rows.items()]
-            grids[f"{self.names[person] if self.names else f'Person {person + 1}'}, similarity {alike[person]:.2f}"] = (
-                shown,
-                ["", *self.atlas.prompts],
-            )
+            drawn = {name: self.pictures(name, method, self.steps(method), person)[:, 0] for name, method in methods.items()}
+            rows = {"reference": self.atlas.references[[person]], **drawn}
+            shown = {name: photos.to_images(row[: len(self.atlas.prompts)]) for name, row in rows.items()}
+            who = list(self.folk)[person] if self.folk else f"Person {person + 1}"
+            grids[f"{who}, similarity {alike[person]:.2f}"] = shown
         return grids
 
 
 def timed(bench: Bench, methods: Mapping[str, Method], rounds: int = 2, steps: int = 5) -> dict[str, dict[str, float]]:
-    """What one person alone costs: seconds of a step (the shortest of the rounds, in which methods take turns), trained numbers."""
-    found: dict[str, dict[str, float]] = {}
-    for name, method in [one for _ in range(rounds) for one in methods.items()]:
+    """What one person alone costs: seconds of a step (the shortest of the rounds, in which methods take turns), trained numbers, and bytes
+    of a file in half precision."""
+    found: dict[str, dict[str, float]] = {name: {"step": 0.0, "numbers": 0, "bytes": 0} for name in methods}
+    for turn, (name, method) in itertools.product(range(rounds), methods.items()):
         subject, predicted = bench.people(method, [0])
+        ours = found[name]
         if subject is not None:
             made: dict[int, LoraSet | None] = {}
             short = dataclasses.replace(method, steps=steps)
-            seconds, numbers = train(bench.hdb, short, subject, predicted, (steps,), made.__setitem__)
-            found[name] = {"step": min(seconds, found.get(name, {}).get("step", seconds)), "numbers": numbers}
+            seconds, ours["numbers"] = train(bench.hdb, short, subject, predicted, (steps,), made.__setitem__)
+            ours["step"] = min(seconds, ours["step"]) if turn else seconds
             predicted = made[steps]
-        if bench.names:
-            ours = found.setdefault(name, {"step": 0.0, "numbers": 0})
-            ours["bytes"] = 2 * (sum(t.numel() for lora in (predicted or {}).values() for t in (lora.down, lora.up)) or ours["numbers"])
+        ours["bytes"] = 2 * (sum(t.numel() for lora in (predicted or {}).values() for t in (lora.down, lora.up)) or ours["numbers"])
     return found
 
 
@@ -225,22 +323,20 @@ def compare(
         everyone: how many of the atlas's people are personalized; the others fill the gallery up.
         together: people who are trained side by side.
     """
-    for start in range(0, everyone, together):
-        people = min(start + together, everyone)
-        for name, method in {"base": METHODS["base"], **methods}.items():
-            bench.make(name, method, range(start, people), (0, *MARKS) if name in CURVES else ())
-
-        def point(name: str, method: Method, step: int, people: int = people) -> dict[str, Any]:
-            cost = timings.get(name, {"step": 0.0, "numbers": 0})
-            spent = {"steps": step, "seconds": round(step * cost["step"], 2), "numbers": int(cost["numbers"])}
-            spent |= {"bytes": int(cost["bytes"])} if "bytes" in cost else {}
-            return {**spent, **bench.figures(name, method, step, people)}
-
-        curves = {}
-        for name in [name for name in methods if name in CURVES]:
-            end, first = bench.steps(methods[name]), [0] if methods[name].kind == "relaxed" else []
-            curves[name] = [point(name, methods[name], step) for step in [*first, *(mark for mark in MARKS if mark < end), end]]
-        yield {name: point(name, method, bench.steps(method)) for name, method in methods.items()}, curves, people
+    marks = {name: [0] * (method.kind == "relaxed") + list(MARKS) for name, method in methods.items() if name in CURVES}
+    for people in (*range(together, everyone, together), everyone):
+        bench.make("base", METHODS["base"], range(people))
+        rows, curves = dict[str, Any](), dict[str, Any]()
+        for name, method in methods.items():
+            end, cost, points = bench.steps(method), timings[name], []
+            looked = [mark for mark in marks.get(name, ()) if mark < end]
+            bench.make(name, method, range(people), looked)
+            for step in (*looked, end):
+                spent = {"people": people, "steps": step, "seconds": round(step * cost["step"], 2), "numbers": cost["numbers"]}
+                points.append(spent | {"bytes": cost["bytes"]} | bench.figures(bench.looked(name, method, step, people)))
+            rows[name] = points[-1]
+            curves |= {name: points} if name in CURVES else {}
+        yield rows, curves, people
 
 
 def search(bench: Bench, method: Method, name: str, people: int) -> dict[str, Any]:
@@ -253,22 +349,25 @@ def search(bench: Bench, method: Method, name: str, people: int) -> dict[str, An
     def best() -> dict[str, Any]:
         return min(tried, key=lambda one: one[SCORE][0])
 
-    for rate, levels in [*((rate, method.levels) for rate in method.rates), *((None, other) for other in LEVELS if other != method.levels)]:
+    others = [levels for levels in LEVELS if levels != method.levels]
+    for rate, levels in [*((rate, method.levels) for rate in method.rates), *((0.0, levels) for levels in others)]:
         changed = dataclasses.replace(method, rate=rate or best()["rate"], levels=levels)
         marks = [changed.steps // 4, changed.steps // 2] if changed.steps >= 60 else []
         bench.make(name, changed, range(people), marks)
         for step in [*marks, changed.steps]:
-            found = bench.figures(name, changed, step, people)
+            found = bench.figures(bench.looked(name, changed, step, people))
             figures = {key: found[key] for key in (SCORE, "similarity", "rank1", "context")}
             tried.append({"rate": changed.rate, "levels": levels, "steps": step, **figures})
             say(f"  rate {changed.rate:g}, {levels} levels, {step} steps: {SCORE} {found[SCORE][0]:.3f}")
     return {"tried": tried, "best": best()}
 
 
-def with_settings(methods: Mapping[str, Method], found: Mapping[str, Any]) -> dict[str, Method]:
-    """The methods with what a search found best for them, or for the method that they are `like`."""
-    changed = {}
+def with_settings(methods: Mapping[str, Method], file: Path) -> dict[str, Method]:
+    """The methods with what a search found best for them, or for the method that they are `like`. Raises InputError for a wrong value."""
+    found, changed = read_json(file).get("search"), {}
+    if not isinstance(found, dict):
+        raise InputError(f'{file} holds no "search": it isn\'t what `evaluate --search` writes.')
     for name, method in methods.items():
-        best, taken = found.get(method.like or name, {}).get("best", {}), {"rate", "levels", *(() if method.like else ("steps",))}
-        changed[name] = dataclasses.replace(method, **{key: best[key] for key in taken & best.keys()})
+        best, taken = (found.get(method.like or name) or {}).get("best", {}), {"rate", "levels", *(() if method.like else ("steps",))}
+        changed[name] = updated(method, {key: best[key] for key in taken & best.keys()}, f"{file}: {method.like or name}")
     return changed

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer, ConvNextV2Config, ConvNextV2M
 from ..assets import toon
 from ..checkpoint import read_json, read_tensors, save_tensors, write_json
 from ..encoder import FaceEncoder
-from ..errors import InputError
+from ..errors import InputError, refusing
 from ..photos import to_images
 
 
@@ -49,11 +49,9 @@ class Judge(nn.Module):
     @torch.no_grad()
     def classify(self, pixels: Tensor, batch: int = 256) -> list[dict[str, str]]:
         """The context of each picture: {"style": "sketch", "background": "white", ...}."""
-        found: list[dict[str, str]] = []
-        for chunk in pixels.split(batch):
-            best = {name: logits.argmax(-1).tolist() for name, logits in self(chunk).items()}
-            found += [{name: self.spec["heads"][name][best[name][i]] for name in best} for i in range(len(chunk))]
-        return found
+        best = [{name: logits.argmax(-1) for name, logits in self(chunk).items()} for chunk in pixels.split(batch)]
+        named = {name: [outputs[i] for part in best for i in part[name].tolist()] for name, outputs in self.spec["heads"].items()}
+        return [dict(zip(named, one, strict=True)) for one in zip(*named.values(), strict=True)]
 
     @torch.no_grad()
     def distance(self, pictures: Tensor, others: Tensor, batch: int = 256) -> Tensor:
@@ -111,30 +109,29 @@ class Dlib:
         return nn.functional.normalize(torch.from_numpy(vectors).float(), dim=-1)
 
 
-class Vision:
+class Vision(nn.Module):
     """A vision model of transformers: its class token, or where it has none the mean over positions. Of a CLIP, or a relative with its two
     towers, `texts` takes what compares pictures with texts."""
 
-    def __init__(self, source: str, device: torch.device, texts: bool = False):
-        self.encoder, self.device, self.clip = FaceEncoder.from_pretrained(source).to(device), device, texts
+    def __init__(self, source: str, texts: bool = False):
+        super().__init__()
+        self.encoder, self.clip = FaceEncoder.from_pretrained(source), texts
         self.token = any(name.endswith(("cls_token", "class_embedding")) for name, _ in self.encoder.model.named_parameters())
         if texts:
-            try:
-                self.model, self.tokenizer = (
-                    AutoModel.from_pretrained(source).float().to(device).eval(),
-                    AutoTokenizer.from_pretrained(source),
-                )
+            kinds = (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError)
+            with refusing(
+                f"{source} isn't a CLIP with its tokenizer", *kinds, advice="As a judge of pictures alone, name it without clip:"
+            ):
+                self.model: Any = AutoModel.from_pretrained(source).float().eval()
+                self.tokenizer = AutoTokenizer.from_pretrained(source)
                 self.embed_texts(["a face"])
-            except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
-                raise InputError(
-                    f"{source} isn't a CLIP with its tokenizer. As a judge of pictures alone, name it without clip:"
-                ) from error
 
     @torch.no_grad()
     def embed(self, pixels: Tensor, batch: int = 32) -> Tensor:
-        mean, std = torch.tensor([self.encoder.mean, self.encoder.std], device=self.device)[..., None, None]
+        device = next(self.encoder.parameters()).device
+        mean, std = torch.tensor([self.encoder.mean, self.encoder.std], device=device)[..., None, None]
         found = []
-        for part in pixels.to(self.device).split(batch):
+        for part in pixels.to(device).split(batch):
             if self.clip:
                 scaled = ((self.encoder.resized(part) + 1) / 2 - mean) / std
                 found.append(self.model.get_image_features(pixel_values=scaled).pooler_output)
@@ -147,13 +144,13 @@ class Vision:
         """Unit vectors (N, D) of texts."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return nn.functional.normalize(self.model.get_text_features(**tokens.to(self.device)).pooler_output.cpu(), dim=-1)
+        return nn.functional.normalize(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output.cpu(), dim=-1)
 
 
 Embeds = Judge | Dlib | Vision
 
 
-def open_judges(names: Sequence[str], device: torch.device) -> dict[str, Embeds]:
+def open_judges(names: Sequence[str]) -> dict[str, Embeds]:
     """Judges by what their columns are called: "dlib", "toon" (the embedded recognizer), "clip:ID", "dino:ID", or "ID" of any vision model.
 
     ID is a folder or USER/NAME on the hub. Raises InputError for what is none of these.
@@ -165,7 +162,6 @@ def open_judges(names: Sequence[str], device: torch.device) -> dict[str, Embeds]
             kinds = "dlib, toon, clip:ID, dino:ID, and the ID of any vision model of transformers: its folder, or USER/NAME on the hub"
             raise InputError(f"{name!r} is no judge. There are {kinds}.")
         short = f"{kind}:{Path(rest).name}".removeprefix(":")
-        label = name if short in judges else short
         embedded = Judge.from_pretrained(toon.directory("recogniser")) if name == "toon" else None
-        judges[label] = embedded or (Dlib() if name == "dlib" else Vision(rest, device, texts=kind == "clip"))
+        judges[name if short in judges else short] = embedded or (Dlib() if name == "dlib" else Vision(rest, texts=kind == "clip"))
     return judges

@@ -24,8 +24,9 @@ from ..trainable_lora import IdentityTable, LightweightLora, RelaxedLora
 from ..training import Run, fit
 from ..training_settings import LightweightConfig, NoiseLevels, TrainingConfig
 
+Levels = Literal["uniform", "high"]
 OnMark = Callable[[int, LoraSet | None], None]  # Takes the steps that are done, and the updates so far.
-LEVELS = {"uniform": NoiseLevels(uniform=1.0), "high": NoiseLevels()}
+LEVELS: dict[Levels, NoiseLevels] = {"uniform": NoiseLevels(uniform=1.0), "high": NoiseLevels()}
 """Where noise levels may be drawn from: all alike (DreamBooth), or where it is decided who it is."""
 
 
@@ -36,7 +37,7 @@ class Method:
     kind: Literal["true", "reconstruction", "base", "words", "full", "lora", "light", "prediction", "relaxed"]
     steps: int = 0
     rate: float = 0.0
-    levels: str = "uniform"
+    levels: Levels = "uniform"
     copies: int = 4
     rank: int = 4
     prior: bool = False  # Prior preservation (Ruiz et al., 2023): pictures of the class that the base drew are denoised beside the photo.
@@ -46,11 +47,12 @@ class Method:
     like: str = ""  # The method whose searched rate and levels it takes.
 
 
-ROWS, METHODS = (
-    {name: parsed(Method, values, f"methods.json: {name}") for name, values in table.items()}
-    for table in read_json(Path(assets.__file__).parent / "methods.json").values()
-)
-"""This project's own ways, with their ceiling and floor; and what they are compared with."""
+GROUPS = {
+    group: {name: parsed(Method, values, f"methods.json: {name}") for name, values in table.items()}
+    for group, table in read_json(Path(assets.__file__).parent / "methods.json").items()
+}
+METHODS = {name: method for table in GROUPS.values() for name, method in table.items()}
+"""Every method by name. The groups: "ours", this project's own ways with their ceiling and floor; "all" that is compared."""
 
 
 class InTheBase(nn.Module):
@@ -64,47 +66,41 @@ class InTheBase(nn.Module):
         return LoraSet()
 
 
-@contextmanager
-def whole(denoiser: nn.Module) -> Iterator[nn.Module]:
-    """All weights of a denoiser, as what is trained; afterwards they are what they were. It should be in float32."""
-    before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
-    try:
-        yield InTheBase(denoiser.requires_grad_(True))
-    finally:
-        denoiser.requires_grad_(False).load_state_dict(before)
-        denoiser.zero_grad()
+def speak(table: nn.Module, ids: list[int], vectors: nn.Parameter) -> Callable[[], None]:
+    """Embeds some tokens as other vectors from now on, until what it returns is called."""
 
+    def spoken(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        for token, vector in zip(ids, vectors, strict=True):
+            output = torch.where((args[0] == token)[..., None], vector.to(output.dtype), output)
+        return output
 
-@contextmanager
-def words(hdb: HyperDreamBooth) -> Iterator[nn.Module]:
-    """The embeddings of the trigger's tokens in every text encoder, and nothing else (textual inversion; Gal et al., 2022)."""
-    vectors = nn.ParameterList()
-    with ExitStack() as hooks:
-        for name in hdb.backbone.text_components:
-            encoder: Any = hdb.backbone.components[name]
-            tokenizer = getattr(hdb.backbone.pipe, name.replace("text_encoder", "tokenizer"))
-            ids, table = tokenizer(hdb.identifier, add_special_tokens=False).input_ids, encoder.get_input_embeddings()
-            mine = nn.Parameter(table.weight[ids].detach().float().clone())
-
-            def spoken(module: nn.Module, args: Any, output: Tensor, ids: list[int] = ids, mine: nn.Parameter = mine) -> Tensor:
-                for index, token in enumerate(ids):
-                    output = torch.where((args[0] == token)[..., None], mine[index].to(output.dtype), output)
-                return output
-
-            vectors.append(mine)
-            hooks.callback(table.register_forward_hook(spoken).remove)
-        yield InTheBase(vectors)
+    return table.register_forward_hook(spoken).remove
 
 
 @contextmanager
 def opened(hdb: HyperDreamBooth, method: Method, people: int, predicted: LoraSet | None) -> Iterator[tuple[nn.Module, list[str]]]:
     """What the method trains, and the layers that get an update; afterwards the base is what it was, bit for bit."""
-    backbone, config = hdb.backbone, hdb.personalize_config()
-    source: nn.Module
-    if method.kind in ("full", "words"):
-        with whole(backbone.denoiser) if method.kind == "full" else words(hdb) as source:
-            yield source, []
+    backbone, config, denoiser = hdb.backbone, hdb.personalize_config(), hdb.backbone.denoiser
+    if method.kind == "full":  # all weights of the denoiser, which should be in float32
+        before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
+        try:
+            yield InTheBase(denoiser.requires_grad_(True)), []
+        finally:
+            denoiser.requires_grad_(False).load_state_dict(before)
+            denoiser.zero_grad()
         return
+    if method.kind == "words":  # the embeddings of the trigger's tokens in every text encoder (textual inversion; Gal et al., 2022)
+        learnt = nn.ParameterList()
+        with ExitStack() as hooks:
+            for name in backbone.text_components:
+                encoder: Any = backbone.components[name]
+                tokenizer = getattr(backbone.pipe, name.replace("text_encoder", "tokenizer"))
+                ids, table = tokenizer(hdb.identifier, add_special_tokens=False).input_ids, encoder.get_input_embeddings()
+                learnt.append(nn.Parameter(table.weight[ids].detach().float().clone()))
+                hooks.callback(speak(table, ids, learnt[-1]))
+            yield InTheBase(learnt), []
+        return
+    source: nn.Module
     targets = find_targets(backbone.components, backbone.default_targets)
     if method.kind == "light":  # the paper's token, or as much of it as the smallest layer takes
         down, up = (min(sizes) for sizes in zip(*targets.values(), strict=True))
@@ -136,14 +132,13 @@ def train(
         steps, rate, copies = steps or own.steps, own.learning_rate, own.copies
         levels = NoiseLevels(mean=own.noise_mean, std=own.noise_std)
     clock = time.process_time if hdb.device.type == "cpu" else time.perf_counter
-    rows, spent, counted, since = torch.arange(people, device=subject.latents.device), 0.0, 0, 0.0
+    rows, spent, since = torch.arange(people, device=subject.latents.device), list[float](), 0.0
     with opened(hdb, method, people, predicted) as (source, paths), Hooks(hdb.backbone.components, paths) as hooks:
         trained = [p for p in source.parameters() if p.requires_grad]
 
         def after(done: int) -> bool:
-            nonlocal spent, since, counted
-            if done > 1:  # the first step also builds the optimizer
-                spent, counted = spent + clock() - since, counted + 1
+            nonlocal since
+            spent.append(clock() - since)
             hooks.clear()
             if done in marks:
                 with torch.no_grad():
@@ -158,4 +153,5 @@ def train(
         run = Run(device=subject.latents.device, groups=groups, on_step=after, name=method.kind, quiet=True)
         training = TrainingConfig(steps=steps, learning_rate=rate, cooldown=0.2, max_grad_norm=0.0, seed=own.seed, log_every=steps)
         fit(PhotoLosses(hdb.backbone, subject.prior_weight, hooks), source, draw, training, run)
-    return spent / max(1, counted), sum(p.numel() for p in trained) // people
+    counted = spent[1:] or [0.0]  # the first step also builds the optimizer
+    return sum(counted) / len(counted), sum(p.numel() for p in trained) // people

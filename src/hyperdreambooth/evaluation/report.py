@@ -71,23 +71,23 @@ def document(title: str, sections: Sequence[Mapping[str, Any]]) -> str:
 
 
 def page(
-    title: str, figures: Mapping[str, Any], table: str, grids: Mapping[str, tuple[list[list[str]], list[str]]], main: str = "similarity"
+    figures: Mapping[str, Any], table: str, grids: Mapping[str, Mapping[str, Sequence[Image.Image]]], prompts: Sequence[str], main: str
 ) -> str:
-    """The report: the Markdown table's figures, the curves, what the search tried, and grids of pictures (rows of cells, heads)."""
+    """The report: the Markdown table's figures, curves of the `main` figure, what a search tried, and grids of pictures by prompt."""
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     settings = figures["settings"]
     source = f"the {settings['split']} split" if "split" in settings else settings["people of"]
     texts = [f"{figures['people']} people of {source}, 95 % intervals over people."]
-    texts += [
-        f"Agreement of {pair}, Spearman's correlation over all pictures: {found}." for pair, found in figures.get("agreement", {}).items()
-    ]
+    texts += [f"Agreement of {pair}, Spearman's correlation over all pictures: {found}." for pair, found in figures["agreement"].items()]
     sections: list[dict[str, Any]] = [{"texts": texts, "head": head, "rows": rows, "wide": True}]
     shown = ("seconds", "steps") if figures["curves"] else ()
     sections += [{"title": f"Identity over {over}", "plot": curves(figures["curves"], over, main)} for over in shown]
-    sections += [{"title": name, "head": columns, "rows": lines, "wide": True} for name, (lines, columns) in grids.items()]
-    for name, found in figures.get("search", {}).items():
+    for person, grid in grids.items():
+        cells = [[name, *map(embedded, pictures)] for name, pictures in grid.items()]
+        sections.append({"title": person, "head": ["", *prompts], "rows": cells, "wide": True})
+    for name, found in figures["search"].items():
         tried: dict[str, list[tuple[float, float]]] = {}
-        for one in found["tried"]:
+        for one in found.get("tried", []):
             tried.setdefault(f"rate {one['rate']:g}, {one['levels']} levels", []).append((one["steps"], one["perceptual_distance"][0]))
         sections.append({"title": f"Search: {name}", "plot": plot(tried, "steps", "perceptual distance (low is good)")})
-    return document(title, sections)
+    return document("Methods of personalization", sections)

@@ -11,7 +11,7 @@ An update is scaled by alpha / rank and by the strength, a DoRA's before it gets
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -85,11 +85,15 @@ def read_adapters(path: str | Path, names: Names | None = None) -> tuple[list[Ad
 
     Raises InputError for a file that is no LoRA, of an unknown kind, for another base, or damaged.
     """
-    tensors, metadata = _read(path)
-    config = _peft_config(Path(path), metadata)
+    tensors, metadata = read_tensors(path)
+    if not tensors:
+        raise InputError(f"{path} holds no tensors.")
+    config = _peft_config(Path(path), metadata, tensors)
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         layer, part = split(name)
+        if part not in ("", "alpha") and not tensor.is_floating_point():
+            raise InputError(f"{path}: {name} holds no floating-point numbers ({tensor.dtype}). Get the file in float16 or bfloat16.")
         if part in parts.setdefault(layer, {}) and part:
             raise InputError(f"{path}: the {part} of {layer} comes twice, the second time as {name}.")
         parts[layer][part or name] = tensor.float()
@@ -136,7 +140,7 @@ def _check(adapter: Adapter, names: Names | None, where: str) -> None:
     outputs, inputs = sum(size for _, size in sizes), sizes[0][0]
     theirs = (len(update), update.numel() // max(1, len(update))) if update.ndim else (outputs, inputs)
     lengths, bias = parts.get("magnitude", parts.get("dora_scale")), adapter.bias(1)
-    if theirs != (outputs, inputs) or (lengths is not None and lengths.numel() not in (outputs, modules[0].weight.shape[-1])):
+    if theirs != (outputs, inputs) or (lengths is not None and lengths.numel() not in (outputs, *modules[0].weight.shape[1:2])):
         raise InputError(
             f"{where} has another size: {theirs[1]} x {theirs[0]} there, {inputs} x {outputs} here. It was made for another base "
             "of this family (as SD 2 is beside SD 1), or by another trainer's rules. Open its own base."
@@ -145,17 +149,22 @@ def _check(adapter: Adapter, names: Names | None, where: str) -> None:
         raise InputError(f"{where} has a bias that this base's layer can't take. Open its own base.")
 
 
-def _peft_config(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+def _peft_config(path: Path, metadata: dict[str, str], names: Iterable[str]) -> dict[str, Any]:
     """PEFT's configuration of a file without `.alpha`: its header's (where diffusers puts it) or adapter_config.json's (PEFT).
 
     It is taken out of the header: the scale is folded into `up`, and a copy that kept it would be scaled twice.
     """
     text, where = metadata.pop("lora_adapter_metadata", None), f"{path}: lora_adapter_metadata"
-    beside = path.with_name("adapter_config.json")
-    if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
+    beside, known = path.with_name("adapter_config.json"), "adapter_model.safetensors"
+    if text is None and beside.is_file() and (path.name == known or all(name.startswith("base_model.model.") for name in names)):
         text, where = beside.read_text(encoding="utf-8"), str(beside)
     with refusing(f"{where} isn't a JSON object, so the LoRA's scale is unknown", TypeError, ValueError):
-        return dict(json.loads(text or "{}"))
+        config = dict(json.loads(text or "{}"))
+    for key, start in config.items():  # these change the base's weights before they train
+        if key.endswith("init_lora_weights") and re.match("pissa|olora|corda|loftq|lora_ga", str(start)):
+            what = f"adds to a base whose weights were changed first (init_lora_weights {start})"
+            raise InputError(f"{path} {what}. Convert it by PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...).")
+    return config
 
 
 def _scale(parts: Mapping[str, Tensor], config: dict[str, Any], path: str, where: str) -> float:
@@ -178,14 +187,6 @@ def _scale(parts: Mapping[str, Tensor], config: dict[str, Any], path: str, where
         return 1.0 if alpha is None else float(alpha) / (math.sqrt(len(ranked[0])) if rslora else len(ranked[0]))
 
 
-def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """`read_tensors`, where there are any."""
-    tensors, metadata = read_tensors(path)
-    if not tensors:
-        raise InputError(f"{path} holds no tensors.")
-    return tensors, metadata
-
-
 def _refuse_names(path: str, unknown: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
     """Raises InputError for tensors' names that no LoRA has: what else the file is."""
     for mark, what in TABLES["kinds"].items():
@@ -203,8 +204,8 @@ def _refuse_layers(path: str, absent: Sequence[str], count: int, metadata: Mappi
     """Raises InputError for layers that a base doesn't have, of `count`: for which family the file is. `base`: its denoiser's class."""
     said = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
     guessed = (name for mark, name in TABLES["families"].items() if any(re.search(mark, layer) for layer in absent))
-    family = next(guessed, None)
-    if "T5" not in (family or ""):
-        family = said or ("of its kind, but larger" if len(absent) < count else family)
+    family = next(guessed, "")
+    if "T5" not in family:
+        family = said or ", or ".join(filter(None, (family, "one of its kind, but larger" if len(absent) < count else "")))
     kind = f"for another base ({family})" if family else "for another base, or names its layers as no tool reads them"
     raise InputError(f"{path} is a LoRA {kind}: of its {count} layers this one, a {base}, lacks {some(absent)}. Open its own base.")

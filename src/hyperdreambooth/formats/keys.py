@@ -23,7 +23,7 @@ from ..lora import canonical, canonical_modules
 TABLES = json.loads((Path(__file__).parents[1] / "assets" / "loras.json").read_text(encoding="utf-8"))
 """By regular expression: prefixes of components, and marks of other files, of kinds and of families; SD 3's original names; a file's header."""
 PART = re.compile(
-    r"(.+?)\.(?:lora_(A|B|down|up|mid)(?:\.(?!weight|bias)\w+)?(?:\.weight)?|lora_(?:B|up)\.(bias)|(down|up)\.weight|lora_(magnitude)_vector(?:\.\w+)*"
+    r"(.+?)\.(?:lora_(A|B|down|up|mid)(?:(?:\.[\w-]+)?\.weight)?|lora_(?:B|up)(?:\.[\w-]+)?\.(bias)|(down|up)\.weight|lora_(magnitude)_vector(?:\.[\w-]+)*"
     r"|(alpha|dora_scale|diff|diff_b|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)))"
 )
 PARTS = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whatever HTTP library it uses
 from PIL import Image
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ Style = str | Path | tuple[str | Path, float]
 """A LoRA: a file, a folder or a repository with one, or (one of these, strength)."""
 
 CARRIERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # The components that a LoRA may change.
+REPOSITORY = re.compile(r"(?:https?://(?:huggingface\.co|hf\.co)/)?([\w.-]*\w/[\w.-]+)(?:/(?:blob|resolve|tree)/([^/]+))?(?:/(.+))?")
 HUB_ERRORS = (HTTPError, OSError, ValueError)
 """What huggingface_hub raises for a hub that can't be reached, a refused token, an invalid name, and an invalid model card."""
 
@@ -201,23 +202,33 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def find_lora(name: str | Path) -> Path:
-    """The file that a file, a folder, or `user/repo[/file]` on the hub means. Raises InputError where there is none, or several."""
-    path, repository = Path(name), re.fullmatch(r"([\w.-]*\w/[\w.-]+)(?:/(.+))?", str(name))
+    """The file that a file, a folder, or `user/repo[/file]` on the hub (or its address) means.
+
+    Raises InputError where there is none, or several.
+    """
+    path, repository = Path(name), REPOSITORY.fullmatch(str(name))
     if path.is_dir():
-        return path / _only([file.name for file in path.iterdir()], str(name))
+        return path / _only([file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()], str(name))
     if path.exists() or not repository or repository[1].endswith((".safetensors", ".tokens")):
         return path
     with refusing(f"{name} is no file or folder here, and no LoRA on the hub that can be reached", *HUB_ERRORS):
-        if repository[2]:
-            return Path(hf_hub_download(repository[1], repository[2]))
-        about = HfApi().model_info(repository[1])
-        return Path(hf_hub_download(repository[1], _only([file.rfilename for file in about.siblings or []], str(name)), revision=about.sha))
+        file, revision = repository[3], repository[2]
+        if not file:
+            about = HfApi().model_info(repository[1], revision=revision)
+            file, revision = _only([one.rfilename for one in about.siblings or []], str(name)), about.sha
+        beside = f"{file.rpartition('/')[0]}/adapter_config.json".lstrip("/")  # where PEFT keeps the scale
+        folder = Path(snapshot_download(repository[1], revision=revision, allow_patterns=[file, beside]))
+    if not (folder / file).is_file():
+        raise InputError(f"{name}: there is no {file} in {repository[1]}.")
+    return folder / file
 
 
 def _only(files: list[str], where: str) -> str:
-    """The LoRA of a folder: by its usual name, or the only file that may be one. Raises InputError where there are several or none."""
+    """The LoRA among a folder's files: by its usual name, or the only one, at the top or below, that may be one, or InputError."""
     usual = [file for file in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors") if file in files]
-    loras = sorted(file for file in files if file.endswith(".safetensors") and not re.search("scheduler|optimizer|checkpoint", file))
+    shown = [file for file in files if not file.rpartition("/")[2].startswith(".") and file.lower().endswith((".safetensors", ".sft"))]
+    loras = sorted(file for file in shown if not re.search("scheduler|optimizer|checkpoint", file))
+    loras = [file for file in loras if "/" not in file] or loras
     if not usual and len(loras) != 1:
         found = f"several LoRAs: {', '.join(loras)}. Name one, such as {where}/{loras[0]}" if loras else "no .safetensors file. Name a LoRA"
         raise InputError(f"{where} has {found}.")

@@ -9,12 +9,12 @@ import torch
 
 from hyperdreambooth.data import IdentityData, PromptCache, load_identities
 from hyperdreambooth.errors import InputError
-from hyperdreambooth.lora import LoraSet, applied, find_targets, shared_norm, update_norms
+from hyperdreambooth.lora import Hooks, LoraSet, applied, find_targets, shared_norm, update_norms
 from hyperdreambooth.objectives import denoising
 from hyperdreambooth.pretrained import build, check_targets, load_hypernetwork
 from hyperdreambooth.settings import PersonalizeChoices, PersonalizeConfig, resolve
 from hyperdreambooth.stages.dreambooth import Subject, finish, personalize, preoptimize, train_light
-from hyperdreambooth.stages.train_hypernetwork import IdentityGain, train_hypernetwork
+from hyperdreambooth.stages.train_hypernetwork import HyperNetworkLosses, IdentityGain, train_hypernetwork
 from hyperdreambooth.tables import read_table, save_row
 from hyperdreambooth.trainable_lora import LightweightLora
 from hyperdreambooth.training import Run
@@ -269,6 +269,46 @@ def test_a_dropped_prompt_is_an_empty_one(tmp_path):
     assert not torch.allclose(trained(0.5), nothing_said)
     with pytest.raises(InputError, match="0 to 1"):
         TrainHypernetworkConfig(dropout=1.5)
+
+
+def test_preservation_counts_what_an_update_changes_beyond_the_person(backbone):
+    """Nothing under the person's own prompt, or with no update; all of it under a prompt that names nobody."""
+    source = tiny_source(backbone)
+    for parameter in source.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    config = TrainHypernetworkConfig(preserve=1.0)
+    prompts, x = PromptCache(backbone), latents(3)
+    batch = {"latents": x, "noise": latents(3, seed=1), "timesteps": backbone.steps_for(torch.full((3,), 0.7))}
+    batch |= prompts.inputs(["a [V] face"] * 3, "own.")
+    loras = source(identity_data().features[:3])
+    with Hooks(backbone.components, loras) as hooks, torch.no_grad():
+        losses = HyperNetworkLosses(backbone, config, source.lightweight, hooks)
+
+        def preserved(updates: LoraSet, text: str) -> torch.Tensor:
+            named = torch.full((3,), float("[V]" in text))
+            return losses.preservation(updates, {**batch, **prompts.inputs([text] * 3, "asked."), "named": named})
+
+        assert preserved(loras, "a [V] face").max() < 1e-9
+        assert preserved(loras.scaled(0.0), "a face wearing a hat").max() < 1e-9
+        hooks.set(loras)
+        noisy = backbone.add_noise(x, batch["noise"], batch["timesteps"])
+        with_person = backbone.predict(noisy, batch["timesteps"], prompts(["a face"] * 3))
+        hooks.clear()
+        change = (with_person - backbone.predict(noisy, batch["timesteps"], prompts(["a face"] * 3))).square().flatten(1).mean(1)
+        assert change.min() > 1e-6
+        torch.testing.assert_close(preserved(loras, "a face"), change)
+
+
+def test_preservation_is_trained_and_asks_for_prompts(backbone):
+    config = TrainHypernetworkConfig(
+        lightweight=FROZEN, hypernetwork=DECODER, batch=4, preserve=1.0, training=TrainingConfig(steps=2, log_every=1)
+    )
+    _, with_it = train_hypernetwork(backbone, tiny_source(backbone).encoder, identity_data(), config)
+    _, without = train_hypernetwork(backbone, tiny_source(backbone).encoder, identity_data(), dataclasses.replace(config, preserve=0.0))
+    assert with_it.losses[0] == without.losses[0], "an update of nothing preserves everything"
+    assert with_it.losses[1] != without.losses[1]
+    with pytest.raises(InputError, match="preservation needs prompts"):
+        TrainHypernetworkConfig(preserve=1.0, preserved=())
 
 
 def photo_data(people: int = 4, each: int = 2) -> IdentityData:

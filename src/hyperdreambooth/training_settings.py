@@ -166,6 +166,17 @@ class TrainHypernetworkConfig(StageConfig):
     nobody apart, takes up rank, and shifts what prompts mean that were never trained on. 0 leaves it free."""
     weight_loss: float = 1e-2
     """faithful: weight of the squared Frobenius distance between predicted and pre-optimized updates, a mean over layers."""
+    preserve: float = 0.0
+    """Weight of preservation: an update may add the person to what the base makes of a prompt and change nothing else; of a prompt that
+    names nobody, nothing at all. It keeps hats their color and strangers strangers, for some three times the seconds. 0: none."""
+    preserved: tuple[str, ...] = (
+        "a face",
+        "a face wearing a hat",
+        "a [V] face wearing a hat",
+        "a smiling [V] face",
+        "a painting of a [V] face",
+    )
+    """Prompts for that, drawn at random: as people write them, with and without "[V]"."""
     dropout: float = 0.1
     """Fraction of the pictures, 0 to 1, that are trained with an empty prompt: plain guidance applies the LoRA to its unconditional
     branch too, and the prompt of that branch is empty."""
@@ -184,6 +195,8 @@ class TrainHypernetworkConfig(StageConfig):
             raise InputError(f"mode must be pro or faithful, not {self.mode}.")
         if self.mode == "pro" and self.shared and self.batch < 2:
             raise InputError("what people have in common takes a batch of 2 or more to tell: raise batch, or set shared to 0.")
+        if self.preserve and not self.preserved:
+            raise InputError("preservation needs prompts: give some as preserved, or set preserve to 0.")
         if not 0 <= self.dropout <= 1 or not 0 <= self.give_up <= 1:
             raise InputError(f"dropout and give_up are fractions, 0 to 1, not {self.dropout} and {self.give_up}.")
         self.lightweight = replace(self.lightweight, learnable=self.mode == "pro")

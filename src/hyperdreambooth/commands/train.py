@@ -217,6 +217,7 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
     hdb = args.machine.open(args.base, None)
     config = args.config
     config.prompt = config.prompt.replace(PLACEHOLDER, hdb.identifier)
+    config.preserved = tuple(text.replace(PLACEHOLDER, hdb.identifier) for text in config.preserved)
     encoder = open_encoder(hdb, args.encoder, config.train_encoder)
     start = load_hypernetwork(args.start, hdb.backbone)[0] if args.start else None
     cache = args.output / "cache"

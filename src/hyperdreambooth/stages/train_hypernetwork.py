@@ -4,6 +4,8 @@ pro: learnable aux matrices, denoising loss, and a penalty on the update's norm 
 is the same update). faithful: frozen aux matrices, denoising loss and a weight loss against pre-optimized tokens, for
 the identities that have a row.
 
+Preservation, where it is asked for, teaches either mode what context guidance does while drawing: see `preservation`.
+
 The denoising loss alone hardly moves. Watch the *identity gain*: the loss with a stranger's photo minus the loss with
 one's own, same noise, same pictures.
 """
@@ -17,12 +19,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import photos
-from ..backbones import Backbone
+from ..backbones import Backbone, Conditioning
 from ..data import IdentityData, PromptCache, conditioning_in
 from ..encoder import FaceEncoder
 from ..errors import InputError, TrainingError
-from ..lora import Hooks, applied, find_targets, shared_norm, update_norms
+from ..lora import Hooks, LoraSet, applied, find_targets, shared_norm, update_norms
 from ..objectives import denoising, denoising_loss, weight_loss
+from ..personal_lora import PLACEHOLDER, RARE_TOKEN
 from ..pretrained import build
 from ..sampling import generate
 from ..settings import GenerateConfig, resolve
@@ -58,7 +61,29 @@ class HyperNetworkLosses:
                 losses = losses + config.shared * shared_norm(loras) / len(loras)
         elif "rows" in batch:
             losses = losses + config.weight_loss * batch["has_row"] * weight_loss(loras, self.lightweight(batch["rows"]))
+        if config.preserve:
+            losses = losses + config.preserve * self.preservation(loras, batch)
         return losses
+
+    def preservation(self, loras: LoraSet, batch: dict[str, Tensor]) -> Tensor:
+        """How far the updates change what the base makes of prompts beyond adding the person, (B,): a squared distance of predictions.
+
+        The prediction for a prompt p that names the person should be base(p) + person(p0) - base(p0), p0 being the person's own prompt:
+        what is asked for comes from the base, whoever is asked for. For one that names nobody it should be base(p): DreamBooth's
+        prior preservation (Ruiz et al., arXiv 2208.12242, section 3.2), with the base's prediction as the target instead of pictures.
+        """
+        noisy = self.backbone.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
+        steps, asked = batch["timesteps"], conditioning_in(batch, "asked.", self.backbone)
+
+        def predict(updates: LoraSet, conditioning: Conditioning) -> Tensor:
+            self.hooks.set(updates)
+            return self.backbone.predict(noisy, steps, conditioning)
+
+        with torch.no_grad():
+            own = conditioning_in(batch, "own.", self.backbone)
+            person = predict(loras, own) - predict(LoraSet(), own)
+            target = predict(LoraSet(), asked) + batch["named"].reshape(-1, *[1] * (person.ndim - 1)) * person
+        return (predict(loras, asked) - target).float().square().flatten(1).mean(1)
 
 
 def train_hypernetwork(
@@ -106,6 +131,8 @@ def train_hypernetwork(
             "noise": torch.randn(latents.shape, generator=noise).to(latents),
             **prompts.inputs(texts, "prompt."),
         }
+        if config.preserve:
+            batch |= asked_for(config, prompts, generator, device)
         if known is not None:
             names = [data.names[person] for person in data.people[chosen].tolist()]
             rows = torch.stack([known.get(name, empty) for name in names])
@@ -132,6 +159,14 @@ def train_hypernetwork(
         here = replace(here, validate=validate if gain else None, name=f"hypernetwork ({config.mode})")
         report = fit(HyperNetworkLosses(backbone, config, source.lightweight, hooks), source, draw, config.training, here)
     return source, report
+
+
+def asked_for(config: TrainHypernetworkConfig, prompts: PromptCache, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
+    """A batch of prompts for `HyperNetworkLosses.preservation`, the person's own, and which of the former name the person, (B,) of 0 and 1."""
+    chance = torch.randint(len(config.preserved), (config.batch,), generator=generator).tolist()
+    asked = [config.preserved[index] for index in chance]
+    named = torch.tensor([float(PLACEHOLDER in text or RARE_TOKEN in text) for text in asked], device=device)
+    return {**prompts.inputs(asked, "asked."), **prompts.inputs([config.prompt] * config.batch, "own."), "named": named}
 
 
 def check_gain(found: Mapping[str, float], done: int, config: TrainHypernetworkConfig) -> None:

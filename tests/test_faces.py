@@ -98,6 +98,13 @@ def test_several_faces_and_none(tmp_path, astronaut):
         photos.prepare(tmp_path / "none.png", 64, "face")
 
 
+def test_a_dark_noisy_photo_shows_the_face_too(astronaut):
+    values = np.asarray(astronaut.crop((60, 0, 390, 330))) * 0.05 + np.random.default_rng(0).normal(0, 3, (330, 330, 3))
+    (face,) = faces.find_faces(Image.fromarray(values.clip(0, 255).astype(np.uint8)))
+    assert face.eyes
+    assert math.dist((face.x + 60, face.y), (225, 106)) < 10
+
+
 @pytest.mark.parametrize("name", ["coffee", "chelsea", "camera", "brick", "text"])
 def test_pictures_without_a_face_have_none(name):
     assert faces.find_faces(Image.fromarray(getattr(skimage_data, name)())) == []

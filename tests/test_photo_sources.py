@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_all_sources_of_a_file_give_one_picture(tmp_path_factory, container, ori
         at_its_end,
         Image.open(path),
         path.as_uri(),
-        f"file:{path}",
+        Path(path.as_uri()),
     ):
         assert np.array_equal(photos.load_photo(source), loaded)
     array = np.asarray(loaded)
@@ -145,7 +146,7 @@ def test_long_texts_profiles_and_web_addresses(tmp_path):
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     picture().save(tmp_path / "lab.png", icc_profile=lab)
     assert "ignored" in photos.read_photo(tmp_path / "lab.png")[1]
-    for address in ("https://example.org/a.png", "s3://bucket/a.png", f"file://server{tmp_path}/text.png"):
+    for address in ("https://example.org/a.png", "s3://bucket/a.png", f"file://server{tmp_path}/text.png", Path("https://a.org/a.png")):
         with pytest.raises(InputError, match="nothing is fetched"):
             photos.load_photo(address)
     with (tmp_path / "text.png").open() as text_file, pytest.raises(InputError, match="binary mode"):

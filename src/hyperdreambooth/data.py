@@ -105,15 +105,15 @@ class IdentityData:
         last = self.people >= len(self.names) - count
         if last.all():
             raise InputError(f"{len(self.names)} identities are too few to keep {count} for validation.")
-        cut, first, parts = int((~last).sum()), len(self.names) - count, []
-        # where people are in order, a part is a view: a copy would be in memory beside the whole
-        places: Sequence[Any] = (slice(cut), slice(cut, None)) if bool((self.people.diff() >= 0).all()) else (~last, last)
-        for keep, mine, start, names in zip(places, (~last, last), (0, first), (self.names[:first], self.names[first:]), strict=True):
-            prompts = [prompt for prompt, is_mine in zip(self.prompts, mine.tolist(), strict=True) if is_mine]
-            parts.append(
-                IdentityData(self.latents[keep], self.features[keep], self.people[keep] - start, names, prompts, self.reference[keep])
-            )
-        return parts[0], parts[1]
+        first = len(self.names) - count
+        return self._part(~last, 0, self.names[:first]), self._part(last, first, self.names[first:])
+
+    def _part(self, mine: Tensor, first: int, names: list[str]) -> IdentityData:
+        places = mine.nonzero().flatten().tolist()
+        # pictures in a row become a view: a copy would be in memory beside the whole
+        keep = slice(places[0], places[-1] + 1) if places and places[-1] - places[0] < len(places) else mine
+        prompts = [self.prompts[place] for place in places]
+        return IdentityData(self.latents[keep], self.features[keep], self.people[keep] - first, names, prompts, self.reference[keep])
 
     def inputs(self, chosen: Tensor) -> Tensor:
         """The hypernetwork's inputs for the chosen pictures (B,): features, or pictures (B, 3, H, W) in -1..1; float32."""
@@ -162,11 +162,9 @@ def load_identities(
     files = [(name, file) for name, group in found.items() for file in group]
     seen_by = encoder and (getattr(encoder.model, "name_or_path", ""), encoder.trained, encoder.size)
     config = f"{getattr(backbone.pipe, 'name_or_path', '')}|{seen_by}|{crop}|{backbone.size}"
-    stamp = hashlib.sha256(config.encode())
-    for _, file in files:
-        stat = file.stat()
-        stamp.update(f"{file}|{stat.st_size}|{stat.st_mtime_ns}".encode())
-    stored = Path(cache) / f"identities-{stamp.hexdigest()[:16]}.safetensors" if cache else None
+    marks = config + "".join(f"{file}|{state.st_size}|{state.st_mtime_ns}" for _, file in files for state in [file.stat()])
+    stamp = hashlib.sha256(os.fsencode(marks)).hexdigest()[:16]  # names of files needn't be UTF-8
+    stored = Path(cache) / f"identities-{stamp}.safetensors" if cache else None
     if stored and stored.is_file():
         tensors, _ = read_tensors(stored)
     else:
@@ -193,22 +191,21 @@ def decoded(files: Sequence[Path], size: int, crop: photos.Crop, many: int, prog
     Threads decode the next ones meanwhile. Broken pictures are named and counted at the end. `progress`: what is said on the way.
     """
     skipped = []
+    threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     # Pillow's warnings are silenced here for all threads at once: each thread's own silence would end another's
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        warnings.simplefilter("ignore")
-        with Progress(progress, len(files), quiet=not progress) as bar:
-            ahead = [pool.submit(photos.prepare, file, size, crop) for file in files[:many]]
-            for start in range(0, len(files), many):
-                batch, images = ahead, {}
-                ahead = [pool.submit(photos.prepare, file, size, crop) for file in files[start + many : start + 2 * many]]
-                for index, future in enumerate(batch, start):
-                    try:
-                        images[index] = future.result()[0]
-                    except InputError as error:
-                        skipped.append(str(error))
-                if images:
-                    yield images
-                bar.update(start + len(batch))
+    with warnings.catch_warnings(action="ignore"), threads as pool, Progress(progress, len(files), quiet=not progress) as bar:
+        ahead = [pool.submit(photos.prepare, file, size, crop) for file in files[:many]]
+        for start in range(0, len(files), many):
+            batch, images = ahead, {}
+            ahead = [pool.submit(photos.prepare, file, size, crop) for file in files[start + many : start + 2 * many]]
+            for index, future in enumerate(batch, start):
+                try:
+                    images[index] = future.result()[0]
+                except InputError as error:
+                    skipped.append(str(error))
+            if images:
+                yield images
+            bar.update(start + len(batch))
     for message in skipped:
         say(f"skipped: {message}")
     if skipped:
@@ -242,5 +239,4 @@ def _encode(
                     tensors[name] = torch.empty(len(files), *values.shape[1:], dtype=values.dtype)
                 tensors[name][len(kept) : len(kept) + len(values)] = values
             kept += images
-    empty = torch.zeros(0)
-    return {name: tensors.get(name, empty)[: len(kept)] for name in ("latents", "features")} | {"kept": torch.tensor(kept)}
+    return {name: tensors.get(name, torch.zeros(0))[: len(kept)] for name in ("latents", "features")} | {"kept": torch.tensor(kept)}

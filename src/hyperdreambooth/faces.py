@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
-from .errors import InputError, NoFaceError
+from .errors import InputError, NoFaceError, refusing
 
 TURNS = (0, 20, -20, 40, -40)  # Degrees by which copies are turned before faces are looked for.
 ORIENTATIONS = (0, 180, 90, -90)  # Quarter turns at which a photo is searched, in this order, until a face with eyes is found.
@@ -41,28 +41,25 @@ class Face(NamedTuple):
 def find_faces(image: Image.Image) -> list[Face]:
     """Frontal faces at any tilt, the largest first. Raises InputError where OpenCV isn't installed.
 
-    Upright faces are looked for first, then sideways and upside-down ones, larger copies, and upright copies of equalized contrast; the
-    first of these searches that finds a face with both eyes ends it. One without eyes counts only where it is found upright.
+    Upright faces are looked for first, then sideways and upside-down ones, larger copies, and upright copies without noise and of full
+    contrast; the first of these searches that finds a face with both eyes ends it. One without eyes counts only where it is found upright.
     """
-    gray = image.convert("L")
-    without_eyes: list[Face] = []
-    for equalized, size in product((False, True), (size for size in SIZES if size <= max(SIZES[0], *image.size))):
+    gray, searches = image.convert("L"), list[list[Face]]()
+    for brightened, size in product((False, True), (size for size in SIZES if size <= max(SIZES[0], *image.size))):
         scale = max(image.size) / size
         small = gray.resize((max(1, round(image.width / scale)), max(1, round(image.height / scale))), Image.Resampling.BILINEAR)
-        small = ImageOps.equalize(small) if equalized else small
-        for quarter in ORIENTATIONS[:1] if equalized else ORIENTATIONS:
+        small = ImageOps.autocontrast(small.filter(ImageFilter.GaussianBlur(2)), cutoff=1) if brightened else small
+        for quarter in ORIENTATIONS[:1] if brightened else ORIENTATIONS:
             found = [face for turn in TURNS for face in _search(small, quarter + turn)]
             faces: list[Face] = []  # one for all the turns at which it was found: where it stands most upright it was seen best
             for face, _ in sorted(found, key=lambda item: (not item[0].eyes, abs(item[1]))):
                 if all(math.dist(face[:2], other[:2]) > 0.6 * max(face.side, other.side) for other in faces):
                     faces.append(face)
-            faces = [face._replace(x=face.x * scale, y=face.y * scale, side=face.side * scale) for face in faces]
-            faces.sort(key=lambda face: -face.side)
+            faces = [Face(face.x * scale, face.y * scale, face.side * scale, face.roll, face.eyes) for face in faces]
+            searches.append(sorted(faces, key=lambda face: -face.side))
             if any(face.eyes for face in faces):
-                return faces
-            if quarter == 0 and size == SIZES[0] and not equalized:
-                without_eyes = faces
-    return without_eyes
+                return searches[-1]
+    return searches[0]
 
 
 def _search(image: Image.Image, turn: int) -> Iterator[tuple[Face, float]]:
@@ -101,10 +98,8 @@ def _eyes(face: Any) -> tuple[tuple[float, float], tuple[float, float]] | None:
 @cache
 def _cascade(name: str, thread: int) -> Any:
     """A detector; each thread has its own, since one can't look at two pictures at a time."""
-    try:
+    with refusing('finding faces needs OpenCV 4: pip install "hyperdreambooth[faces]", or use --crop center', ImportError):
         import cv2.data
-    except ImportError as error:  # of OpenCV, or of its cascades, which version 5 has not
-        raise InputError('finding faces needs OpenCV 4: pip install "hyperdreambooth[faces]", or use --crop center.') from error
     return cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / f"{name}.xml"))
 
 
@@ -121,14 +116,12 @@ def face_for(image: Image.Image, name: str, crop: str, which: int | None = None)
         return None, ""
     try:
         faces = find_faces(image)
+        if not faces:
+            raise NoFaceError("no face was found. Take a frontal photo, or --crop center for the middle of the picture.")
     except InputError as error:
         if asked:
-            raise
+            raise type(error)(f"{name}: {error}") from error
         return None, f"{name}: took the middle; {error}"
-    if not faces and not asked:
-        return None, f"{name}: no face was found, took the middle."
-    if not faces:
-        raise NoFaceError(f"{name}: no face was found. Take a frontal photo, or --crop center for the middle of the picture.")
     if which is not None and not 1 <= which <= len(faces):
         raise InputError(f"{name}: there is no face {which}; {len(faces)} were found.")
     face = faces[(which or 1) - 1]

@@ -54,10 +54,7 @@ def _looks_like_picture(file: Path) -> bool:
 
 
 def caption_of(photos: object) -> str | None:
-    """The caption beside a person's only photo, NAME.txt, NAME.caption or NAME.jpg.txt, in one line, or None.
-
-    Raises InputError for one that can't be read.
-    """
+    """The caption beside a person's only photo, NAME.txt, NAME.caption or NAME.jpg.txt, in one line. InputError: it can't be read."""
     group = photos if isinstance(photos, (list, tuple)) else [photos]
     if len(group) != 1 or not isinstance(group[0], (str, Path)):
         return None

@@ -1,10 +1,10 @@
 """Data sets of pictures in parquet files, as the model hub has most of them: unpacked into a folder of people."""
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from .errors import InputError, refusing
@@ -22,26 +22,18 @@ def unpack(files: Sequence[Path], folder: Path) -> Path:
     """
     if folder.is_dir():
         return folder
-    try:
-        from pyarrow import ArrowException, parquet, types
-    except ImportError as error:
-        raise InputError('parquet files need pyarrow: pip install "hyperdreambooth[parquet]".') from error
+    with refusing('parquet files need pip install "hyperdreambooth[parquet]"', ImportError):
+        from pyarrow import ArrowException, parquet
     half, count = folder.with_name(f"{folder.name}.part"), Counter[str]()
     shutil.rmtree(half, ignore_errors=True)
     with refusing(f"the parquet files of {files[0].parent} can't be read", ArrowException, OSError, advice="Fetch them again."):
         opened = [parquet.ParquetFile(file) for file in files]
-        schema = opened[0].schema_arrow
-
-        def holds_pictures(kind: Any) -> bool:
-            return (types.is_struct(kind) and kind.get_field_index("bytes") >= 0) or types.is_binary(kind) or types.is_large_binary(kind)
-
-        picture = next((field.name for field in schema if holds_pictures(field.type)), None)
+        kinds = {field.name: str(field.type) for field in opened[0].schema_arrow}  # such as "struct<bytes: binary, path: string>"
+        picture = next((name for name, kind in kinds.items() if re.match(r"(struct<.*\bbytes: )?(large_)?binary", kind)), None)
         if picture is None:
-            raise InputError(f"{files[0]} has no column of pictures, only {', '.join(schema.names)}. Save the pictures in a folder.")
-        who = next((name for name in PEOPLE if name in schema.names and name != picture), None)
-        said = (
-            f"the column {who} says who is in a picture" if who else f"no column says who it is ({', '.join(PEOPLE)}), so each is a person"
-        )
+            raise InputError(f"{files[0]} has no column of pictures, only {', '.join(kinds)}. Save the pictures in a folder.")
+        who = next((name for name in PEOPLE if name in kinds and name != picture), None)
+        said = f"the column {who} says who is in a picture" if who else f"no column says who ({', '.join(PEOPLE)}), so each is a person"
         say(f"{files[0].parent}: pictures are in the column {picture}; {said}")
         with Progress("unpacking pictures", sum(file.metadata.num_rows for file in opened)) as progress:
             columns = [picture, who] if who else [picture]

@@ -87,14 +87,14 @@ def _read_bytes(source: Source, name: str) -> bytes:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if isinstance(source, (str, os.PathLike)):
-        address = urlsplit(str(source)) if isinstance(source, str) and re.match(r"(?i)(data:|file:/|[a-z][a-z\d+.-]+://)", source) else None
+        text = os.fspath(source)  # a Path of an address has lost a slash
+        address = urlsplit(text) if re.match(r"(?i)(data:|[a-z][a-z\d+.-]+:/)", text) else None
         if address and (address.scheme != "file" or address.netloc not in ("", "localhost")):
             raise InputError(f"{name[:80]}: nothing is fetched from the web. Save the picture and name the file.")
         path = Path(url2pathname(address.path) if address else source)
-        if path.is_dir():
-            raise InputError(f"{name} is a folder, not a picture. Name a picture in it.")
         if not path.is_file():
-            raise InputError(f"{name}: no such file. Check the path.")
+            wrong = " is a folder, not a picture. Name a picture in it." if path.is_dir() else ": no such file. Check the path."
+            raise InputError(name + wrong)
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
     if isinstance(source, io.TextIOBase):
@@ -119,11 +119,9 @@ def _open(source: Source, name: str) -> Image.Image:
         if MAX_PIXELS < image.width * image.height <= MAX_JPEG_PIXELS:
             image.draft(None, (image.width // 4, image.height // 4))
         return image
-    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
-        try:
+    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and b"avif" not in data[12:64]:
+        with refusing(f'{name} is HEIC, which needs pip install "hyperdreambooth[heif]"', ImportError, advice="Or convert it to JPEG."):
             from pillow_heif import register_heif_opener
-        except ImportError as error:
-            raise InputError(f'{name} is HEIC, which needs pip install "hyperdreambooth[heif]"; or convert it to JPEG.') from error
         register_heif_opener()
     return Image.open(io.BytesIO(data), formats=picture_formats())
 
@@ -149,18 +147,17 @@ def _from_array(values: Any, name: str) -> Image.Image:
 
 def _to_8_bits(values: Any, name: str) -> Any:
     """Numbers of a picture as uint8, by the range that they seem to have. Raises InputError where that is anybody's guess."""
-    if values.dtype.kind not in "biuf":
+    kind = values.dtype.kind
+    if kind not in "biuf":
         raise InputError(f"{name} holds {values.dtype}, which are no colors: give uint8, uint16 or float.")
     low, high = float(values.min()), float(values.max())
-    bottom, top, beyond = 0.0, 255.0, 0.0
-    if values.dtype.kind == "f":
+    bottom, top, beyond = 0.0, 1.0 if kind == "b" else 255.0, 0.0
+    if kind == "f":
         beyond = 0.05  # a picture that was resized, or rounded, may leave its range a little
         bottom, top = (-1.0, 1.0) if low < -beyond else (0.0, 1.0 if high <= 1 + beyond else 255.0)
-    elif values.dtype.kind == "b":
-        top = 1.0
-    elif values.dtype.kind == "u":  # 12 bits of a camera or scanner in a 16-bit file
+    elif kind == "u":  # 12 bits of a camera or scanner in a 16-bit file
         top = next((most for most in (255.0, 4095.0, 65535.0) if high <= most), high)
-    too_dark = values.dtype.kind == "f" and top == 255 and high < 32  # light without an upper end, more likely than 0..255
+    too_dark = kind == "f" and top == 255 and high < 32  # light without an upper end, more likely than 0..255
     if not bottom - beyond <= low <= high <= top * (1 + beyond) or too_dark:  # nor is NaN
         raise InputError(f"{name} has values in {low:g}..{high:g}: give 0..1, -1..1 or 0..255.")
     return ((values - bottom) * (255 / (top - bottom))).clip(0, 255).round().astype(np.uint8)
@@ -228,13 +225,6 @@ def prepare(path: Source, size: int, crop: Crop = "auto", face: int | None = Non
     return square(crop_face(image, chosen) if chosen else image, size), " ".join(filter(None, (note, which)))
 
 
-def _listed(files: Any) -> list[Any]:
-    """One source or several, as a list."""
-    several = files.ndim > 3 if isinstance(files, (np.ndarray, Tensor)) else isinstance(files, Iterable)
-    alone = isinstance(files, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(files, "read")
-    return list(files) if several and not alone else [files]
-
-
 def read_photos(files: Any, size: int, crop: Crop = "auto", face: int | None = None) -> tuple[Tensor, list[str]]:
     """One photo or several as (n, 3, size, size) in -1..1, and what is worth saying about them (which face was taken).
 
@@ -243,7 +233,10 @@ def read_photos(files: Any, size: int, crop: Crop = "auto", face: int | None = N
     """
     if isinstance(files, Tensor) and files.shape[1:] == (3, size, size) and files.is_floating_point():
         return files, []
-    prepared = [prepare(file, size, crop, face) for file in _listed(files)]
+    alone = isinstance(files, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(files, "read") or not isinstance(files, Iterable)
+    if isinstance(files, (np.ndarray, Tensor)):
+        alone = files.ndim < 4
+    prepared = [prepare(file, size, crop, face) for file in ([files] if alone else files)]
     if not prepared:
         raise InputError("no photo was given.")
     return to_tensor([image for image, _ in prepared]), [note for _, note in prepared if note]
@@ -301,10 +294,8 @@ def preview_path(lora: Path) -> Path:
     return lora.with_suffix(".preview.png") if first.exists() and not is_generated(first) else first
 
 
-def grid(
-    rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int | None = None
-) -> Image.Image:
-    """A labelled contact sheet: one row of pictures for each row label. `cell` is the side of a picture on it."""
+def grid(rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int = 0) -> Image.Image:
+    """A labelled contact sheet: one row of pictures for each row label. `cell` is the side of a picture on it, 0 for a fitting one."""
     cell = cell or min(256, max(128, max(row[0].width for row in rows)))
     font, columns = ImageFont.load_default(13), max(map(len, rows))
     top, strip = 22 if any(column_labels) else 4, 20 if any(row_labels) else 4

@@ -250,12 +250,9 @@ class State:
     def restore(self, file: Path) -> None:
         """Raises InputError for the state of another model or optimizer."""
         model, optimizer, average, meta = checkpoint.load(file)
-        expected = {n: tuple(t.shape) for n, t in self.saved.items()}
-        found = {n: tuple(t.shape) for n, t in model.items()}
-        if expected != found:
-            name = min(set(expected.items()) ^ set(found.items()))[0]
+        if differing := {(n, t.shape) for n, t in self.saved.items()} ^ {(n, t.shape) for n, t in model.items()}:
             what_to_do = "Give another folder, or delete that file to start anew."
-            raise InputError(f"{file} belongs to another {self.name}: {name} differs. {what_to_do}")
+            raise InputError(f"{file} belongs to another {self.name}: {min(differing)[0]} differs. {what_to_do}")
         before, now = meta["config"].get("optimizer", "adamw"), self.config.optimizer
         if before != now:
             raise InputError(f"{file} was trained with {before}, and its state means nothing to {now}. Go on with {before}, or start anew.")

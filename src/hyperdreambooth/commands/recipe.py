@@ -94,14 +94,13 @@ def run_recipe(args: Recipe) -> None:
         say(f"{name}: uploaded (a new repository is private)")
 
 
-def once(file: Path, work: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-    """What a stage found, from its file where it was done before."""
-    from ..checkpoint import read_json, write_json
+def once(file: Path, work: Callable[[], dict[str, Any] | None]) -> None:
+    """Does a stage's work, and keeps what it found in its file, unless it was done before."""
+    from ..checkpoint import write_json
 
     if not file.is_file():
         say(f"stage: {file.stem}")
         write_json(file, work() or {})
-    return read_json(file)
 
 
 def people_of(args: Recipe) -> dict[str, list[Path]]:

@@ -190,9 +190,8 @@ def preview(backbone: Backbone, source: nn.Module, data: IdentityData, count: in
 
 def begin_with(source: PredictedLora, start: PredictedLora) -> None:
     """Copies another hypernetwork's weights. Raises InputError where layers or sizes differ."""
-    mine, theirs = ({name: tuple(tensor.shape) for name, tensor in one.state_dict().items()} for one in (source, start))
-    differing = {*mine.items(), *source.lightweight.targets.items()} ^ {*theirs.items(), *start.lightweight.targets.items()}
-    if differing:
+    mine, theirs = ({*one.lightweight.targets.items(), *((n, t.shape) for n, t in one.state_dict().items())} for one in (source, start))
+    if differing := mine ^ theirs:
         raise InputError(f"the hypernetwork to start from has other layers or sizes ({min(differing)[0]}): give the same settings.")
     source.load_state_dict(start.state_dict())
 

@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 MINUTES ?= 170
 WORLD ?= toon
 
-.PHONY: demo app test test-app check weights evaluate clean
+.PHONY: demo app test test-app check bench weights evaluate clean
 
 # personalize a face nobody trained on, and draw it in new pictures: demo/index.html
 demo: $(VENV)/installed
@@ -30,6 +30,10 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# speed and memory beside named peers, some minutes: everything that needs a GPU where there is one, else the CPU's; then the tables of docs
+bench: $(VENV)/installed-dev
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(BIN)/python benchmarks/gpu.py; else $(BIN)/python benchmarks/speed.py && $(BIN)/python benchmarks/tables.py; fi
 
 # train the embedded world (WORLD=heads: the second one), or go on with it: whatever is unfinished first
 weights: $(VENV)/installed-dev

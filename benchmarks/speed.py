@@ -1,122 +1,201 @@
-"""Speed and memory, each against a named peer in the same run (machines are noisy: read the ratios).
+"""Speed and memory on a CPU, each row beside a named peer in the same run (machines are noisy: read the ratios).
 
     python benchmarks/speed.py -o benchmarks/results/speed.json
 
-hooks      forward + backward of the toon UNet at batch 8 with per-sample LoRAs on hooks, over PEFT's one trainable LoRA
-personalize seconds and peak memory of `hyperdreambooth personalize` in a fresh process, over importing the libraries and
-           loading the base alone
+Two bases: `toon`, and `mid`, Stable Diffusion 1.5 at half its width with random weights, for pictures of 128 pixels. Ours and the peer take turns;
+a ratio is the median over turns, and `spread` its quartiles. What the floor is: floating-point operations of a step (counted on PEFT's) over what this machine does in a
+large matrix product. On a machine with a GPU, benchmarks/gpu.py is the one to run.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+import transformers
+from peers import base, drawing, peft_steps, prediction, steps, timed
+from torch.utils.flop_counter import FlopCounterMode
 
+from hyperdreambooth import HyperDreamBooth
 from hyperdreambooth.assets import toon
-from hyperdreambooth.backbones import load_backbone
-from hyperdreambooth.checkpoint import write_json
-from hyperdreambooth.lora import applied, find_targets
-from hyperdreambooth.trainable_lora import IdentityTable, LightweightLora
-from hyperdreambooth.training_settings import LightweightConfig
+from hyperdreambooth.backbones import Backbone
+from hyperdreambooth.checkpoint import read_json, write_json
+
+SIDES = {"toon": (128, 256, 384), "mid": (64, 128, 256)}  # Of the pictures in `growth`, in pixels.
+ATTENTION = ("unet.*attn?.to_[qkv]", "unet.*attn?.to_out.0")
+STARTS = {  # what a person may type, without a model
+    "--help": ["--help"],
+    "personalize --help": ["personalize", "--help"],
+    "info FILE": ["info", "FILE"],
+}
 
 
-def medians(*runs: Callable[[], object], repeats: int = 15) -> list[float]:
-    """Median seconds of each, taken in turns, so that a noisy moment hits all of them."""
-    times: list[list[float]] = [[] for _ in runs]
-    for repeat in range(repeats + 2):
-        for index, run in enumerate(runs):
-            started = time.perf_counter()
-            run()
-            if repeat >= 2:
-                times[index].append(time.perf_counter() - started)
-    return [statistics.median(t) for t in times]
+def opened(name: str) -> Backbone:
+    return (
+        HyperDreamBooth.from_pretrained("toon", hypernetwork=None, device="cpu").backbone
+        if name == "toon"
+        else base(name, "cpu", torch.float32)
+    )
 
 
-def hooks(batch: int = 8) -> dict[str, float]:
-    """Forward + backward: per-sample tokens on hooks, one PEFT LoRA on the same layers, and the bare UNet."""
-    backbone = load_backbone("toon")
-    targets = find_targets(backbone.components, backbone.default_targets)
-    table = IdentityTable(batch, LightweightLora(targets, LightweightConfig(down_dim=64, up_dim=32)))
-    plain = copy.deepcopy(backbone.components["unet"])
-    peer = copy.deepcopy(plain)
-    inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, target_modules=[path.removeprefix("unet.") for path in targets]), peer)
-    noisy = torch.randn(batch, *backbone.latent_shape())
-    steps = torch.full((batch,), 500)
-    prompts = {key: value.detach() for key, value in backbone.encode_prompts(["a [V] face"] * batch).items()}
-    rows = torch.arange(batch)
-    leaf = noisy.clone().requires_grad_()
+def quartiles(values: Sequence[float]) -> list[float]:
+    low, _, high = statistics.quantiles(values, n=4)
+    return [round(low, 3), round(high, 3)]
 
-    def ours() -> None:
-        with applied(backbone.components, table(rows)):
-            backbone.predict(noisy, steps, prompts).square().mean().backward()
 
-    def peft() -> None:
-        peer(noisy, steps, **prompts).sample.square().mean().backward()
+def matrix_rate() -> float:
+    """Floating-point operations a second of a matrix product of 2,048 x 2,048, the best of eight."""
+    a, b = torch.randn(2, 2048, 2048)
+    return 2 * 2048**3 / min(timed(lambda: a @ b) for _ in range(8))
 
-    def bare() -> None:
-        plain(leaf, steps, **prompts).sample.square().mean().backward()
 
-    a, b, c = medians(ours, peft, bare)
-    return {"per_sample_hooks_ms": 1000 * a, "peft_ms": 1000 * b, "bare_ms": 1000 * c, "hooks_over_peft": a / b, "hooks_over_bare": a / c}
+def fine_tuning(backbone: Backbone, copies: int, rate: float, turns: int) -> dict[str, Any]:
+    """A fine-tuning step and PEFT's, in turns of a few steps each."""
+    ours, peer = list[float](), list[float]()
+    for _ in range(turns):
+        ours.append(statistics.median(steps(backbone, copies, 6, first=1)[1]))
+        peer.append(statistics.median(peft_steps(backbone, copies, 5, first=1)[0]))
+    with FlopCounterMode(display=False) as counter:
+        peft_steps(backbone, copies, 1, first=0)
+    floor = 1000 * counter.get_total_flops() / rate
+    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+    found = {"ours_ms": statistics.median(ours), "peft_ms": statistics.median(peer), "floor_ms": floor}
+    about = {"copies": copies, "ours_over_peft": round(statistics.median(ratios), 3), "spread": quartiles(ratios)}
+    return about | {name: round(value, 1) for name, value in found.items()} | {"ours_over_floor": round(found["ours_ms"] / floor, 2)}
+
+
+def growth(backbone: Backbone, sides: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step by copies, people in a batch, layers, and side of the pictures: the least of four steps."""
+    least = lambda *args, **more: round(min(steps(backbone, *args, 5, first=1, **more)[1]), 1)  # noqa: E731
+    return {
+        "copies": {str(count): least(count) for count in (1, 2, 4, 8)},
+        "people": {str(count): least(1, people=count) for count in (1, 2, 4, 8)},
+        "layers": {"attention": least(4, patterns=ATTENTION), "attention and feed-forward": least(4)},
+        "side": {str(pixels): least(1, side=pixels // 8) for pixels in sides},
+    }
 
 
 CHILD = """
-import json, resource, sys, time
-start = time.perf_counter()
-from hyperdreambooth.cli import main
-code = main(sys.argv[1:])
-try:  # getrusage would count what the parent had at the fork
-    peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
-except OSError:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 * 1024)
-print(json.dumps({"seconds": time.perf_counter() - start, "peak_mb": peak}))
-sys.exit(code)
+import json, resource, sys
+sys.path.insert(0, sys.argv[1])
+import speed
+print(json.dumps(speed.peak(*sys.argv[2:])))
 """
 
 
-def personalize() -> dict[str, float]:
-    """The command in a fresh process, beside one that only loads the base (`targets`)."""
-    face = toon.directory("faces") / "face-01.png"
-    figures = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, arguments in (
-            ("load", ["targets", "toon", "--json"]),
-            ("personalize", ["personalize", str(face), "-o", f"{folder}/me.safetensors"]),
-        ):
-            done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True, env=os.environ)
-            found = json.loads(done.stdout.strip().splitlines()[-1])
-            figures[f"{name}_seconds"], figures[f"{name}_peak_mb"] = found["seconds"], found["peak_mb"]
-        figures["seconds_over_loading"] = figures["personalize_seconds"] / figures["load_seconds"]
-    return figures
+def peak(who: str, name: str, copies: str) -> dict[str, float]:
+    """In a process of its own: the most memory it had, in MB, after loading and after a few steps of `who`."""
+    backbone = opened(name)
+
+    def most() -> float:  # getrusage would count what the parent had at the fork
+        status = Path("/proc/self/status")
+        if status.is_file():
+            return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    loaded = most()
+    steps(backbone, int(copies), 3) if who == "ours" else peft_steps(backbone, int(copies), 3)
+    return {"loaded": loaded, "peak": most()}
+
+
+def memory(name: str, copies: int) -> dict[str, float]:
+    found = {}
+    for who in ("ours", "peft"):
+        arguments = [sys.executable, "-c", CHILD, str(Path(__file__).parent), who, name, str(copies)]
+        found[who] = json.loads(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    ours, peer = found["ours"], found["peft"]
+    sizes = {"ours_mb": ours["peak"], "peft_mb": peer["peak"], "loaded_mb": peer["loaded"]}
+    return {
+        "copies": copies,
+        **{key: round(value) for key, value in sizes.items()},
+        "ours_over_peft": round(ours["peak"] / peer["peak"], 3),
+    }
+
+
+def processor_seconds(arguments: list[str]) -> float:
+    """What a command and all that it starts took of the processor; the clock would count the machine's other work."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(arguments, capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def starting(file: Path, turns: int = 5) -> dict[str, Any]:
+    """Commands without a model, beside importing diffusers' pipeline."""
+    works = {"diffusers": [sys.executable, "-c", "from diffusers import StableDiffusionPipeline"]}
+    for name, words in STARTS.items():
+        works[name] = [sys.executable, "-m", "hyperdreambooth", *(str(file) if word == "FILE" else word for word in words)]
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(turns):
+        for name, arguments in works.items():
+            taken[name].append(processor_seconds(arguments))
+    peer = statistics.median(taken["diffusers"])
+    return {
+        name: {"s": round(statistics.median(some), 2), "over_diffusers": round(statistics.median(some) / peer, 3)}
+        for name, some in taken.items()
+    }
+
+
+def command(folder: Path) -> dict[str, float]:
+    """`personalize` on toon: after loading, in this process; and the whole command by the clock, beside one that only loads the base."""
+    hdb, face = HyperDreamBooth.from_pretrained("toon", device="cpu"), toon.directory("faces") / "face-01.png"
+    first, second = (timed(lambda: hdb.personalize(face, quiet=True)) for _ in range(2))
+    program = [sys.executable, "-m", "hyperdreambooth"]
+
+    def run(*words: str) -> Callable[[], object]:
+        return lambda: subprocess.run([*program, *words], capture_output=True, check=True)
+
+    load = timed(run("targets", "toon", "--json"))
+    whole = timed(run("personalize", str(face), "-o", str(folder / "whole.safetensors")))
+    seconds = {"after_loading_first_s": first, "after_loading_second_s": second, "load_s": load, "whole_s": whole}
+    return {name: round(value, 2) for name, value in seconds.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/speed.json"))
+    parser.add_argument("--bases", nargs="+", default=["toon", "mid"], choices=["toon", "mid"], help="those that are measured; others stay")
     args = parser.parse_args()
-    results = {
-        "command": "python benchmarks/speed.py",
-        "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "hooks": {key: round(value, 3) for key, value in hooks().items()},
-        "personalize": {key: round(value, 2) for key, value in personalize().items()},
-    }
-    write_json(args.output, results)
-    print(json.dumps(results, indent=2))
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+    rate, results = matrix_rate(), read_json(args.output) if args.output.is_file() else {}
+    results |= {"command": "python benchmarks/speed.py", "torch": torch.__version__, "threads": torch.get_num_threads()}
+    results |= {"processor": platform.processor() or platform.machine(), "matrix_gflops": round(rate / 1e9, 1)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for title in args.bases:
+            backbone = opened(title)
+            hdb = HyperDreamBooth.from_pretrained("toon", device="cpu") if title == "toon" else HyperDreamBooth(backbone, title)
+            jobs: dict[str, Callable[[], Any]] = {
+                "steps": lambda backbone=backbone, title=title: [
+                    fine_tuning(backbone, copies, rate, 9 if title == "toon" else 3) for copies in (1, 4)
+                ],
+                "drawing": lambda hdb=hdb, title=title: drawing(hdb, folder, steps=10, rounds=9 if title == "toon" else 3),
+                "memory": lambda title=title: [memory(title, copies) for copies in (1, 4)],
+                "growth": lambda backbone=backbone, title=title: growth(backbone, SIDES[title]),
+            }
+            if title == "toon":
+                jobs |= {"prediction": lambda hdb=hdb: prediction(hdb), "personalize": lambda: command(folder)}
+                jobs["start"] = lambda: starting(folder / "me.safetensors")
+            for job, work in jobs.items():
+                started = time.perf_counter()
+                results.setdefault(title, {})[job] = work()
+                print(f"{title}, {job}: {time.perf_counter() - started:.0f} s, {json.dumps(results[title][job])}", flush=True)
+                write_json(args.output, results)
+    print(args.output)
 
 
 if __name__ == "__main__":

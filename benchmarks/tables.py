@@ -84,17 +84,46 @@ def ablations() -> str:
 
 def speed() -> str:
     results = json.loads((ROOT / "benchmarks/results/speed.json").read_text(encoding="utf-8"))
-    hooks, one = results["hooks"], results["personalize"]
-    return "\n".join(
-        [
-            "| what | figure | beside |",
-            "|---|---|---|",
-            f"| forward + backward, batch 8, per-sample LoRA on hooks | {hooks['hooks_over_peft']:.2f} x | one trainable PEFT LoRA on the same layers |",
-            f"| the same | {hooks['hooks_over_bare']:.2f} x | the UNet without any LoRA |",
-            f"| `personalize`, in all | {one['personalize_seconds']:.1f} s | {one['load_seconds']:.1f} s of it to start and load the base |",
-            f"| peak memory of `personalize` | {one['personalize_peak_mb']:.0f} MB | {one['load_peak_mb']:.0f} MB to start and load the base |",
-        ]
+    lines = ["| | ours | its peer in the same run | ratio (quartiles) | times the floor |", "|---|---|---|---|---|"]
+    for base, title in (("toon", "toon, 64 px"), ("mid", "half of SD 1.5, 128 px")):
+        found = results[base]
+        for row in found["steps"]:
+            ratio, floor = f"{row['ours_over_peft']:.2f} ({row['spread'][0]:.2f}-{row['spread'][1]:.2f})", f"{row['ours_over_floor']:.1f}"
+            mine, peer = f"{row['ours_ms']:.0f} ms", f"PEFT {row['peft_ms']:.0f} ms"
+            lines.append(f"| {title}: a fine-tuning step, {row['copies']} copies | {mine} | {peer} | {ratio} | {floor} |")
+        for row in found["memory"]:
+            mine, peer = f"{row['ours_mb']} MB", f"PEFT {row['peft_mb']} MB; loaded {row['loaded_mb']}"
+            lines.append(f"| {title}: peak memory of it, {row['copies']} copies | {mine} | {peer} | {row['ours_over_peft']:.2f} | |")
+        drawn = found["drawing"]
+        mine, peer = (
+            f"{drawn['ours_person_s']:.2f} s",
+            f"diffusers bare {drawn['diffusers_s']:.2f} s, its LoRA loaded {drawn['diffusers_lora_loaded_s']:.2f}",
+        )
+        lines.append(f"| {title}: a picture of the person, 10 steps | {mine} | {peer} | {drawn['ours_over_diffusers']:.2f} | |")
+        mine, peer = f"{1000 * drawn['ours_switch_s']:.0f} ms", f"load and delete {1000 * drawn['diffusers_switch_s']:.0f} ms"
+        lines.append(f"| ... switch of person | {mine} | {peer} | {drawn['switch_over_diffusers']:.2f} | |")
+    one, whole, starts = results["toon"]["prediction"], results["toon"]["personalize"], results["toon"]["start"]
+    mine, peer = f"{one['predict_ms']:.0f} ms", f"a forward pass of the denoiser {one['forward_ms']:.0f} ms"
+    lines.append(f"| toon: prediction from a photo | {mine} | {peer} | {one['predict_over_forward']:.2f} | |")
+    mine, peer = (
+        f"{whole['after_loading_first_s']:.1f} s",
+        f"the whole command {whole['whole_s']:.1f} s, a command that only loads {whole['load_s']:.1f}",
     )
+    lines.append(f"| toon: `personalize` after loading, 25 steps | {mine} | {peer} | | |")
+    for name in [name for name in starts if name != "diffusers"]:
+        cells = f"{starts[name]['s']:.2f} s | importing diffusers' pipeline {starts['diffusers']['s']:.2f} s | {starts[name]['over_diffusers']:.3f}"
+        lines.append(f"| `{name}`, of the processor | {cells} | |")
+    return "\n".join(lines)
+
+
+def growth() -> str:
+    """How a step's milliseconds grow."""
+    results = json.loads((ROOT / "benchmarks/results/speed.json").read_text(encoding="utf-8"))
+    lines = ["| a step's milliseconds by | toon | half of SD 1.5 |", "|---|---|---|"]
+    for what in results["toon"]["growth"]:
+        cells = (", ".join(f"{ms:.0f} ({size})" for size, ms in results[base]["growth"][what].items()) for base in ("toon", "mid"))
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def gpu() -> str:
@@ -158,7 +187,7 @@ def scaling() -> str:
 TABLES = {
     "README.md": (short,),
     "docs/fidelity.md": (fidelity, plain, ablations),
-    "docs/speed.md": (speed, gpu),
+    "docs/speed.md": (speed, growth, gpu),
     "docs/evaluation.md": (comparison, searched),
     "docs/scale.md": (scaling,),
 }

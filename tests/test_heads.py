@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("numba")
 
@@ -336,3 +337,20 @@ def test_the_chain_runs_from_pictures_to_a_hypernetwork_that_draws(few, capsys):
     rebuilt = hdb.backbone.decode_images(latents)
     assert train.psnr(rebuilt, train.to_tensor(data[np.arange(8)]))["psnr"] > 17  # twenty training pictures made its components
     assert hdb.describe(latents[:1])[0].startswith("a photo of a [V] face")
+
+
+def test_the_protocol_asks_for_what_it_draws(tmp_path):
+    pytest.importorskip("dlib")
+    from hyperdreambooth.evaluation.judges import Dlib
+    from worlds.heads import protocol
+
+    dlib = Dlib()
+    atlas, numbers = protocol.test_people(tmp_path, dlib, 2)
+    assert atlas.truths.shape == (len(numbers), len(protocol.ASKED), 3, 128, 128)
+    assert all("[V]" in prompt for prompt in atlas.prompts)
+    assert "santa hat" in atlas.prompts[5]
+    assert not atlas.seen[5]
+    again, _ = protocol.test_people(tmp_path, dlib, 2)  # from what was kept
+    assert torch.equal(again.truths, atlas.truths)
+    right, left = (protocol.nose(dlib, atlas.truths[:1, index])[0] for index in (1, 2))
+    assert right > 0 > left, "a head that turns to the picture's right has its nose there"

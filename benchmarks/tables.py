@@ -37,10 +37,19 @@ def short() -> str:
     return "\n".join(lines)
 
 
-def comparison() -> str:
-    results = json.loads((ROOT / "benchmarks/results/comparison.json").read_text(encoding="utf-8"))
+def compared(file: str) -> str:
+    results = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text(encoding="utf-8"))
     names = ("rank1", "rank1_crowd", "auc", "similarity", "context", "perceptual_distance", "leakage", "prior_drift", "diversity")
     return markdown_table(results["rows"], (*names, "steps", "seconds", "numbers"))
+
+
+def comparison() -> str:
+    return compared("comparison")
+
+
+def baselines() -> str:
+    """Fewer methods, more people."""
+    return compared("baselines")
 
 
 def searched() -> str:
@@ -188,7 +197,7 @@ TABLES = {
     "README.md": (short,),
     "docs/fidelity.md": (fidelity, plain, ablations),
     "docs/speed.md": (speed, growth, gpu),
-    "docs/evaluation.md": (comparison, searched),
+    "docs/evaluation.md": (baselines, comparison, searched),
     "docs/scale.md": (scaling,),
 }
 

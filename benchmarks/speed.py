@@ -163,6 +163,23 @@ def command(folder: Path) -> dict[str, float]:
     return {name: round(value, 2) for name, value in seconds.items()}
 
 
+def jobs(title: str, folder: Path, rate: float) -> dict[str, Callable[[], Any]]:
+    """What is measured of a base, in its order; toon is small, so it takes more turns, and is what commands are tried on."""
+    backbone, small = opened(title), title == "toon"
+    hdb = HyperDreamBooth.from_pretrained("toon", device="cpu") if small else HyperDreamBooth(backbone, title)
+    turns = 9 if small else 3
+    found: dict[str, Callable[[], Any]] = {
+        "steps": lambda: [fine_tuning(backbone, copies, rate, turns) for copies in (1, 4)],
+        "drawing": lambda: drawing(hdb, folder, steps=10, rounds=turns),
+        "memory": lambda: [memory(title, copies) for copies in (1, 4)],
+        "growth": lambda: growth(backbone, SIDES[title]),
+    }
+    if small:
+        found |= {"prediction": lambda: prediction(hdb), "personalize": lambda: command(folder)}
+        found["start"] = lambda: starting(folder / "me.safetensors")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/speed.json"))
@@ -174,23 +191,9 @@ def main() -> None:
     rate, results = matrix_rate(), read_json(args.output) if args.output.is_file() else {}
     results |= {"command": "python benchmarks/speed.py", "torch": torch.__version__, "threads": torch.get_num_threads()}
     results |= {"processor": platform.processor() or platform.machine(), "matrix_gflops": round(rate / 1e9, 1)}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as folder:
         for title in args.bases:
-            backbone = opened(title)
-            hdb = HyperDreamBooth.from_pretrained("toon", device="cpu") if title == "toon" else HyperDreamBooth(backbone, title)
-            jobs: dict[str, Callable[[], Any]] = {
-                "steps": lambda backbone=backbone, title=title: [
-                    fine_tuning(backbone, copies, rate, 9 if title == "toon" else 3) for copies in (1, 4)
-                ],
-                "drawing": lambda hdb=hdb, title=title: drawing(hdb, folder, steps=10, rounds=9 if title == "toon" else 3),
-                "memory": lambda title=title: [memory(title, copies) for copies in (1, 4)],
-                "growth": lambda backbone=backbone, title=title: growth(backbone, SIDES[title]),
-            }
-            if title == "toon":
-                jobs |= {"prediction": lambda hdb=hdb: prediction(hdb), "personalize": lambda: command(folder)}
-                jobs["start"] = lambda: starting(folder / "me.safetensors")
-            for job, work in jobs.items():
+            for job, work in jobs(title, Path(folder), rate).items():
                 started = time.perf_counter()
                 results.setdefault(title, {})[job] = work()
                 print(f"{title}, {job}: {time.perf_counter() - started:.0f} s, {json.dumps(results[title][job])}", flush=True)

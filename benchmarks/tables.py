@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
+from hyperdreambooth.checkpoint import read_json
 from hyperdreambooth.evaluation.command import markdown_table
 
 ROOT = Path(__file__).parents[1]
 
 
+def measured(name: str) -> dict[str, Any]:
+    """A file of benchmarks/results."""
+    return read_json(ROOT / f"benchmarks/results/{name}.json")
+
+
 def fidelity() -> str:
-    results = json.loads((ROOT / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))
+    results = measured("fidelity")
     crowds = ("rank1", "rank1_crowd", "rank1_lookalikes", "similarity", "context_seen", "context_held_out")
     return markdown_table(results["rows"], (*crowds, "perceptual_distance", "pixel_distance", "copied"))
 
 
 def short() -> str:
     """What the README shows of `fidelity`."""
-    rows = json.loads((ROOT / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))["rows"]
+    rows = measured("fidelity")["rows"]
     lines = [
         "| | found among 100 | among 1,000 | context, seen | context, held out | copies of training people |",
         "|---|---|---|---|---|---|",
@@ -38,7 +44,7 @@ def short() -> str:
 
 
 def compared(file: str) -> str:
-    results = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text(encoding="utf-8"))
+    results = measured(file)
     names = ("rank1", "rank1_crowd", "auc", "similarity", "context", "perceptual_distance", "leakage", "prior_drift", "diversity")
     return markdown_table(results["rows"], (*names, "steps", "seconds", "numbers"))
 
@@ -54,7 +60,7 @@ def baselines() -> str:
 
 def searched() -> str:
     """What the search tried: the best of each rate and kind of noise levels."""
-    results = json.loads((ROOT / "benchmarks/results/search.json").read_text(encoding="utf-8"))
+    results = measured("search")
     lines = ["| method | rate | noise levels | perceptual distance after steps | similarity at the last |", "|---|---|---|---|---|"]
     for name, found in results["search"].items():
         runs: dict[tuple[float, str], list[dict]] = {}
@@ -69,7 +75,7 @@ def searched() -> str:
 
 def plain() -> str:
     """Prompts as people write them: the share that is right by color and shape, and rank-1 of the fine-tuned."""
-    rows = json.loads((ROOT / "benchmarks/results/plain-prompts.json").read_text(encoding="utf-8"))["rows"]
+    rows = measured("plain-prompts")["rows"]
     lines = ["| prompt | right: base | prediction | + 25 steps | found among 100, + 25 steps |", "|---|---|---|---|---|"]
     for prompt in rows["base"]:
         cells = [rows[name][prompt]["right"] for name in ("base", "prediction", "finetuned")] + [rows["finetuned"][prompt]["rank1"]]
@@ -81,7 +87,7 @@ def plain() -> str:
 
 def ablations() -> str:
     """One thing changed at a time, at one short budget."""
-    rows = json.loads((ROOT / "benchmarks/results/ablations.json").read_text(encoding="utf-8"))["rows"]
+    rows = measured("ablations")["rows"]
     lines = ["| variant | what differs | identity gain | rank-1 | similarity | perceptual distance |", "|---|---|---|---|---|---|"]
     for name, row in rows.items():
         figures = [f"{mean:.3f} ({low:.3f}-{high:.3f})" for mean, low, high in (row["similarity"], row["perceptual_distance"])]
@@ -92,7 +98,7 @@ def ablations() -> str:
 
 
 def speed() -> str:
-    results = json.loads((ROOT / "benchmarks/results/speed.json").read_text(encoding="utf-8"))
+    results = measured("speed")
     lines = ["| | ours | its peer in the same run | ratio (quartiles) | times the floor |", "|---|---|---|---|---|"]
     for base, title in (("toon", "toon, 64 px"), ("mid", "half of SD 1.5, 128 px")):
         found = results[base]
@@ -127,7 +133,7 @@ def speed() -> str:
 
 def growth() -> str:
     """How a step's milliseconds grow."""
-    results = json.loads((ROOT / "benchmarks/results/speed.json").read_text(encoding="utf-8"))
+    results = measured("speed")
     lines = ["| a step's milliseconds by | toon | half of SD 1.5 |", "|---|---|---|"]
     for what in results["toon"]["growth"]:
         cells = (", ".join(f"{ms:.0f} ({size})" for size, ms in results[base]["growth"][what].items()) for base in ("toon", "mid"))
@@ -138,7 +144,7 @@ def growth() -> str:
 def gpu() -> str:
     lines = ["| on one H100, full-size random weights, bf16 | ours | its peer in the same run | ratio |", "|---|---|---|---|"]
     for base, title in (("sd15", "SD 1.5, 512 px"), ("sdxl", "SDXL, 1024 px")):
-        found = json.loads((ROOT / f"benchmarks/results/gpu-{base}.json").read_text(encoding="utf-8"))[base]
+        found = measured(f"gpu-{base}")[base]
         for row in found["training"]:
             ms, gb = row["ms"], row["gb"]
             lines += [
@@ -163,7 +169,7 @@ def gpu() -> str:
 
 def scaling() -> str:
     """Tables of toon people by every way, and pictures that are encoded."""
-    results = json.loads((ROOT / "benchmarks/results/scale.json").read_text(encoding="utf-8"))
+    results = measured("scale")
     titles = {
         "plain": "one process",
         "again": "one process, where all rows are there",

@@ -74,7 +74,7 @@ def measured(base: Path | str, folk: Path, out: Path, *words: object) -> int:
     return main([str(word) for word in ("evaluate", "--base", base, "--people", folk, "-o", out, "--quick", *words)])
 
 
-@pytest.mark.parametrize("family", ["sdxl"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_any_base_is_measured_on_a_folder_of_people(family, folk, models, tmp_path, capsys):
     families.make(family).save_pretrained(tmp_path / family)
     out, asked = tmp_path / "out.json", tmp_path / "asked.txt"

@@ -93,7 +93,7 @@ def test_the_launchers_line_is_the_commands(tmp_path):
     assert (args.recipe, args.data, str(args.output)) == ("sd15-pro", "/shared/faces", "/shared/runs/sd15-pro")
 
 
-@pytest.mark.parametrize("name", ["sdxl-faithful"])  # the toon recipes run further below
+@pytest.mark.parametrize("name", ["sd15-pro", "sdxl-faithful"])
 def test_a_recipe_runs_on_a_tiny_base(name, tmp_path, people):
     families.make({"sd15": "sd1", "sdxl": "sdxl"}[name.split("-")[0]]).save_pretrained(tmp_path / "base")
     own = ["--base", tmp_path / "base", "--encoder", save("dinov2", tmp_path / "encoder"), "--data", people, "--give-up", "0"]

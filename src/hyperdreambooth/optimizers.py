@@ -76,7 +76,10 @@ class Muon(torch.optim.AdamW):
     def _updates(self, parameters: list[Tensor]) -> list[Tensor]:
         """Updates of parameters whose matrices are of one size, orthogonalized together."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        momenta = [self.state[one].setdefault("momentum_buffer", torch.zeros_like(one)) for one in parameters]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         stacks = [_stack(one) for one in torch._foreach_lerp(gradients, momenta, MOMENTUM)]  # Nesterov's
         updates = orthogonalized(torch.cat(stacks)) * (0.2 * max(stacks[0].shape[1:]) ** 0.5)  # the root mean square of AdamW's updates

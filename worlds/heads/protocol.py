@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ CROWD = 1000
 TRIES = 4  # Pictures of each portrait that are drawn and looked up.
 
 
-def kept(file: Path, draw: Any) -> np.ndarray:
+def kept(file: Path, draw: Callable[[], list[Any]]) -> np.ndarray:
     """Pictures that are drawn once: uint8."""
     if not file.is_file():
         save_tensors(file, {"pictures": torch.from_numpy(np.array(draw()))})
@@ -116,9 +116,7 @@ def test(heads: Heads, count: int, rows: Sequence[str]) -> dict[str, Any]:
     bench = harness.Bench(hdb, atlas, judges, folder / "pictures", fingerprint(hdb, atlas, plain), faithful)
     bench.faithful_stamp = fingerprint(faithful, atlas, plain) if faithful else ""
     methods = {name: METHODS[name] for name in rows if not bench.lacks(METHODS[name])}
-    people, results = len(numbers), dict[str, Any]()
-    for results, _, people in harness.compare(bench, methods, harness.timed(bench, methods), len(numbers)):  # noqa: B007
-        print(f"{people} people", flush=True)
+    results, _, people = list(harness.compare(bench, methods, harness.timed(bench, methods), len(numbers)))[-1]
     crowd = dlib.embed(to_tensor(strangers(folder, count)))
     crowd = torch.cat([bench.known["dlib"][1], crowd[crowd.isfinite().all(1)]])
     groups = gates.groups([person(number) for number in numbers])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -96,3 +99,15 @@ def test_a_picture_that_is_drawn_between_two_steps_has_the_update_once(hdb):
     for loras, drawn in seen:
         assert hdb.generate("a [V] face", loras, steps=2)[0].tobytes() == drawn
     assert seen[0][1] != seen[1][1]
+
+
+def test_in_python_the_libraries_keep_their_advice_and_bars_to_themselves(tiny_world):
+    """And what a program has set of them is as before."""
+    code = (
+        "import transformers, hyperdreambooth as h; before = transformers.utils.logging.get_verbosity();"
+        "h.HyperDreamBooth.from_pretrained('toon'); assert transformers.utils.logging.get_verbosity() == before;"
+        "assert transformers.utils.logging.is_progress_bar_enabled()"
+    )
+    environment = {name: value for name, value in os.environ.items() if "VERBOSITY" not in name and "PROGRESS" not in name}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -31,16 +31,16 @@ def upright(astronaut) -> faces.Face:
 def test_a_real_face_is_found(upright):
     assert math.dist((upright.x, upright.y), (225, 106)) < 8  # just below the middle between the eyes
     assert 80 < upright.side < 120
-    assert upright.eyes
+    assert upright.score > faces.SURE
     assert abs(upright.roll) < 5  # she holds her head nearly straight
 
 
-@pytest.mark.parametrize("angle", [-45, -30, -15, 10, 25, 40])
+@pytest.mark.parametrize("angle", [-135, -70, -45, -15, 10, 25, 55, 90, 120, 180])
 def test_tilted_faces_are_turned_upright(astronaut, upright, angle):
     tilted = astronaut.rotate(-angle, Image.Resampling.BICUBIC, expand=True, fillcolor="gray")
     found = faces.find_faces(tilted)
     assert len(found) == 1
-    assert abs(found[0].roll - upright.roll - angle) < 5
+    assert abs((found[0].roll - upright.roll - angle + 180) % 360 - 180) < 8
     turn = math.radians(angle)
     x, y = upright.x - 256, upright.y - 256
     where = x * math.cos(turn) - y * math.sin(turn) + tilted.width / 2, x * math.sin(turn) + y * math.cos(turn) + tilted.height / 2
@@ -51,7 +51,7 @@ def test_tilted_faces_are_turned_upright(astronaut, upright, angle):
         for image, face in ((astronaut, upright), (tilted, found[0]), (tilted, found[0]._replace(roll=0.0)))
     )
     correlation = np.corrcoef([reference.ravel(), aligned.ravel(), as_it_is.ravel()])[0]
-    assert correlation[1] > 0.9
+    assert correlation[1] > 0.75
     assert correlation[1] > correlation[2] + 0.05
 
 
@@ -68,7 +68,7 @@ def test_margin_is_ffhqs(astronaut, upright):
 
 
 def test_a_crop_that_leaves_the_picture_is_moved_inside_or_cut(astronaut):
-    edge = faces.Face(20, 30, 97, 0.0, True)
+    edge = faces.Face(20, 30, 97, 0.0, 0.9)
     assert faces.crop_face(astronaut, edge).size == (194, 194)
     assert faces.crop_face(astronaut, edge._replace(side=900)).size == (512, 512)
     turned = faces.crop_face(astronaut, edge._replace(side=900, roll=45.0))
@@ -98,20 +98,20 @@ def test_several_faces_and_none(tmp_path, astronaut):
         photos.prepare(tmp_path / "none.png", 64, "face")
 
 
-def test_a_dark_noisy_photo_shows_the_face_too(astronaut):
-    values = np.asarray(astronaut.crop((60, 0, 390, 330))) * 0.05 + np.random.default_rng(0).normal(0, 3, (330, 330, 3))
+@pytest.mark.parametrize(("light", "haze", "noise"), [(0.05, 0, 3), (0.15, 190, 0), (0.1, 120, 2)])
+def test_dark_noisy_and_hazy_photos_show_the_face_too(astronaut, light, haze, noise):
+    values = np.asarray(astronaut.crop((60, 0, 390, 330))) * light + haze + np.random.default_rng(0).normal(0, noise, (330, 330, 3))
     (face,) = faces.find_faces(Image.fromarray(values.clip(0, 255).astype(np.uint8)))
-    assert face.eyes
     assert math.dist((face.x + 60, face.y), (225, 106)) < 10
 
 
-@pytest.mark.parametrize("name", ["coffee", "chelsea", "camera", "brick", "text"])
+@pytest.mark.parametrize("name", ["coffee", "chelsea", "rocket", "brick", "text", "retina"])
 def test_pictures_without_a_face_have_none(name):
     assert faces.find_faces(Image.fromarray(getattr(skimage_data, name)())) == []
 
 
 def test_without_opencv_the_error_says_what_to_install(astronaut, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    faces._cascade.cache_clear()
+    faces._detector.cache_clear()
     with pytest.raises(InputError, match=r"hyperdreambooth\[faces\].*--crop center"):
         faces.find_faces(astronaut)

@@ -17,7 +17,9 @@ __all__ = ["HyperDreamBooth", "PersonalLora", "__version__"]
 def __getattr__(name: str) -> object:
     # torch and diffusers take seconds to import: only where they are used
     if name in ("HyperDreamBooth", "PersonalLora"):
-        from . import api
+        from .progress import hushed
 
+        with hushed():  # that torchvision is missing concerns nobody here
+            from . import api
         return getattr(api, name)
     raise AttributeError(name)

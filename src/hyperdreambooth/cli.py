@@ -19,7 +19,6 @@ from .settings import read_config, required, updated
 # before transformers is imported: without torchvision it prints two lines at import that concern nobody here
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 USAGE = """usage: hyperdreambooth COMMAND [OPTIONS]      (hyperdreambooth COMMAND --help explains each)
 

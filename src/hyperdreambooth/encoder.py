@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .checkpoint import read_header, read_json, write_json
 from .errors import InputError, refusing, some
+from .progress import hushed
 
 HALVES = (0.5, 0.5, 0.5)  # Mean and deviation of each channel that make -1..1 out of 0..1.
 LARGEST_PICTURE = 2048  # Side of the pictures that an encoder may ask for, in pixels.
@@ -75,6 +76,7 @@ class FaceEncoder(nn.Module):
         return hidden.flatten(2).mT if hidden.ndim == 4 else hidden
 
 
+@hushed()
 def _open_model(source: str | Path) -> Any:
     from transformers import AutoModel
 

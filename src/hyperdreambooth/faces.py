@@ -1,15 +1,16 @@
-"""Faces in a photo: where they are, how far they are tilted, and an upright crop with margin as in FFHQ and CelebA-HQ.
+"""Faces in a photo: where they are, how far they are tilted, and an upright crop as in FFHQ.
 
-OpenCV's cascades find them (Apache-2.0; the models ship inside its package, nothing is downloaded): one for faces, which
-tolerates some 15 degrees of tilt and so is run on turned copies too, and two for eyes, one of them trained with glasses. The
-line between the eyes gives the tilt.
+YuNet finds them (Wu et al., "YuNet: A Tiny Millisecond-level Face Detector", 2023), run by OpenCV; its weights (MIT, OpenCV's model zoo)
+are in the package, nothing is downloaded. It sees both eyes and the corners of the mouth, in faces from some 10 pixels on and at any tilt; but what it
+sees in a tilted face is more upright than the face, so it looks at the face again, turned by what it saw, until that stands upright.
 """
 
 import math
+import os
 import threading
 from collections.abc import Iterator
 from functools import cache
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,89 +19,96 @@ from PIL import Image, ImageFilter, ImageOps
 
 from .errors import InputError, NoFaceError, refusing
 
-TURNS = (0, 20, -20, 40, -40)  # Degrees by which copies are turned before faces are looked for.
-ORIENTATIONS = (0, 180, 90, -90)  # Quarter turns at which a photo is searched, in this order, until a face with eyes is found.
+MODEL = Path(__file__).parent / "assets" / "yunet" / "face_detection_yunet_2023mar.onnx"
+ORIENTATIONS = (0, 180, 90, -90)  # Quarter turns at which a photo is searched.
 SIZES = (512, 1024, 2048)  # The longer side of the copies that are searched, until a face is found: small faces need the larger ones.
+# A photo as it is, then of full contrast (haze), then with its noise blurred before, by so many pixels (darkness).
+CLEARED = None, 0.0, 3.0
 SMALLEST_AUTO = 256  # A picture of at most this many pixels a side is taken for a crop that is one already.
-MARGIN = 2.0  # Side of a crop over the side of the detector's box, which runs from the brows to the chin.
+SEEN, SURE = 0.7, 0.8  # The score, 0 to 1, from which on something counts as a face, and as one without doubt.
+LOOKS = 4  # At a face that is found: each sees its tilt better than the one before,
+SWAY = (-12, 0, 12)  # from turns of some degrees more and less, for what the detector sees changes a little with each.
+CLOSE = 384  # Side in pixels of the picture of one face alone.
 
 
 class Face(NamedTuple):
-    """A face in pixels: the middle of its crop, the side of the detector's box, and its tilt.
+    """A face in pixels: the middle of its crop, half the side of the crop, its tilt, and the detector's score, 0 to 1.
 
-    `roll` is in degrees, positive where the head is turned clockwise as one looks at the picture; 0 where no eyes were found.
+    `roll` is in degrees, positive where the head is turned clockwise as one looks at the picture.
     """
 
     x: float
     y: float
     side: float
     roll: float
-    eyes: bool
+    score: float
 
 
 def find_faces(image: Image.Image) -> list[Face]:
-    """Frontal faces at any tilt, the largest first. Raises InputError where OpenCV isn't installed.
+    """Faces at any tilt, the largest first: all in the smallest copy that shows one; where none does, of full contrast, and without noise.
 
-    Upright faces are looked for first, then sideways and upside-down ones, larger copies, and upright copies without noise and of full
-    contrast; the first of these searches that finds a face with both eyes ends it. One without eyes counts only where it is found upright.
+    Raises InputError where OpenCV isn't installed.
     """
-    gray, searches = image.convert("L"), list[list[Face]]()
-    for brightened, size in product((False, True), (size for size in SIZES if size <= max(SIZES[0], *image.size))):
+    rgb = image.convert("RGB")
+    for clear, size in product(CLEARED, (size for size in SIZES if size <= max(SIZES[0], *image.size))):
         scale = max(image.size) / size
-        small = gray.resize((max(1, round(image.width / scale)), max(1, round(image.height / scale))), Image.Resampling.BILINEAR)
-        small = ImageOps.autocontrast(small.filter(ImageFilter.GaussianBlur(2)), cutoff=1) if brightened else small
-        for quarter in ORIENTATIONS[:1] if brightened else ORIENTATIONS:
-            found = [face for turn in TURNS for face in _search(small, quarter + turn)]
-            faces: list[Face] = []  # one for all the turns at which it was found: where it stands most upright it was seen best
-            for face, _ in sorted(found, key=lambda item: (not item[0].eyes, abs(item[1]))):
-                if all(math.dist(face[:2], other[:2]) > 0.6 * max(face.side, other.side) for other in faces):
-                    faces.append(face)
-            faces = [Face(face.x * scale, face.y * scale, face.side * scale, face.roll, face.eyes) for face in faces]
-            searches.append(sorted(faces, key=lambda face: -face.side))
-            if any(face.eyes for face in faces):
-                return searches[-1]
-    return searches[0]
+        small = _copy(rgb, (max(1, round(image.width / scale)), max(1, round(image.height / scale))), clear)
+        faces: list[Face] = []  # one for all the orientations in which it was found: the best seen
+        for face in sorted((face for turn in ORIENTATIONS for face in _search(small, turn)), key=lambda face: -face.score):
+            if all(math.dist(face[:2], other[:2]) > 0.6 * max(face.side, other.side) for other in faces):
+                faces.append(face)
+        whole = (Face(face.x * scale, face.y * scale, face.side * scale, *face[3:]) for face in faces)
+        if found := [closer for face in whole if (closer := _look_closer(rgb, face, clear))]:
+            return sorted(found, key=lambda face: -face.side)
+    return []
 
 
-def _search(image: Image.Image, turn: int) -> Iterator[tuple[Face, float]]:
-    """Faces of a gray picture that stand upright once it is turned by `turn` degrees counterclockwise, and how upright."""
-    turned = image.rotate(turn, Image.Resampling.BILINEAR, expand=True, fillcolor=128) if turn else image
-    pixels = np.asarray(turned)
-    smallest = max(24, min(51, min(image.size) // 10))
-    detector = _cascade("haarcascade_frontalface_alt2", threading.get_ident())
-    for left, top, side, _ in detector.detectMultiScale(pixels, 1.1, 4, minSize=(smallest, smallest)):
-        eyes = _eyes(pixels[top : top + side, left : left + side])
-        if eyes is None and turn:
-            continue
-        (ax, ay), (bx, by) = eyes or ((0.3 * side, 0.4 * side), (0.7 * side, 0.4 * side))
-        lean = math.degrees(math.atan2(by - ay, bx - ax))
-        # FFHQ's crops are centered a tenth of the way from the eyes to the mouth
-        x = left + (ax + bx) / 2 - 0.04 * side * math.sin(math.radians(lean)) - turned.width / 2
-        y = top + (ay + by) / 2 + 0.04 * side * math.cos(math.radians(lean)) - turned.height / 2
-        cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
-        center = cos * x - sin * y + image.width / 2, sin * x + cos * y + image.height / 2
-        yield Face(*center, float(side), lean + turn if eyes else 0.0, eyes is not None), lean
+def _copy(image: Image.Image, size: tuple[int, int], clear: float | None) -> Image.Image:
+    small = image.resize(size, Image.Resampling.BILINEAR)
+    return small if clear is None else ImageOps.autocontrast(small.filter(ImageFilter.GaussianBlur(clear)), cutoff=1)
 
 
-def _eyes(face: Any) -> tuple[tuple[float, float], tuple[float, float]] | None:
-    """The middles of the left and the right eye in a detector's box (side, side), or None where no plausible pair is found."""
-    side = len(face)
-    for name in ("haarcascade_eye_tree_eyeglasses", "haarcascade_eye"):
-        boxes = _cascade(name, threading.get_ident()).detectMultiScale(face[: round(0.65 * side)], 1.05, 4, minSize=(side // 8, side // 8))
-        middles = sorted((float(x + width / 2), float(y + height / 2)) for x, y, width, height in boxes)
-        apart = ((a, b, b[0] - a[0], abs(b[1] - a[1])) for a, b in combinations(middles, 2))
-        pairs = [(a, b) for a, b, across, down in apart if 0.3 * side < across < 0.6 * side and down < 0.5 * across]
-        if pairs:  # of several the one that lies best around the box's middle
-            return min(pairs, key=lambda pair: abs(pair[0][0] + pair[1][0] - side))
-    return None
+def _look_closer(image: Image.Image, face: Face, clear: float | None) -> Face | None:
+    """The same face, seen better; None where it is no face after all."""
+    looks: list[Face] = []
+    for _ in range(LOOKS):
+        reach = round(1.7 * face.side)  # half of a square that shows the crop at any tilt
+        left, top, scale = round(face.x) - reach, round(face.y) - reach, 2 * reach / CLOSE
+        near = _copy(image.crop((left, top, left + 2 * reach, top + 2 * reach)), (CLOSE, CLOSE), clear)
+        seen = [max(_search(near, face.roll + turn), key=lambda one: one.score, default=None) for turn in SWAY]
+        here = [one for one in seen if one and math.dist(one[:2], (CLOSE / 2, CLOSE / 2)) < face.side / scale]
+        if not here:
+            return None
+        x, y, side, roll, score = np.mean(here, axis=0).tolist()
+        looks.append(face := Face(left + x * scale, top + y * scale, side * scale, roll, score))
+    return Face(*np.mean(looks[1:], axis=0).tolist())
+
+
+def _search(image: Image.Image, turn: float) -> Iterator[Face]:
+    """Faces of a picture that is looked at after a turn by `turn` degrees counterclockwise."""
+    turned = image.rotate(turn, Image.Resampling.BILINEAR, expand=True, fillcolor="gray") if turn else image
+    detector = _detector(threading.get_ident())
+    detector.setInputSize(turned.size)
+    found = detector.detect(np.ascontiguousarray(np.asarray(turned)[..., ::-1]))[1]
+    cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+    for row in found if found is not None else ():
+        eyes, mouth = row[4:8].reshape(2, 2).astype(float), row[10:14].reshape(2, 2).astype(float).mean(0)
+        across, down = eyes[1] - eyes[0], mouth - eyes.mean(0)
+        # FFHQ's crop (Karras et al., arXiv 1812.04948): centered a tenth of the way from the eyes to the mouth
+        x, y = eyes.mean(0) + 0.1 * down - np.array(turned.size) / 2
+        side = max(2 * math.hypot(*across), 1.8 * math.hypot(*down))
+        lean = math.degrees(math.atan2(across[1] - down[0], across[0] + down[1]))
+        middle = float(cos * x - sin * y + image.width / 2), float(sin * x + cos * y + image.height / 2)
+        yield Face(*middle, side, lean + turn, float(row[14]))
 
 
 @cache
-def _cascade(name: str, thread: int) -> Any:
-    """A detector; each thread has its own, since one can't look at two pictures at a time."""
-    with refusing('finding faces needs OpenCV 4: pip install "hyperdreambooth[faces]", or use --crop center', ImportError):
-        import cv2.data
-    return cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / f"{name}.xml"))
+def _detector(thread: int) -> Any:
+    """The detector; each thread has its own, since one can't look at two pictures at a time."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # OpenCV 5 says of every model that it may run on a CPU
+    with refusing('finding faces needs OpenCV: pip install "hyperdreambooth[faces]", or use --crop center', ImportError):
+        import cv2
+    return cv2.FaceDetectorYN.create(str(MODEL), "", (CLOSE, CLOSE), SEEN)
 
 
 def face_for(image: Image.Image, name: str, crop: str, which: int | None = None) -> tuple[Face | None, str]:
@@ -128,7 +136,7 @@ def face_for(image: Image.Image, name: str, crop: str, which: int | None = None)
     note = f"{name}: {len(faces)} faces, took the largest; --face N takes another." if len(faces) > 1 and which is None else ""
     if asked:
         return face, note
-    unsure = "" if face.eyes else " It is unsure, since no eyes were found: look at it, or give --crop center."
+    unsure = "" if face.score >= SURE else " It is unsure whether that is one: look at it, or give --crop center."
     return face, (note or f"{name}: took the face.") + unsure
 
 
@@ -136,7 +144,7 @@ def crop_face(image: Image.Image, face: Face) -> Image.Image:
     """The square around a face, turned upright. A crop that leaves the picture is moved inside; a larger one is cut to it."""
     angle = math.radians(face.roll)
     reach = abs(math.cos(angle)) + abs(math.sin(angle))  # a turned square's width over its side
-    side = min(MARGIN * face.side, min(image.size) / reach)
+    side = min(2 * face.side, min(image.size) / reach)
     half = side * reach / 2
     x, y = (min(max(middle, half), length - half) for middle, length in zip((face.x, face.y), image.size, strict=True))
     around = image.crop((round(x - half), round(y - half), round(x + half), round(y + half)))

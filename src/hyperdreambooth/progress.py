@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,6 +26,29 @@ def spoken(seconds: float) -> str:
     if seconds <= 59:
         return f"{math.ceil(seconds)} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Without the libraries' advice and their bars of a second's work until the context closes; a download keeps its bar."""
+    from diffusers.utils import logging as diffusers_log
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_log
+
+    logs = (diffusers_log, transformers_log)
+    before, downloads = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs], not are_progress_bars_disabled()
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    if downloads:  # transformers turns them off as well
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        for log, verbosity, bars in before:
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()
 
 
 class Progress:

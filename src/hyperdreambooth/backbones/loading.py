@@ -9,6 +9,7 @@ import diffusers
 import torch
 
 from ..errors import InputError, refusing
+from ..progress import hushed
 from .base import Backbone
 from .directory import load_directory, read_index
 from .discrete import StableDiffusion, StableDiffusionXL
@@ -26,6 +27,7 @@ FAMILIES: dict[str, type[Backbone]] = {
 """diffusers' pipeline -> the family that it is of. A new family is a class and a line here."""
 
 
+@hushed()
 def load_backbone(
     base: str | Path,
     *,

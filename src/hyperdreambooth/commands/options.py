@@ -51,15 +51,10 @@ class Machine:
             say(line)
 
     def open(self, base: str, hypernetwork: str | None = "auto") -> HyperDreamBooth:
-        import diffusers
         import torch
-        import transformers
 
         from ..api import HyperDreamBooth
 
-        # loading takes a second: the libraries' own progress bars would only hide what matters
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         own: dict[str, Any] = {name: getattr(self, name) for name in ("device", "prediction", "parts", "quantize")}
         hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, dtype=dtype, **own)

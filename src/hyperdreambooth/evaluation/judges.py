@@ -22,6 +22,7 @@ from ..checkpoint import read_json, read_tensors, save_tensors, write_json
 from ..encoder import FaceEncoder
 from ..errors import InputError, refusing
 from ..photos import to_images
+from ..progress import hushed
 
 
 class Judge(nn.Module):
@@ -119,9 +120,8 @@ class Vision(nn.Module):
         self.token = any(name.endswith(("cls_token", "class_embedding")) for name, _ in self.encoder.model.named_parameters())
         if texts:
             kinds = (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError)
-            with refusing(
-                f"{source} isn't a CLIP with its tokenizer", *kinds, advice="As a judge of pictures alone, name it without clip:"
-            ):
+            advice = "As a judge of pictures alone, name it without clip:"
+            with hushed(), refusing(f"{source} isn't a CLIP with its tokenizer", *kinds, advice=advice):
                 self.model: Any = AutoModel.from_pretrained(source).float().eval()
                 self.tokenizer = AutoTokenizer.from_pretrained(source)
                 self.embed_texts(["a face"])

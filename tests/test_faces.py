@@ -62,6 +62,23 @@ def test_the_photos_size_doesnt_matter(astronaut, upright, scale):
     assert abs(face.side / scale - upright.side) < 10
 
 
+@pytest.mark.parametrize("angle", [0, -25, 160])
+@pytest.mark.parametrize("wide", [110, 240, 800])
+def test_a_head_of_any_size_is_found_in_a_phones_photo(astronaut, wide, angle):
+    photo = Image.fromarray(skimage_data.coffee()).resize((4000, 3000))
+    head = astronaut.crop((140, 20, 310, 210)).resize((wide, round(wide * 190 / 170))).rotate(-angle, expand=True)
+    photo.paste(head, (2500, 900))
+    (face,) = faces.find_faces(photo)
+    assert math.dist((face.x, face.y), (2500 + head.width / 2, 900 + head.height / 2)) < 0.2 * wide
+    assert abs((face.roll - angle + 180) % 360 - 180) < 15
+
+
+@pytest.mark.parametrize("box", [(160, 40, 290, 180), (190, 60, 262, 140)])
+def test_a_face_that_fills_the_photo_is_found(astronaut, box):
+    (face,) = faces.find_faces(astronaut.crop(box).resize((3000, 3200)))
+    assert abs(face.roll) < 10
+
+
 def test_margin_is_ffhqs(astronaut, upright):
     """There the crop is 4 times as wide as the eyes are apart; hers are 46 pixels apart."""
     assert abs(faces.crop_face(astronaut, upright).width - 4 * 46) < 20

@@ -21,9 +21,11 @@ from .errors import InputError, NoFaceError, refusing
 
 MODEL = Path(__file__).parent / "assets" / "yunet" / "face_detection_yunet_2023mar.onnx"
 ORIENTATIONS = (0, 180, 90, -90)  # Quarter turns at which a photo is searched.
-SIZES = (512, 1024, 2048)  # The longer side of the copies that are searched, until a face is found: small faces need the larger ones.
+# The longer side of the copies that are searched, until a face is found: one that fills the photo needs the smallest, a small one the larger ones.
+SIZES = (512, 256, 1024, 2048)
 # A photo as it is, then of full contrast (haze), then with its noise blurred before, by so many pixels (darkness).
 CLEARED = None, 0.0, 3.0
+Box = tuple[float, float, float, float]
 SMALLEST_AUTO = 256  # A picture of at most this many pixels a side is taken for a crop that is one already.
 SEEN, SURE = 0.7, 0.8  # The score, 0 to 1, from which on something counts as a face, and as one without doubt.
 LOOKS = 4  # At a face that is found: each sees its tilt better than the one before,
@@ -63,8 +65,8 @@ def find_faces(image: Image.Image) -> list[Face]:
     return []
 
 
-def _copy(image: Image.Image, size: tuple[int, int], clear: float | None) -> Image.Image:
-    small = image.resize(size, Image.Resampling.BILINEAR)
+def _copy(image: Image.Image, size: tuple[int, int], clear: float | None, box: Box | None = None) -> Image.Image:
+    small = image.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=3)
     return small if clear is None else ImageOps.autocontrast(small.filter(ImageFilter.GaussianBlur(clear)), cutoff=1)
 
 
@@ -72,14 +74,18 @@ def _look_closer(image: Image.Image, face: Face, clear: float | None) -> Face | 
     """The same face, seen better; None where it is no face after all."""
     looks: list[Face] = []
     for _ in range(LOOKS):
-        reach = round(1.7 * face.side)  # half of a square that shows the crop at any tilt
-        left, top, scale = round(face.x) - reach, round(face.y) - reach, 2 * reach / CLOSE
-        near = _copy(image.crop((left, top, left + 2 * reach, top + 2 * reach)), (CLOSE, CLOSE), clear)
-        seen = [max(_search(near, face.roll + turn), key=lambda one: one.score, default=None) for turn in SWAY]
+        reach = 1.7 * face.side  # half of a square that shows the crop at any tilt
+        left, top, scale = face.x - reach, face.y - reach, 2 * reach / CLOSE
+        inside = max(left, 0), max(top, 0), min(left + 2 * reach, image.width), min(top + 2 * reach, image.height)
+        size = (max(1, round((inside[2] - inside[0]) / scale)), max(1, round((inside[3] - inside[1]) / scale)))
+        near = Image.new("RGB", (CLOSE, CLOSE))
+        near.paste(_copy(image, size, clear, inside), (round((inside[0] - left) / scale), round((inside[1] - top) / scale)))
+        seen = [max(_search(near, face.roll + turn), key=lambda one: one.score, default=None) for turn in (SWAY if looks else ORIENTATIONS)]
         here = [one for one in seen if one and math.dist(one[:2], (CLOSE / 2, CLOSE / 2)) < face.side / scale]
         if not here:
             return None
-        x, y, side, roll, score = np.mean(here, axis=0).tolist()
+        # which way is up shows best from nearby
+        x, y, side, roll, score = np.mean(here if looks else [max(here, key=lambda one: one.score)], axis=0).tolist()
         looks.append(face := Face(left + x * scale, top + y * scale, side * scale, roll, score))
     return Face(*np.mean(looks[1:], axis=0).tolist())
 

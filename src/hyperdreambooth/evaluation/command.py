@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def run(args: Request, output: Path, open_base: Callable[[str, str], HyperDreamB
     other = str(args.faithful or shipped) if any(method.faithful for method in methods.values()) else "none"
     for name in {args.hypernetwork, other, str(args.faithful or "none")} - {"auto", "none"}:
         load_hypernetwork(name)
-    hdb = open_base(args.base, args.hypernetwork)
+    hdb = open_base(args.base, args.hypernetwork)  # on this process's card, where there are several
     faithful = open_base(args.base, other) if other != "none" else None
     for eye in judges.eyes.values():
         if isinstance(eye, Vision):
@@ -83,6 +84,13 @@ def run(args: Request, output: Path, open_base: Callable[[str, str], HyperDreamB
     about = {"command": command, **evaluate.environment(hdb), "settings": {**old, **settings}}  # of faithful weights too, once measured
     everyone = args.people if isinstance(args.people, int) else 2 if args.quick else len(atlas.people)
     (search if args.search else compare_methods)(args, output, bench, methods, {**before, **about}, everyone)
+
+
+def one_of_several() -> tuple[int, int]:
+    """This process's number, and how many a launcher has started (`accelerate launch`, `torchrun`): they share out people, not a training."""
+    process, processes = (int(os.environ.pop(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    os.environ.pop("LOCAL_RANK", None)
+    return process, processes
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -132,7 +140,9 @@ def chosen(args: Request) -> dict[str, Method]:
 
 
 def search(args: Request, output: Path, bench: Bench, methods: dict[str, Method], about: dict[str, Any], people: int) -> None:
-    """Searches the methods' settings, and writes what it has after each method."""
+    """Searches the methods' settings, and writes what it has after each method; of several processes the first does."""
+    if one_of_several()[0]:
+        return
     found = about.get("search", {})
     few = dataclasses.replace(bench, atlas=bench.atlas.part(prompts=slice(None, None, 2)), extras=False)
     for name, method in methods.items():
@@ -145,6 +155,8 @@ def search(args: Request, output: Path, bench: Bench, methods: dict[str, Method]
 def compare_methods(args: Request, output: Path, bench: Bench, methods: dict[str, Method], about: dict[str, Any], everyone: int) -> None:
     """Measures what isn't measured yet of so many people, and writes what it has after every few: JSON, a table, a report and a grid.
 
+    Of several processes each makes the pictures of some of the people; the first measures and writes.
+
     Figures are kept of what was measured with the same settings on as many people or more.
     """
     had, rows = about.get("methods", {}), about.get("rows", {})
@@ -155,11 +167,16 @@ def compare_methods(args: Request, output: Path, bench: Bench, methods: dict[str
         of = rows.get(name, {}).get("people", people if name in rows else 0)
         if of < everyone or had.get(name, plain(METHODS[name])) != settings[name]:
             todo[name] = method
+    together = 4 if bench.hdb.backbone.size <= 256 else 1  # a large base's memory is full with one person's batch
+    process, processes = one_of_several()
+    if processes > 1:
+        harness.make_shared(bench, todo, everyone, together, process, processes)
+    if process:
+        return
     timings = about.get("timings", {})
     if any("bytes" not in timings.get(name, {}) for name in todo):
         timings = {**timings, **harness.timed(bench, todo)}
     everybody = {name: parsed(Method, settings[name], f"{output}: {name}") for name in METHODS if name in settings}
-    together = 4 if bench.hdb.backbone.size <= 256 else 1  # a large base's memory is full with one person's batch
     tried = read_json(args.settings)["search"] if args.settings else about.get("search", {})
     about |= {"methods": settings, "timings": timings, "search": tried}
     for new, curves, people in harness.compare(bench, todo, timings, everyone, together) if todo else [({}, {}, everyone)]:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,6 +78,11 @@ class Bench:
 
     def steps(self, method: Method) -> int:
         return method.steps or (self.hdb.personalize_config().steps if method.kind == "relaxed" else 0)
+
+    def marks(self, name: str, method: Method) -> list[int]:
+        """The steps before the last one after which a method is looked at, for its curve."""
+        begins = [0] * (method.kind == "relaxed")
+        return [mark for mark in (*begins, *MARKS) if name in CURVES and mark < self.steps(method)]
 
     def lacks(self, method: Method) -> str:
         """What a method would need that isn't there, or ""."""
@@ -321,6 +327,18 @@ def timed(bench: Bench, methods: Mapping[str, Method], rounds: int = 2, steps: i
     return found
 
 
+def make_shared(bench: Bench, methods: Mapping[str, Method], everyone: int, together: int, process: int, processes: int) -> None:
+    """Makes every `processes`-th few of the people, and in the first process waits until the others have made theirs."""
+    todo = {"base": METHODS["base"], **methods}
+    for start in range(process * together, everyone, processes * together):
+        for name, method in todo.items():
+            bench.make(name, method, range(start, min(start + together, everyone)), bench.marks(name, method))
+    while not process and any(
+        bench.missing(name, method, range(everyone), (*bench.marks(name, method), bench.steps(method))) for name, method in todo.items()
+    ):
+        time.sleep(0.2)
+
+
 def compare(
     bench: Bench, methods: Mapping[str, Method], timings: Mapping[str, Mapping[str, float]], everyone: int, together: int = 4
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any], int]]:
@@ -334,10 +352,11 @@ def compare(
         bench.make("base", METHODS["base"], range(people))
         rows, curves = dict[str, Any](), dict[str, Any]()
         for name, method in methods.items():
-            begins = [0] * (method.kind == "relaxed")
-            marks = [mark for mark in (*begins, *MARKS) if name in CURVES and mark < bench.steps(method)]
             step, spent = timings[name]["step"], {key: timings[name][key] for key in ("numbers", "bytes")}
-            points = [{"seconds": round(one["steps"] * step, 2), **spent, **one} for one in bench.points(name, method, people, marks)]
+            points = [
+                {"seconds": round(one["steps"] * step, 2), **spent, **one}
+                for one in bench.points(name, method, people, bench.marks(name, method))
+            ]
             rows[name], curves = points[-1], {**curves, **({name: points} if name in CURVES else {})}
         yield rows, curves, people
 

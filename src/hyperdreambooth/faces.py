@@ -22,7 +22,7 @@ from .errors import InputError, NoFaceError, refusing
 MODEL = Path(__file__).parent / "assets" / "yunet" / "face_detection_yunet_2023mar.onnx"
 ORIENTATIONS = (0, 180, 90, -90)  # Quarter turns at which a photo is searched.
 # The longer side of the copies that are searched, until a face is found: one that fills the photo needs the smallest, a small one the larger ones.
-SIZES = (512, 256, 1024, 2048)
+SIZES = (512, 1024, 2048, 256)
 # A photo as it is, then of full contrast (haze), then with its noise blurred before, by so many pixels (darkness).
 CLEARED = None, 0.0, 3.0
 Box = tuple[float, float, float, float]
@@ -79,7 +79,7 @@ def _look_closer(image: Image.Image, face: Face, clear: float | None) -> Face | 
         inside = max(left, 0), max(top, 0), min(left + 2 * reach, image.width), min(top + 2 * reach, image.height)
         size = (max(1, round((inside[2] - inside[0]) / scale)), max(1, round((inside[3] - inside[1]) / scale)))
         near = Image.new("RGB", (CLOSE, CLOSE))
-        near.paste(_copy(image, size, clear, inside), (round((inside[0] - left) / scale), round((inside[1] - top) / scale)))
+        near.paste(_copy(image, size, clear or 0.0, inside), (round((inside[0] - left) / scale), round((inside[1] - top) / scale)))
         seen = [max(_search(near, face.roll + turn), key=lambda one: one.score, default=None) for turn in (SWAY if looks else ORIENTATIONS)]
         here = [one for one in seen if one and math.dist(one[:2], (CLOSE / 2, CLOSE / 2)) < face.side / scale]
         if not here:

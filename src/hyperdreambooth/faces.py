@@ -52,8 +52,10 @@ def find_faces(image: Image.Image) -> list[Face]:
     Raises InputError where OpenCV isn't installed.
     """
     rgb = image.convert("RGB")
-    for clear, size in product(CLEARED, (size for size in SIZES if size <= max(SIZES[0], *image.size))):
+    for clear, size in product(CLEARED, SIZES):
         scale = max(image.size) / size
+        if size > SIZES[0] and (scale < 1 or (clear is not None and size == max(SIZES))):  # a small face in the dark would take seconds
+            continue
         small = _copy(rgb, (max(1, round(image.width / scale)), max(1, round(image.height / scale))), clear)
         faces: list[Face] = []  # one for all the orientations in which it was found: the best seen
         for face in sorted((face for turn in ORIENTATIONS for face in _search(small, turn)), key=lambda face: -face.score):

@@ -226,3 +226,14 @@ def test_a_phones_heic_is_upright_and_whole(tmp_path):
     two.add_from_pillow(image)
     two.add_from_pillow(image)
     assert "first of 2 frames" in read(two.save)[1]
+
+
+def test_of_a_phones_hdr_jpeg_the_picture_that_every_screen_shows_is_taken(tmp_path):
+    """Ultra HDR: an ordinary JPEG with, behind it, a gray picture that says how much brighter each part may be."""
+    about = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" xmlns:hdrgm="http://ns.adobe.com/hdr-gain-map/1.0/" hdrgm:Version="1.0"/>'
+    shown, gains = Image.effect_mandelbrot((200, 160), (-2, -1, 1, 1), 50).convert("RGB"), Image.new("L", (50, 40), 200)
+    shown.save(tmp_path / "hdr.jpg", format="MPO", save_all=True, append_images=[gains.convert("RGB")], xmp=about, quality=95)
+    shown.save(tmp_path / "plain.jpg", quality=95)
+    found, note = photos.read_photo(tmp_path / "hdr.jpg")
+    assert (found.size, note) == ((200, 160), "")
+    assert np.abs(np.asarray(found, float) - np.asarray(photos.load_photo(tmp_path / "plain.jpg"), float)).max() <= 1

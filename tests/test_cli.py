@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from hyperdreambooth import commands, formats, photos, progress
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.cli import main
+from hyperdreambooth.commands import options
 
 from .conftest import picture
 from .test_photos import png_header
@@ -636,3 +638,17 @@ def test_a_log_says_the_seconds_of_the_last_minute(monkeypatch, capsys):
         now[0] = 1.5 * done
         log.log(done, loss=0.1, rate=1e-3)
         assert capsys.readouterr().err.strip().endswith(says)
+
+
+def test_that_other_programs_keep_a_core_busy_is_said_with_what_helps(tmp_path, face, capsys, monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        others = options.Others()
+        time.sleep(1)
+        found = others.busy_cores()
+        busy.kill()
+    assert found > 0.2
+    for threads, cores, said in ((2, 1.0, 1), (1, 1.0, 0), (2, 0.1, 0)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(options.Others, "busy_cores", lambda self, cores=cores: cores)
+        assert run("personalize", face, "-o", tmp_path / "me.safetensors", "--steps", 1, "--overwrite") == 0
+        assert capsys.readouterr().err.count("OMP_NUM_THREADS=1") == said

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,13 +57,33 @@ class Machine:
 
         from ..api import HyperDreamBooth
 
+        others = Others()
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         own: dict[str, Any] = {name: getattr(self, name) for name in ("device", "prediction", "parts", "quantize")}
         hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, dtype=dtype, **own)
         hdb.backbone.device_memory = self.device_memory
         if self.gradient_checkpointing:
             hdb.backbone.denoiser.enable_gradient_checkpointing()
+        if hdb.device.type == "cpu" and torch.get_num_threads() > 1 and others.busy_cores() > 0.5:
+            say(
+                "Other programs keep a core busy, and threads that wait for it can take ten times as long: OMP_NUM_THREADS=1 is faster now."
+            )
         return hdb
+
+
+class Others:
+    """How many cores whoever else uses this machine has kept busy since this was made."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        self.clock, self.idle, self.own = time.monotonic(), times.idle + getattr(times, "iowait", 0.0), own.user + own.system
+
+    def busy_cores(self) -> float:
+        now = Others()
+        used = (os.cpu_count() or 1) * (now.clock - self.clock) - (now.idle - self.idle) - (now.own - self.own)
+        return used / max(now.clock - self.clock, 1e-9)
 
 
 @dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 import re
 import warnings
 from pathlib import Path
+from typing import cast
 
 from PIL import Image
 
@@ -12,6 +13,23 @@ from .progress import say
 
 LEFT_BY_SYSTEMS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "@eadir", "__macosx"}
 CAPTIONS = (".txt", ".TXT", ".caption")
+ADDRESS = re.compile(r"([a-z][a-z\d+-]+):/+(.+)")
+"""A folder elsewhere, such as s3://bucket/faces; a `Path` of it has lost a slash."""
+
+
+def folder_at(place: str | Path) -> Path:
+    """A folder here, or on any file system that fsspec knows: a `UPath`, which does what a `Path` does. Nothing of it is copied.
+
+    Raises InputError where the extra `remote`, or fsspec's package for that file system, isn't installed.
+    """
+    address = ADDRESS.fullmatch(str(place))
+    if not address:
+        return Path(place)
+    kinds, advice = (ImportError, ValueError), 'It needs pip install "hyperdreambooth[remote]", and fsspec\'s package for that file system.'
+    with refusing(f"{address[1]}://{address[2]} can't be opened", *kinds, advice=advice):
+        from upath import UPath
+
+        return cast(Path, UPath(f"{address[1]}://{address[2]}"))
 
 
 def list_identities(folder: str | Path) -> dict[str, list[Path]]:
@@ -19,8 +37,11 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
 
     What is no picture, or in a folder of masks, is named and counted on stderr; captions and what systems leave in folders isn't.
     Raises InputError where there are no pictures.
+
+    Args:
+        folder: here, or an address as `folder_at` takes it.
     """
-    folder = Path(folder)
+    folder = folder_at(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder.")
     found: dict[str, list[Path]] = {}
@@ -47,7 +68,7 @@ def _looks_like_picture(file: Path) -> bool:
     if not file.is_file() or file.suffix.lower() in SUFFIXES:
         return file.is_file()  # a dangling link is none
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=picture_formats()):
+        with warnings.catch_warnings(action="ignore"), file.open("rb") as opened, Image.open(opened, formats=picture_formats()):
             return True
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError):
         return False

@@ -82,6 +82,8 @@ def photo_name(source: Source) -> str:
     """What messages call a picture."""
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
+    if hasattr(source, "protocol"):  # a UPath
+        return str(source)
     return str(getattr(source, "filename", "") or getattr(source, "name", "") or f"the picture ({type(source).__name__})")
 
 
@@ -99,6 +101,9 @@ def _read_bytes(source: Source, name: str) -> bytes:
             raise InputError(name + wrong)
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
+    if hasattr(source, "protocol"):
+        with source.open("rb") as file:
+            return bytes(file.read(MAX_BYTES + 1))
     if isinstance(source, io.TextIOBase):
         raise InputError(f"{name} was opened as text. Open it in binary mode.")
     if not hasattr(source, "read"):

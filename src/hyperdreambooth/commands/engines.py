@@ -98,11 +98,13 @@ def on_ray(args: Args, pieces: Sequence[list[str]], opened: Callable[[Args], Wor
 
 def located(args: Args) -> Args:
     """The same command with whole paths, since a worker runs in another folder."""
+    from ..folders import ADDRESS
 
     def whole(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(whole, value))
-        is_path = isinstance(value, Path) or (isinstance(value, str) and value not in NAMES and Path(value).exists())
+        here = isinstance(value, Path) and not ADDRESS.fullmatch(str(value))
+        is_path = here or (isinstance(value, str) and value not in NAMES and Path(value).exists())
         return type(value)(Path(value).resolve()) if is_path else value
 
     paths = {name: whole(value) for name, value in vars(args).items() if name in ("base", "hypernetwork", "folder", "photos", "output")}

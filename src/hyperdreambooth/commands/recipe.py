@@ -41,7 +41,8 @@ class Recipe(WithBase, WithCrop):
     recipe: tyro.conf.Positional[str]  # The name of a recipe, or a YAML file.
     output: Output  # The run's folder.
     data: str = "toon"
-    """A folder (identity/picture.png, or one picture each), hf:ORG/NAME[/FOLDER] on the hub, or toon, the shipped faces. Where there are parquet
+    """A folder (identity/picture.png, or one picture each), also an address such as s3://bucket/faces with the extra `remote`,
+    hf:ORG/NAME[/FOLDER] on the hub, or toon, the shipped faces. Where there are parquet
     files alone, as in most data sets of the hub, their pictures are taken, with the extra `parquet`."""
     people: int | None = None  # Take the first so many people only.
     held_out: int | None = None  # The last so many of them aren't trained on. Default: a tenth, at least 2 and at most 128.
@@ -107,13 +108,15 @@ def people_of(args: Recipe) -> dict[str, list[Path]]:
     """Identity -> its pictures; those of the hub are fetched, those of parquet files unpacked. Raises InputError where there are none."""
     from .. import hub
     from ..assets import toon
-    from ..folders import list_identities
+    from ..folders import ADDRESS, list_identities
     from ..parquet import unpack
     from ..photos import SUFFIXES
 
     data = args.data
     if data == "toon":
         return {file.stem: [file] for file in sorted(toon.directory("faces").glob("face-*.png"))}
+    if ADDRESS.fullmatch(data):
+        return list_identities(data)
     folder = hub.download_pictures(data[3:]) if data.startswith("hf:") else Path(data)
     files = sorted(folder.rglob("*"))
     tables = [] if any(file.suffix.lower() in SUFFIXES for file in files) else [file for file in files if file.suffix == ".parquet"]

@@ -79,7 +79,7 @@ class Preoptimize(WithEngine, WithCrop):
         hyperdreambooth export table --identity alice -o alice.safetensors
     """
 
-    folder: tyro.conf.Positional[Path]  # Pictures of identities.
+    folder: tyro.conf.Positional[Path]  # Pictures of identities; also an address such as s3://bucket/faces, with the extra `remote`.
     output: Output  # The table's folder.
     shard: str = "0/1"  # i/n: only the i-th of n parts of the identities, from 0 to n-1. Rows are the same however many parts there are.
     merge: bool = False  # Train nothing: check that every identity has its row, and pack the rows into a few files.
@@ -179,7 +179,8 @@ class TrainHypernetwork(WithBase, WithCrop):
         hyperdreambooth train-hypernetwork faces --table table --mode faithful -o hypernetwork
     """
 
-    folder: tyro.conf.Positional[Path]  # Pictures of identities: identity/picture.png, or one picture each.
+    folder: tyro.conf.Positional[Path]
+    """Pictures of identities: identity/picture.png, or one picture each; also an address such as s3://bucket/faces, with the extra `remote`."""
     output: Output  # The hypernetwork's folder; `personalize --hypernetwork` takes it.
     encoder: str = "auto"  # A vision model of transformers, by directory or hub id (DINOv2, CLIP, ViT). auto: the shipped one for toon.
     validation_folder: Path | None = None  # Identities for the identity gain; default: the last tenth of the folder's.

@@ -1,0 +1,69 @@
+"""Pictures on file systems elsewhere, by fsspec; its own `memory://` stands for those of the cloud."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+
+from hyperdreambooth import folders, photos
+from hyperdreambooth.errors import InputError
+
+from .test_cli import SMALL, refused, run
+
+upath = pytest.importorskip("upath")
+pytestmark = pytest.mark.usefixtures("tiny_world")
+
+
+@pytest.fixture
+def bucket(people, tmp_path):
+    """The people of a folder here, and there."""
+    there = upath.UPath(f"memory://{tmp_path.name}/faces")
+    for file in people.rglob("*"):
+        if file.is_file():
+            place = there.joinpath(*file.relative_to(people).parts)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(file.read_bytes())
+    return there
+
+
+def test_the_same_people_are_found_as_here(people, bucket):
+    here, there = folders.list_identities(people), folders.list_identities(str(bucket))
+    assert [(name, [file.name for file in files]) for name, files in here.items()] == [
+        (name, [file.name for file in files]) for name, files in there.items()
+    ]
+    for mine, theirs in zip(itertools.chain(*here.values()), itertools.chain(*there.values()), strict=True):
+        one, other = photos.prepare(mine, 64, "center"), photos.prepare(theirs, 64, "center")
+        assert np.array_equal(np.asarray(one[0]), np.asarray(other[0]))
+    with pytest.raises(InputError, match=r"memory://.*/nowhere: no such folder"):
+        folders.list_identities(f"{bucket}/nowhere")
+
+
+def test_a_table_of_people_elsewhere_is_that_of_the_same_here(people, bucket, tmp_path, capsys):
+    (bucket / "zed.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    words = [*SMALL, "--training.steps", 2, "--chunk", 2, "--crop", "center"]
+    assert run("preoptimize", people, "-o", tmp_path / "here", *words) == 0
+    assert run("preoptimize", bucket, "-o", tmp_path / "there", *words) == 0
+    assert f"skipped: {bucket}/zed.png is not a picture" in capsys.readouterr().err
+    here, there = (sorted((tmp_path / name / "rows").iterdir()) for name in ("here", "there"))
+    assert [file.name for file in here] == [file.name for file in there]
+    assert [file.read_bytes() for file in here] == [file.read_bytes() for file in there]
+
+
+def test_a_recipe_takes_its_pictures_from_elsewhere(bucket, tmp_path, capsys):
+    from hyperdreambooth.commands.recipe import Recipe, align
+
+    recipe = Recipe("toon-pro", output=tmp_path / "run", data=str(bucket), crop="center", held_out=2)
+    found = align(recipe, 64)
+    assert found["people"] + found["held_out"] == len(folders.list_identities(bucket))
+    assert found["pictures"] == len(list((tmp_path / "run").rglob("*.png")))
+
+
+def test_what_is_missing_for_an_address_is_said(tmp_path, capsys, monkeypatch):
+    refused(
+        capsys, "nosuch://b/faces can't be opened: Unsupported filesystem", "preoptimize", "nosuch://b/faces", "-o", tmp_path / "t", *SMALL
+    )
+    monkeypatch.setitem(sys.modules, "upath", None)
+    refused(capsys, 'It needs pip install "hyperdreambooth[remote]"', "preoptimize", "s3://b/faces", "-o", tmp_path / "t", *SMALL)

@@ -57,14 +57,18 @@ def find_faces(image: Image.Image) -> list[Face]:
         if size > SIZES[0] and (scale < 1 or (clear is not None and size == max(SIZES))):  # a small face in the dark would take seconds
             continue
         small = _copy(rgb, (max(1, round(image.width / scale)), max(1, round(image.height / scale))), clear)
-        faces: list[Face] = []  # one for all the orientations in which it was found: the best seen
+        found: list[Face] = []  # one for all the orientations in which it is seen: the one seen best comes first
         for face in sorted((face for turn in ORIENTATIONS for face in _search(small, turn)), key=lambda face: -face.score):
-            if all(math.dist(face[:2], other[:2]) > 0.6 * max(face.side, other.side) for other in faces):
-                faces.append(face)
-        whole = (Face(face.x * scale, face.y * scale, face.side * scale, *face[3:]) for face in faces)
-        if found := [closer for face in whole if (closer := _look_closer(rgb, face, clear))]:
+            face = Face(face.x * scale, face.y * scale, face.side * scale, *face[3:])
+            if _is_new(face, found) and (closer := _look_closer(rgb, face, clear)) and _is_new(closer, found):
+                found.append(closer)
+        if found:
             return sorted(found, key=lambda face: -face.side)
     return []
+
+
+def _is_new(face: Face, others: list[Face]) -> bool:
+    return all(math.dist(face[:2], other[:2]) > 0.6 * max(face.side, other.side) for other in others)
 
 
 def _copy(image: Image.Image, size: tuple[int, int], clear: float | None, box: Box | None = None) -> Image.Image:
@@ -79,6 +83,8 @@ def _look_closer(image: Image.Image, face: Face, clear: float | None) -> Face | 
         reach = 1.7 * face.side  # half of a square that shows the crop at any tilt
         left, top, scale = face.x - reach, face.y - reach, 2 * reach / CLOSE
         inside = max(left, 0), max(top, 0), min(left + 2 * reach, image.width), min(top + 2 * reach, image.height)
+        if inside[0] >= inside[2] or inside[1] >= inside[3]:
+            return None
         size = (max(1, round((inside[2] - inside[0]) / scale)), max(1, round((inside[3] - inside[1]) / scale)))
         near = Image.new("RGB", (CLOSE, CLOSE))
         near.paste(_copy(image, size, clear or 0.0, inside), (round((inside[0] - left) / scale), round((inside[1] - top) / scale)))

@@ -9,8 +9,6 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -343,19 +341,21 @@ def test_the_quick_form_compares_all_methods_and_reports(tmp_path, evaluated):
     assert json.loads(out.read_text())["rows"] == found["rows"]
 
 
-def test_processes_share_the_people_out(tmp_path, evaluated, tiny_world):
-    """As `accelerate launch` starts them: the figures of one process, each picture made once."""
+def test_processes_share_the_people_out(tmp_path, evaluated, monkeypatch, capsys):
+    """As `accelerate launch` starts them, here one after another: the figures of one process, each picture made once."""
     words = ("--people", "8", "--methods", "base", "prediction", "no hypernetwork, 25 steps", "--quick", "-o")
     assert evaluated(*words, tmp_path / "one.json") == 0
-    first = ["evaluate", "--split", "validation", "--atlas", tmp_path / "atlas", "--faithful", tiny_world / "hypernetwork"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hyperdreambooth"]
-    said = subprocess.run([*map(str, (*launch, *first, *words, tmp_path / "two.json"))], capture_output=True, text=True, check=True).stderr
-    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
-    assert {name: {**row, "seconds": 0} for name, row in one["rows"].items()} == {
-        name: {**row, "seconds": 0} for name, row in two["rows"].items()
-    }
-    made = re.findall(r"(\S.*): people (\d+) to (\d+)", said)
-    assert len(made) == len(set(made)) == 2 * len(one["rows"])
+    capsys.readouterr()
+    for process in ("1", "0"):
+        monkeypatch.setenv("RANK", process)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", process)
+        assert not (tmp_path / "two.json").exists()
+        assert evaluated(*words, tmp_path / "two.json") == 0
+    one, two = (json.loads((tmp_path / name).read_text())["rows"] for name in ("one.json", "two.json"))
+    assert {name: {**row, "seconds": 0} for name, row in one.items()} == {name: {**row, "seconds": 0} for name, row in two.items()}
+    made = re.findall(r"(\S.*): people (\d+) to (\d+)", capsys.readouterr().err)
+    assert len(made) == len(set(made)) == 2 * len(one)
 
 
 def test_a_search_is_written_down_and_used(tmp_path, evaluated, capsys):

@@ -62,7 +62,7 @@ def test_the_photos_size_doesnt_matter(astronaut, upright, scale):
     assert abs(face.side / scale - upright.side) < 10
 
 
-@pytest.mark.parametrize("angle", [0, -25, 160])
+@pytest.mark.parametrize("angle", [-25, 160])
 @pytest.mark.parametrize("wide", [110, 240, 800])
 def test_a_head_of_any_size_is_found_in_a_phones_photo(astronaut, wide, angle):
     photo = Image.fromarray(skimage_data.coffee()).resize((4000, 3000))

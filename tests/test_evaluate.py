@@ -343,7 +343,7 @@ def test_the_quick_form_compares_all_methods_and_reports(tmp_path, evaluated):
 
 def test_processes_share_the_people_out(tmp_path, evaluated, monkeypatch, capsys):
     """As `accelerate launch` starts them, here one after another: the figures of one process, each picture made once."""
-    words = ("--people", "8", "--methods", "base", "prediction", "no hypernetwork, 25 steps", "--quick", "-o")
+    words = ("--people", "5", "--methods", "base", "prediction", "-o")
     assert evaluated(*words, tmp_path / "one.json") == 0
     capsys.readouterr()
     for process in ("1", "0"):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
+import diffusers
 import pytest
 import torch
+import transformers
 
 from hyperdreambooth import HyperDreamBooth
 from hyperdreambooth.errors import InputError
@@ -101,13 +100,21 @@ def test_a_picture_that_is_drawn_between_two_steps_has_the_update_once(hdb):
     assert seen[0][1] != seen[1][1]
 
 
-def test_in_python_the_libraries_keep_their_advice_and_bars_to_themselves(tiny_world):
+def test_in_python_the_libraries_keep_their_advice_and_bars_to_themselves(capfd):
     """And what a program has set of them is as before."""
-    code = (
-        "import transformers, hyperdreambooth as h; before = transformers.utils.logging.get_verbosity();"
-        "h.HyperDreamBooth.from_pretrained('toon'); assert transformers.utils.logging.get_verbosity() == before;"
-        "assert transformers.utils.logging.is_progress_bar_enabled()"
-    )
-    environment = {name: value for name, value in os.environ.items() if "VERBOSITY" not in name and "PROGRESS" not in name}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    try:
+        for log in logs:
+            log.set_verbosity_info()
+            log.enable_progress_bar()
+        assert capfd.readouterr() is not None
+        HyperDreamBooth.from_pretrained("toon", device="cpu")
+        assert capfd.readouterr().err == ""
+        for log in logs:
+            assert log.get_verbosity() == log.log_levels["info"]
+            assert log.is_progress_bar_enabled()
+    finally:
+        for log, (verbosity, bars) in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+            (log.enable_progress_bar if bars else log.disable_progress_bar)()

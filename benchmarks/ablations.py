@@ -1,6 +1,6 @@
 """Ablations of the hypernetwork at one short budget: each changes one thing of one common setting, from the same start and people.
 
-    python benchmarks/ablations.py -o benchmarks/results/ablations.json
+    python -m benchmarks.ablations -o benchmarks/results/ablations.json
 
 Every variant is trained anew on pictures of the first people of the toon world, 300 steps of 32 pictures, over the shipped base and the shipped
 encoder, which stays frozen (and was trained together with the shipped hypernetwork, on more people: it favors no variant). Then 32 validation people

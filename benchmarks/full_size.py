@@ -1,6 +1,6 @@
 """A full-size Stable Diffusion 1.5 (random weights: none can be shipped) through `personalize` on a CPU: seconds and peak memory.
 
-    python benchmarks/full_size.py -o benchmarks/results/full-size.json
+    python -m benchmarks.full_size -o benchmarks/results/full-size.json
 
 The base is written twice, as a diffusers directory and as a single checkpoint (2 GB each, deleted at the end), and opened
 from each in a process of its own, so that the peak is that of loading, training and export alone. Two steps, no hypernetwork,

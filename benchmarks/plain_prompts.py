@@ -1,6 +1,6 @@
 """Prompts as people write them: one thing asked for, no background; two things; another word order; a style.
 
-    python benchmarks/plain_prompts.py --split validation
+    python -m benchmarks.plain_prompts --split validation
 
 The protocol's prompts name a background with every hat. Here each prompt is judged by the color and shape of what it asks for: where the
 true render with it differs from the true render without it, the picture must be as the true render is. *right* is the share of

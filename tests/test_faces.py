@@ -35,12 +35,12 @@ def test_a_real_face_is_found(upright):
     assert abs(upright.roll) < 5  # she holds her head nearly straight
 
 
-@pytest.mark.parametrize("angle", [-135, -70, -45, -15, 10, 25, 55, 90, 120, 180])
+@pytest.mark.parametrize("angle", [-135, -70, -45, -30, -15, 10, 25, 40, 55, 120, 180])
 def test_tilted_faces_are_turned_upright(astronaut, upright, angle):
     tilted = astronaut.rotate(-angle, Image.Resampling.BICUBIC, expand=True, fillcolor="gray")
     found = faces.find_faces(tilted)
     assert len(found) == 1
-    assert abs((found[0].roll - upright.roll - angle + 180) % 360 - 180) < 8
+    assert abs((found[0].roll - upright.roll - angle + 180) % 360 - 180) < 5
     turn = math.radians(angle)
     x, y = upright.x - 256, upright.y - 256
     where = x * math.cos(turn) - y * math.sin(turn) + tilted.width / 2, x * math.sin(turn) + y * math.cos(turn) + tilted.height / 2
@@ -51,7 +51,7 @@ def test_tilted_faces_are_turned_upright(astronaut, upright, angle):
         for image, face in ((astronaut, upright), (tilted, found[0]), (tilted, found[0]._replace(roll=0.0)))
     )
     correlation = np.corrcoef([reference.ravel(), aligned.ravel(), as_it_is.ravel()])[0]
-    assert correlation[1] > 0.75
+    assert correlation[1] > 0.9
     assert correlation[1] > correlation[2] + 0.05
 
 
@@ -125,6 +125,12 @@ def test_dark_noisy_and_hazy_photos_show_the_face_too(astronaut, light, haze, no
 @pytest.mark.parametrize("name", ["coffee", "chelsea", "rocket", "brick", "text", "retina"])
 def test_pictures_without_a_face_have_none(name):
     assert faces.find_faces(Image.fromarray(getattr(skimage_data, name)())) == []
+
+
+def test_a_face_in_profile_is_one_too():
+    """The cameraman, whose face is turned away."""
+    (face,) = faces.find_faces(Image.fromarray(skimage_data.camera()))
+    assert math.dist((face.x, face.y), (243, 152)) < 25
 
 
 def test_without_opencv_the_error_says_what_to_install(astronaut, monkeypatch):

@@ -28,8 +28,8 @@ CLEARED = None, 0.0, 3.0
 Box = tuple[float, float, float, float]
 SMALLEST_AUTO = 256  # A picture of at most this many pixels a side is taken for a crop that is one already.
 SEEN, SURE = 0.7, 0.8  # The score, 0 to 1, from which on something counts as a face, and as one without doubt.
-LOOKS = 4  # At a face that is found: each sees its tilt better than the one before,
-SWAY = (-12, 0, 12)  # from turns of some degrees more and less, for what the detector sees changes a little with each.
+LOOKS = 5  # At a face that is found: each sees its tilt better than the one before,
+SWAY = (-24, -16, -8, 0, 8, 16, 24)  # from turns of some degrees more and less, for what the detector sees changes a little with each.
 CLOSE = 384  # Side in pixels of the picture of one face alone.
 
 
@@ -86,11 +86,11 @@ def _look_closer(image: Image.Image, face: Face, clear: float | None) -> Face | 
         if inside[0] >= inside[2] or inside[1] >= inside[3]:
             return None
         size = (max(1, round((inside[2] - inside[0]) / scale)), max(1, round((inside[3] - inside[1]) / scale)))
-        near = Image.new("RGB", (CLOSE, CLOSE))
+        near = Image.new("RGB", (CLOSE, CLOSE), "gray")
         near.paste(_copy(image, size, clear or 0.0, inside), (round((inside[0] - left) / scale), round((inside[1] - top) / scale)))
         seen = [max(_search(near, face.roll + turn), key=lambda one: one.score, default=None) for turn in (SWAY if looks else ORIENTATIONS)]
         here = [one for one in seen if one and math.dist(one[:2], (CLOSE / 2, CLOSE / 2)) < face.side / scale]
-        if not here:
+        if len(here) < (len(SWAY) / 2 if looks else 1):  # what most turns don't show is no face
             return None
         # which way is up shows best from nearby
         x, y, side, roll, score = np.mean(here if looks else [max(here, key=lambda one: one.score)], axis=0).tolist()

@@ -346,16 +346,16 @@ def test_processes_share_the_people_out(tmp_path, evaluated, monkeypatch, capsys
     words = ("--people", "5", "--methods", "base", "prediction", "-o")
     assert evaluated(*words, tmp_path / "one.json") == 0
     capsys.readouterr()
-    for process in ("1", "0"):
+    for process, share in (("1", ("5", "5")), ("0", ("1", "4"))):
         monkeypatch.setenv("RANK", process)
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("LOCAL_RANK", process)
         assert not (tmp_path / "two.json").exists()
         assert evaluated(*words, tmp_path / "two.json") == 0
+        made = re.findall(r"(\S.*): people (\d+) to (\d+)", capsys.readouterr().err)
+        assert made == [("base", *share), ("prediction", *share)]
     one, two = (json.loads((tmp_path / name).read_text())["rows"] for name in ("one.json", "two.json"))
     assert {name: {**row, "seconds": 0} for name, row in one.items()} == {name: {**row, "seconds": 0} for name, row in two.items()}
-    made = re.findall(r"(\S.*): people (\d+) to (\d+)", capsys.readouterr().err)
-    assert len(made) == len(set(made)) == 2 * len(one)
 
 
 def test_a_search_is_written_down_and_used(tmp_path, evaluated, capsys):

@@ -7,9 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from hyperdreambooth import folders, photos
+from hyperdreambooth.checkpoint import path_at, read_tensors
 from hyperdreambooth.errors import InputError
+from hyperdreambooth.tables import read_table
 
 from .test_cli import SMALL, refused, run
 
@@ -50,6 +53,51 @@ def test_a_table_of_people_elsewhere_is_that_of_the_same_here(people, bucket, tm
     here, there = (sorted((tmp_path / name / "rows").iterdir()) for name in ("here", "there"))
     assert [file.name for file in here] == [file.name for file in there]
     assert [file.read_bytes() for file in here] == [file.read_bytes() for file in there]
+
+
+def test_a_table_elsewhere_is_that_of_the_same_here(bucket, tmp_path):
+    """Made by shards, packed, and read again; there is nothing but the table."""
+    words, there = [*SMALL, "--training.steps", 2, "--chunk", 2, "--crop", "center"], f"{bucket.parent}/table"
+    for shard in ("0/2", "1/2"):
+        assert run("preoptimize", bucket, "-o", there, *words, "--shard", shard) == 0
+    assert run("preoptimize", bucket, "-o", tmp_path / "here", *words) == 0
+    for merged in (False, True):
+        if merged:
+            assert run("preoptimize", bucket, "-o", there, *words, "--merge") == 0
+            assert run("preoptimize", bucket, "-o", tmp_path / "here", *words, "--merge") == 0
+        here, elsewhere = tmp_path / "here", path_at(there)
+        mine, theirs = (
+            {"/".join(file.relative_to(table).parts): file.read_bytes() for file in table.rglob("*.safetensors")}
+            for table in (here, elsewhere)
+        )
+        assert mine
+        assert mine == theirs
+        name = next(iter(folders.list_identities(bucket)))
+        for table in (here, there):
+            assert run("export", table, "--identity", name, "-o", tmp_path / f"{merged}-{len(str(table))}.safetensors") == 0
+        one, other = (read_tensors(file)[0] for file in sorted(tmp_path.glob(f"{merged}-*.safetensors")))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    (elsewhere / "packed" / next(iter(mine)).split("/")[1]).write_bytes(b"cut off")
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        read_table(there, "")
+
+
+def test_parquet_files_elsewhere(bucket, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    from hyperdreambooth.commands.recipe import Recipe, people_of
+
+    files = [file for group in folders.list_identities(bucket).values() for file in group][:3]
+    rows = pyarrow.table({"image": [file.read_bytes() for file in files], "person": ["a", "b", "b"]})
+    parquet.write_table(rows, tmp_path / "part.parquet")
+    place = bucket.parent / "tables" / "train"
+    (place / "part.parquet").write_bytes((tmp_path / "part.parquet").read_bytes())
+    found = people_of(Recipe("toon-pro", output=tmp_path / "run", data=f"{bucket.parent}/tables"))
+    assert {name: [file.read_bytes() for file in group] for name, group in found.items()} == {
+        "a": [files[0].read_bytes()],
+        "b": [files[1].read_bytes(), files[2].read_bytes()],
+    }
 
 
 def test_a_recipe_takes_its_pictures_from_elsewhere(bucket, tmp_path, capsys):

@@ -10,11 +10,11 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import torch as files
 from torch import Tensor
 
 from .errors import InputError, refusing
@@ -22,21 +22,44 @@ from .errors import InputError, refusing
 FILES: dict[str, str] = json.loads((Path(__file__).parent / "assets" / "files.json").read_text(encoding="utf-8"))
 """How files begin that are given for safetensors, and what they are."""
 MOST_HEADER = 100_000_000  # Bytes: safetensors' own limit.
+ADDRESS = re.compile(r"([a-z][a-z\d+-]+):/+(.+)")
+"""A file or folder elsewhere, such as s3://bucket/faces; a `Path` of it has lost a slash."""
+
+
+def path_at(place: str | Path) -> Path:
+    """A file or folder here, or on any file system that fsspec knows: a `UPath`, which does what a `Path` does. Nothing of it is copied.
+
+    Raises InputError where the extra `remote`, or fsspec's package for that file system, isn't installed.
+    """
+    address = ADDRESS.fullmatch(str(place))
+    if not address:
+        return Path(place)
+    kinds, advice = (ImportError, ValueError), 'It needs pip install "hyperdreambooth[remote]", and fsspec\'s package for that file system.'
+    with refusing(f"{address[1]}://{address[2]} can't be opened", *kinds, advice=advice):
+        from upath import UPath
+
+        return cast(Path, UPath(f"{address[1]}://{address[2]}"))
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Calls `write(temporary)` and renames the result to `path`; on any error nothing is left behind.
 
     The temporary file stands in a folder beside it (a rename is atomic only within one file system) and has the same name, whose
-    suffix some writers go by. Raises InputError where the folder can't be written or the disk is full.
+    suffix some writers go by; for an address it stands here, and is uploaded. Raises InputError where the folder can't be written or the
+    disk is full.
     """
-    path = Path(path)
+    path = path_at(path)
+    here = isinstance(path, Path)
     kinds = OSError, safetensors.SafetensorError  # the second is how safetensors reports a full disk
     with refusing(f"{path} can't be written", *kinds, advice="Free some space or name another place."):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as scratch:
+        if here:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent if here else None) as scratch:
             temporary = Path(scratch) / path.name
             write(temporary)
+            if not here:
+                path.write_bytes(temporary.read_bytes())  # object stores have it whole or not at all
+                return path
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(0o666 & ~mask)  # safetensors writes for its owner alone
@@ -57,7 +80,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{constant} is no number of JSON")
 
     with refusing(f"{path} can't be read", OSError):
-        text = Path(path).read_bytes()
+        text = path_at(path).read_bytes()
     with refusing(f"{path} isn't JSON", ValueError, RecursionError, advice="Was it cut off while copying?"):
         value = json.loads(text, parse_constant=refuse)
     if not isinstance(value, dict):
@@ -70,7 +93,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
     def write(file: Path) -> None:
-        save_file(ready, file, metadata=dict(metadata or {}))
+        files.save_file(ready, file, metadata=dict(metadata or {}))
         with file.open("r+b") as opened:  # safetensors leaves the order of the metadata to chance
             size = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(size))
@@ -88,12 +111,13 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     The tensors are in memory of their own: in the mapped file they would change with it, and begin at addresses at which
     the CPU's kernels may round differently. Raises InputError for a file that is missing, truncated, or not safetensors.
     """
-    path = Path(path)
+    path = path_at(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
     header = read_header(path)[1]
     try:
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}, header
+        tensors = files.load_file(path) if isinstance(path, Path) else files.load(cast(Any, path).read_bytes())
+        return {name: tensor.clone() for name, tensor in tensors.items()}, header
     except (safetensors.SafetensorError, OSError) as error:
         raise damaged(path, error) from error
 
@@ -107,12 +131,14 @@ class Entry(NamedTuple):
 
 def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """What a safetensors file's header says of its tensors, and its metadata. Raises InputError as `read_tensors`."""
+    path = path_at(path)
     try:
         # by hand, for safetensors maps the whole file into memory first, which fails for one that is larger than what is free
-        with Path(path).open("rb") as file:
+        with path.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(start - 8, MOST_HEADER)))
-            size = os.fstat(file.fileno()).st_size  # not the path's: another process may replace the file meanwhile
+            # the open file's, where it can be: another process may replace it meanwhile
+            size = os.fstat(file.fileno()).st_size if isinstance(path, Path) else cast(Any, path).stat().st_size
         metadata = dict(header.pop("__metadata__", None) or {})
         end = start + max((one["data_offsets"][1] for one in header.values()), default=0)
         if size != end:
@@ -125,8 +151,8 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
 def damaged(path: str | Path, error: Exception) -> InputError:
     """What is wrong with a file that isn't whole safetensors: what else it is by its first bytes, else the error."""
     what = f"{(str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')}. Was it cut off while copying?"
-    if Path(path).is_file():
-        with Path(path).open("rb") as file:
+    if path_at(path).is_file():
+        with path_at(path).open("rb") as file:
             start = file.read(64)
         text = start.decode("latin-1")
         if all(byte in b"\t\n\r" or byte >= 32 for byte in start):

@@ -52,6 +52,7 @@ def in_range(value: float, low: float, high: float, name: str) -> None:
 
 def fresh(path: str | Path, overwrite: bool) -> Path:
     """The path of a file that is to be written. Raises InputError where it exists and may not be replaced."""
-    if Path(path).exists() and not overwrite:
+    path = Path(path) if isinstance(path, str) else path
+    if path.exists() and not overwrite:
         raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")
-    return Path(path)
+    return path

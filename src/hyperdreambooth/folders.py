@@ -3,33 +3,16 @@
 import re
 import warnings
 from pathlib import Path
-from typing import cast
 
 from PIL import Image
 
+from .checkpoint import path_at
 from .errors import InputError, refusing
 from .photos import SUFFIXES, picture_formats
 from .progress import say
 
 LEFT_BY_SYSTEMS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "@eadir", "__macosx"}
 CAPTIONS = (".txt", ".TXT", ".caption")
-ADDRESS = re.compile(r"([a-z][a-z\d+-]+):/+(.+)")
-"""A folder elsewhere, such as s3://bucket/faces; a `Path` of it has lost a slash."""
-
-
-def folder_at(place: str | Path) -> Path:
-    """A folder here, or on any file system that fsspec knows: a `UPath`, which does what a `Path` does. Nothing of it is copied.
-
-    Raises InputError where the extra `remote`, or fsspec's package for that file system, isn't installed.
-    """
-    address = ADDRESS.fullmatch(str(place))
-    if not address:
-        return Path(place)
-    kinds, advice = (ImportError, ValueError), 'It needs pip install "hyperdreambooth[remote]", and fsspec\'s package for that file system.'
-    with refusing(f"{address[1]}://{address[2]} can't be opened", *kinds, advice=advice):
-        from upath import UPath
-
-        return cast(Path, UPath(f"{address[1]}://{address[2]}"))
 
 
 def list_identities(folder: str | Path) -> dict[str, list[Path]]:
@@ -39,9 +22,9 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
     Raises InputError where there are no pictures.
 
     Args:
-        folder: here, or an address as `folder_at` takes it.
+        folder: here, or an address as `path_at` takes it.
     """
-    folder = folder_at(folder)
+    folder = path_at(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder.")
     found: dict[str, list[Path]] = {}

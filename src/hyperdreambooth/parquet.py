@@ -27,7 +27,7 @@ def unpack(files: Sequence[Path], folder: Path) -> Path:
     half, count = folder.with_name(f"{folder.name}.part"), Counter[str]()
     shutil.rmtree(half, ignore_errors=True)
     with refusing(f"the parquet files of {files[0].parent} can't be read", ArrowException, OSError, advice="Fetch them again."):
-        opened = [parquet.ParquetFile(file) for file in files]
+        opened = [parquet.ParquetFile(file.open("rb")) for file in files]
         kinds = {field.name: str(field.type) for field in opened[0].schema_arrow}  # such as "struct<bytes: binary, path: string>"
         picture = next((name for name, kind in kinds.items() if re.match(r"(struct<.*\bbytes: )?(large_)?binary", kind)), None)
         if picture is None:

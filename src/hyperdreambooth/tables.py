@@ -5,7 +5,8 @@
     TABLE/packed/HASH.safetensors        tokens (N, layers, width) of N identities, whose names are in the file's header
     TABLE/packed/index.json              who is in which packed file
 
-A row file is whole or absent, and the same for everybody who makes it; so any number of processes may write into one table.
+A row file is whole or absent, and the same for everybody who makes it; so any number of processes may write into one table. It may lie
+anywhere that fsspec knows.
 """
 
 import hashlib
@@ -16,11 +17,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import safetensors
 import torch
 from torch import Tensor
 
-from .checkpoint import read_header, read_json, read_tensors, save_tensors, write_json
+from .checkpoint import path_at, read_header, read_json, read_tensors, save_tensors, write_json
 from .errors import InputError
 from .settings import parsed
 from .training_settings import LightweightConfig
@@ -40,7 +42,7 @@ class TableConfig:
 
 def read_table_config(folder: str | Path) -> TableConfig:
     """Raises InputError where there is no such config.json, or it is wrong."""
-    file = Path(folder) / "config.json"
+    file = path_at(folder) / "config.json"
     values = read_json(file)
     config = values.get("config")
     if not isinstance(config, dict):
@@ -51,7 +53,7 @@ def read_table_config(folder: str | Path) -> TableConfig:
 
 def save_row(folder: str | Path, name: str, tokens: Tensor, fingerprint: str) -> Path:
     """Writes one identity's tokens (layers, width), whole or not at all."""
-    file = Path(folder) / "rows" / f"{name}.safetensors"
+    file = path_at(folder) / "rows" / f"{name}.safetensors"
     return save_tensors(file, {"tokens": tokens}, {"fingerprint": fingerprint, "identity": name})
 
 
@@ -62,7 +64,7 @@ class Table(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: str | Path, fingerprint: str):
-        self.folder, self.fingerprint = Path(folder), fingerprint
+        self.folder, self.fingerprint = path_at(folder), fingerprint
         self.opened: dict[Path, Any] = {}
 
     @cached_property
@@ -101,7 +103,8 @@ class Table(Mapping[str, Tensor]):
             return _row(self.loose[name])
         file, place = self.packed[name]
         if file not in self.opened:
-            self.opened[file] = safetensors.safe_open(str(file), framework="pt")
+            local = file if isinstance(file, Path) else fsspec.open_local(f"simplecache::{file}")  # fetched once
+            self.opened[file] = safetensors.safe_open(str(local), framework="pt")
         return _checked(self.opened[file].get_slice("tokens")[place], file)
 
     def __contains__(self, name: object) -> bool:
@@ -137,7 +140,7 @@ def merge(folder: str | Path, fingerprint: str, *, file_bytes: int = PACK_BYTES)
     Killed at any moment and run again it ends the same: packed files are named by what they hold. Raises InputError for rows that
     are damaged, of another fingerprint or size, and where a row differs from the same identity's packed one.
     """
-    table, place = Table(folder, fingerprint), Path(folder) / "packed"
+    table, place = Table(folder, fingerprint), path_at(folder) / "packed"
     new = sorted(table.loose.keys() - table.packed.keys())
     many = max(1, file_bytes // (table[new[0]].nbytes or 1)) if new else 1
     for names in (new[start : start + many] for start in range(0, len(new), many)):

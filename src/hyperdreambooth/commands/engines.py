@@ -98,7 +98,7 @@ def on_ray(args: Args, pieces: Sequence[list[str]], opened: Callable[[Args], Wor
 
 def located(args: Args) -> Args:
     """The same command with whole paths, since a worker runs in another folder."""
-    from ..folders import ADDRESS
+    from ..checkpoint import ADDRESS
 
     def whole(value: Any) -> Any:
         if isinstance(value, tuple):

@@ -60,15 +60,18 @@ class Export(WithHypernetwork, Writing):
     hyperdreambooth export me.safetensors --format kohya -o me-kohya.safetensors
     """
 
-    source: tyro.conf.Positional[Path]  # A token file, a table's folder, a train-light folder, or a LoRA file.
+    source: tyro.conf.Positional[Path]  # A token file, a table's folder or address, a train-light folder, or a LoRA file.
     output: Output  # The LoRA file to write.
     identity: str | None = None  # Which row of a table.
     format: Layout = "diffusers"  # Layout of the file: diffusers, or kohya for ComfyUI and A1111.
 
 
 def run_export(args: Export) -> None:
+    from ..checkpoint import path_at
+
     check_lora_name(args.output)
     args.refuse_existing(args.output)
+    args.source = path_at(args.source)
     if not args.source.exists():
         raise InputError(f"{args.source}: no such file or folder.")
     me = read_row(args) if args.source.is_dir() else args.machine.open(args.base, args.hypernetwork).load(args.source)

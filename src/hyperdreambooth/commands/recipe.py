@@ -108,19 +108,19 @@ def people_of(args: Recipe) -> dict[str, list[Path]]:
     """Identity -> its pictures; those of the hub are fetched, those of parquet files unpacked. Raises InputError where there are none."""
     from .. import hub
     from ..assets import toon
-    from ..folders import ADDRESS, list_identities
+    from ..checkpoint import ADDRESS, path_at
+    from ..folders import list_identities
     from ..parquet import unpack
     from ..photos import SUFFIXES
 
     data = args.data
     if data == "toon":
         return {file.stem: [file] for file in sorted(toon.directory("faces").glob("face-*.png"))}
-    if ADDRESS.fullmatch(data):
-        return list_identities(data)
-    folder = hub.download_pictures(data[3:]) if data.startswith("hf:") else Path(data)
-    files = sorted(folder.rglob("*"))
-    tables = [] if any(file.suffix.lower() in SUFFIXES for file in files) else [file for file in files if file.suffix == ".parquet"]
-    return list_identities(unpack(tables, args.output / "unpacked") if tables else folder)
+    here = ADDRESS.fullmatch(data) is None
+    folder = hub.download_pictures(data[3:]) if here and data.startswith("hf:") else path_at(data)
+    tables = sorted(folder.rglob("*.parquet"), key=str)
+    alone = tables and not any(file.suffix.lower() in SUFFIXES for file in folder.rglob("*"))
+    return list_identities(unpack(tables, args.output / "unpacked") if alone else folder)
 
 
 def preflight(args: Recipe) -> int:

@@ -80,19 +80,20 @@ class Preoptimize(WithEngine, WithCrop):
     """
 
     folder: tyro.conf.Positional[Path]  # Pictures of identities; also an address such as s3://bucket/faces, with the extra `remote`.
-    output: Output  # The table's folder.
+    output: Output  # The table's folder, or its address.
     shard: str = "0/1"  # i/n: only the i-th of n parts of the identities, from 0 to n-1. Rows are the same however many parts there are.
     merge: bool = False  # Train nothing: check that every identity has its row, and pack the rows into a few files.
     config: Annotated[PreoptimizeConfig, Flat] = field(default_factory=PreoptimizeConfig)
 
 
 def run_preoptimize(args: Preoptimize) -> None:
+    from ..checkpoint import path_at
     from ..personal_lora import PLACEHOLDER
     from ..stages.dreambooth import chunks_of, parse_shard
     from ..tables import read_table_config
 
     args.check_engine()
-    shard = parse_shard(args.shard)
+    args.output, shard = path_at(args.output), parse_shard(args.shard)
     hdb = args.machine.open(args.base, None)
     args.config.prompt = args.config.prompt.replace(PLACEHOLDER, hdb.identifier)
     rows = opened(args, hdb)
@@ -163,7 +164,8 @@ def packed(rows: Rows) -> Table:
         number = f"{len(missing)} of {len(names)}"
         raise InputError(f"{number} identities have no row yet, such as {unmade}. Run their shards (again), then merge.")
     merged = merge(rows.output, rows.table.fingerprint)
-    shutil.rmtree(rows.output / "chunk", ignore_errors=True)  # what killed processes left
+    if isinstance(rows.output, Path):
+        shutil.rmtree(rows.output / "chunk", ignore_errors=True)  # what killed processes left
     return merged
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import replay
 from ..backbones import Backbone
+from ..checkpoint import path_at
 from ..data import FolderOfPeople, IdentityData, PromptCache, conditioning_in
 from ..errors import InputError
 from ..lora import Hooks, LoraSet, Shape, compress, find_targets
@@ -191,7 +192,7 @@ class Rows:
     """Makes the rows of a chunk of identities, those that aren't there yet."""
 
     def __init__(self, backbone: Backbone, data: IdentityData | FolderOfPeople, config: PreoptimizeConfig, output: str | Path):
-        self.backbone, self.data, self.config, self.output = backbone, data, config, Path(output)
+        self.backbone, self.data, self.config, self.output = backbone, data, config, path_at(output)
         targets = find_targets(backbone.components, config.targets or backbone.default_targets)
         self.lightweight = LightweightLora(targets, config.lightweight)
         self.table = Table(output, self.lightweight.fingerprint())
@@ -202,8 +203,9 @@ class Rows:
         latents = self.data.latents_of(chunk)
         if all(map(self.table.has, latents)):
             return
-        # its checkpoint is found by any process that trains the same people
-        state = self.output / "chunk" / hashlib.sha256(os.fsencode("/".join(latents))).hexdigest()[:16]
+        # its checkpoint is found by any process that trains the same people; where files can't be replaced step by step there is none
+        name, here = hashlib.sha256(os.fsencode("/".join(latents))).hexdigest()[:16], isinstance(self.output, Path)
+        state = self.output / "chunk" / name if here else None
         try:
             tokens = self._train(list(latents.values()), state)
         except InputError:
@@ -214,9 +216,10 @@ class Rows:
             if not self.table.has(name):  # else it was written before an interruption, or by another process
                 save_row(self.output, name, row, self.table.fingerprint)
         # the folder stays until tables are merged: another process may be about to write its own checkpoint there
-        (state / "state.safetensors").unlink(missing_ok=True)
+        if state:
+            (state / "state.safetensors").unlink(missing_ok=True)
 
-    def _train(self, photos: list[Tensor], state: Path) -> Tensor:
+    def _train(self, photos: list[Tensor], state: Path | None) -> Tensor:
         most = max(map(len, photos))  # people with fewer pictures see theirs more often
         latents = torch.stack([mine[torch.arange(most) % len(mine)] for mine in photos])
         subject = Subject(latents.to(self.backbone.device).float(), self.config.prompt)

@@ -286,7 +286,7 @@ def test_preservation_counts_what_an_update_changes_beyond_the_person(backbone):
 
         def preserved(updates: LoraSet, text: str) -> torch.Tensor:
             named = torch.full((3,), float("[V]" in text))
-            return losses.preservation(updates, {**batch, **prompts.inputs([text] * 3, "asked."), "named": named})
+            return losses.preservation(updates, {**batch, **prompts.inputs([text] * 3, "asked."), "named": named}, known=loras)
 
         assert preserved(loras, "a [V] face").max() < 1e-9
         assert preserved(loras.scaled(0.0), "a face wearing a hat").max() < 1e-9
@@ -309,6 +309,25 @@ def test_preservation_is_trained_and_asks_for_prompts(backbone):
     assert with_it.losses[1] != without.losses[1]
     with pytest.raises(InputError, match="preservation needs prompts"):
         TrainHypernetworkConfig(preserve=1.0, preserved=())
+
+
+def test_a_teacher_is_imitated_but_where_the_base_knows_better(backbone):
+    """The start is the teacher: at first nothing differs from it under the pictures' own prompts; it is never changed itself."""
+    teacher = tiny_source(backbone)
+    for parameter in teacher.lightweight.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    training = TrainingConfig(steps=2, learning_rate=1e-4, log_every=1)
+    config = TrainHypernetworkConfig(
+        lightweight=FROZEN, hypernetwork=DECODER, batch=4, penalty=0.0, shared=0.0, preserve=1.0, training=training
+    )
+    own = dataclasses.replace(config, preserved=("a [V] face",))
+    _, same = train_hypernetwork(backbone, teacher.encoder, identity_data(), own, start=teacher)
+    assert same.losses[0][1] < 1e-9, "under the person's own prompt the start is right"
+    student, report = train_hypernetwork(backbone, teacher.encoder, identity_data(), config, start=teacher)
+    assert report.losses[0][1] > 1e-3, "under others it isn't what the base and the person make together"
+    assert not torch.equal(student.hypernetwork.head, teacher.hypernetwork.head)
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
 
 
 def photo_data(people: int = 4, each: int = 2) -> IdentityData:

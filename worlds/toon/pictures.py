@@ -7,6 +7,7 @@ hypernetworks may train on, the base knows them all.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import subprocess
@@ -190,19 +191,28 @@ def caption(
     identity: dict[str, str] | None = None,
     subject: str = "[V] face",
 ) -> str:
-    """A context in words: "a pencil sketch of a smiling [V] face wearing a cap on a blue background".
+    """A context, or a part of one, in words: "a pencil sketch of a smiling [V] face wearing a cap on a blue background".
 
     Every choice is mentioned with probability `mention`; with `identity`, the person is described too.
     """
     draw = draw or random.Random(0)
-    words = {kind: CONTEXTS[kind][value]["words"] if draw.random() < mention else "" for kind, value in context.items()}
-    if context["background"] == "white" and (not CONTEXTS["style"][context["style"]]["colors"] or draw.random() < 0.6):
+    said = {kind: CONTEXTS[kind][value]["words"] if draw.random() < mention else "" for kind, value in context.items()}
+    words = dict.fromkeys(CONTEXTS, "") | said
+    if context.get("background") == "white" and (not CONTEXTS["style"][context.get("style", "plain")]["colors"] or draw.random() < 0.6):
         words["background"] = ""
     who = subject + (f" of a {identity_words(identity, draw)}" if identity else "")
     who = f"{words['expression']} {who}".strip()
     text = f"a {words['style']} of a {who}" if words["style"] else f"a {who}"
     text = " ".join(part for part in (text, words["headwear"], words["eyewear"], words["background"]) if part)
     return text.replace("a angry", "an angry")
+
+
+def written_prompts() -> list[str]:
+    """Seen contexts as people ask for them: one thing and nothing else, twice each, and two things."""
+    seen = [(kind, value) for kind, values in CONTEXTS.items() for value, choice in values.items() if choice["seen"] and choice["words"]]
+    pairs = [dict(pair) for pair in itertools.combinations(seen, 2) if {kind for kind, _ in pair} != {"background", "style"}]
+    alone = [{kind: value} for kind, value in seen]
+    return [caption(context) for context in (*alone, *alone, *(pair for pair in pairs if len(pair) == 2))]
 
 
 def slots() -> list[list[str]]:

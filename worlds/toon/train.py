@@ -40,7 +40,16 @@ class Toon(Chain):
     unet_widths = (128, 192)
     judge_widths = (48, 96, 192)
     each = pictures.CONTEXTS_EACH
-    batches = {"encoder": 64, "recogniser": 512, "classifier": 96, "decoder": 16, "base": 2048, "pro": 768, "faithful": 64}  # noqa: RUF012
+    batches = {
+        "encoder": 64,
+        "recogniser": 512,
+        "classifier": 96,
+        "decoder": 16,
+        "base": 2048,
+        "pro": 768,
+        "preserving": 32,
+        "faithful": 64,
+    }  # noqa: RUF012
     configs = {  # noqa: RUF012
         "encoder": TrainingConfig(
             steps=800, learning_rate=1e-3, weight_decay=0.05, warmup=30, cooldown=0.4, seed=3, log_every=20, validate_every=100
@@ -60,7 +69,7 @@ class Toon(Chain):
             mixed_precision=PRECISION, seed=31, log_every=50, validate_every=300,
         ),
     }  # fmt: skip
-    steps = {"pro": 1085, "table": 50, "faithful": 200}  # noqa: RUF012
+    steps = {"pro": 1085, "preserving": 1000, "table": 50, "faithful": 200}  # noqa: RUF012
     assets = Path("src/hyperdreambooth/assets/toon")
     faithful = Path("benchmarks/faithful")
 
@@ -108,6 +117,9 @@ class Toon(Chain):
         name, first, whole = ("hyper", 0, pictures.HYPER_PEOPLE) if split == "train" else ("hyper-validation", pictures.FIRST[split], 150)
         return hypernetworks.album(hypernetworks.load_pictures(self.runs / "data" / name, first, whole), people or whole)
 
+    def written_prompts(self) -> tuple[str, ...]:
+        return tuple(pictures.written_prompts())
+
     def about(self) -> dict[str, Any]:
         """The defaults of personalize and generate were chosen on validation people."""
         return {
@@ -134,7 +146,7 @@ class Toon(Chain):
         return True
 
 
-STAGES = ("encoder", "recogniser", "classifier", "decoder", "base", "pro", "table", "faithful", "export")
+STAGES = ("encoder", "recogniser", "classifier", "decoder", "base", "pro", "preserving", "table", "faithful", "export")
 OTHERS = ("adopt",)
 
 

@@ -43,18 +43,30 @@ HOPELESS = (
 
 @dataclass(frozen=True, eq=False)
 class HyperNetworkLosses:
-    """The losses of a batch of people: denoising, and what the mode adds to it."""
+    """The losses of a batch of people: denoising, and what the mode adds to it.
+
+    With a teacher, a hypernetwork that is ready, its prediction stands in the noise's place: distillation, as that of guidance (Meng et
+    al., arXiv 2210.03142). Such targets aren't noisy, so small batches do.
+    """
 
     backbone: Backbone
     config: TrainHypernetworkConfig
     lightweight: LightweightLora
     hooks: Hooks
+    teacher: PredictedLora | None = None
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         config, loras = self.config, model(batch["photos"])
-        self.hooks.set(loras)
         conditioning = conditioning_in(batch, "prompt.", self.backbone)
-        losses = denoising_loss(self.backbone, batch["latents"], conditioning, batch["noise"], batch["timesteps"])
+        if self.teacher is None:
+            known = loras
+            self.hooks.set(loras)
+            losses = denoising_loss(self.backbone, batch["latents"], conditioning, batch["noise"], batch["timesteps"])
+        else:
+            with torch.no_grad():
+                known = self.teacher(batch["photos"])
+                target = self.predict(known, batch, conditioning)
+            losses = distances(self.predict(loras, batch, conditioning), target)
         if config.mode == "pro":
             losses = losses + config.penalty * update_norms(loras) / len(loras)
             if config.shared:
@@ -62,28 +74,35 @@ class HyperNetworkLosses:
         elif "rows" in batch:
             losses = losses + config.weight_loss * batch["has_row"] * weight_loss(loras, self.lightweight(batch["rows"]))
         if config.preserve:
-            losses = losses + config.preserve * self.preservation(loras, batch)
+            losses = losses + config.preserve * self.preservation(loras, batch, known)
         return losses
 
-    def preservation(self, loras: LoraSet, batch: dict[str, Tensor]) -> Tensor:
+    def predict(self, updates: LoraSet, batch: dict[str, Tensor], conditioning: Conditioning) -> Tensor:
+        """What the denoiser with the updates makes of the batch's noised pictures."""
+        self.hooks.set(updates)
+        noisy = self.backbone.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
+        return self.backbone.predict(noisy, batch["timesteps"], conditioning)
+
+    def preservation(self, loras: LoraSet, batch: dict[str, Tensor], known: LoraSet) -> Tensor:
         """How far the updates change what the base makes of prompts beyond adding the person, (B,): a squared distance of predictions.
 
         The prediction for a prompt p that names the person should be base(p) + person(p0) - base(p0), p0 being the person's own prompt:
         what is asked for comes from the base, whoever is asked for. For one that names nobody it should be base(p): DreamBooth's
         prior preservation (Ruiz et al., arXiv 2208.12242, section 3.2), with the base's prediction as the target instead of pictures.
+
+        Args:
+            known: the updates that say what the person looks like: the teacher's, or the very ones that are trained.
         """
-        noisy = self.backbone.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
-        steps, asked = batch["timesteps"], conditioning_in(batch, "asked.", self.backbone)
-
-        def predict(updates: LoraSet, conditioning: Conditioning) -> Tensor:
-            self.hooks.set(updates)
-            return self.backbone.predict(noisy, steps, conditioning)
-
+        own, asked = (conditioning_in(batch, name, self.backbone) for name in ("own.", "asked."))
         with torch.no_grad():
-            own = conditioning_in(batch, "own.", self.backbone)
-            person = predict(loras, own) - predict(LoraSet(), own)
-            target = predict(LoraSet(), asked) + batch["named"].reshape(-1, *[1] * (person.ndim - 1)) * person
-        return (predict(loras, asked) - target).float().square().flatten(1).mean(1)
+            person = self.predict(known, batch, own) - self.predict(LoraSet(), batch, own)
+            target = self.predict(LoraSet(), batch, asked) + batch["named"].reshape(-1, *[1] * (person.ndim - 1)) * person
+        return distances(self.predict(loras, batch, asked), target)
+
+
+def distances(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared differences of two batches, (B,)."""
+    return (predicted - target).float().square().flatten(1).mean(1)
 
 
 def train_hypernetwork(
@@ -102,7 +121,7 @@ def train_hypernetwork(
     Args:
         run: where it is kept, and how long it goes on.
         encoder: trained too where `encoder.trained`; its batch statistics stay as they are.
-        start: begin with the weights of this hypernetwork, of the same sizes.
+        start: begin with the weights of this hypernetwork, of the same sizes; with preservation it is the teacher too.
     """
     if config.mode == "faithful" and not table:
         raise InputError("the faithful mode needs a table of pre-optimized tokens: run `preoptimize` first, or take mode pro.")
@@ -112,6 +131,7 @@ def train_hypernetwork(
     source.encoder.eval()  # a trained one's batch statistics would follow each small batch
     if start is not None:
         begin_with(source, start)
+    teacher = start.to(device).eval().requires_grad_(False) if start is not None and config.preserve else None
     prompts = PromptCache(backbone, trains_text=trains_text(targets, backbone))
     known = table if config.mode == "faithful" and table else None
     empty = torch.zeros(source.lightweight.token_shape)
@@ -157,7 +177,7 @@ def train_hypernetwork(
 
         here = replace(run or Run(), device=device, groups=[group for group in groups if group["params"]])
         here = replace(here, validate=validate if gain else None, name=f"hypernetwork ({config.mode})")
-        report = fit(HyperNetworkLosses(backbone, config, source.lightweight, hooks), source, draw, config.training, here)
+        report = fit(HyperNetworkLosses(backbone, config, source.lightweight, hooks, teacher), source, draw, config.training, here)
     return source, report
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,6 +21,7 @@ from hyperdreambooth import photos
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.checkpoint import write_json
 from hyperdreambooth.cli import main
+from hyperdreambooth.commands import measure
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.evaluation import evaluate as protocol
 from hyperdreambooth.evaluation import harness, metrics, report
@@ -354,6 +356,23 @@ def test_processes_share_the_people_out(tmp_path, evaluated, monkeypatch, capsys
         assert evaluated(*words, tmp_path / "two.json") == 0
         made = re.findall(r"(\S.*): people (\d+) to (\d+)", capsys.readouterr().err)
         assert made == [("base", *share), ("prediction", *share)]
+    one, two = (json.loads((tmp_path / name).read_text())["rows"] for name in ("one.json", "two.json"))
+    assert {name: {**row, "seconds": 0} for name, row in one.items()} == {name: {**row, "seconds": 0} for name, row in two.items()}
+
+
+def test_workers_make_the_pictures_of_pieces_of_people(tmp_path, evaluated, monkeypatch, capsys):
+    """As the workers of an engine do, here one after another: the figures of one process, each picture made once."""
+    words = ("--people", "5", "--methods", "base", "prediction", "faithful", "-o")
+    assert evaluated(*words, tmp_path / "one.json") == 0
+
+    def by_workers(args: measure.Evaluate, pieces: list[list[str]], here: object, there: Callable, what: str) -> Iterator[object]:
+        return map(there(args), reversed(pieces))
+
+    monkeypatch.setattr(measure, "each", by_workers)
+    capsys.readouterr()
+    assert evaluated(*words, tmp_path / "two.json", "--engine", "ray") == 0
+    made = re.findall(r"(\S.*): people (\d+) to (\d+)", capsys.readouterr().err)
+    assert made == [(name, *some) for some in (("5", "5"), ("1", "4")) for name in ("base", "prediction", "faithful")]
     one, two = (json.loads((tmp_path / name).read_text())["rows"] for name in ("one.json", "two.json"))
     assert {name: {**row, "seconds": 0} for name, row in one.items()} == {name: {**row, "seconds": 0} for name, row in two.items()}
 

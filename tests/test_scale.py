@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from hyperdreambooth import checkpoint
 from hyperdreambooth.cli import main
-from hyperdreambooth.data import FolderOfPeople, IdentityData, load_identities
+from hyperdreambooth.data import FolderOfPeople, IdentityData, encoding, load_identities
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.stages.dreambooth import Rows, chunks_of, parse_shard, preoptimize
 from hyperdreambooth.tables import Table, merge, read_table, save_row
@@ -328,6 +329,26 @@ def test_pictures_are_in_memory_once(backbone, tmp_path, monkeypatch):
     again = load_identities(tmp_path, backbone, tiny_source(backbone).encoder, "a face", cache=tmp_path / "cache")
     assert torch.equal(again.latents, data.latents)
     assert torch.equal(again.features, data.features)
+    done: list[str] = []
+
+    def others(pieces: list[list[str]]) -> None:
+        encode = encoding(tmp_path, backbone, tiny_source(backbone).encoder, "auto")
+        for piece in reversed(pieces):
+            encode(piece)
+            done.append(piece[0])
+            if len(done) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("hyperdreambooth.data.PIECE", 3)
+    read = partial(load_identities, tmp_path, backbone, tiny_source(backbone).encoder, "a face", cache=tmp_path / "by others", share=others)
+    with pytest.raises(KeyboardInterrupt):
+        read()
+    again = read()
+    assert done == ["72", "48", "24", "0"], "what was encoded before isn't encoded again"
+    assert again.names == data.names
+    assert torch.equal(again.latents, data.latents)
+    assert torch.equal(again.features, data.features)
+    assert [file.suffix for file in (tmp_path / "by others").iterdir()] == [".safetensors"]
     order = torch.randperm(95, generator=torch.Generator().manual_seed(0))
     mixed = IdentityData(data.latents[order], data.features[order], order, data.names, [f"{i}" for i in order.tolist()], data.reference)
     some, others = mixed.split(5)  # people in no order
@@ -418,6 +439,27 @@ def test_a_folder_of_people_on_ray_gives_the_very_loras(toon, faces, tmp_path, c
         for name, (tensors, header) in whole.items():
             assert again[name][1] == header
             assert all(torch.equal(tensor, again[name][0][key]) for key, tensor in tensors.items())
+
+
+def test_pictures_are_encoded_and_methods_compared_on_ray(toon, world, faces, tmp_path, monkeypatch, ray):
+    """Encoded by workers, pictures give the same weights; by workers, methods get the same figures, from a folder that is named from here."""
+    words = ("--lightweight.down-dim", 12, "--lightweight.up-dim", 8, "--batch", 2, "--training.steps", 2, "--crop", "center")
+    for name, more in (("plain", ()), ("ray", ("--engine", "ray"))):
+        assert run("train-hypernetwork", faces, "-o", tmp_path / name, *words, *more) == 0
+    plain, by_ray = (checkpoint.read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("plain", "ray"))
+    assert all(torch.equal(tensor, by_ray[name]) for name, tensor in plain.items())
+    shutil.rmtree(faces / "person 4")
+    for person in faces.iterdir():
+        for number in range(2):
+            picture(99 + number).save(person / f"{9 + number}.png")
+    monkeypatch.chdir(tmp_path)
+    words = ("--people", "faces", "--judges", "toon", "--methods", "hypernetwork", "lightweight DreamBooth", "--quick")
+    found = []
+    for name, more in (("plain.json", ()), ("ray.json", ("--engine", "ray"))):
+        assert run("evaluate", *words, "-o", name, *more) == 0
+        rows = json.loads(Path(name).read_text())["rows"]
+        found.append({method: {key: value for key, value in row.items() if key != "seconds"} for method, row in rows.items()})
+    assert found[0] == found[1]
 
 
 def test_ray_is_for_folders_of_people(toon, faces, tmp_path, capsys):

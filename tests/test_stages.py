@@ -12,6 +12,7 @@ from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import Hooks, LoraSet, applied, find_targets, shared_norm, update_norms
 from hyperdreambooth.objectives import denoising
 from hyperdreambooth.pretrained import build, check_targets, load_hypernetwork
+from hyperdreambooth.sampling import branches
 from hyperdreambooth.settings import PersonalizeChoices, PersonalizeConfig, resolve
 from hyperdreambooth.stages.dreambooth import Subject, finish, personalize, preoptimize, train_light
 from hyperdreambooth.stages.train_hypernetwork import HyperNetworkLosses, IdentityGain, train_hypernetwork
@@ -271,63 +272,53 @@ def test_a_dropped_prompt_is_an_empty_one(tmp_path):
         TrainHypernetworkConfig(dropout=1.5)
 
 
-def test_preservation_counts_what_an_update_changes_beyond_the_person(backbone):
-    """Nothing under the person's own prompt, or with no update; all of it under a prompt that names nobody."""
-    source = tiny_source(backbone)
-    for parameter in source.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-    config = TrainHypernetworkConfig(preserve=1.0)
-    prompts, x = PromptCache(backbone), latents(3)
-    batch = {"latents": x, "noise": latents(3, seed=1), "timesteps": backbone.steps_for(torch.full((3,), 0.7))}
-    batch |= prompts.inputs(["a [V] face"] * 3, "own.")
-    loras = source(identity_data().features[:3])
+def test_what_is_distilled_is_context_guidance(backbone):
+    """An update that predicts the target draws by plain guidance what the teacher draws with context guidance, and with little noise the same."""
+    teacher = tiny_source(backbone)
+    for parameter in teacher.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    config, prompts = TrainHypernetworkConfig(context_guidance=4.0, guidance=2.5), PromptCache(backbone)
+    early, asked, empty = torch.tensor([True, True, False]), ["a [V] face wearing a hat", "", "a [V] face"], [""] * 3
+    batch = {"latents": latents(3), "noise": latents(3, seed=1), "timesteps": backbone.steps_for(torch.tensor([0.9, 0.9, 0.3]))}
+    batch |= {"early": early, "photos": identity_data().features[:3], **prompts.inputs(asked, "prompt."), **prompts.inputs(empty, "empty.")}
+    loras = teacher(batch["photos"]).detach()
+    noisy = backbone.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
     with Hooks(backbone.components, loras) as hooks, torch.no_grad():
-        losses = HyperNetworkLosses(backbone, config, source.lightweight, hooks)
-
-        def preserved(updates: LoraSet, text: str) -> torch.Tensor:
-            named = torch.full((3,), float("[V]" in text))
-            return losses.preservation(updates, {**batch, **prompts.inputs([text] * 3, "asked."), "named": named}, known=loras)
-
-        assert preserved(loras, "a [V] face").max() < 1e-9
-        assert preserved(loras.scaled(0.0), "a face wearing a hat").max() < 1e-9
-        hooks.set(loras)
-        noisy = backbone.add_noise(x, batch["noise"], batch["timesteps"])
-        with_person = backbone.predict(noisy, batch["timesteps"], prompts(["a face"] * 3))
-        hooks.clear()
-        change = (with_person - backbone.predict(noisy, batch["timesteps"], prompts(["a face"] * 3))).square().flatten(1).mean(1)
-        assert change.min() > 1e-6
-        torch.testing.assert_close(preserved(loras, "a face"), change)
+        target = HyperNetworkLosses(backbone, config, teacher.lightweight, hooks).drawn_by(teacher, batch)
+        found = {}
+        for text, words in (("asked", asked), ("empty", empty)):
+            for who, updates in (("person", loras), ("base", LoraSet())):
+                hooks.set(updates)
+                found[text, who] = backbone.predict(noisy, batch["timesteps"], prompts(words))
+    assert (found["asked", "person"] - found["asked", "base"]).abs().max() > 1e-3
+    plain = sum(weight * (target if prompted else found["empty", "person"]) for weight, prompted, _ in branches(2.5, None))
+    mixed = branches(4.0, 1.0)
+    guided = sum(weight * found["asked" if prompted else "empty", "person" if who else "base"] for weight, prompted, who in mixed)
+    torch.testing.assert_close(plain[0], guided[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(target[1], found["empty", "person"][1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(target[2], found["asked", "person"][2])
 
 
-def test_preservation_is_trained_and_asks_for_prompts(backbone):
-    config = TrainHypernetworkConfig(
-        lightweight=FROZEN, hypernetwork=DECODER, batch=4, preserve=1.0, training=TrainingConfig(steps=2, log_every=1)
-    )
-    _, with_it = train_hypernetwork(backbone, tiny_source(backbone).encoder, identity_data(), config)
-    _, without = train_hypernetwork(backbone, tiny_source(backbone).encoder, identity_data(), dataclasses.replace(config, preserve=0.0))
-    assert with_it.losses[0] == without.losses[0], "an update of nothing preserves everything"
-    assert with_it.losses[1] != without.losses[1]
-    with pytest.raises(InputError, match="preservation needs prompts"):
-        TrainHypernetworkConfig(preserve=1.0, preserved=())
-
-
-def test_a_teacher_is_imitated_but_where_the_base_knows_better(backbone):
-    """The start is the teacher: at first nothing differs from it under the pictures' own prompts; it is never changed itself."""
+def test_a_teacher_is_the_start_and_stays_as_it_is(backbone):
     teacher = tiny_source(backbone)
     for parameter in teacher.lightweight.parameters():
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     training = TrainingConfig(steps=2, learning_rate=1e-4, log_every=1)
     config = TrainHypernetworkConfig(
-        lightweight=FROZEN, hypernetwork=DECODER, batch=4, penalty=0.0, shared=0.0, preserve=1.0, training=training
+        lightweight=FROZEN, hypernetwork=DECODER, batch=4, penalty=0.0, shared=0.0, context_guidance=3.0, training=training
     )
-    own = dataclasses.replace(config, preserved=("a [V] face",))
-    _, same = train_hypernetwork(backbone, teacher.encoder, identity_data(), own, start=teacher)
-    assert same.losses[0][1] < 1e-9, "under the person's own prompt the start is right"
+    late = dataclasses.replace(config, context_until=0.0)
+    _, same = train_hypernetwork(backbone, teacher.encoder, identity_data(), late, start=teacher)
+    assert same.losses[0][1] < 1e-9, "with little noise the start is right"
     student, report = train_hypernetwork(backbone, teacher.encoder, identity_data(), config, start=teacher)
-    assert report.losses[0][1] > 1e-3, "under others it isn't what the base and the person make together"
+    assert report.losses[0][1] > 1e-6
     assert not torch.equal(student.hypernetwork.head, teacher.hypernetwork.head)
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    with pytest.raises(InputError, match="--start"):
+        train_hypernetwork(backbone, teacher.encoder, identity_data(), config)
+    with pytest.raises(InputError, match="given as written"):
+        TrainHypernetworkConfig(context_guidance=3.0, written=())
 
 
 def photo_data(people: int = 4, each: int = 2) -> IdentityData:

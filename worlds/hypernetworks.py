@@ -90,12 +90,12 @@ def pro_config(steps: int, batch: int = 768) -> TrainHypernetworkConfig:
     )
 
 
-def preserving_config(steps: int, batch: int, prompts: tuple[str, ...]) -> TrainHypernetworkConfig:
-    """What pro knows is kept, and what the base makes of prompts as people write them: pro is the teacher, its encoder stays."""
+def distilled_config(steps: int, batch: int, written: tuple[str, ...]) -> TrainHypernetworkConfig:
+    """Pro draws by itself what it draws with context guidance: it is its own teacher, and its encoder stays."""
     training = TrainingConfig(
         steps=steps, optimizer="muon", learning_rate=3e-4, warmup=20, cooldown=0.6, average=0.98, seed=72, log_every=10, validate_every=200
     )
-    return replace(pro_config(steps, batch), preserve=1.0, preserved=prompts, train_encoder=False, training=training)
+    return replace(pro_config(steps, batch), context_guidance=6.0, written=written, train_encoder=False, training=training)
 
 
 def faithful_config(steps: int, batch: int = 64) -> TrainHypernetworkConfig:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from .progress import Progress, say
 
 # Pictures, and pixels of the base's size, that are encoded at once, at most: at 1024 pixels an autoencoder takes gigabytes for one.
 LARGEST_BATCH, BATCH_PIXELS = 32, 1 << 20
+PIECE = 16  # Batches that one of several processes encodes at once.
+Share = Callable[[list[list[str]]], object]
+"""Has other processes do pieces of work, of some words each."""
 
 
 class PromptCache:
@@ -152,11 +156,16 @@ def load_identities(
     *,
     crop: photos.Crop = "auto",
     cache: str | Path | None = None,
+    share: Share | None = None,
 ) -> IdentityData:
     """Reads `identity/picture.png`, or one picture each, and encodes every picture once.
 
     Broken pictures are named, counted and skipped. With `cache`, latents and features are kept there under a key of the files' names,
     sizes and dates. An encoder that is trained gets the pictures, not features. Raises InputError for an empty folder.
+
+    Args:
+        share: with `cache`, has others encode pieces: the numbers of the first picture and of that after the last one, and the file to write,
+            by `encoding`.
     """
     found = list_identities(folder)
     files = [(name, file) for name, group in found.items() for file in group]
@@ -168,12 +177,41 @@ def load_identities(
     if stored and stored.is_file():
         tensors, _ = read_tensors(stored)
     else:
-        tensors = _encode(files, backbone, encoder, crop)
+        tensors = _shared(len(files), backbone, stored, share) if stored and share else _encode(files, backbone, encoder, crop)
         if not len(tensors["kept"]):
             raise InputError(f"none of the {len(files)} pictures of {folder} could be read.")
         if stored:
             save_tensors(stored, tensors)
+            shutil.rmtree(stored.with_suffix(""), ignore_errors=True)
     return _grouped(files, tensors, prompt)
+
+
+def encoding(folder: str | Path, backbone: Backbone, encoder: FaceEncoder, crop: photos.Crop) -> Callable[[Sequence[str]], None]:
+    """Encodes a piece of a folder's pictures into a file, for `load_identities` in another process."""
+    files = [(name, picture) for name, group in list_identities(folder).items() for picture in group]
+
+    def encode(piece: Sequence[str]) -> None:
+        start, end, file = piece
+        save_tensors(file, _encode(files[int(start) : int(end)], backbone, encoder, crop, quiet=True))
+
+    return encode
+
+
+def _shared(count: int, backbone: Backbone, stored: Path, share: Share) -> dict[str, Tensor]:
+    """What `_encode` makes, by others. Pieces are whole batches, and those that are there already are done."""
+    size = PIECE * _together(backbone)
+    parts = {start: stored.with_suffix("") / f"{start:09}.safetensors" for start in range(0, count, size)}
+    share([[str(start), str(min(start + size, count)), str(file)] for start, file in parts.items() if not file.is_file()])
+    found = {start: read_tensors(file)[0] for start, file in parts.items()}
+    kept = torch.cat([part["kept"] + start for start, part in found.items()])
+    whole = [part for part in found.values() if len(part["kept"])]
+    tensors = {name: torch.cat([part[name] for part in whole] or [torch.zeros(0)]) for name in ("latents", "features")}
+    return {**tensors, "kept": kept}
+
+
+def _together(backbone: Backbone) -> int:
+    """Pictures that are encoded at once."""
+    return max(1, min(LARGEST_BATCH, BATCH_PIXELS // backbone.size**2))
 
 
 def _grouped(files: list[tuple[str, Path]], tensors: dict[str, Tensor], prompt: str) -> IdentityData:
@@ -228,8 +266,7 @@ def _encode(
 
     Which pictures share a batch follows from `files` alone, since the batch decides how sums are rounded.
     """
-    many = max(1, min(LARGEST_BATCH, BATCH_PIXELS // backbone.size**2))
-    tensors, kept = dict[str, Tensor](), list[int]()
+    many, tensors, kept = _together(backbone), dict[str, Tensor](), list[int]()
     with torch.no_grad():
         for images in decoded([file for _, file in files], backbone.size, crop, many, "" if quiet else "encoding pictures"):
             # the CPU's convolutions are faster with channels last

@@ -13,15 +13,19 @@ def denoising(backbone: Backbone, latents: Tensor, conditioning: Conditioning, l
     return denoising_loss(backbone, latents, conditioning, noise, backbone.steps_for(levels))
 
 
-def denoising_loss(backbone: Backbone, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor) -> Tensor:
+def denoising_loss(
+    backbone: Backbone, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor, target: Tensor | None = None
+) -> Tensor:
     """The denoising loss of Ruiz et al., equation 1, as a mean over each sample's elements: (B,). Nothing random, nothing on the host.
 
     Args:
         latents, noise: (B, C, h, w).
         timesteps: (B,) as the denoiser takes them, from `Backbone.steps_for`.
+        target: what is to be predicted in the noise's or the velocity's place, like `latents`.
     """
     predicted = backbone.predict(backbone.add_noise(latents, noise, timesteps), timesteps, conditioning)
-    return (predicted.float() - backbone.target(latents, noise, timesteps).float()).square().flatten(1).mean(1)
+    target = backbone.target(latents, noise, timesteps) if target is None else target
+    return (predicted.float() - target.float()).square().flatten(1).mean(1)
 
 
 def weight_loss(predicted: LoraSet, target: LoraSet) -> Tensor:

@@ -166,17 +166,14 @@ class TrainHypernetworkConfig(StageConfig):
     nobody apart, takes up rank, and shifts what prompts mean that were never trained on. 0 leaves it free."""
     weight_loss: float = 1e-2
     """faithful: weight of the squared Frobenius distance between predicted and pre-optimized updates, a mean over layers."""
-    preserve: float = 0.0
-    """Weight of preservation: an update may add the person to what the base makes of a prompt and change nothing else; of a prompt that
-    names nobody, nothing at all. It keeps hats their color and strangers strangers, for some three times the seconds. 0: none."""
-    preserved: tuple[str, ...] = (
-        "a face",
-        "a face wearing a hat",
-        "a [V] face wearing a hat",
-        "a smiling [V] face",
-        "a painting of a [V] face",
-    )
-    """Prompts for that, drawn at random: as people write them, with and without "[V]"."""
+    context_guidance: float = 0.0
+    """Learn what the hypernetwork of --start draws with context guidance of this scale, so that plain guidance draws it, in any tool: hats keep
+    their color. It takes some twice the seconds. 0: none."""
+    context_until: float = 0.3
+    """For that, the fraction of the noise levels, 0 to 1, from pure noise down, at which it is learnt; below, nothing is to change."""
+    guidance: float = 2.0  # For that, the scale of the plain guidance that will draw it; 7.5 is usual for Stable Diffusion.
+    written: tuple[str, ...] = ("a [V] face wearing a hat", "a smiling [V] face", "a painting of a [V] face", "a [V] face on a beach")
+    """For that, prompts as people write them; every second picture is shown under one, whatever it is a picture of."""
     dropout: float = 0.1
     """Fraction of the pictures, 0 to 1, that are trained with an empty prompt: plain guidance applies the LoRA to its unconditional
     branch too, and the prompt of that branch is empty."""
@@ -195,8 +192,8 @@ class TrainHypernetworkConfig(StageConfig):
             raise InputError(f"mode must be pro or faithful, not {self.mode}.")
         if self.mode == "pro" and self.shared and self.batch < 2:
             raise InputError("what people have in common takes a batch of 2 or more to tell: raise batch, or set shared to 0.")
-        if self.preserve and not self.preserved:
-            raise InputError("preservation needs prompts: give some as preserved, or set preserve to 0.")
+        if self.context_guidance and (not self.written or self.guidance < 1):
+            raise InputError("context guidance is learnt with prompts, given as written, and for a guidance of 1 or more.")
         if not 0 <= self.dropout <= 1 or not 0 <= self.give_up <= 1:
             raise InputError(f"dropout and give_up are fractions, 0 to 1, not {self.dropout} and {self.give_up}.")
         self.lightweight = replace(self.lightweight, learnable=self.mode == "pro")

@@ -40,16 +40,16 @@ class Toon(Chain):
     unet_widths = (128, 192)
     judge_widths = (48, 96, 192)
     each = pictures.CONTEXTS_EACH
-    batches = {
+    batches = {  # noqa: RUF012
         "encoder": 64,
         "recogniser": 512,
         "classifier": 96,
         "decoder": 16,
         "base": 2048,
         "pro": 768,
-        "preserving": 32,
+        "distilled": 32,
         "faithful": 64,
-    }  # noqa: RUF012
+    }
     configs = {  # noqa: RUF012
         "encoder": TrainingConfig(
             steps=800, learning_rate=1e-3, weight_decay=0.05, warmup=30, cooldown=0.4, seed=3, log_every=20, validate_every=100
@@ -69,7 +69,7 @@ class Toon(Chain):
             mixed_precision=PRECISION, seed=31, log_every=50, validate_every=300,
         ),
     }  # fmt: skip
-    steps = {"pro": 1085, "preserving": 1000, "table": 50, "faithful": 200}  # noqa: RUF012
+    steps = {"pro": 1085, "distilled": 1000, "table": 50, "faithful": 200}  # noqa: RUF012
     assets = Path("src/hyperdreambooth/assets/toon")
     faithful = Path("benchmarks/faithful")
 
@@ -146,7 +146,7 @@ class Toon(Chain):
         return True
 
 
-STAGES = ("encoder", "recogniser", "classifier", "decoder", "base", "pro", "preserving", "table", "faithful", "export")
+STAGES = ("encoder", "recogniser", "classifier", "decoder", "base", "pro", "distilled", "table", "faithful", "export")
 OTHERS = ("adopt",)
 
 

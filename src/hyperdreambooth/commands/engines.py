@@ -16,7 +16,22 @@ from ..progress import Progress
 from .options import WithBase
 
 MOST_BLOCKS = 4096  # Of Ray's: pieces that are handed out together, where there are more.
-NAMES = ("toon", "auto", "none")  # Of bases and hypernetworks; a folder that is called so isn't meant.
+NAMES = ("toon", "auto", "none", "dreambooth", "hyperdreambooth")  # Of what commands know; a folder that is called so isn't meant.
+PATHS = (
+    "base",
+    "hypernetwork",
+    "folder",
+    "photos",
+    "output",
+    "validation_folder",
+    "encoder",
+    "people",
+    "atlas",
+    "faithful",
+    "prompts",
+    "settings",
+)
+"""Settings of commands that may be paths."""
 Work = Callable[[list[str]], Any]
 """Does a piece of work, some names, and gives what JSON takes. A piece that was done before, in part or whole, may come again."""
 
@@ -107,5 +122,5 @@ def located(args: Args) -> Args:
         is_path = here or (isinstance(value, str) and value not in NAMES and Path(value).exists())
         return type(value)(Path(value).resolve()) if is_path else value
 
-    paths = {name: whole(value) for name, value in vars(args).items() if name in ("base", "hypernetwork", "folder", "photos", "output")}
+    paths = {name: whole(value) for name, value in vars(args).items() if name in PATHS}
     return dataclasses.replace(args, machine=dataclasses.replace(args.machine, parts=whole(args.machine.parts)), **paths)

@@ -1,6 +1,7 @@
 """Commands that look and measure, and change nothing."""
 
 import json
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +9,7 @@ import tyro
 
 from ..errors import InputError
 from ..evaluation import Request
-from .options import Command
+from .engines import WithEngine, Work, each
 
 
 @dataclass
@@ -69,7 +70,7 @@ def run_targets(args: Targets) -> None:
 
 
 @dataclass
-class Evaluate(Request, Command):
+class Evaluate(Request, WithEngine):
     """Measure fidelity on people that were never trained on: identity, context, copying; figures, a table and a report.
 
     hyperdreambooth evaluate -o fidelity.json
@@ -85,9 +86,26 @@ class Evaluate(Request, Command):
 def run_evaluate(args: Evaluate) -> None:
     from ..evaluation import command
 
+    args.check_engine()
     if args.words:
         command.compare(args.words)
     elif args.output is None:
         raise InputError("where do the figures go? Give -o FILE.json.")
     else:
-        command.run(args, args.output, args.machine.open)
+        by_ray = args.engine == "ray"
+        share = (lambda pieces: deque(each(args, pieces, list, opened, "pieces of people"), 0)) if by_ray else None
+        command.run(args, args.output, args.machine.open, share)
+
+
+def opened(args: Evaluate) -> Work:
+    """Makes what a piece of `command.compare_methods` names, in a worker; the command finds the pictures in its cache."""
+    from ..evaluation import command, harness
+
+    assert args.output
+    bench, methods, _ = command.prepared(args, args.output, args.machine.open)
+
+    def make(piece: list[str]) -> None:
+        start, end, bench.stamp, *names = piece
+        harness.make_some(bench, {name: methods[name] for name in names}, range(int(start), int(end)))
+
+    return make

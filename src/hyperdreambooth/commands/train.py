@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,11 +16,12 @@ import tyro
 from ..errors import InputError, some
 from ..progress import say
 from ..training_settings import PreoptimizeConfig, TrainHypernetworkConfig, TrainLightConfig
-from .engines import WithEngine, each
+from .engines import WithEngine, Work, each
 from .options import Flat, Output, WithBase, WithCrop, Writing, as_json, save_sheet
 
 if TYPE_CHECKING:
     from ..api import HyperDreamBooth
+    from ..data import IdentityData
     from ..encoder import FaceEncoder
     from ..stages.dreambooth import Rows
     from ..tables import Table
@@ -170,7 +172,7 @@ def packed(rows: Rows) -> Table:
 
 
 @dataclass
-class TrainHypernetwork(WithBase, WithCrop):
+class TrainHypernetwork(WithEngine, WithCrop):
     """Train a hypernetwork: a face photo in, LoRA tokens out.
 
     pro (default) needs no table: aux matrices are learnt, with the denoising loss. faithful is the paper's: frozen aux,
@@ -182,7 +184,8 @@ class TrainHypernetwork(WithBase, WithCrop):
     """
 
     folder: tyro.conf.Positional[Path]
-    """Pictures of identities: identity/picture.png, or one picture each; also an address such as s3://bucket/faces, with the extra `remote`."""
+    """Pictures of identities: identity/picture.png, or one picture each; also an address such as s3://bucket/faces, with the extra `remote`.
+    With --engine ray its pictures are encoded by workers."""
     output: Output  # The hypernetwork's folder; `personalize --hypernetwork` takes it.
     encoder: str = "auto"  # A vision model of transformers, by directory or hub id (DINOv2, CLIP, ViT). auto: the shipped one for toon.
     validation_folder: Path | None = None  # Identities for the identity gain; default: the last tenth of the folder's.
@@ -204,6 +207,14 @@ def open_encoder(hdb: HyperDreamBooth, name: str, trained: bool) -> FaceEncoder:
     return FaceEncoder.from_pretrained(model, trained=trained).to(hdb.device).eval()
 
 
+def encoder_of(args: TrainHypernetwork) -> Work:
+    """Encodes pieces of the folder's pictures, in a worker."""
+    from ..data import encoding
+
+    hdb = args.machine.open(args.base, None)
+    return encoding(args.folder, hdb.backbone, open_encoder(hdb, args.encoder, args.config.train_encoder), args.crop)
+
+
 def run_train_hypernetwork(args: TrainHypernetwork) -> None:
     from .. import photos
     from ..checkpoint import write_json
@@ -217,14 +228,20 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
     from ..trainable_lora import LightweightLora
     from ..training import Run
 
+    args.check_engine()
     hdb = args.machine.open(args.base, None)
     config = args.config
     config.prompt = config.prompt.replace(PLACEHOLDER, hdb.identifier)
-    config.preserved = tuple(text.replace(PLACEHOLDER, hdb.identifier) for text in config.preserved)
+    config.written = tuple(text.replace(PLACEHOLDER, hdb.identifier) for text in config.written)
     encoder = open_encoder(hdb, args.encoder, config.train_encoder)
     start = load_hypernetwork(args.start, hdb.backbone)[0] if args.start else None
     cache = args.output / "cache"
-    read = partial(load_identities, backbone=hdb.backbone, encoder=encoder, prompt=config.prompt, crop=args.crop, cache=cache)
+
+    def read(folder: Path) -> IdentityData:
+        pieces = partial(each, dataclasses.replace(args, folder=folder), here=list, there=encoder_of, what="pieces of pictures")
+        share = (lambda words: deque(pieces(words), 0)) if args.engine == "ray" else None
+        return load_identities(folder, hdb.backbone, encoder, config.prompt, crop=args.crop, cache=cache, share=share)
+
     data = read(args.folder)
     if args.validation_folder:
         validation = read(args.validation_folder)

@@ -14,6 +14,7 @@ import torch
 from .. import photos
 from ..api import HyperDreamBooth
 from ..checkpoint import read_json, write_json
+from ..data import Share
 from ..errors import InputError, in_range
 from ..pretrained import load_hypernetwork
 from ..progress import say
@@ -29,8 +30,25 @@ TITLES = read_json(report.ASSETS / "columns.json")
 """Figures and their titles, in the order of a table's columns."""
 
 
-def run(args: Request, output: Path, open_base: Callable[[str, str], HyperDreamBooth]) -> None:
-    """Measures; keeps what the output has already, unless `overwrite`. What is asked for wrongly is refused before a base is loaded."""
+Opener = Callable[[str, str], HyperDreamBooth]
+
+
+def run(args: Request, output: Path, open_base: Opener, share: Share | None = None) -> None:
+    """Measures; keeps what the output has already, unless `overwrite`.
+
+    Args:
+        share: has others make the pictures of pieces of people first, see `compare_methods`.
+    """
+    bench, methods, about = prepared(args, output, open_base)
+    everyone = args.people if isinstance(args.people, int) else 2 if args.quick else len(bench.atlas.people)
+    if args.search:
+        search(args, output, bench, methods, about, everyone)
+    else:
+        compare_methods(args, output, bench, methods, about, everyone, share)
+
+
+def prepared(args: Request, output: Path, open_base: Opener) -> tuple[Bench, dict[str, Method], dict[str, Any]]:
+    """What is measured on, by which methods, and what the output has already. What is asked for wrongly is refused before a base is loaded."""
     methods, before, folder = chosen(args), kept(args, output), args.people if isinstance(args.people, Path) else None
     in_range(args.pictures, 1, 10, "--pictures")  # a prompt has ten seeds
     names = args.judges or ("dlib",)
@@ -44,10 +62,11 @@ def run(args: Request, output: Path, open_base: Callable[[str, str], HyperDreamB
             raise InputError("--base, --hypernetwork, --prompts and --judges are for people of your own: name their folder with --people.")
         atlas, judges = evaluate.load_atlas(args.atlas, args.split), evaluate.world_judges(args.atlas)
         in_range(1 if args.people is None else int(str(args.people)), 1, len(atlas.people), "--people")
-    shipped = FAITHFUL if args.base == "toon" and FAITHFUL.is_dir() else "none"
-    other = str(args.faithful or shipped) if any(method.faithful for method in methods.values()) else "none"
+    shipped = FAITHFUL if args.base == "toon" and FAITHFUL.is_dir() else None
+    other = str(args.faithful or shipped or "none") if any(method.faithful for method in methods.values()) else "none"
     for name in {args.hypernetwork, other, str(args.faithful or "none")} - {"auto", "none"}:
         load_hypernetwork(name)
+    args.faithful = args.faithful or shipped  # workers, in other folders, would find none
     hdb = open_base(args.base, args.hypernetwork)  # on this process's card, where there are several
     faithful = open_base(args.base, other) if other != "none" else None
     for eye in judges.eyes.values():
@@ -82,8 +101,7 @@ def run(args: Request, output: Path, open_base: Callable[[str, str], HyperDreamB
         raise InputError(f"{output} was measured with other settings or weights. Give --overwrite, or another path.")
     command = " ".join(["hyperdreambooth", *sys.argv[1:]])
     about = {"command": command, **evaluate.environment(hdb), "settings": {**old, **settings}}  # of faithful weights too, once measured
-    everyone = args.people if isinstance(args.people, int) else 2 if args.quick else len(atlas.people)
-    (search if args.search else compare_methods)(args, output, bench, methods, {**before, **about}, everyone)
+    return bench, methods, {**before, **about}
 
 
 def one_of_several() -> tuple[int, int]:
@@ -152,10 +170,13 @@ def search(args: Request, output: Path, bench: Bench, methods: dict[str, Method]
     say(f"{output}: all that was tried, and the best of it")
 
 
-def compare_methods(args: Request, output: Path, bench: Bench, methods: dict[str, Method], about: dict[str, Any], everyone: int) -> None:
+def compare_methods(
+    args: Request, output: Path, bench: Bench, methods: dict[str, Method], about: dict[str, Any], everyone: int, share: Share | None
+) -> None:
     """Measures what isn't measured yet of so many people, and writes what it has after every few: JSON, a table, a report and a grid.
 
-    Of several processes each makes the pictures of some of the people; the first measures and writes.
+    Of several processes each makes the pictures of some of the people; the first measures and writes. `share` has its own workers make
+    them, by pieces: the first person's number, that after the last one's, the bench's stamp, and the methods' names.
 
     Figures are kept of what was measured with the same settings on as many people or more.
     """
@@ -169,10 +190,15 @@ def compare_methods(args: Request, output: Path, bench: Bench, methods: dict[str
             todo[name] = method
     together = 4 if bench.hdb.backbone.size <= 256 else 1  # a large base's memory is full with one person's batch
     process, processes = one_of_several()
-    if processes > 1:
-        harness.make_shared(bench, todo, everyone, together, process, processes)
+    pieces = [range(start, min(start + together, everyone)) for start in range(0, everyone, together) if todo]
+    for piece in pieces[process::processes] if processes > 1 else ():
+        harness.make_some(bench, todo, piece)
     if process:
         return
+    if processes > 1:
+        harness.wait_for(bench, todo, everyone)
+    if share:
+        share([[str(piece.start), str(piece.stop), bench.stamp, *todo] for piece in pieces])
     timings = about.get("timings", {})
     if any("bytes" not in timings.get(name, {}) for name in todo):
         timings = {**timings, **harness.timed(bench, todo)}

@@ -327,13 +327,16 @@ def timed(bench: Bench, methods: Mapping[str, Method], rounds: int = 2, steps: i
     return found
 
 
-def make_shared(bench: Bench, methods: Mapping[str, Method], everyone: int, together: int, process: int, processes: int) -> None:
-    """Makes every `processes`-th few of the people, and in the first process waits until the others have made theirs."""
+def make_some(bench: Bench, methods: Mapping[str, Method], who: Sequence[int]) -> None:
+    """Makes some people's pictures by all methods, and by the base, beside which others are looked at."""
+    for name, method in {"base": METHODS["base"], **methods}.items():
+        bench.make(name, method, who, bench.marks(name, method))
+
+
+def wait_for(bench: Bench, methods: Mapping[str, Method], everyone: int) -> None:
+    """Until other processes have made all pictures."""
     todo = {"base": METHODS["base"], **methods}
-    for start in range(process * together, everyone, processes * together):
-        for name, method in todo.items():
-            bench.make(name, method, range(start, min(start + together, everyone)), bench.marks(name, method))
-    while not process and any(
+    while any(
         bench.missing(name, method, range(everyone), (*bench.marks(name, method), bench.steps(method))) for name, method in todo.items()
     ):
         time.sleep(0.2)

@@ -4,7 +4,8 @@ pro: learnable aux matrices, denoising loss, and a penalty on the update's norm 
 is the same update). faithful: frozen aux matrices, denoising loss and a weight loss against pre-optimized tokens, for
 the identities that have a row.
 
-Preservation, where it is asked for, teaches either mode what context guidance does while drawing: see `preservation`.
+A hypernetwork that is ready can be the teacher of one that goes on from it, which then draws by plain guidance what that one draws with
+context guidance: see `HyperNetworkLosses.drawn_by`.
 
 The denoising loss alone hardly moves. Watch the *identity gain*: the loss with a stranger's photo minus the loss with
 one's own, same noise, same pictures.
@@ -19,13 +20,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import photos
-from ..backbones import Backbone, Conditioning
+from ..backbones import Backbone
 from ..data import IdentityData, PromptCache, conditioning_in
 from ..encoder import FaceEncoder
 from ..errors import InputError, TrainingError
 from ..lora import Hooks, LoraSet, applied, find_targets, shared_norm, update_norms
 from ..objectives import denoising, denoising_loss, weight_loss
-from ..personal_lora import PLACEHOLDER, RARE_TOKEN
 from ..pretrained import build
 from ..sampling import generate
 from ..settings import GenerateConfig, resolve
@@ -43,11 +43,7 @@ HOPELESS = (
 
 @dataclass(frozen=True, eq=False)
 class HyperNetworkLosses:
-    """The losses of a batch of people: denoising, and what the mode adds to it.
-
-    With a teacher, a hypernetwork that is ready, its prediction stands in the noise's place: distillation, as that of guidance (Meng et
-    al., arXiv 2210.03142). Such targets aren't noisy, so small batches do.
-    """
+    """The losses of a batch of people: denoising, or the distance to what a teacher draws, and what the mode adds to it."""
 
     backbone: Backbone
     config: TrainHypernetworkConfig
@@ -57,52 +53,40 @@ class HyperNetworkLosses:
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         config, loras = self.config, model(batch["photos"])
-        conditioning = conditioning_in(batch, "prompt.", self.backbone)
-        if self.teacher is None:
-            known = loras
-            self.hooks.set(loras)
-            losses = denoising_loss(self.backbone, batch["latents"], conditioning, batch["noise"], batch["timesteps"])
-        else:
-            with torch.no_grad():
-                known = self.teacher(batch["photos"])
-                target = self.predict(known, batch, conditioning)
-            losses = distances(self.predict(loras, batch, conditioning), target)
+        target = self.drawn_by(self.teacher, batch) if self.teacher else None
+        self.hooks.set(loras)
+        losses = denoising_loss(
+            self.backbone, batch["latents"], conditioning_in(batch, "prompt.", self.backbone), batch["noise"], batch["timesteps"], target
+        )
         if config.mode == "pro":
             losses = losses + config.penalty * update_norms(loras) / len(loras)
             if config.shared:
                 losses = losses + config.shared * shared_norm(loras) / len(loras)
         elif "rows" in batch:
             losses = losses + config.weight_loss * batch["has_row"] * weight_loss(loras, self.lightweight(batch["rows"]))
-        if config.preserve:
-            losses = losses + config.preserve * self.preservation(loras, batch, known)
         return losses
 
-    def predict(self, updates: LoraSet, batch: dict[str, Tensor], conditioning: Conditioning) -> Tensor:
-        """What the denoiser with the updates makes of the batch's noised pictures."""
-        self.hooks.set(updates)
-        noisy = self.backbone.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
-        return self.backbone.predict(noisy, batch["timesteps"], conditioning)
+    @torch.no_grad()
+    def drawn_by(self, teacher: PredictedLora, batch: dict[str, Tensor]) -> Tensor:
+        """What an update should predict so that plain guidance draws what the teacher draws with context guidance, (B, C, h, w).
 
-    def preservation(self, loras: LoraSet, batch: dict[str, Tensor], known: LoraSet) -> Tensor:
-        """How far the updates change what the base makes of prompts beyond adding the person, (B,): a squared distance of predictions.
-
-        The prediction for a prompt p that names the person should be base(p) + person(p0) - base(p0), p0 being the person's own prompt:
-        what is asked for comes from the base, whoever is asked for. For one that names nobody it should be base(p): DreamBooth's
-        prior preservation (Ruiz et al., arXiv 2208.12242, section 3.2), with the base's prediction as the target instead of pictures.
-
-        Args:
-            known: the updates that say what the person looks like: the teacher's, or the very ones that are trained.
+        With little noise that is the teacher's own prediction T(p). With much, context guidance of scale c takes
+        T(p) + (c - 1) (base(p) - base()), the prompt's effect on the base, and plain guidance of scale g takes g S(p) - (g - 1) S(); where
+        the student's S() without a prompt is the teacher's, both are equal for S(p) = (T(p) + (c - 1) (base(p) - base()) + (g - 1) T()) / g.
+        So guidance is distilled, as by Meng et al. (arXiv 2210.03142), into one person's update.
         """
-        own, asked = (conditioning_in(batch, name, self.backbone) for name in ("own.", "asked."))
-        with torch.no_grad():
-            person = self.predict(known, batch, own) - self.predict(LoraSet(), batch, own)
-            target = self.predict(LoraSet(), batch, asked) + batch["named"].reshape(-1, *[1] * (person.ndim - 1)) * person
-        return distances(self.predict(loras, batch, asked), target)
+        backbone, loras = self.backbone, teacher(batch["photos"])
+        noisy = backbone.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
 
+        def predict(updates: LoraSet, prompts: str) -> Tensor:
+            self.hooks.set(updates)
+            return backbone.predict(noisy, batch["timesteps"], conditioning_in(batch, prompts, backbone))
 
-def distances(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared differences of two batches, (B,)."""
-    return (predicted - target).float().square().flatten(1).mean(1)
+        own, scale = predict(loras, "prompt."), self.config.guidance
+        asked = predict(LoraSet(), "prompt.") - predict(LoraSet(), "empty.")
+        guided = own + (self.config.context_guidance - 1) * asked + (scale - 1) * predict(loras, "empty.")
+        early = batch["early"].reshape(-1, *[1] * (own.ndim - 1))
+        return torch.where(early, guided / scale, own)
 
 
 def train_hypernetwork(
@@ -121,7 +105,7 @@ def train_hypernetwork(
     Args:
         run: where it is kept, and how long it goes on.
         encoder: trained too where `encoder.trained`; its batch statistics stay as they are.
-        start: begin with the weights of this hypernetwork, of the same sizes; with preservation it is the teacher too.
+        start: begin with the weights of this hypernetwork, of the same sizes; with `context_guidance` it is the teacher too.
     """
     if config.mode == "faithful" and not table:
         raise InputError("the faithful mode needs a table of pre-optimized tokens: run `preoptimize` first, or take mode pro.")
@@ -131,7 +115,9 @@ def train_hypernetwork(
     source.encoder.eval()  # a trained one's batch statistics would follow each small batch
     if start is not None:
         begin_with(source, start)
-    teacher = start.to(device).eval().requires_grad_(False) if start is not None and config.preserve else None
+    if config.context_guidance and start is None:
+        raise InputError("context guidance is learnt from a hypernetwork: name it with --start.")
+    teacher = start.to(device).eval().requires_grad_(False) if start is not None and config.context_guidance else None
     prompts = PromptCache(backbone, trains_text=trains_text(targets, backbone))
     known = table if config.mode == "faithful" and table else None
     empty = torch.zeros(source.lightweight.token_shape)
@@ -142,6 +128,8 @@ def train_hypernetwork(
         photos = data.inputs(data.pair(chosen, generator)).to(device)
         dropped = torch.rand(config.batch, generator=generator) < config.dropout
         texts = ["" if left_out else data.prompts[i] for i, left_out in zip(chosen.tolist(), dropped.tolist(), strict=True)]
+        if teacher:  # every second picture's prompt
+            texts[::2] = [config.written[i] for i in torch.randint(len(config.written), (len(texts[::2]),), generator=generator).tolist()]
         levels = config.levels.draw(config.batch, noise)
         latents = data.latents[chosen].to(device).float()
         batch = {
@@ -151,8 +139,8 @@ def train_hypernetwork(
             "noise": torch.randn(latents.shape, generator=noise).to(latents),
             **prompts.inputs(texts, "prompt."),
         }
-        if config.preserve:
-            batch |= asked_for(config, prompts, generator, device)
+        if teacher:
+            batch |= {"early": (levels > 1 - config.context_until).to(device), **prompts.inputs([""] * len(texts), "empty.")}
         if known is not None:
             names = [data.names[person] for person in data.people[chosen].tolist()]
             rows = torch.stack([known.get(name, empty) for name in names])
@@ -179,14 +167,6 @@ def train_hypernetwork(
         here = replace(here, validate=validate if gain else None, name=f"hypernetwork ({config.mode})")
         report = fit(HyperNetworkLosses(backbone, config, source.lightweight, hooks, teacher), source, draw, config.training, here)
     return source, report
-
-
-def asked_for(config: TrainHypernetworkConfig, prompts: PromptCache, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
-    """A batch of prompts for `HyperNetworkLosses.preservation`, the person's own, and which of the former name the person, (B,) of 0 and 1."""
-    chance = torch.randint(len(config.preserved), (config.batch,), generator=generator).tolist()
-    asked = [config.preserved[index] for index in chance]
-    named = torch.tensor([float(PLACEHOLDER in text or RARE_TOKEN in text) for text in asked], device=device)
-    return {**prompts.inputs(asked, "asked."), **prompts.inputs([config.prompt] * config.batch, "own."), "named": named}
 
 
 def check_gain(found: Mapping[str, float], done: int, config: TrainHypernetworkConfig) -> None:

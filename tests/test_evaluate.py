@@ -23,8 +23,8 @@ from hyperdreambooth.checkpoint import write_json
 from hyperdreambooth.cli import main
 from hyperdreambooth.commands import measure
 from hyperdreambooth.errors import InputError
+from hyperdreambooth.evaluation import comparison, harness, metrics, report
 from hyperdreambooth.evaluation import evaluate as protocol
-from hyperdreambooth.evaluation import harness, metrics, report
 from hyperdreambooth.evaluation.command import markdown_table
 from hyperdreambooth.evaluation.evaluate import Atlas, load_atlas
 from hyperdreambooth.evaluation.judges import Judge
@@ -257,13 +257,13 @@ def test_people_side_by_side_get_what_each_gets_alone(bench, name, tmp_path):
 def test_the_comparison_measures_everything_and_goes_on(bench, monkeypatch):
     methods = {name: SHORT[name] for name in ("true render", "base", "DreamBooth-LoRA 4", "hypernetwork", "hypernetwork + fine-tuning")}
     monkeypatch.setattr(harness, "MARKS", (1, 2))
-    timings = harness.timed(bench, methods, rounds=1, steps=2)
+    timings = comparison.timed(bench, methods, rounds=1, steps=2)
     trained = {"DreamBooth-LoRA 4", "hypernetwork + fine-tuning"}
     assert set(timings) == set(methods)
     for name, found in timings.items():
         assert (found["step"] > 0) == (found["numbers"] > 0) == (name in trained)
         assert (found["bytes"] > 0) == (name in {*trained, "hypernetwork"})
-    saved = list(harness.compare(bench, methods, timings, PEOPLE, together=2))
+    saved = list(comparison.compare(bench, methods, timings, PEOPLE, together=2))
     assert [people for _, _, people in saved] == [2, 3]
     rows, curves, _ = saved[-1]
     assert list(rows) == list(methods)
@@ -274,7 +274,7 @@ def test_the_comparison_measures_everything_and_goes_on(bench, monkeypatch):
     assert [point["steps"] for point in curves["DreamBooth-LoRA 4"]] == [1, 2, 3]
     assert [point["steps"] for point in curves["hypernetwork + fine-tuning"]] == [0, 1, 2]
     monkeypatch.setattr(harness, "train", None)
-    assert list(harness.compare(bench, methods, timings, PEOPLE, together=2)) == saved
+    assert list(comparison.compare(bench, methods, timings, PEOPLE, together=2)) == saved
     json.dumps(saved, allow_nan=False)
 
 
@@ -290,13 +290,13 @@ def test_figures_are_of_the_people_that_are_done_among_all_in_the_gallery(bench)
 def test_a_search_finds_the_settings_with_the_least_distance(bench, tmp_path):
     few = dataclasses.replace(bench, extras=False)
     method = Method("lora", 3, 1.0, rates=(1e-6, 1e-2))
-    found = harness.search(few, method, "DreamBooth-LoRA 4", 2)
+    found = comparison.search(few, method, "DreamBooth-LoRA 4", 2)
     assert [(one["rate"], one["levels"]) for one in found["tried"][:2]] == [(1e-6, "uniform"), (1e-2, "uniform")]
-    assert found["best"][harness.SCORE][0] == min(one[harness.SCORE][0] for one in found["tried"])
+    assert found["best"][comparison.SCORE][0] == min(one[comparison.SCORE][0] for one in found["tried"])
     assert {one["levels"] for one in found["tried"]} == {"uniform", "high"}
     best, file = {"rate": 0.5, "levels": "high", "steps": 7}, tmp_path / "s.json"
     write_json(file, {"search": {"no hypernetwork, 25 steps": {"best": best}, "DreamBooth": {"best": best}}})
-    changed = harness.with_settings(METHODS, file)
+    changed = comparison.with_settings(METHODS, file)
     for name, steps in (("DreamBooth", 7), ("no hypernetwork, 25 steps", 7), ("no hypernetwork, 40 steps", 40), ("DreamBooth-LoRA 4", 60)):
         assert (changed[name].rate, changed[name].levels, changed[name].steps) == (0.5, "high", steps)
     assert changed["textual inversion"] == METHODS["textual inversion"]
@@ -306,11 +306,11 @@ def test_a_search_finds_the_settings_with_the_least_distance(bench, tmp_path):
     ):
         write_json(file, {"search": {"DreamBooth": {"best": best}}})
         with pytest.raises(InputError, match=f"s.json: DreamBooth: {said}"):
-            harness.with_settings(METHODS, file)
+            comparison.with_settings(METHODS, file)
     for wrong in ({}, {"search": ["DreamBooth"]}, {"search": {"DreamBooth": 1e-4}}, {"search": {"DreamBooth": {"best": 1e-4}}}):
         write_json(file, wrong)
         with pytest.raises(InputError, match="isn't what `evaluate --search` writes"):
-            harness.with_settings(METHODS, file)
+            comparison.with_settings(METHODS, file)
 
 
 @pytest.fixture

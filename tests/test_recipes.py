@@ -135,6 +135,9 @@ def test_a_recipe_says_what_it_takes_and_holds_the_last_people_out(tiny_world, p
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
 def test_a_recipe_that_is_killed_goes_on_and_ends_the_same(terminal, faces, tmp_path):
+    if KILLS > 3:  # large pictures, so that a kill meets the aligning too
+        for index in range(24):
+            picture(index).resize((3000, 3000)).save(faces / f"{index}.png", compress_level=1)
     words = ("recipe", "toon-faithful", "--data", faces, *SMALL, *SHORT, *OFTEN, "-o")
     begun = time.monotonic()
     terminal.run(*words, tmp_path / "whole")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from . import formats, photos
 from .assets import toon
-from .backbones import Backbone, load_backbone, wrap
+from .backbones import Backbone, best_for, load_backbone, wrap
 from .errors import InputError
 from .folders import caption_of, list_identities
 from .hub import push
@@ -39,9 +38,7 @@ from .stages.describe import describe, strangeness
 from .stages.dreambooth import Subject, finish, personalize
 from .trainable_lora import PredictedLora
 
-Photos = (
-    Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor
-)  # One or several: files, pictures, or what `read_photos` gives.
+Photos = Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor  # Files, pictures, or what `read_photos` gives.
 OnStep = Callable[[int, LoraSet], bool] | None
 
 
@@ -76,12 +73,8 @@ class HyperDreamBooth:
                 toon, which is small.
             prediction, parts, quantize: as `load_backbone` takes them.
         """
-        if device is None and torch.cuda.is_available():
-            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one GPU for each process of `accelerate launch`
-        device = device or ("mps" if torch.backends.mps.is_available() else "cpu")
-        if dtype is None and device.startswith("cuda") and str(base) != "toon":
-            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        backbone = load_backbone(base, device=device, dtype=dtype or torch.float32, prediction=prediction, parts=parts, quantize=quantize)
+        best = best_for(base, device, dtype)
+        backbone = load_backbone(base, **best, prediction=prediction, parts=parts, quantize=quantize)
         if hypernetwork == "auto":
             hypernetwork = toon.directory("hypernetwork") if str(base) == "toon" else None
         return cls._opened(backbone, str(base), hypernetwork)
@@ -118,11 +111,6 @@ class HyperDreamBooth:
     @property
     def device(self) -> torch.device:
         return self.backbone.device
-
-    @property
-    def side_by_side(self) -> int:
-        """How many people are fine-tuned in one batch, unless memory is short."""
-        return 32 if self.device.type == "cuda" else 8
 
     def person(self, loras: LoraSet, prompt: str | None = None, *, metadata: Mapping[str, str] | None = None, **more: Any) -> PersonalLora:
         """A person's update of this base, unbatched. `more`: further fields of PersonalLora."""
@@ -216,7 +204,7 @@ class HyperDreamBooth:
         """
         config = self.personalize_config(config, **changes)
         known = list_identities(people) if isinstance(people, (str, Path)) else people
-        count = side_by_side or self.side_by_side
+        count = side_by_side or self.backbone.side_by_side
         ready: dict[int, list[tuple[str, Tensor, str | None]]] = {}
         for number, (name, files) in enumerate(known.items(), 1):
             try:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hyperdreambooth import HyperDreamBooth, photos
 from hyperdreambooth.checkpoint import read_json, read_tensors, save_tensors, write_json
-from hyperdreambooth.evaluation import harness, metrics
+from hyperdreambooth.evaluation import comparison, harness, metrics
 from hyperdreambooth.evaluation.evaluate import Atlas, Judges, fingerprint
 from hyperdreambooth.evaluation.judges import Dlib, Judge
 from hyperdreambooth.evaluation.methods import METHODS
@@ -116,7 +116,7 @@ def test(heads: Heads, count: int, rows: Sequence[str]) -> dict[str, Any]:
     bench = harness.Bench(hdb, atlas, judges, folder / "pictures", fingerprint(hdb, atlas, plain), faithful)
     bench.faithful_stamp = fingerprint(faithful, atlas, plain) if faithful else ""
     methods = {name: METHODS[name] for name in rows if not bench.lacks(METHODS[name])}
-    results, _, people = list(harness.compare(bench, methods, harness.timed(bench, methods), len(numbers)))[-1]
+    results, _, people = list(comparison.compare(bench, methods, comparison.timed(bench, methods), len(numbers)))[-1]
     crowd = dlib.embed(to_tensor(strangers(folder, count)))
     crowd = torch.cat([bench.known["dlib"][1], crowd[crowd.isfinite().all(1)]])
     groups = gates.groups([person(number) for number in numbers])

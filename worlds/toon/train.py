@@ -127,7 +127,7 @@ class Toon(Chain):
             "personalize": {"steps": 25, "rank": 8, "learning_rate": 6e-3, "copies": 8}
             | {"targets": ["*up_blocks.1*"], "noise_mean": -0.5, "noise_std": 0.5},
             "generate": {"steps": 10, "guidance": 2.0, "identity_guidance": "off", "identity_until": 0.3}
-            | {"context_guidance": 3.0, "context_until": 0.5},
+            | {"context_guidance": 6.0, "context_until": 0.3},
             "data": "cartoon people drawn with facesjs (Apache-2.0): see worlds/toon/README.md",
             "license": "apache-2.0",
         }

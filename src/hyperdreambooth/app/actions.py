@@ -6,10 +6,6 @@ thread of `Actions.model` (which also spares torch a set of threads, and memory,
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import html
-import inspect
 import logging
 import queue
 import time
@@ -26,11 +22,12 @@ from torch import Tensor
 from .. import photos, replay
 from ..api import HyperDreamBooth
 from ..assets import toon
-from ..errors import InputError, NoFaceError, TrainingError
+from ..errors import InputError, NoFaceError
 from ..lora import LoraSet
 from ..personal_lora import PersonalLora
 from ..progress import spoken
 from ..settings import GenerateConfig
+from .replies import bar, plainly
 from .sessions import COOKIE, Picture, Visit, Visits
 
 log = logging.getLogger(__name__)
@@ -42,56 +39,16 @@ MAX_PICTURES = 48  # Pictures of one order.
 KEPT = 200  # Pictures of one visit; the oldest go first.
 
 
-def plainly(action: Callable[..., Any]) -> Callable[..., Any]:
-    """Turns an action's errors into one sentence on the page."""
-
-    @contextlib.contextmanager
-    def sentence(self: Actions) -> Iterator[None]:
-        text = "Something went wrong on the server, whose log says what. Nothing that you made is lost: try again."
-        try:
-            yield
-        except Exception as error:
-            if isinstance(error, (InputError, TrainingError)):
-                text = self.without_folders(str(error))
-                text = text if "." in text.split()[0] else text[0].upper() + text[1:]  # a file's name keeps its case
-            else:
-                log.exception("%s failed", action.__name__, exc_info=error)
-            raise gr.Error(html.escape(text), duration=None, print_exception=False) from None
-
-    @functools.wraps(action)
-    def call(self: Actions, *args: Any, **named: Any) -> Any:
-        with sentence(self):
-            return action(self, *args, **named)
-
-    @functools.wraps(action)
-    def steps(self: Actions, *args: Any, **named: Any) -> Iterator[Any]:
-        with sentence(self):
-            yield from action(self, *args, **named)
-
-    return steps if inspect.isgeneratorfunction(action) else call
-
-
-def bar(text: str, done: float = 0, total: float = 0) -> str:
-    """A line for people, read out by screen readers, with a bar where there is something to wait for."""
-    progress = f'<progress value="{done}" max="{total}" aria-label="{html.escape(text)}"></progress>' if total else ""
-    return f'<div role="status" class="hdb-status">{progress}<span>{html.escape(text)}</span></div>'
-
-
 def check_consent(given: bool) -> None:
     if not given:
         raise InputError("tick that you are the person in the photo or that the person agrees. Faces are personal.")
 
 
-def example_files() -> list[Path]:
-    """The shipped example faces."""
-    return sorted(toon.directory("faces").glob("face-*.png"))
-
-
 def example_face(number: float) -> Image.Image:
     """A shipped example face, from 1. Raises InputError where there is none of that number."""
-    if not 1 <= number <= len(example_files()):
+    if not 1 <= number <= len(toon.faces()):
         raise InputError(f"there is no example face {int(number)}. Take one of those that are shown.")
-    return photos.load_photo(example_files()[int(number) - 1])
+    return photos.load_photo(toon.faces()[int(number) - 1])
 
 
 class Actions:

@@ -18,7 +18,8 @@ from .. import assets
 from ..api import HyperDreamBooth
 from ..assets import toon
 from ..errors import InputError
-from .actions import Actions, Opener, bar, example_files
+from .actions import Actions, Opener
+from .replies import bar
 from .sessions import GREETING, Guard, Visits
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # The addresses that only this machine can reach.
@@ -98,7 +99,7 @@ def _photo(actions: Actions, values: dict[str, Any]) -> tuple[dict[str, Any], li
     """The components whose values come from the base, by the names of `first_values`; and where it says what was understood."""
     gr.Markdown("## 1. A photo\nOne photo of a person, or a few of the same person, or an example face.")
     about = gr.Markdown(values["base"], elem_id="about")
-    examples = _pictures("examples", "hdb-faces", value=example_files(), allow_preview=False)
+    examples = _pictures("examples", "hdb-faces", value=toon.faces(), allow_preview=False)
     number = gr.Number(visible=False)
     with gr.Row():
         sources: dict[str, Any] = {"sources": ["upload", "webcam", "clipboard"], "file_types": ["image"], "type": "filepath"}
@@ -185,7 +186,7 @@ def _mix(actions: Actions, consent: gr.Checkbox) -> Any:
         with gr.Row():
             second = gr.File(label="A photo, a LoRA or a token file", elem_id="second", height=170)
             with gr.Column():
-                numbers = [("none", 0), *((f"example face {number}", number) for number in range(1, len(example_files()) + 1))]
+                numbers = [("none", 0), *((f"example face {number}", number) for number in range(1, len(toon.faces()) + 1))]
                 example = gr.Dropdown(numbers, value=0, label="Or an example face", elem_id="second-example")
                 share = gr.Slider(0, 1, 0.5, step=0.05, label="From the first person to the second", elem_id="share")
                 mix = gr.Button("Mix", elem_id="mix")

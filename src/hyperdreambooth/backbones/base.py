@@ -70,6 +70,11 @@ class Backbone(ABC):
     def device(self) -> torch.device:
         return cast(torch.device, self.denoiser.device)
 
+    @property
+    def side_by_side(self) -> int:
+        """How many people are fine-tuned in one batch, unless memory is short."""
+        return 32 if self.device.type == "cuda" else 8
+
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """(C, h, w) of a picture's latents; by default of the base's own size."""
         factor = self.pipe.vae_scale_factor

@@ -1,5 +1,6 @@
 """How a base is opened, and which family it is of."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,16 @@ FAMILIES: dict[str, type[Backbone]] = {
     "FluxPipeline": Flux,
 }
 """diffusers' pipeline -> the family that it is of. A new family is a class and a line here."""
+
+
+def best_for(base: str | Path, device: str | None, dtype: torch.dtype | None) -> dict[str, Any]:
+    """`device` and `dtype` for `load_backbone`, where they are None: the best there is; float32 for toon, which is small."""
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one GPU for each process of `accelerate launch`
+    device = device or ("mps" if torch.backends.mps.is_available() else "cpu")
+    if dtype is None and device.startswith("cuda") and str(base) != "toon":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"device": device, "dtype": dtype or torch.float32}
 
 
 @hushed()

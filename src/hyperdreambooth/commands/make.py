@@ -126,7 +126,7 @@ def run_folder(args: Personalize) -> None:
     args.machine.explain(work.config)
     for name, files in work.people.items():  # people of a batch have as many photos as one another
         many.setdefault(len(files), []).append(name)
-    batches = [batch for names in many.values() for batch in chunks_of(names, hdb.side_by_side) if work.missing(batch)]
+    batches = [batch for names in many.values() for batch in chunks_of(names, hdb.backbone.side_by_side) if work.missing(batch)]
     refused, started = dict[str, str](), time.perf_counter()
     for made, broken in each(args, batches, work, People, "batches of people"):
         refused |= broken

@@ -99,13 +99,13 @@ def run_evaluate(args: Evaluate) -> None:
 
 def opened(args: Evaluate) -> Work:
     """Makes what a piece of `command.compare_methods` names, in a worker; the command finds the pictures in its cache."""
-    from ..evaluation import command, harness
+    from ..evaluation import command, comparison
 
     assert args.output
     bench, methods, _ = command.prepared(args, args.output, args.machine.open)
 
     def make(piece: list[str]) -> None:
         start, end, bench.stamp, *names = piece
-        harness.make_some(bench, {name: methods[name] for name in names}, range(int(start), int(end)))
+        comparison.make_some(bench, {name: methods[name] for name in names}, range(int(start), int(end)))
 
     return make

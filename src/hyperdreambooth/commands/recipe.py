@@ -115,7 +115,7 @@ def people_of(args: Recipe) -> dict[str, list[Path]]:
 
     data = args.data
     if data == "toon":
-        return {file.stem: [file] for file in sorted(toon.directory("faces").glob("face-*.png"))}
+        return {file.stem: [file] for file in toon.faces()}
     here = ADDRESS.fullmatch(data) is None
     folder = hub.download_pictures(data[3:]) if here and data.startswith("hf:") else path_at(data)
     tables = sorted(folder.rglob("*.parquet"), key=str)

@@ -19,7 +19,7 @@ from ..errors import InputError, in_range
 from ..pretrained import load_hypernetwork
 from ..progress import say
 from ..settings import parsed
-from . import Request, evaluate, harness, report
+from . import Request, comparison, evaluate, harness, report
 from .evaluate import Atlas, Judges
 from .harness import Bench
 from .judges import Vision, open_judges
@@ -144,7 +144,7 @@ def chosen(args: Request) -> dict[str, Method]:
         raise InputError(f"{unknown[0]!r} is no method; there are {', '.join((*GROUPS, *METHODS))}.")
     methods = {name: METHODS[name] for name in names}
     if args.settings:
-        methods = harness.with_settings(methods, args.settings)
+        methods = comparison.with_settings(methods, args.settings)
     if args.quick:
         methods = {name: dataclasses.replace(method, steps=min(method.steps, 10)) for name, method in methods.items()}
     if args.search:
@@ -165,7 +165,7 @@ def search(args: Request, output: Path, bench: Bench, methods: dict[str, Method]
     few = dataclasses.replace(bench, atlas=bench.atlas.part(prompts=slice(None, None, 2)), extras=False)
     for name, method in methods.items():
         say(name)
-        found[name] = found.get(name) or harness.search(few, method, name, people)
+        found[name] = found.get(name) or comparison.search(few, method, name, people)
         write_json(output, {**about, "people": people, "search": found})
     say(f"{output}: all that was tried, and the best of it")
 
@@ -192,20 +192,20 @@ def compare_methods(
     process, processes = one_of_several()
     pieces = [range(start, min(start + together, everyone)) for start in range(0, everyone, together) if todo]
     for piece in pieces[process::processes] if processes > 1 else ():
-        harness.make_some(bench, todo, piece)
+        comparison.make_some(bench, todo, piece)
     if process:
         return
     if processes > 1:
-        harness.wait_for(bench, todo, everyone)
+        comparison.wait_for(bench, todo, everyone)
     if share:
         share([[str(piece.start), str(piece.stop), bench.stamp, *todo] for piece in pieces])
     timings = about.get("timings", {})
     if any("bytes" not in timings.get(name, {}) for name in todo):
-        timings = {**timings, **harness.timed(bench, todo)}
+        timings = {**timings, **comparison.timed(bench, todo)}
     everybody = {name: parsed(Method, settings[name], f"{output}: {name}") for name in METHODS if name in settings}
     tried = read_json(args.settings)["search"] if args.settings else about.get("search", {})
     about |= {"methods": settings, "timings": timings, "search": tried}
-    for new, curves, people in harness.compare(bench, todo, timings, everyone, together) if todo else [({}, {}, everyone)]:
+    for new, curves, people in comparison.compare(bench, todo, timings, everyone, together) if todo else [({}, {}, everyone)]:
         rows, curves = {**rows, **new}, about.get("curves", {}) | curves
         shown = {n: m for n, m in everybody.items() if not bench.missing(n, m, range(people), [bench.steps(m)])}
         figures = {**about, "people": people, "rows": rows, "curves": curves, "agreement": bench.agreement(shown, people)}

@@ -1,7 +1,7 @@
 """DreamBooth and its relatives, each a line of assets/methods.json, on the one training loop.
 
 LoRAs of several people are trained side by side in one batch, where people don't affect one another; full DreamBooth and
-textual inversion are one person at a time. Their settings are searched on validation people, see `harness.search`.
+textual inversion are one person at a time. Their settings are searched on validation people, see `comparison.search`.
 """
 
 import time

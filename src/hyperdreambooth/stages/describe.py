@@ -7,6 +7,7 @@ a Zero-Shot Classifier", 2023), so no other model has to see the face.
 
 import re
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -60,7 +61,8 @@ def describe(
     noise = noise.repeat_interleave(people, 0)
     copies = max(1, batch // people) * people
 
-    def losses(texts: list[str]) -> Tensor:
+    @cache  # what a slot begins with is what the one before it ended with
+    def losses(texts: tuple[str, ...]) -> Tensor:
         """Mean loss of each photo under its text: (N,)."""
         parts = ((some, at, len(some) // people) for some, at in zip(noise.split(copies), steps.split(copies), strict=True))
         found = [denoising_loss(backbone, latents.repeat(n, 1, 1, 1), prompts(texts * n), some, at) for some, at, n in parts]
@@ -72,6 +74,6 @@ def describe(
             if len(slot) == 1:
                 continue
             tried = [[[*words[:index], phrase, *words[index + 1 :]] for words in chosen] for phrase in slot]
-            best = torch.stack([losses([join(words) for words in option]) for option in tried]).argmin(0).tolist()
+            best = torch.stack([losses(tuple(join(words) for words in option)) for option in tried]).argmin(0).tolist()
             chosen = [tried[choice][person] for person, choice in enumerate(best)]
     return [join(words) for words in chosen]

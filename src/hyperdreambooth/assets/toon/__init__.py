@@ -16,6 +16,11 @@ def directory(part: str = "") -> Path:
     return path
 
 
+def faces() -> list[Path]:
+    """Photos of the people that are shipped as examples."""
+    return sorted(directory("faces").glob("face-*.png"))
+
+
 def palette() -> dict[str, dict[str, str]]:
     """Prompts that the base knows: "contexts" and "styles", each by the few words that name it."""
     return json.loads((Path(__file__).parent / "palette.json").read_text(encoding="utf-8"))

@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", choices=["validation", "test"], default="validation")
     parser.add_argument("--people", type=int, default=40)
+    parser.add_argument("--protocol", action="store_true", help="the protocol's own prompts too, as the protocol judges them")
     parser.add_argument("--finetuned", action="store_true", help="25 steps on each person too")
     parser.add_argument("--settings", type=json.loads, default={}, help='drawing settings as JSON, such as {"context_until": 0}')
     parser.add_argument("--runs", type=Path, default=Path("runs/toon"))
@@ -96,6 +97,17 @@ def main() -> None:
             if index == 0 and args.output:
                 rows = [photos.to_images(picture[None])[0] for picture in images[:8]]
                 photos.save_png(photos.grid([rows], [prompt], [""] * 8), args.output.with_name(f"{args.output.stem}-{name}.png"), {}, True)
+    classifier = Judge.from_pretrained(toon.directory("classifier"))
+    for name, mine in loras.items() if args.protocol else ():
+        found: dict[str, list[Tensor]] = {"rank1": [], "context": [], "perceptual_distance": []}
+        for number, prompt in enumerate(atlas.prompts):
+            images = generate(hdb.backbone, [prompt] * len(seeds), [seed + 10 * number for seed in seeds], config, personal=mine)
+            found["rank1"].append((metrics.ranks(recogniser.embed(images)[:, None], gallery)[:, 0] == 0).float())
+            found["context"].append(metrics.context_right(classifier.classify(images), [atlas.asked[number]] * len(seeds)).float())
+            found["perceptual_distance"].append(classifier.distance(images, atlas.truths[:, number]))
+        row = {key: [round(value, 4) for value in metrics.interval(torch.stack(values).mean(0))] for key, values in found.items()}
+        results[name]["the protocol's prompts"] = row
+        print(f"{name:12s} the protocol's prompts  " + "  ".join(f"{key} {value[0]:.3f}" for key, value in row.items()), flush=True)
     if args.output:
         write_json(args.output, {"split": args.split, "people": len(seeds), "settings": dataclasses.asdict(config), "rows": results})
 

@@ -95,7 +95,15 @@ def distilled_config(steps: int, batch: int, written: tuple[str, ...]) -> TrainH
     training = TrainingConfig(
         steps=steps, optimizer="muon", learning_rate=3e-4, warmup=20, cooldown=0.6, average=0.98, seed=72, log_every=10, validate_every=200
     )
-    return replace(pro_config(steps, batch), context_guidance=6.0, written=written, train_encoder=False, training=training)
+    return replace(
+        pro_config(steps, batch),
+        context_guidance=6.0,
+        context_until=0.25,
+        written=written,
+        levels=NoiseLevels(mean=1.0, std=1.5, uniform=0.1),
+        train_encoder=False,
+        training=training,
+    )
 
 
 def faithful_config(steps: int, batch: int = 64) -> TrainHypernetworkConfig:

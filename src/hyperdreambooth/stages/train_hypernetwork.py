@@ -58,6 +58,8 @@ class HyperNetworkLosses:
         losses = denoising_loss(
             self.backbone, batch["latents"], conditioning_in(batch, "prompt.", self.backbone), batch["noise"], batch["timesteps"], target
         )
+        if target is not None:  # guidance makes early targets as much larger, and they would outweigh who it is
+            losses = torch.where(batch["early"], (config.guidance / config.context_guidance) ** 2, 1.0) * losses
         if config.mode == "pro":
             losses = losses + config.penalty * update_norms(loras) / len(loras)
             if config.shared:

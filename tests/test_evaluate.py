@@ -343,38 +343,32 @@ def test_the_quick_form_compares_all_methods_and_reports(tmp_path, evaluated):
     assert json.loads(out.read_text())["rows"] == found["rows"]
 
 
-def test_processes_share_the_people_out(tmp_path, evaluated, monkeypatch, capsys):
-    """As `accelerate launch` starts them, here one after another: the figures of one process, each picture made once."""
-    words = ("--people", "5", "--methods", "base", "prediction", "-o")
-    assert evaluated(*words, tmp_path / "one.json") == 0
-    capsys.readouterr()
-    for process, share in (("1", ("5", "5")), ("0", ("1", "4"))):
-        monkeypatch.setenv("RANK", process)
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setenv("LOCAL_RANK", process)
-        assert not (tmp_path / "two.json").exists()
-        assert evaluated(*words, tmp_path / "two.json") == 0
-        made = re.findall(r"(\S.*): people (\d+) to (\d+)", capsys.readouterr().err)
-        assert made == [("base", *share), ("prediction", *share)]
-    one, two = (json.loads((tmp_path / name).read_text())["rows"] for name in ("one.json", "two.json"))
-    assert {name: {**row, "seconds": 0} for name, row in one.items()} == {name: {**row, "seconds": 0} for name, row in two.items()}
+def test_processes_and_workers_share_the_people_out(tmp_path, evaluated, monkeypatch, capsys):
+    """As `accelerate launch` starts them, and as an engine's workers do it, here one after another: the figures of one process, each picture
+    made once."""
+    words, names = ("--people", "5", "--methods", "base", "prediction", "faithful", "-o"), ("base", "prediction", "faithful")
 
-
-def test_workers_make_the_pictures_of_pieces_of_people(tmp_path, evaluated, monkeypatch, capsys):
-    """As the workers of an engine do, here one after another: the figures of one process, each picture made once."""
-    words = ("--people", "5", "--methods", "base", "prediction", "faithful", "-o")
-    assert evaluated(*words, tmp_path / "one.json") == 0
+    def made() -> list[tuple[str, str, str]]:
+        return re.findall(r"(\S.*): people (\d+) to (\d+)", capsys.readouterr().err)
 
     def by_workers(args: measure.Evaluate, pieces: list[list[str]], here: object, there: Callable, what: str) -> Iterator[object]:
         return map(there(args), reversed(pieces))
 
-    monkeypatch.setattr(measure, "each", by_workers)
+    assert evaluated(*words, tmp_path / "one.json") == 0
     capsys.readouterr()
-    assert evaluated(*words, tmp_path / "two.json", "--engine", "ray") == 0
-    made = re.findall(r"(\S.*): people (\d+) to (\d+)", capsys.readouterr().err)
-    assert made == [(name, *some) for some in (("5", "5"), ("1", "4")) for name in ("base", "prediction", "faithful")]
-    one, two = (json.loads((tmp_path / name).read_text())["rows"] for name in ("one.json", "two.json"))
-    assert {name: {**row, "seconds": 0} for name, row in one.items()} == {name: {**row, "seconds": 0} for name, row in two.items()}
+    monkeypatch.setattr(measure, "each", by_workers)
+    assert evaluated(*words, tmp_path / "workers.json", "--engine", "ray") == 0
+    assert made() == [(name, *share) for share in (("5", "5"), ("1", "4")) for name in names]
+    for process, share in (("1", ("5", "5")), ("0", ("1", "4"))):
+        monkeypatch.setenv("RANK", process)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", process)
+        assert not (tmp_path / "processes.json").exists()
+        assert evaluated(*words, tmp_path / "processes.json") == 0
+        assert made() == [(name, *share) for name in names]
+    one, *others = (json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("one", "workers", "processes"))
+    for other in others:
+        assert {name: {**row, "seconds": 0} for name, row in one.items()} == {name: {**row, "seconds": 0} for name, row in other.items()}
 
 
 def test_a_search_is_written_down_and_used(tmp_path, evaluated, capsys):

@@ -44,40 +44,30 @@ def test_the_same_people_are_found_as_here(people, bucket):
         folders.list_identities(f"{bucket}/nowhere")
 
 
-def test_a_table_of_people_elsewhere_is_that_of_the_same_here(people, bucket, tmp_path, capsys):
+def test_a_table_elsewhere_is_that_of_the_same_people_here(people, bucket, tmp_path, capsys):
+    """Made by shards, packed, and read again; there is nothing but the table. A broken picture is named by its address."""
     (bucket / "zed.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
-    words = [*SMALL, "--training.steps", 2, "--chunk", 2, "--crop", "center"]
-    assert run("preoptimize", people, "-o", tmp_path / "here", *words) == 0
-    assert run("preoptimize", bucket, "-o", tmp_path / "there", *words) == 0
-    assert f"skipped: {bucket}/zed.png is not a picture" in capsys.readouterr().err
-    here, there = (sorted((tmp_path / name / "rows").iterdir()) for name in ("here", "there"))
-    assert [file.name for file in here] == [file.name for file in there]
-    assert [file.read_bytes() for file in here] == [file.read_bytes() for file in there]
-
-
-def test_a_table_elsewhere_is_that_of_the_same_here(bucket, tmp_path):
-    """Made by shards, packed, and read again; there is nothing but the table."""
-    words, there = [*SMALL, "--training.steps", 2, "--chunk", 2, "--crop", "center"], f"{bucket.parent}/table"
+    words, here, there = [*SMALL, "--training.steps", 2, "--chunk", 2, "--crop", "center"], tmp_path / "here", f"{bucket.parent}/table"
     for shard in ("0/2", "1/2"):
         assert run("preoptimize", bucket, "-o", there, *words, "--shard", shard) == 0
-    assert run("preoptimize", bucket, "-o", tmp_path / "here", *words) == 0
-    for merged in (False, True):
-        if merged:
+    assert f"skipped: {bucket}/zed.png is not a picture" in capsys.readouterr().err
+    assert run("preoptimize", people, "-o", here, *words) == 0
+    name = next(iter(folders.list_identities(people)))
+    for packed in (False, True):
+        if packed:
             assert run("preoptimize", bucket, "-o", there, *words, "--merge") == 0
-            assert run("preoptimize", bucket, "-o", tmp_path / "here", *words, "--merge") == 0
-        here, elsewhere = tmp_path / "here", path_at(there)
+            assert run("preoptimize", people, "-o", here, *words, "--merge") == 0
         mine, theirs = (
             {"/".join(file.relative_to(table).parts): file.read_bytes() for file in table.rglob("*.safetensors")}
-            for table in (here, elsewhere)
+            for table in (here, path_at(there))
         )
         assert mine
         assert mine == theirs
-        name = next(iter(folders.list_identities(bucket)))
-        for table in (here, there):
-            assert run("export", table, "--identity", name, "-o", tmp_path / f"{merged}-{len(str(table))}.safetensors") == 0
-        one, other = (read_tensors(file)[0] for file in sorted(tmp_path.glob(f"{merged}-*.safetensors")))
-        assert all(torch.equal(one[key], other[key]) for key in one)
-    (elsewhere / "packed" / next(iter(mine)).split("/")[1]).write_bytes(b"cut off")
+        assert run("export", there, "--identity", name, "-o", tmp_path / f"{packed}.safetensors") == 0
+    assert run("export", here, "--identity", name, "-o", tmp_path / "here.safetensors") == 0
+    loras = [read_tensors(tmp_path / f"{which}.safetensors")[0] for which in ("here", False, True)]
+    assert all(torch.equal(tensor, other[key]) for key, tensor in loras[0].items() for other in loras[1:])
+    path_at(f"{there}/{next(iter(mine))}").write_bytes(b"cut off")
     with pytest.raises(InputError, match="not a whole safetensors file"):
         read_table(there, "")
 

@@ -273,14 +273,16 @@ def test_a_dropped_prompt_is_an_empty_one(tmp_path):
 
 
 def test_what_is_distilled_is_context_guidance(backbone):
-    """An update that predicts the target draws by plain guidance what the teacher draws with context guidance, and with little noise the same."""
+    """An update that predicts the target draws by plain guidance what the teacher draws with context guidance, and with little noise what it
+    draws by plain guidance; nobody, where nobody is named."""
     teacher = tiny_source(backbone)
     for parameter in teacher.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
     config, prompts = TrainHypernetworkConfig(context_guidance=4.0, guidance=2.5), PromptCache(backbone)
-    early, asked, empty = torch.tensor([True, True, False]), ["a [V] face wearing a hat", "", "a [V] face"], [""] * 3
-    batch = {"latents": latents(3), "noise": latents(3, seed=1), "timesteps": backbone.steps_for(torch.tensor([0.9, 0.9, 0.3]))}
-    batch |= {"early": early, "photos": identity_data().features[:3], **prompts.inputs(asked, "prompt."), **prompts.inputs(empty, "empty.")}
+    asked, empty = ["a [V] face wearing a hat", "", "a [V] face", "a face"], [""] * 4
+    batch = {"latents": latents(4), "noise": latents(4, seed=1), "timesteps": backbone.steps_for(torch.tensor([0.9, 0.9, 0.3, 0.9]))}
+    batch |= {"early": torch.tensor([True, True, False, True]), "named": torch.tensor([True, True, True, False])}
+    batch |= {"photos": identity_data().features[:4], **prompts.inputs(asked, "prompt."), **prompts.inputs(empty, "empty.")}
     loras = teacher(batch["photos"]).detach()
     noisy = backbone.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
     with Hooks(backbone.components, loras) as hooks, torch.no_grad():
@@ -297,6 +299,7 @@ def test_what_is_distilled_is_context_guidance(backbone):
     torch.testing.assert_close(plain[0], guided[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(target[1], found["empty", "person"][1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(target[2], found["asked", "person"][2])
+    torch.testing.assert_close(target[3], found["asked", "base"][3])
 
 
 def test_a_teacher_is_the_start_and_stays_as_it_is(backbone):

@@ -173,7 +173,8 @@ class TrainHypernetworkConfig(StageConfig):
     """For that, the fraction of the noise levels, 0 to 1, from pure noise down, at which it is learnt; below, nothing is to change."""
     guidance: float = 2.0  # For that, the scale of the plain guidance that will draw it; 7.5 is usual for Stable Diffusion.
     written: tuple[str, ...] = ("a [V] face wearing a hat", "a smiling [V] face", "a painting of a [V] face", "a [V] face on a beach")
-    """For that, prompts as people write them; every second picture is shown under one, whatever it is a picture of."""
+    """For that, prompts as people write them; every second picture is shown under one, whatever it is a picture of. What names nobody
+    ("a face") is to stay as the base draws it."""
     dropout: float = 0.1
     """Fraction of the pictures, 0 to 1, that are trained with an empty prompt: plain guidance applies the LoRA to its unconditional
     branch too, and the prompt of that branch is empty."""

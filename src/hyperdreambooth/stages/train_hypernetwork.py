@@ -26,6 +26,7 @@ from ..encoder import FaceEncoder
 from ..errors import InputError, TrainingError
 from ..lora import Hooks, LoraSet, applied, find_targets, shared_norm, update_norms
 from ..objectives import denoising, denoising_loss, weight_loss
+from ..personal_lora import PLACEHOLDER, RARE_TOKEN
 from ..pretrained import build
 from ..sampling import generate
 from ..settings import GenerateConfig, resolve
@@ -75,7 +76,8 @@ class HyperNetworkLosses:
         With little noise that is the teacher's own prediction T(p). With much, context guidance of scale c takes
         T(p) + (c - 1) (base(p) - base()), the prompt's effect on the base, and plain guidance of scale g takes g S(p) - (g - 1) S(); where
         the student's S() without a prompt is the teacher's, both are equal for S(p) = (T(p) + (c - 1) (base(p) - base()) + (g - 1) T()) / g.
-        So guidance is distilled, as by Meng et al. (arXiv 2210.03142), into one person's update.
+        So guidance is distilled, as by Meng et al. (arXiv 2210.03142), into one person's update. Of a prompt that names nobody it is the base's
+        prediction: prior preservation (Ruiz et al., arXiv 2208.12242, section 3.2), without its pictures.
         """
         backbone, loras = self.backbone, teacher(batch["photos"])
         noisy = backbone.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
@@ -84,11 +86,11 @@ class HyperNetworkLosses:
             self.hooks.set(updates)
             return backbone.predict(noisy, batch["timesteps"], conditioning_in(batch, prompts, backbone))
 
-        own, scale = predict(loras, "prompt."), self.config.guidance
-        asked = predict(LoraSet(), "prompt.") - predict(LoraSet(), "empty.")
+        own, base, scale = predict(loras, "prompt."), predict(LoraSet(), "prompt."), self.config.guidance
+        asked = base - predict(LoraSet(), "empty.")
         guided = own + (self.config.context_guidance - 1) * asked + (scale - 1) * predict(loras, "empty.")
-        early = batch["early"].reshape(-1, *[1] * (own.ndim - 1))
-        return torch.where(early, guided / scale, own)
+        early, named = (batch[name].reshape(-1, *[1] * (own.ndim - 1)) for name in ("early", "named"))
+        return torch.where(named, torch.where(early, guided / scale, own), base)
 
 
 def train_hypernetwork(
@@ -142,7 +144,9 @@ def train_hypernetwork(
             **prompts.inputs(texts, "prompt."),
         }
         if teacher:
-            batch |= {"early": (levels > 1 - config.context_until).to(device), **prompts.inputs([""] * len(texts), "empty.")}
+            named = torch.tensor([not text or PLACEHOLDER in text or RARE_TOKEN in text for text in texts])
+            batch |= {"early": (levels > 1 - config.context_until).to(device), "named": named.to(device)}
+            batch |= prompts.inputs([""] * len(texts), "empty.")
         if known is not None:
             names = [data.names[person] for person in data.people[chosen].tolist()]
             rows = torch.stack([known.get(name, empty) for name in names])

@@ -21,7 +21,7 @@ from hyperdreambooth import photos
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.checkpoint import write_json
 from hyperdreambooth.cli import main
-from hyperdreambooth.commands import measure
+from hyperdreambooth.commands import engines, measure
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.evaluation import comparison, harness, metrics, report
 from hyperdreambooth.evaluation import evaluate as protocol
@@ -356,7 +356,7 @@ def test_processes_and_workers_share_the_people_out(tmp_path, evaluated, monkeyp
 
     assert evaluated(*words, tmp_path / "one.json") == 0
     capsys.readouterr()
-    monkeypatch.setattr(measure, "each", by_workers)
+    monkeypatch.setattr(engines, "each", by_workers)
     assert evaluated(*words, tmp_path / "workers.json", "--engine", "ray") == 0
     assert made() == [(name, *share) for share in (("5", "5"), ("1", "4")) for name in names]
     for process, share in (("1", ("5", "5")), ("0", ("1", "4"))):

@@ -27,7 +27,7 @@ from .progress import Progress, say
 # Pictures, and pixels of the base's size, that are encoded at once, at most: at 1024 pixels an autoencoder takes gigabytes for one.
 LARGEST_BATCH, BATCH_PIXELS = 32, 1 << 20
 PIECE = 16  # Batches that one of several processes encodes at once.
-Share = Callable[[list[list[str]]], object]
+Share = Callable[[Sequence[list[str]]], object]
 """Has other processes do pieces of work, of some words each."""
 
 

@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import safetensors
 import torch
 from torch import Tensor
@@ -103,8 +102,7 @@ class Table(Mapping[str, Tensor]):
             return _row(self.loose[name])
         file, place = self.packed[name]
         if file not in self.opened:
-            local = file if isinstance(file, Path) else fsspec.open_local(f"simplecache::{file}")  # fetched once
-            self.opened[file] = safetensors.safe_open(str(local), framework="pt")
+            self.opened[file] = safetensors.safe_open(str(_fetched(file)), framework="pt")
         return _checked(self.opened[file].get_slice("tokens")[place], file)
 
     def __contains__(self, name: object) -> bool:
@@ -115,6 +113,15 @@ class Table(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.packed.keys() | self.loose.keys())
+
+
+def _fetched(file: Path) -> Path:
+    """The file, or a copy here of one that lies elsewhere, until the process ends."""
+    if isinstance(file, Path):
+        return file
+    import fsspec
+
+    return Path(fsspec.open_local(f"simplecache::{file}"))
 
 
 def _row(file: Path) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,13 @@ def each(args: Args, pieces: Sequence[list[str]], here: Work, there: Callable[[A
         for number, result in enumerate(results, 1):
             yield result
             progress.update(number)
+
+
+def sharing(args: Args, there: Callable[[Args], Work], what: str) -> Callable[[Sequence[list[str]]], object] | None:
+    """Has Ray's workers do pieces of work that leave files; None where this process is to do all of it."""
+    if args.engine != "ray":
+        return None
+    return lambda pieces: deque(each(args, pieces, list, there, what), 0)
 
 
 class Worker:

@@ -1,7 +1,6 @@
 """Commands that look and measure, and change nothing."""
 
 import json
-from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +8,7 @@ import tyro
 
 from ..errors import InputError
 from ..evaluation import Request
-from .engines import WithEngine, Work, each
+from .engines import WithEngine, Work, sharing
 
 
 @dataclass
@@ -92,9 +91,7 @@ def run_evaluate(args: Evaluate) -> None:
     elif args.output is None:
         raise InputError("where do the figures go? Give -o FILE.json.")
     else:
-        by_ray = args.engine == "ray"
-        share = (lambda pieces: deque(each(args, pieces, list, opened, "pieces of people"), 0)) if by_ray else None
-        command.run(args, args.output, args.machine.open, share)
+        command.run(args, args.output, args.machine.open, sharing(args, opened, "pieces of people"))
 
 
 def opened(args: Evaluate) -> Work:

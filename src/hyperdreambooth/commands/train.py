@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +14,7 @@ import tyro
 from ..errors import InputError, some
 from ..progress import say
 from ..training_settings import PreoptimizeConfig, TrainHypernetworkConfig, TrainLightConfig
-from .engines import WithEngine, Work, each
+from .engines import WithEngine, Work, each, sharing
 from .options import Flat, Output, WithBase, WithCrop, Writing, as_json, save_sheet
 
 if TYPE_CHECKING:
@@ -238,8 +236,7 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
     cache = args.output / "cache"
 
     def read(folder: Path) -> IdentityData:
-        pieces = partial(each, dataclasses.replace(args, folder=folder), here=list, there=encoder_of, what="pieces of pictures")
-        share = (lambda words: deque(pieces(words), 0)) if args.engine == "ray" else None
+        share = sharing(dataclasses.replace(args, folder=folder), encoder_of, "pieces of pictures")
         return load_identities(folder, hdb.backbone, encoder, config.prompt, crop=args.crop, cache=cache, share=share)
 
     data = read(args.folder)

@@ -3,7 +3,7 @@
     python benchmarks/scale.py encoding
     python benchmarks/scale.py engine --people 1000
     python benchmarks/scale.py engine --people 10000 --ways plain again ray-killed
-    python benchmarks/scale.py engine --people 100000 --ways tenth
+    python benchmarks/scale.py engine --people 100000 --ways hundredth
 
 The base is `toon`, and so are the people (rendered with Node.js); a process that makes a table computes with one thread. Every table is
 compared, byte for byte, with the first. Results are added to benchmarks/results/scale.json.
@@ -36,7 +36,7 @@ WAYS = {  # the commands of each: all at once
     "plain": [[]],
     "again": [[]],  # what is left of it where all rows are there: starting, listing, and drawing the preview
     "shards": [["--shard", "0/2"], ["--shard", "1/2"]],
-    "tenth": [["--shard", "0/10"]],  # lists all people
+    "hundredth": [["--shard", "0/100"]],  # lists all people
     "ray": [["--engine", "ray"]],
     "ray-killed": [["--engine", "ray"]],
 }
@@ -53,15 +53,17 @@ def make_pictures(folder: Path, count: int) -> list[Path]:
 
 
 def make_people(folder: Path, count: int) -> None:
-    """People of the toon world, a picture each."""
+    """People of the toon world, a picture each; beyond the first 10,000 the same pictures again, by other names."""
     sys.path.insert(0, str(ROOT))
     from worlds.toon import pictures
 
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as name:
-        pictures.render(Path(name) / "all", ["--people", str(count), "--contexts", "1"])
+        pictures.render(Path(name) / "all", ["--people", str(min(count, 10_000)), "--contexts", "1"])
         for index, pixels in enumerate(pictures.Pictures.load(Path(name) / "all").pixels):
             Image.fromarray(pixels).save(folder / f"{index}.png")
+    for index in range(10_000, count):
+        os.link(folder / f"{index % 10_000}.png", folder / f"{index}.png")
 
 
 def noted(log: str, words: list[str]) -> int:
@@ -162,7 +164,7 @@ def engine(args: argparse.Namespace) -> None:
         for way in args.ways:
             found[way] = made(way, folder / "people", folder / ("plain" if way == "again" else way), more, args.every)
             chunks = -(-args.people // args.chunk)
-            most = -(-chunks // 10) * args.chunk if way == "tenth" else args.people
+            most = -(-chunks // 100) * args.chunk if way == "hundredth" else args.people
             assert most - args.chunk < found[way]["rows"] <= most
             found[way]["same_bytes"] = way == "again" or digests(folder / way) == digests(folder / first)
             print(way, json.dumps(found[way]), flush=True)
@@ -220,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("engine", "encoding"))
     parser.add_argument("--people", type=int, default=1000)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[way for way in WAYS if way != "tenth"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[way for way in WAYS if way != "hundredth"])
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=32)
     parser.add_argument("--every", type=float, default=60.0, help="seconds between two kills")

@@ -174,7 +174,7 @@ def scaling() -> str:
         "plain": "one process",
         "again": "one process, where all rows are there",
         "shards": "two shards",
-        "tenth": "one shard of ten",
+        "hundredth": "one shard of a hundred",
         "ray": "Ray, two workers",
         "ray-killed": "Ray, a worker killed now and then",
     }

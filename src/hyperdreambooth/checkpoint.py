@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, cast
 
 import safetensors
 import torch
-from safetensors import torch as files
+from safetensors.torch import load as load_bytes
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import InputError, refusing
@@ -93,7 +94,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
     def write(file: Path) -> None:
-        files.save_file(ready, file, metadata=dict(metadata or {}))
+        save_file(ready, file, metadata=dict(metadata or {}))
         with file.open("r+b") as opened:  # safetensors leaves the order of the metadata to chance
             size = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(size))
@@ -116,7 +117,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"{path}: no such file.")
     header = read_header(path)[1]
     try:
-        tensors = files.load_file(path) if isinstance(path, Path) else files.load(cast(Any, path).read_bytes())
+        tensors = load_file(path) if isinstance(path, Path) else load_bytes(cast(Any, path).read_bytes())
         return {name: tensor.clone() for name, tensor in tensors.items()}, header
     except (safetensors.SafetensorError, OSError) as error:
         raise damaged(path, error) from error

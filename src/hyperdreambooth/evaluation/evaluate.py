@@ -31,7 +31,7 @@ from ..personal_lora import PLACEHOLDER
 from ..progress import say
 from .judges import Embeds, Judge
 
-GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": "off", "context_guidance": 3.0, "context_until": 0.5}
+GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": "off", "context_guidance": 6.0, "context_until": 0.3}
 """How pictures of the world's people are drawn: prompt guidance as low as the base still leaves out what wasn't asked for."""
 
 IDENTITY_GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": 1.5, "identity_until": 0.3}

@@ -359,6 +359,8 @@ def test_processes_and_workers_share_the_people_out(tmp_path, evaluated, monkeyp
     monkeypatch.setattr(engines, "each", by_workers)
     assert evaluated(*words, tmp_path / "workers.json", "--engine", "ray") == 0
     assert made() == [(name, *share) for share in (("5", "5"), ("1", "4")) for name in names]
+    assert evaluated("--search", "--engine", "ray", "-o", tmp_path / "search.json") == 2
+    assert "in one process" in capsys.readouterr().err
     for process, share in (("1", ("5", "5")), ("0", ("1", "4"))):
         monkeypatch.setenv("RANK", process)
         monkeypatch.setenv("WORLD_SIZE", "2")

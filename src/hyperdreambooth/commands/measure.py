@@ -90,6 +90,8 @@ def run_evaluate(args: Evaluate) -> None:
         command.compare(args.words)
     elif args.output is None:
         raise InputError("where do the figures go? Give -o FILE.json.")
+    elif args.search and args.engine == "ray":
+        raise InputError("a search runs in one process: leave --engine ray out.")
     else:
         command.run(args, args.output, args.machine.open, sharing(args, opened, "pieces of people"))
 

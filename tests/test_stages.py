@@ -314,6 +314,9 @@ def test_a_teacher_is_the_start_and_stays_as_it_is(backbone):
     late = dataclasses.replace(config, context_until=0.0)
     _, same = train_hypernetwork(backbone, teacher.encoder, identity_data(), late, start=teacher)
     assert same.losses[0][1] < 1e-9, "with little noise the start is right"
+    nobody = dataclasses.replace(late, written=("a face",))
+    _, other = train_hypernetwork(backbone, teacher.encoder, identity_data(), nobody, start=teacher)
+    assert other.losses[0][1] > 1e-6, "nobody is drawn as by the base"
     student, report = train_hypernetwork(backbone, teacher.encoder, identity_data(), config, start=teacher)
     assert report.losses[0][1] > 1e-6
     assert not torch.equal(student.hypernetwork.head, teacher.hypernetwork.head)

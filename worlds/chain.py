@@ -112,10 +112,6 @@ class Chain:
         """Pictures of "train" or "validation" people for hypernetworks: of the first ones, or of all."""
         raise NotImplementedError
 
-    def written_prompts(self) -> tuple[str, ...]:
-        """Prompts as people write them, for `train_distilled`."""
-        raise NotImplementedError
-
     def about(self) -> dict[str, Any]:
         """What a hypernetwork's config says of this world: data, license, phrases, defaults."""
         raise NotImplementedError
@@ -305,21 +301,6 @@ class Chain:
         if report.finished:
             known = familiar(backbone, validation.latents.to(backbone.device).float(), config.prompt)
             save_hypernetwork(folder, source.cpu(), self.describe(source, config, report, len(data.names), known))
-        return report.finished
-
-    def train_distilled(self, minutes: float | None, steps: int | None = None) -> bool:
-        """Pro learns to draw by plain guidance what it draws with context guidance."""
-        backbone = self.trained_backbone()
-        if torch.cuda.is_available():
-            backbone.components.cuda()
-        config = hypernetworks.distilled_config(steps or self.steps["distilled"], self.batches["distilled"], self.written_prompts())
-        start, info = load_hypernetwork(self.runs / "pro" / "model", backbone)
-        data, validation = (self.identity_data(start.encoder, split, people) for split, people in (("train", 4000), ("validation", None)))
-        run = Run(self.runs / "distilled", minutes=minutes)
-        source, report = train_hypernetwork(backbone, start.encoder, data, config, run=run, validation=validation, start=start)
-        if report.finished:
-            trained = info.trained | {"distilled": {"steps": report.steps, "batch": config.batch, "people": len(data.names)}}
-            save_hypernetwork(self.runs / "distilled" / "model", source.cpu(), replace(info, trained=trained), torch.float32)
         return report.finished
 
     def train_table(self, minutes: float | None, steps: int | None = None) -> bool:

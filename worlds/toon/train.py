@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from hyperdreambooth.checkpoint import save_tensors
 from hyperdreambooth.encoder import FaceEncoder
 from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.pretrained import load_hypernetwork, save_hypernetwork
+from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
+from hyperdreambooth.training import Run
 from hyperdreambooth.training_settings import TrainingConfig
 
 from ..autoencoder import Autoencoder
 from ..chain import Chain, main
-from ..hypernetworks import Album
+from ..hypernetworks import Album, distilled_config
 from ..pixels import to_tensor
 from . import base, hypernetworks, pictures
 
@@ -117,8 +120,20 @@ class Toon(Chain):
         name, first, whole = ("hyper", 0, pictures.HYPER_PEOPLE) if split == "train" else ("hyper-validation", pictures.FIRST[split], 150)
         return hypernetworks.album(hypernetworks.load_pictures(self.runs / "data" / name, first, whole), people or whole)
 
-    def written_prompts(self) -> tuple[str, ...]:
-        return tuple(pictures.written_prompts())
+    def train_distilled(self, minutes: float | None, steps: int | None = None) -> bool:
+        """Pro learns to draw by plain guidance what it draws with context guidance."""
+        backbone = self.trained_backbone()
+        if torch.cuda.is_available():
+            backbone.components.cuda()
+        config = distilled_config(steps or self.steps["distilled"], self.batches["distilled"], tuple(pictures.written_prompts()))
+        start, info = load_hypernetwork(self.runs / "pro" / "model", backbone)
+        data, validation = (self.identity_data(start.encoder, split, people) for split, people in (("train", 4000), ("validation", None)))
+        run = Run(self.runs / "distilled", minutes=minutes)
+        source, report = train_hypernetwork(backbone, start.encoder, data, config, run=run, validation=validation, start=start)
+        if report.finished:
+            trained = info.trained | {"distilled": {"steps": report.steps, "batch": config.batch, "people": len(data.names)}}
+            save_hypernetwork(self.runs / "distilled" / "model", source.cpu(), replace(info, trained=trained), torch.float32)
+        return report.finished
 
     def about(self) -> dict[str, Any]:
         """The defaults of personalize and generate were chosen on validation people."""
@@ -146,8 +161,8 @@ class Toon(Chain):
         return True
 
 
-STAGES = ("encoder", "recogniser", "classifier", "decoder", "base", "pro", "distilled", "table", "faithful", "export")
-OTHERS = ("adopt",)
+STAGES = ("encoder", "recogniser", "classifier", "decoder", "base", "pro", "table", "faithful", "export")
+OTHERS = ("adopt", "distilled")
 
 
 if __name__ == "__main__":

@@ -52,10 +52,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "same picture": ("predicts from the very picture that it denoises", {"same": True}),
     "no price on what is shared": ("", {"shared": 0.0}),
     "noise levels uniform": ("instead of high ones", {"levels": NoiseLevels(uniform=1.0)}),
+    "prior preservation": ("three in ten prompts name nobody, and keep what the base draws", {"prior": 0.3}),
+    "the prompt's layers too": (
+        "attn2's to_k and to_v, with prior preservation",
+        {"prior": 0.3, "targets": (*shared.TARGETS, *shared.READING)},
+    ),
+    "the prompt's layers alone": (
+        "attn2, with prior preservation",
+        {"prior": 0.3, "targets": ("unet.*.attn2.to_q", "unet.*.attn2.to_out.0", *shared.READING)},
+    ),
     "125 people": ("", {"people": 125}),
     "500 people": ("", {"people": 500}),
 }
-FIGURES = ("rank1", "similarity", "context", "perceptual_distance")
+FIGURES = ("rank1", "similarity", "context", "perceptual_distance", "leakage")
 
 
 def config_of(changes: Mapping[str, Any], steps: int) -> TrainHypernetworkConfig:
@@ -86,12 +95,14 @@ def judged(hdb: HyperDreamBooth, count: int) -> Callable[[Any], dict[str, Any]]:
     """What gives the figures of a hypernetwork on the first validation people."""
     whole = load_atlas("benchmarks/atlas", "validation")
     atlas = whole.part(prompts=slice(None, None, 2))
-    bench, who = Bench(hdb, atlas, world_judges("benchmarks/atlas"), Path(), "", extras=False), range(count)
+    bench, who = Bench(hdb, atlas, world_judges("benchmarks/atlas"), Path(), ""), range(count)
+    base = bench.draw(who, range(len(atlas.prompts), len(atlas.prompts) + 2), None)  # nobody's faces
 
     def figures(source: Any) -> dict[str, Any]:
         with drawing_with(hdb, source), torch.no_grad():
             tokens: Tensor = source.tokens(atlas.references[:count])
-            found = bench.judged(bench.draw(who, range(len(atlas.prompts)), source.lightweight(tokens).detach()))
+            drawn = bench.draw(who, range(len(bench.prompts)), source.lightweight(tokens).detach())
+            found = bench.judged(drawn, base)
         return {name: found[name] for name in FIGURES}
 
     return figures

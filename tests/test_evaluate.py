@@ -379,8 +379,14 @@ def test_a_search_is_written_down_and_used(tmp_path, evaluated, capsys):
     found = json.loads(searched.read_text())["search"]["DreamBooth, 40 steps"]
     assert len(found["tried"]) == len(METHODS["DreamBooth, 40 steps"].rates) + 1
     capsys.readouterr()
-    assert evaluated("--settings", searched, "--methods", "DreamBooth, 40 steps", "base", "--people", 1, "-o", out) == 0
+    given = "--settings", searched, "--methods", "DreamBooth, 40 steps", "base", "--people", 1, "-o", out
+    drawing = "--denoising-steps", 2, "--guidance", 3, "--context-until", 0
+    assert evaluated(*given, *drawing) == 0
     result = json.loads(out.read_text())
+    assert result["settings"]["denoising_steps"] == 2
+    assert result["settings"]["guidance"] == {**protocol.GUIDANCE, "guidance": 3.0, "context_until": 0.0}
+    assert evaluated(*given) == 2
+    assert "with other settings" in capsys.readouterr().err
     assert result["methods"]["DreamBooth, 40 steps"]["rate"] == found["best"]["rate"]
     assert result["rows"]["DreamBooth, 40 steps"]["steps"] == found["best"]["steps"] == 10
     assert "Search: DreamBooth, 40 steps" in out.with_suffix(".html").read_text()

@@ -57,6 +57,37 @@ def test_personalizing_lowers_the_loss_and_people_do_not_affect_one_another(back
     assert loss_of(backbone, together.select(1), one) < loss_of(backbone, predicted.select(1), one)
 
 
+@pytest.mark.parametrize("stage", ["personalize", "preoptimize", "hypernetwork"])
+def test_where_memory_is_short_activations_are_computed_again(stage, tmp_path, monkeypatch, capsys):
+    """On a device whose memory ends at the third step: the same weights as with memory enough."""
+    from hyperdreambooth.backbones import StableDiffusion
+
+    def trained(folder) -> torch.Tensor:
+        backbone, loop = StableDiffusion(tiny_pipe()), TrainingConfig(steps=4, learning_rate=1e-2, checkpoint_minutes=1e-9)
+        if stage == "personalize":
+            found, _ = personalize(backbone, Subject(latents(1, 1), "a [V] face"), None, PersonalizeConfig(steps=4, rank=2), quiet=True)
+            return next(iter(found.values())).delta()
+        if stage == "preoptimize":
+            config = PreoptimizeConfig(lightweight=FROZEN, chunk=2, copies=2, training=loop)
+            return torch.cat(list(dict(preoptimize(backbone, identity_data(2), config, folder)).values()))
+        config = TrainHypernetworkConfig(lightweight=TOKENS, hypernetwork=DECODER, batch=4, training=loop)
+        source, _ = train_hypernetwork(backbone, tiny_source(backbone).encoder, identity_data(), config, run=Run(folder))
+        return source.hypernetwork.head.detach()
+
+    enough, calls, plain = trained(tmp_path / "enough"), [], StableDiffusion.predict
+
+    def predict(self, *args, **kwargs):
+        calls.append(torch.is_grad_enabled() and not self.denoiser.is_gradient_checkpointing)
+        if calls[-1] and sum(calls) == 3:
+            raise torch.OutOfMemoryError
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(StableDiffusion, "predict", predict)
+    torch.testing.assert_close(trained(tmp_path / "short"), enough, rtol=0, atol=0)
+    assert "computed again" in capsys.readouterr().err
+    assert sum(calls) == 3
+
+
 def test_zero_steps_keep_the_prediction_and_scratch_needs_steps(backbone):
     predicted = random_loras(backbone, batch=1)
     found, _ = personalize(backbone, Subject(latents(1, 1), "a face"), predicted, PersonalizeConfig(steps=0), quiet=True)
@@ -272,6 +303,24 @@ def test_a_dropped_prompt_is_an_empty_one(tmp_path):
         TrainHypernetworkConfig(dropout=1.5)
 
 
+def test_prompts_that_lose_the_name_keep_what_the_base_draws(backbone):
+    def first_loss(text="a [V] face", start=None, **changes: float) -> float:
+        data, training = identity_data(), TrainingConfig(steps=1, log_every=1)
+        data.prompts = [text] * len(data.prompts)
+        given = {"penalty": 0.0, "shared": 0.0, "dropout": 0.0, **changes}
+        config = TrainHypernetworkConfig(lightweight=TOKENS, hypernetwork=DECODER, batch=8, training=training, **given)
+        return train_hypernetwork(backbone, source.encoder, data, config, start=start)[1].losses[0][1]
+
+    source = tiny_source(backbone)
+    assert first_loss(prior=1.0) < 1e-9, "an update of nothing is right for nobody"
+    assert first_loss(prior=1.0, text="an ohwx face") < 1e-9
+    assert 1e-9 < first_loss(prior=0.5) < first_loss()
+    assert first_loss(prior=1.0, dropout=1.0) == first_loss(dropout=1.0), "an empty prompt is anybody's"
+    assert first_loss(prior=1.0, start=source) > 1e-3, "an update that is drawn without the name isn't"
+    with pytest.raises(InputError, match="prior must lie in 0 to 1"):
+        TrainHypernetworkConfig(prior=2.0)
+
+
 def test_what_is_distilled_is_context_guidance(backbone):
     """An update that predicts the target draws by plain guidance what the teacher draws with context guidance, and with little noise what it
     draws by plain guidance; nobody, where nobody is named."""
@@ -358,6 +407,14 @@ def test_a_hypernetwork_goes_on_from_another_ones_weights(backbone):
     source, _ = train_hypernetwork(backbone, start.encoder, identity_data(), nothing, start=start)
     for name, value in source.state_dict().items():
         assert torch.equal(value, start.state_dict()[name]), name
+    few = build(dict(list(source.lightweight.targets.items())[2:5]), start.encoder, TOKENS, DECODER)
+    few.hypernetwork.head.data.normal_(generator=torch.Generator().manual_seed(3))
+    more, _ = train_hypernetwork(backbone, start.encoder, identity_data(), dataclasses.replace(nothing, lightweight=TOKENS), start=few)
+    assert torch.equal(more.hypernetwork.head[2:5], few.hypernetwork.head), "a layer takes its own weights, wherever it stands"
+    loras = more.lightweight(more.hypernetwork.start[None])
+    assert [path for path, lora in loras.items() if lora.up.any()] == [], "layers that are new begin with nothing to say"
+    with pytest.raises(InputError, match="other layers or sizes"):
+        train_hypernetwork(backbone, start.encoder, identity_data(), dataclasses.replace(nothing, targets=("*attn1.to_q",)), start=start)
     nothing.lightweight = LightweightConfig(down_dim=11, up_dim=8, learnable=True)
     with pytest.raises(InputError, match="other layers or sizes"):
         train_hypernetwork(backbone, start.encoder, identity_data(), nothing, start=start)

@@ -24,6 +24,7 @@ from .pixels import Pictures, to_tensor
 
 TARGETS = tuple(f"unet.*.{layer}" for layer in ("attn1.to_?", "attn?.to_q", "attn?.to_out.0", "ff.net.0.proj", "ff.net.2"))
 """Not attn2's to_k and to_v, which read the prompt: with them the LoRA pulls contexts that it never saw towards those it did."""
+READING = ("unet.*.attn2.to_k", "unet.*.attn2.to_v")
 TOKENS = LightweightConfig(rank=4, down_dim=64, up_dim=32)
 FAITHFUL_TOKENS = LightweightConfig(rank=1, down_dim=64, up_dim=32)
 DECODER = HyperNetworkConfig(dim=128, blocks=3, heads=4, passes=2)
@@ -104,6 +105,15 @@ def distilled_config(steps: int, batch: int, written: tuple[str, ...]) -> TrainH
         train_encoder=False,
         training=training,
     )
+
+
+def preserving_config(steps: int, batch: int) -> TrainHypernetworkConfig:
+    """Pro goes on with the layers that read the prompt, and learns that whom a prompt doesn't name is nobody it knows."""
+    training = TrainingConfig(
+        steps=steps, optimizer="muon", learning_rate=6e-4, warmup=30, cooldown=0.6, average=0.99, seed=73, log_every=20, validate_every=250
+    )
+    targets = (*TARGETS, *READING)
+    return replace(pro_config(steps, batch), targets=targets, prior=0.3, train_encoder=False, training=training)
 
 
 def faithful_config(steps: int, batch: int = 64) -> TrainHypernetworkConfig:

@@ -178,6 +178,9 @@ class TrainHypernetworkConfig(StageConfig):
     dropout: float = 0.1
     """Fraction of the pictures, 0 to 1, that are trained with an empty prompt: plain guidance applies the LoRA to its unconditional
     branch too, and the prompt of that branch is empty."""
+    prior: float = 0.0
+    """Fraction of the pictures, 0 to 1, whose prompt loses its [V] ("a face" for "a [V] face"), and of which the base's own prediction is
+    learnt: prior preservation, so that other people stay others. It takes targets that read the prompt, such as "*attn2.to_k"."""
     aux_scale: float = 2.0  # pro: the aux matrices' learning rate over the decoder's.
     train_encoder: bool = False
     """Train the encoder too, from pictures instead of features that are computed once: slower, and it may see what a
@@ -195,6 +198,6 @@ class TrainHypernetworkConfig(StageConfig):
             raise InputError("what people have in common takes a batch of 2 or more to tell: raise batch, or set shared to 0.")
         if self.context_guidance and (not self.written or self.guidance < 1):
             raise InputError("context guidance is learnt with prompts, given as written, and for a guidance of 1 or more.")
-        if not 0 <= self.dropout <= 1 or not 0 <= self.give_up <= 1:
-            raise InputError(f"dropout and give_up are fractions, 0 to 1, not {self.dropout} and {self.give_up}.")
+        for name in ("dropout", "prior", "give_up"):
+            in_range(getattr(self, name), 0, 1, name)
         self.lightweight = replace(self.lightweight, learnable=self.mode == "pro")

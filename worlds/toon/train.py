@@ -24,11 +24,11 @@ from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.pretrained import load_hypernetwork, save_hypernetwork
 from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
 from hyperdreambooth.training import Run
-from hyperdreambooth.training_settings import TrainingConfig
+from hyperdreambooth.training_settings import TrainHypernetworkConfig, TrainingConfig
 
 from ..autoencoder import Autoencoder
 from ..chain import Chain, main
-from ..hypernetworks import Album, distilled_config
+from ..hypernetworks import Album, distilled_config, preserving_config
 from ..pixels import to_tensor
 from . import base, hypernetworks, pictures
 
@@ -51,6 +51,7 @@ class Toon(Chain):
         "base": 2048,
         "pro": 768,
         "distilled": 32,
+        "preserving": 32,
         "faithful": 64,
     }
     configs = {  # noqa: RUF012
@@ -72,7 +73,7 @@ class Toon(Chain):
             mixed_precision=PRECISION, seed=31, log_every=50, validate_every=300,
         ),
     }  # fmt: skip
-    steps = {"pro": 1085, "distilled": 1000, "table": 50, "faithful": 200}  # noqa: RUF012
+    steps = {"pro": 1085, "distilled": 1000, "preserving": 2400, "table": 50, "faithful": 200}  # noqa: RUF012
     assets = Path("src/hyperdreambooth/assets/toon")
     faithful = Path("benchmarks/faithful")
 
@@ -122,17 +123,28 @@ class Toon(Chain):
 
     def train_distilled(self, minutes: float | None, steps: int | None = None) -> bool:
         """Pro learns to draw by plain guidance what it draws with context guidance."""
+        config = distilled_config(steps or self.steps["distilled"], self.batches["distilled"], tuple(pictures.written_prompts()))
+        return self.goes_on("distilled", config, minutes)
+
+    def train_preserving(self, minutes: float | None, steps: int | None = None) -> bool:
+        """Pro learns to leave people alone whom a prompt doesn't name."""
+        config = preserving_config(steps or self.steps["preserving"], self.batches["preserving"])
+        return self.goes_on("preserving", config, minutes)
+
+    def goes_on(self, name: str, config: TrainHypernetworkConfig, minutes: float | None) -> bool:
+        """Another training of pro, from what it is and over its own encoder."""
         backbone = self.trained_backbone()
         if torch.cuda.is_available():
             backbone.components.cuda()
-        config = distilled_config(steps or self.steps["distilled"], self.batches["distilled"], tuple(pictures.written_prompts()))
         start, info = load_hypernetwork(self.runs / "pro" / "model", backbone)
         data, validation = (self.identity_data(start.encoder, split, people) for split, people in (("train", 4000), ("validation", None)))
-        run = Run(self.runs / "distilled", minutes=minutes)
+        run = Run(self.runs / name, minutes=minutes)
         source, report = train_hypernetwork(backbone, start.encoder, data, config, run=run, validation=validation, start=start)
         if report.finished:
-            trained = info.trained | {"distilled": {"steps": report.steps, "batch": config.batch, "people": len(data.names)}}
-            save_hypernetwork(self.runs / "distilled" / "model", source.cpu(), replace(info, trained=trained), torch.float32)
+            trained = info.trained | {name: {"steps": report.steps, "batch": config.batch, "people": len(data.names)}}
+            targets = {path: list(shape) for path, shape in source.lightweight.targets.items()}
+            info = replace(info, targets=targets, trained=trained)
+            save_hypernetwork(self.runs / name / "model", source.cpu(), info, torch.float32)
         return report.finished
 
     def about(self) -> dict[str, Any]:
@@ -162,7 +174,7 @@ class Toon(Chain):
 
 
 STAGES = ("encoder", "recogniser", "classifier", "decoder", "base", "pro", "table", "faithful", "export")
-OTHERS = ("adopt", "distilled")
+OTHERS = ("adopt", "distilled", "preserving")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ class Machine:
     verbose: bool = False  # Also print every setting of personalize and generate with where its value came from.
     device_memory: Literal["auto", "low", "high"] = "auto"
     """Whether text encoders leave the device once prompts are encoded. auto: where less of its memory is free than the denoiser takes."""
-    gradient_checkpointing: bool = False  # Compute activations again in the backward pass: slower, but a fraction of the memory.
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: slower, but a fraction of the memory. Where a GPU's memory is short it is done anyway."""
 
     def explain(self, settings: object) -> None:
         for line in explained(settings) if self.verbose else ():

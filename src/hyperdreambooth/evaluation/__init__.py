@@ -28,6 +28,11 @@ class Request:
     dino:ID, or ID: a folder or hub id of a vision model of transformers; toon: the embedded recognizer."""
     faithful: Path | None = None  # A faithful hypernetwork to compare with; default: benchmarks/faithful, where it exists.
     pictures: int = 1  # Pictures a prompt.
+    denoising_steps: int | None = None
+    """How all pictures are drawn, as --steps of `generate`. Default, as of the next three: the protocol's."""
+    guidance: float | None = None  # As --guidance of `generate`.
+    context_guidance: float | None = None  # As --context-guidance of `generate`.
+    context_until: float | None = None  # As --context-until of `generate`.
     rows: tuple[str, ...] = ()  # More of --methods, by another name.
     methods: tuple[str, ...] = ()
     """By name, or "ours": this project's own ways (the default), or "all": what they are compared with too, each with its settings as they

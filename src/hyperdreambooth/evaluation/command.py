@@ -73,15 +73,19 @@ def prepared(args: Request, output: Path, open_base: Opener) -> tuple[Bench, dic
         if isinstance(eye, Vision):
             eye.to(hdb.device)
     settings: dict[str, Any] = {"pictures": args.pictures, "personalize": plain(hdb.personalize_config())}
+    drawing: dict[str, Any] = {"guidance": args.guidance, "context_guidance": args.context_guidance, "context_until": args.context_until}
+    drawing = {name: value for name, value in {**drawing, "steps": args.denoising_steps}.items() if value is not None}
     if folder:
-        drawn = hdb.generate_config(identity_guidance="off", steps=8 if args.quick else None)  # plain guidance, for all alike
+        quick = {"steps": 8} if args.quick else {}
+        drawn = hdb.generate_config(**{"identity_guidance": "off", **quick, **drawing})  # plain guidance, for all alike
         references, folk = evaluate.read_people(named, hdb.backbone.size, judges.eyes)
         atlas = Atlas(references, torch.zeros(0), torch.zeros(len(folk), len(prompts), 0), prompts, [], [], list(folk))
         settings |= {"generate": plain(drawn), "base": args.base, "hypernetwork": args.hypernetwork}
     else:
-        drawn, folk = None, {}
-        settings |= {"split": args.split, "people": len(atlas.people), "denoising_steps": hdb.generate_config().steps}
-        settings |= {"guidance": evaluate.GUIDANCE, "identity_guidance": evaluate.IDENTITY_GUIDANCE}
+        drawn, folk = hdb.generate_config(**{**evaluate.GUIDANCE, **drawing}, batch=40), {}
+        settings |= {"split": args.split, "people": len(atlas.people), "denoising_steps": drawn.steps}
+        settings |= {"guidance": {name: getattr(drawn, name) for name in evaluate.GUIDANCE}}
+        settings |= {"identity_guidance": evaluate.IDENTITY_GUIDANCE}
     settings["weights"] = evaluate.fingerprint(hdb, atlas, judges)
     stamp = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     bench = Bench(hdb, atlas, judges, output.with_suffix(".cache"), stamp, faithful, count=args.pictures, drawn=drawn, folk=folk)

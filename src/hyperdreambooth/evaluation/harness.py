@@ -276,9 +276,9 @@ class Bench:
         steps = (*marks, self.steps(method))
         return [{"people": people, "steps": step, **self.figures(self.looked(name, method, step, people))} for step in steps]
 
-    def judged(self, pictures: Tensor) -> dict[str, Any]:
-        """All figures of pictures (N, prompts, count, 3, H, W) of the first people, however they were made."""
-        looks = [self.look(mine, person) for person, mine in enumerate(pictures)]
+    def judged(self, pictures: Tensor, base: Tensor | None = None) -> dict[str, Any]:
+        """All figures of pictures (N, prompts, count, 3, H, W) of the first people, however they were made; `base` is as for `look`, (N, ...)."""
+        looks = [self.look(mine, person, None if base is None else base[person]) for person, mine in enumerate(pictures)]
         return self.figures({key: torch.stack([one[key] for one in looks]) for key in looks[0]})
 
     def likeness(self, methods: Mapping[str, Method], people: int, label: str) -> Tensor:

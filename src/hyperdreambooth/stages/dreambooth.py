@@ -25,7 +25,7 @@ from ..data import FolderOfPeople, IdentityData, PromptCache, conditioning_in
 from ..errors import InputError
 from ..lora import Hooks, LoraSet, Shape, compress, find_targets
 from ..objectives import denoising_loss
-from ..progress import Progress
+from ..progress import Progress, say
 from ..sampling import Prompts, is_text, sample
 from ..settings import GenerateConfig, PersonalizeConfig, resolve
 from ..tables import Table, save_row
@@ -137,6 +137,22 @@ def train_on_photos(
         return fit(PhotoLosses(backbone, subject.prior_weight, hooks), source, draw, training, told)
 
 
+def within_memory(backbone: Backbone, model: nn.Module, train: Callable[[], TrainingReport]) -> TrainingReport:
+    """Trains `model`; where the device's memory is short, anew or from its checkpoint with gradient checkpointing, to the same weights."""
+    before = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    denoiser = backbone.denoiser
+    try:
+        return train()
+    except torch.OutOfMemoryError:
+        if denoiser.is_gradient_checkpointing or not denoiser._supports_gradient_checkpointing:
+            raise
+    say("memory is short: activations are computed again in the backward pass, as with --gradient-checkpointing, which is slower.")
+    denoiser.enable_gradient_checkpointing()
+    replay.forget()  # frees memory too
+    model.load_state_dict(before)
+    return train()
+
+
 def train_light(
     backbone: Backbone, subject: Subject, config: TrainLightConfig, *, directory: str | Path | None = None, quiet: bool = False
 ) -> tuple[IdentityTable, TrainingReport]:
@@ -147,7 +163,8 @@ def train_light(
         subject.prior_prompt, subject.prior_weight = config.prior_prompt, config.prior_weight
     source = IdentityTable(1, LightweightLora(targets, config.lightweight)).to(subject.latents.device)
     run = Run(directory=directory, name="train-light", quiet=quiet)
-    return source, train_on_photos(backbone, subject, source, targets, config.levels, config.copies, config.training, run)
+    given = subject, source, targets, config.levels, config.copies, config.training, run
+    return source, within_memory(backbone, source, lambda: train_on_photos(backbone, *given))
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -225,7 +242,8 @@ class Rows:
         subject = Subject(latents.to(self.backbone.device).float(), self.config.prompt)
         source = IdentityTable(len(photos), self.lightweight).to(self.backbone.device)
         config, run = self.config, Run(state, name="chunk", quiet=True)
-        train_on_photos(self.backbone, subject, source, self.lightweight.targets, config.levels, config.copies, config.training, run)
+        given = subject, source, self.lightweight.targets, config.levels, config.copies, config.training, run
+        within_memory(self.backbone, source, lambda: train_on_photos(self.backbone, *given))
         return source.tokens.detach().cpu()
 
 
@@ -266,7 +284,11 @@ def personalize(
     groups = [{"params": list(source.parameters()), "eps": 1e-8 / len(subject.latents)}]
     step = (lambda done: on_step(done, source().detach())) if on_step else None
     run = Run(directory, groups=groups, on_step=step, name="fine-tuning", quiet=quiet)
-    report = train_on_photos(backbone, subject, source, carried, levels, config.copies, training, run)
+    given = subject, source, carried, levels, config.copies, training, run
+    if len(subject.latents) > 1:  # where memory is short, fewer people at once are faster than gradient checkpointing
+        report = train_on_photos(backbone, *given)
+    else:
+        report = within_memory(backbone, source, lambda: train_on_photos(backbone, *given))
     return source().detach(), report
 
 

@@ -11,6 +11,7 @@ The denoising loss alone hardly moves. Watch the *identity gain*: the loss with 
 one's own, same noise, same pictures.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,8 +34,10 @@ from ..settings import GenerateConfig, resolve
 from ..trainable_lora import LightweightLora, PredictedLora
 from ..training import Run, TrainingReport, fit
 from ..training_settings import NoiseLevels, TrainHypernetworkConfig
-from .dreambooth import trains_text
+from .dreambooth import trains_text, within_memory
 
+NAME = re.compile(rf"({re.escape(PLACEHOLDER)}|\b{RARE_TOKEN}\b) ?")  # What names the person in a prompt.
+EACH_LAYER = ("hypernetwork.start", "hypernetwork.layers", "hypernetwork.head")  # Weights with a row for each layer.
 HOPELESS = (
     "the identity gain is {identity_gain:.2g} ± {identity_gain_interval:.2g} after {done} of {steps} steps: the hypernetwork tells nobody apart, "
     "and more steps rarely mend that. Look at the pictures (are the faces large and sharp?), take more people, raise --levels.mean or the "
@@ -54,12 +57,12 @@ class HyperNetworkLosses:
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         config, loras = self.config, model(batch["photos"])
-        target = self.drawn_by(self.teacher, batch) if self.teacher else None
+        target = self.drawn_by(self.teacher, batch) if self.teacher else self.preserved(batch) if "named" in batch else None
         self.hooks.set(loras)
         losses = denoising_loss(
             self.backbone, batch["latents"], conditioning_in(batch, "prompt.", self.backbone), batch["noise"], batch["timesteps"], target
         )
-        if target is not None:  # guidance makes early targets as much larger, and they would outweigh who it is
+        if "early" in batch:  # guidance makes early targets as much larger, and they would outweigh who it is
             losses = torch.where(batch["early"], (config.guidance / config.context_guidance) ** 2, 1.0) * losses
         if config.mode == "pro":
             losses = losses + config.penalty * update_norms(loras) / len(loras)
@@ -70,6 +73,19 @@ class HyperNetworkLosses:
         return losses
 
     @torch.no_grad()
+    def preserved(self, batch: dict[str, Tensor]) -> Tensor:
+        """The usual target, (B, C, h, w), but for prompts that name nobody the base's own prediction.
+
+        That is prior preservation (Ruiz et al., arXiv 2208.12242, section 3.2) without its pictures.
+        """
+        backbone = self.backbone
+        self.hooks.set(LoraSet())
+        noisy = backbone.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
+        base = backbone.predict(noisy, batch["timesteps"], conditioning_in(batch, "prompt.", backbone))
+        usual = backbone.target(batch["latents"], batch["noise"], batch["timesteps"])
+        return torch.where(batch["named"].reshape(-1, *[1] * (base.ndim - 1)), usual, base)
+
+    @torch.no_grad()
     def drawn_by(self, teacher: PredictedLora, batch: dict[str, Tensor]) -> Tensor:
         """What an update should predict so that plain guidance draws what the teacher draws with context guidance, (B, C, h, w).
 
@@ -77,7 +93,7 @@ class HyperNetworkLosses:
         T(p) + (c - 1) (base(p) - base()), the prompt's effect on the base, and plain guidance of scale g takes g S(p) - (g - 1) S(); where
         the student's S() without a prompt is the teacher's, both are equal for S(p) = (T(p) + (c - 1) (base(p) - base()) + (g - 1) T()) / g.
         So guidance is distilled, as by Meng et al. (arXiv 2210.03142), into one person's update. Of a prompt that names nobody it is the base's
-        prediction: prior preservation (Ruiz et al., arXiv 2208.12242, section 3.2), without its pictures.
+        prediction, as in `preserved`.
         """
         backbone, loras = self.backbone, teacher(batch["photos"])
         noisy = backbone.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
@@ -134,6 +150,9 @@ def train_hypernetwork(
         texts = ["" if left_out else data.prompts[i] for i, left_out in zip(chosen.tolist(), dropped.tolist(), strict=True)]
         if teacher:  # every second picture's prompt
             texts[::2] = [config.written[i] for i in torch.randint(len(config.written), (len(texts[::2]),), generator=generator).tolist()]
+        if config.prior:
+            nameless = torch.rand(config.batch, generator=generator) < config.prior
+            texts = [NAME.sub("", text) if name_goes else text for text, name_goes in zip(texts, nameless.tolist(), strict=True)]
         levels = config.levels.draw(config.batch, noise)
         latents = data.latents[chosen].to(device).float()
         batch = {
@@ -143,10 +162,10 @@ def train_hypernetwork(
             "noise": torch.randn(latents.shape, generator=noise).to(latents),
             **prompts.inputs(texts, "prompt."),
         }
+        if teacher or config.prior:
+            batch["named"] = torch.tensor([not text or bool(NAME.search(text)) for text in texts]).to(device)
         if teacher:
-            named = torch.tensor([not text or PLACEHOLDER in text or RARE_TOKEN in text for text in texts])
-            batch |= {"early": (levels > 1 - config.context_until).to(device), "named": named.to(device)}
-            batch |= prompts.inputs([""] * len(texts), "empty.")
+            batch |= {"early": (levels > 1 - config.context_until).to(device), **prompts.inputs([""] * len(texts), "empty.")}
         if known is not None:
             names = [data.names[person] for person in data.people[chosen].tolist()]
             rows = torch.stack([known.get(name, empty) for name in names])
@@ -171,7 +190,8 @@ def train_hypernetwork(
 
         here = replace(run or Run(), device=device, groups=[group for group in groups if group["params"]])
         here = replace(here, validate=validate if gain else None, name=f"hypernetwork ({config.mode})")
-        report = fit(HyperNetworkLosses(backbone, config, source.lightweight, hooks, teacher), source, draw, config.training, here)
+        losses = HyperNetworkLosses(backbone, config, source.lightweight, hooks, teacher)
+        report = within_memory(backbone, source, lambda: fit(losses, source, draw, config.training, here))
     return source, report
 
 
@@ -195,11 +215,19 @@ def preview(backbone: Backbone, source: nn.Module, data: IdentityData, count: in
 
 
 def begin_with(source: PredictedLora, start: PredictedLora) -> None:
-    """Copies another hypernetwork's weights. Raises InputError where layers or sizes differ."""
-    mine, theirs = ({*one.lightweight.targets.items(), *((n, t.shape) for n, t in one.state_dict().items())} for one in (source, start))
-    if differing := mine ^ theirs:
-        raise InputError(f"the hypernetwork to start from has other layers or sizes ({min(differing)[0]}): give the same settings.")
-    source.load_state_dict(start.state_dict())
+    """Copies another hypernetwork's weights; layers that it doesn't predict begin as new. Raises InputError where others or sizes differ."""
+    order, state = list(source.lightweight.targets), source.state_dict()
+    known = {path: shape for path, shape in start.lightweight.targets.items() if source.lightweight.targets.get(path) == shape}
+    rows = [order.index(path) for path in known]
+    for name, value in start.state_dict().items():
+        into = state[name][rows] if name in EACH_LAYER and name in state else state.get(name)
+        if len(known) < len(start.lightweight.targets) or into is None or into.shape != value.shape:
+            differing = next((path for path in start.lightweight.targets if path not in known), name)
+            raise InputError(f"the hypernetwork to start from has other layers or sizes ({differing}): give the same settings.")
+        if name in EACH_LAYER:
+            state[name][rows] = value.to(into)
+        else:
+            into.copy_(value)
 
 
 class IdentityGain:

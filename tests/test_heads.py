@@ -18,12 +18,26 @@ from hyperdreambooth.evaluation.judges import Judge
 from worlds.autoencoder import Autoencoder
 from worlds.heads import PLAIN, Context, caption, context, contexts, gates, hair, person, pictures, raster, render, renderer, skin, train
 from worlds.heads.contexts import EXPRESSIONS, EYEWEAR, HEADWEAR, LIGHTS, STYLES
-from worlds.heads.head import SKIN, load
+from worlds.heads.head import EYE, LASH, SKIN, load
 from worlds.heads.people import STYLES_MEN, STYLES_WOMEN
+from worlds.heads.shade import CLOTH, HAIR
+from worlds.heads.wear import headwear
 
 
 def small(one, where: Context) -> np.ndarray:
     return render(one, where, 64).astype(int)
+
+
+def seen(scene, without: int = 255) -> np.ndarray:
+    """The triangle that each of 128 x 128 pixels shows, -1 for none; `without` leaves a material out."""
+    screen = np.empty((len(scene.points), 3), np.float32)
+    lens = np.float32(renderer.DISTANCE), np.float32(renderer.DISTANCE / renderer.SPAN)
+    raster.camera_screen(scene.points, len(screen), *lens, renderer.CENTER, 128, screen)
+    kept = np.flatnonzero(scene.materials != without)  # all that goes lies behind the closed part of the head
+    depth, owner = np.full((128, 128), raster.EMPTY), np.full((128, 128), -1, np.int32)
+    faces = np.ascontiguousarray(scene.triangles[kept])
+    raster.rasterize(screen, faces, len(kept), scene.closed, depth, owner, np.empty((128, 128, 2), np.float32))
+    return np.where(owner < 0, -1, kept[owner])
 
 
 def test_a_picture_depends_on_its_person_and_context_alone():
@@ -133,6 +147,54 @@ def test_hair_stays_out_of_the_face():
         one = replace(person(2), style=style, hair_color=np.array([0.0, 0.6, 0.0]), brow_color=np.zeros(3), scalp_cover=0.9)
         patch = small(one, PLAIN)[open_face]
         assert (patch[..., 1] > patch[..., 0] + 20).mean() < 0.05, style
+
+
+@pytest.mark.parametrize("style", ["long", "long fringe", "wavy", "bob"])
+@pytest.mark.parametrize("yaw", [-50, 50])
+def test_hair_leaves_the_eyes_and_cheeks_of_a_turned_head_free(style, yaw):
+    scene = renderer.build(replace(person(26), style=style), replace(PLAIN, yaw=yaw))
+    head = load()
+    middle = head.mean[head.triangles].mean(1)
+    face = (np.abs(middle[:, 0]) < 5.5) & (np.abs(middle[:, 1] + 0.5) < 5) & (middle[:, 2] > 4)
+    bare, full = seen(scene, HAIR), seen(scene)
+    bare_face = (bare >= 0) & (bare < len(face)) & face[np.clip(bare, 0, len(face) - 1)]
+    assert bare_face.sum() > 500
+    assert (scene.materials[full[bare_face]] == HAIR).mean() < 0.01
+
+
+def test_a_cap_covers_hair():
+    for yaw in (-40, 40):
+        scene = renderer.build(replace(person(26), style="wavy"), replace(PLAIN, headwear="cap", yaw=yaw))
+        bare, full = seen(scene, HAIR)[:50], seen(scene)[:50]
+        cap = (bare >= 0) & (scene.materials[bare] == CLOTH)
+        assert (scene.materials[full[cap]] == HAIR).mean() < 0.02
+
+
+@pytest.mark.parametrize("k", [5, 315])  # an afro, an uneven skull
+def test_heads_stay_inside_their_caps(k):
+    scene = renderer.build(person(k), replace(PLAIN, headwear="cap"))
+    shown = scene.materials[seen(scene)[20:64, 64]]
+    assert shown[0] == CLOTH
+    assert not (shown[np.argmax(shown == SKIN) :] == CLOTH).any()
+
+
+@pytest.mark.parametrize("name", ["beanie", "cap", "top hat", "headscarf"])
+def test_what_is_worn_is_lit_from_outside(name):
+    """Shadows are looked up a little outside a surface, so that normals must point there."""
+    meshes = headwear(person(2), replace(PLAIN, headwear=name), renderer.prepared(person(2))[0])
+    outwards = meshes[0].points - hair.CENTER
+    normals = np.empty_like(outwards)
+    raster.vertex_normals(meshes[0].points, meshes[0].triangles, normals)
+    assert ((normals * outwards).sum(1) >= 0).mean() > 0.9
+
+
+def test_a_closed_eye_is_lid_and_lashes():
+    for k in (14, 25):
+        scene = renderer.build(person(k), replace(PLAIN, expression="wink"))
+        owner = seen(scene)[:, 64:]  # the head's left eye
+        shown = set(scene.materials[owner[owner >= 0]])
+        assert LASH in shown
+        assert EYE not in shown
 
 
 def test_styles_keep_the_picture_and_lose_color():

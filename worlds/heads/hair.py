@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from .head import SKIN, load
-from .locks import COLUMNS, ROWS, grow, ribbons
+from .locks import COLUMNS, ROWS, TILT, grow, ribbons
 from .people import Person
 from .scene import Mesh
 from .shade import HAIR
@@ -32,6 +32,7 @@ class Style:
     end: float = -30.0
     lift: float = 0.2  # how steeply locks leave the scalp, on top
     gravity: float = 0.25
+    back: float = 0.0  # how strongly locks bend to the back
     volume: float = 0.7  # how far above the scalp the outer locks lie
     wave: float = 0.0  # amplitude
     turns: float = 0.0  # radians a cm
@@ -48,11 +49,11 @@ STYLES: dict[str, Style | None] = {
     "receding": Style("crown", 1.5, 1.0, lift=0.3, volume=0.35, width=0.34, cap=0.2),
     "short": Style("crown", 2.4, 1.2, lift=0.5, gravity=0.3, volume=0.7, width=0.36, fringe=1.2),
     "side part": Style("part", 5.5, 1.5, lift=0.32, gravity=0.3, volume=0.9, width=0.42),
-    "quiff": Style("up", 4.2, 1.1, lift=0.75, gravity=0.12, volume=1.0, width=0.42),
-    "pixie": Style("part", 5.5, 2.6, end=0.5, lift=0.3, gravity=0.3, volume=0.8, fringe=4.4, part=3.0, width=0.42),
+    "quiff": Style("up", 5.2, 1.1, lift=0.75, gravity=0.12, back=0.3, volume=1.0, width=0.42),
+    "pixie": Style("part", 5.5, 2.6, end=0.5, lift=0.3, gravity=0.3, volume=0.8, fringe=6.0, part=3.0, width=0.42),
     "bob": Style("part", 18, 13, end=-5.0, lift=0.35, gravity=0.35, volume=1.2, part=1.5, width=0.5),
     "long": Style("part", 32, 28, end=-15.0, lift=0.3, gravity=0.35, volume=1.1, part=0.3, width=0.55),
-    "long fringe": Style("part", 32, 28, end=-13.0, lift=0.3, gravity=0.35, volume=1.1, fringe=4.8, part=0.0, width=0.52),
+    "long fringe": Style("part", 32, 28, end=-13.0, lift=0.3, gravity=0.35, volume=1.1, fringe=6.5, part=0.0, width=0.52),
     "wavy": Style("part", 26, 22, end=-11.0, lift=0.45, gravity=0.3, volume=1.6, wave=0.42, turns=1.0, part=2.2, width=0.55),
     "curly": Style("crown", 8.0, 8.0, end=-6.0, lift=0.9, gravity=0.22, volume=1.9, wave=0.7, turns=2.2, width=0.45),
     "afro": Style("crown", 4.5, 4.2, lift=1.5, gravity=0.0, volume=0.9, wave=0.6, turns=3.2, width=0.5, cap=2.0),
@@ -143,10 +144,13 @@ def flows(style: Style, root: np.ndarray, normal: np.ndarray, top: np.ndarray, g
         fringe = np.round(fringe)
         over = np.stack([-0.14 * x + (-0.7 if style.flow == "part" and style.part > 1 else 0), -0.5 + 0 * x, 1 + 0 * x], 1)
         flow = flow * (1 - fringe[:, None]) + over * fringe[:, None]
-    flow = flow / np.linalg.norm(flow, axis=1, keepdims=True) + g.normal(0, 0.16, root.shape)
+    far = np.linalg.norm(flow, axis=1, keepdims=True)
+    flow = flow / far + g.normal(0, 0.16, root.shape)
     flow -= normal * (flow * normal).sum(1, keepdims=True)
     flow /= np.maximum(np.linalg.norm(flow, axis=1, keepdims=True), 1e-6)
     lift = style.lift * (0.35 + 0.65 * top) * (1 - 0.6 * fringe)
+    lift = lift * smooth(-1, 4, far[:, 0]) if style.flow == "crown" else lift  # at the whorl locks would stand on end
+    lift = lift * smooth(-8, 7, z) * (0.3 + 0.7 * top) if style.flow == "up" else lift  # a quiff stands in front alone
     out = flow + normal * (lift * np.exp(g.normal(0, 0.25, len(root))))[:, None]
     return out / np.linalg.norm(out, axis=1, keepdims=True), fringe
 
@@ -193,11 +197,13 @@ def locks_mesh(
     offset: np.ndarray,
     g: np.random.Generator,
     dark: np.ndarray,
+    hat: float = 99.0,
 ) -> Mesh:
     count = paths.shape[0] * paths.shape[1] * 2
+    rolls = g.normal(0, 0.5, len(paths))[:, None] * np.where(paths[..., 1] > hat + TILT * paths[..., 2], 0.1, 1)
     paths = (paths @ matrix + offset).astype(np.float32)
     points, normals, tangents = (np.empty((count, 3), np.float32) for _ in range(3))
-    ribbons(paths, widths.astype(np.float32), g.normal(0, 0.5, len(paths)).astype(np.float32), CENTER, points, normals, tangents)
+    ribbons(paths, widths.astype(np.float32), rolls.astype(np.float32), CENTER, points, normals, tangents)
     t = np.linspace(0, 1, paths.shape[1])
     tone = np.exp(g.normal(0, 0.16, len(paths)))[:, None] * (0.72 + 0.40 * t)[None]
     colors = (color[None, None] * np.repeat(tone, 2, 1)[..., None]).reshape(-1, 3)
@@ -229,7 +235,7 @@ def tie(style: Style, count: int, g: np.random.Generator) -> np.ndarray:
 
 
 def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
-    """The person's hair on a neutral head (N, 3); above the height `hat` it lies flat, as under a hat."""
+    """The person's hair on a neutral head (N, 3); it lies flat under a hat whose edge is `hat` high above the ears."""
     style = STYLES[person.style]
     if style is None:
         return None
@@ -263,16 +269,20 @@ def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
         length = length * (0.45 + 0.55 * smooth(0, 2.0, inside)) * (0.4 + 0.6 * smooth(2, 6, root[:, 1]))
     if style.flow == "target":
         length = np.minimum(length, np.linalg.norm(root - np.array(style.target), axis=1) * 1.12)
-    end = style.end + g.normal(0, 0.5, len(root)) + 1.5 * smooth(0, 6, root[:, 2])
+    ragged = g.normal(0, 0.5, len(root))
+    end = style.end + ragged + 1.5 * smooth(0, 6, root[:, 2])
+    end = np.where(fringe > 0, np.maximum(end, 7.0 + 0.7 * ragged), end)  # above the brows
     style = replace(style, volume=min(style.volume, 0.4)) if hat < 90 else style
-    clearance = 0.12 + max(style.cap - 0.4, 0) + style.volume * g.random(len(root)) ** 0.8 * (0.45 + 0.55 * top)
+    close = 0.2 if style.sides < 2 else 0.45
+    clearance = style.volume * g.random(len(root)) ** 0.8 * (close + (1 - close) * top) * (1 - 0.5 * fringe)
+    clearance += 0.12 + max(style.cap - 0.4, 0)
     wave = style.wave * (0.7 + 0.6 * person.curl) + (0.22 * person.curl if style.end > -29 else 0.08 * person.curl)
     aside = np.where(root[:, 0] > style.part, 1.0, -1.0) * (fringe < 0.3) if style.flow == "part" else np.sign(root[:, 0]) * (length > 4)
     paths = np.empty((len(root), SEGMENTS + 1 + 4 * (style.wave > 0.4), 3), np.float32)
-    tight = np.float32(style.flow == "target" or style.cap > 1)
+    tight = np.maximum(fringe, style.flow == "target" or style.cap > 1)
     phase = g.random(len(root)) * 2 * np.pi * (1 if style.wave > 0.6 else 0.25)
     from_root = (np.ascontiguousarray(a, np.float32) for a in (root, direction, length, clearance, aside))
-    falling = (np.float32(style.gravity), end.astype(np.float32), tight, np.float32(hat))
+    falling = (np.float32(style.gravity), np.float32(style.back), end.astype(np.float32), tight.astype(np.float32), np.float32(hat))
     waving = (np.float32(wave), np.float32(style.turns or 0.8), phase.astype(np.float32))
     grow(*from_root, *falling, *waving, CENTER, radii(), paths)
     matrix, offset = skull_map(points)
@@ -286,7 +296,7 @@ def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
             np.concatenate([widths, np.full(len(tied), 0.5)]),
             np.concatenate([dark, np.ones(len(tied))]),
         )
-    mesh = locks_mesh(paths, widths, person.hair_color, matrix, offset, g, dark)
+    mesh = locks_mesh(paths, widths, person.hair_color, matrix, offset, g, dark, hat)
     root = paths[:, 0]
     return Locks(mesh, np.full(len(root), -1))
 
@@ -300,10 +310,10 @@ def beard(person: Person, points: np.ndarray) -> Locks | None:
     near = beard_vertices()
     moved = root + points[near] - load().mean[near]
     direction = np.stack([0.05 * root[:, 0], -0.9 + 0 * root[:, 0], 0.15 + 0.30 * smooth(2, 8, root[:, 2])], 1) + g.normal(
-        0, 0.12, root.shape
+        0, 0.07, root.shape
     )
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    length = (0.7 + 1.3 * smooth(-3, -7, root[:, 1]) * g.uniform(0.5, 1.6)) * np.exp(g.normal(0, 0.15, len(root)))
+    length = (0.7 + 1.3 * smooth(-3, -7, root[:, 1]) * g.uniform(0.7, 1.4)) * np.exp(g.normal(0, 0.15, len(root)))
     t = np.linspace(0, 1, 5)[None, :, None]
     outward = np.stack([root[:, 0] / 8, 0 * root[:, 0], root[:, 2] / 10], 1)[:, None]
     paths = moved[:, None] + direction[:, None] * length[:, None, None] * t + outward * 0.25 * np.sqrt(t)

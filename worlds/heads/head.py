@@ -72,6 +72,15 @@ def texel_positions(mean: np.ndarray, triangles: np.ndarray, uv: np.ndarray) -> 
     return np.ascontiguousarray(found[row, column], np.float32)
 
 
+def closing(mean: np.ndarray, kind: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a lid that closes moves besides itself: lashes turn down in front of the fold, and the eyeball, whose cornea would pierce it,
+    draws back.
+    """
+    lash, eye = (np.flatnonzero((kind == which) & (mean[:, 0] * side > 0)) for which in (LASH, EYE))
+    offsets = np.array([[0, 0, 0.22], [0, -0.36, 0.22], [0, 0, -0.25]], np.float32)
+    return np.concatenate([lash, eye]).astype(np.int32), np.repeat(offsets, (len(lash) // 2, len(lash) // 2, len(eye)), axis=0)
+
+
 @lru_cache(maxsize=1)
 def load() -> Head:
     with np.load(Path(__file__).with_name("head.npz"), allow_pickle=False) as data:
@@ -85,6 +94,10 @@ def load() -> Head:
         )
         for k, name in enumerate(arrays["expression_names"])
     }
+    for name, side in (("eyeBlink_L", 1), ("eyeBlink_R", -1)):
+        pairs = zip(expressions[name], closing(mean, arrays["kind"], side), strict=True)
+        vertices, offsets = (np.concatenate(pair) for pair in pairs)
+        expressions[name] = vertices, offsets
     uv = atlas_coordinates(mean)
     skin = triangles[(arrays["kind"][triangles] == SKIN).all(1)]
     return Head(

@@ -8,6 +8,8 @@ from .kernels import kernel
 
 ROWS, COLUMNS = 64, 96
 """Directions in which the head's radius is known: from the feet up, and around."""
+TILT = 0.2
+"""How fast a hat's edge rises towards the front."""
 
 
 @kernel
@@ -26,10 +28,12 @@ def height_of(radius, x, y, z):
 
 
 @kernel
-def grow(root, direction, length, clearance, aside, gravity, end, tight, hat, wave, turns, phase, center, radius, out):
-    """Paths of locks, (K, SEGMENTS + 1, 3), from steps of a quarter cm: they fall, keep their distance to the head, and are cut at `end`.
+def grow(root, direction, length, clearance, aside, gravity, back, end, tight, hat, wave, turns, phase, center, radius, out):
+    """Paths of locks, (K, SEGMENTS + 1, 3), from steps of a quarter cm: they fall and blow `back`, keep their distance to the head, and are
+    cut at `end`.
 
-    Above the height `hat` locks stay close to the head; those with `tight` > 0 never leave the surface by more than their clearance.
+    Under a hat (whose edge is `hat` high above the ears) locks stay close to the head; where `tight` (K,) isn't 0 they never leave the
+    surface by more than their clearance.
     `aside` (K,), -1 or 1, is the side to which a lock leaves the face free; 0 lets it fall over the face.
     """
     path = np.empty((160, 3), np.float32)
@@ -44,23 +48,25 @@ def grow(root, direction, length, clearance, aside, gravity, end, tight, hat, wa
             r = max(np.sqrt(px * px + py * py + pz * pz), 1e-3)
             nx, ny, nz = px / r, py / r, pz / r
             rise = min(s * stride * 0.5, 1)
-            least = height_of(radius, px, py, pz) + clearance[k] * rise
-            most = least + (0.15 if y > hat else 1000 if tight == 0.0 else 0.1)
+            under = y > hat + TILT * z
+            least = height_of(radius, px, py, pz) + (0.1 if under else clearance[k] * rise)
+            most = least + (0.05 if under else 1000 if tight[k] == 0.0 else 0.1)
             if r < least or r > most:
                 target = least if r < least else most
                 x, y, z = center[0] + nx * target, center[1] + ny * target, center[2] + nz * target
                 inward = dx * nx + dy * ny + dz * nz
                 if inward < 0 or r > most:
                     dx, dy, dz = dx - nx * inward, dy - ny * inward, dz - nz * inward
-            if aside[k] != 0.0 and y < 9.5 and z > 2 and x * aside[k] < 6.6:
-                # as a curtain that is drawn aside: the lower the farther
+            if aside[k] != 0.0 and y < 9.5 and z > 2:
+                # as a curtain that is drawn aside and behind the cheek: the lower the farther
                 push = min(9.5 - y, 3) * 0.085
-                x += aside[k] * push
+                if x * aside[k] < 6.6:
+                    x += aside[k] * push
+                    dx += aside[k] * push * 0.6
                 z -= 0.7 * push
-                dx += aside[k] * push * 0.6
                 dz -= 0.5 * push
             a = phase[k] + turns * s * stride
-            bend = wave * rise * (0.1 if y > hat else 1)
+            bend = wave * rise * (0.1 if under else 1)
             path[s, 0] = x + bend * (np.cos(a) * nz + np.sin(a) * nx * 0.6)
             path[s, 1] = y + bend * np.sin(a) * 0.4
             path[s, 2] = z + bend * (-np.cos(a) * nx + np.sin(a) * nz * 0.6)
@@ -68,11 +74,12 @@ def grow(root, direction, length, clearance, aside, gravity, end, tight, hat, wa
             if y < end[k]:
                 break
             dy -= gravity * stride
+            dz -= back * stride if z > center[2] else 0
             scale = 1 / max(np.sqrt(dx * dx + dy * dy + dz * dz), 1e-4)
             dx, dy, dz = dx * scale, dy * scale, dz * scale
             x, y, z = x + dx * stride, y + dy * stride, z + dz * stride
         for j in range(out.shape[1]):
-            at = last * j / (out.shape[1] - 1)
+            at = last * (j / (out.shape[1] - 1)) ** 1.4  # closer at the root, where locks bend
             i = min(int(at), last - 1) if last > 0 else 0
             f = at - i
             for m in range(3):
@@ -81,7 +88,9 @@ def grow(root, direction, length, clearance, aside, gravity, end, tight, hat, wa
 
 @kernel
 def ribbons(paths, widths, rolls, center, points, normals, tangents):
-    """Two vertices for each of a path's points: across the lock, flat on the head, rounded by their normals and narrowing to the tip."""
+    """Two vertices for each of a path's points: across the lock, flat on the head but for `rolls` (K, S), rounded by their normals and
+    narrowing to the tip.
+    """
     count = paths.shape[1]
     for k in range(len(paths)):
         for j in range(count):
@@ -100,7 +109,7 @@ def ribbons(paths, widths, rolls, center, points, normals, tangents):
                 sx, sy, sz = 1, 0, 0
                 length = 1
             sx, sy, sz = sx / length, sy / length, sz / length
-            c, s = np.cos(rolls[k]), np.sin(rolls[k])  # not all lie flat: some are seen from the side too
+            c, s = np.cos(rolls[k, j]), np.sin(rolls[k, j])  # not all lie flat: some are seen from the side too
             sx, sy, sz, nx, ny, nz = c * sx + s * nx, c * sy + s * ny, c * sz + s * nz, c * nx - s * sx, c * ny - s * sy, c * nz - s * sz
             t = j / (count - 1)
             w = widths[k] * (0.75 + 0.5 * t * (1 - t)) * (1 - 0.8 * t**4)

@@ -9,7 +9,7 @@ import numpy as np
 from .contexts import COLORS, Context
 from .hair import CENTER, STYLES, radii, skull_map
 from .head import EYE, SKIN, load
-from .locks import COLUMNS, ROWS
+from .locks import COLUMNS, ROWS, TILT
 from .people import Person, linear
 from .scene import Mesh
 from .shade import CLOTH, GLOSS
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 HAIR_LIES_FLAT = ("beanie", "santa hat", "cap", "straw hat", "top hat", "headscarf")
-HAT_LINE = 6.5
+HAT_LINE = 5.0
 WHITE = linear(np.array([236, 234, 228]))
 
 
@@ -30,13 +30,13 @@ def grid(rows: int, columns: int, wrap: bool) -> np.ndarray:
 
 
 def sheet(points: np.ndarray, color: np.ndarray, wrap: bool = True, material: int = CLOTH) -> Mesh:
-    """A mesh of a grid of points (rows, columns, 3)."""
+    """A mesh of a grid of points (rows, columns, 3): seen from outside, columns run clockwise where rows run outwards or up."""
     rows, columns, _ = points.shape
     return Mesh(points.reshape(-1, 3).astype(np.float32), grid(rows, columns, wrap), material, np.asarray(color, np.float32))
 
 
 def ball(center: np.ndarray, radii_: tuple[float, float, float], color: np.ndarray, material: int = CLOTH) -> Mesh:
-    a, b = np.linspace(0, 2 * np.pi, 16, endpoint=False)[None], np.linspace(-np.pi / 2, np.pi / 2, 9)[:, None]
+    a, b = np.linspace(2 * np.pi, 0, 16, endpoint=False)[None], np.linspace(-np.pi / 2, np.pi / 2, 9)[:, None]
     unit = np.stack([np.cos(b) * np.sin(a), np.sin(b) + 0 * a, np.cos(b) * np.cos(a)], -1)
     return sheet(center + unit * radii_, color, True, material)
 
@@ -49,7 +49,7 @@ def tube(path: np.ndarray, radius: float | np.ndarray, color: np.ndarray, closed
     a = np.cross(ahead, up)
     a /= np.linalg.norm(a, axis=1, keepdims=True)
     b = np.cross(ahead, a)
-    angle = np.linspace(0, 2 * np.pi, 7, endpoint=False)
+    angle = np.linspace(2 * np.pi, 0, 7, endpoint=False)
     around = a[:, None] * np.cos(angle)[None, :, None] + b[:, None] * np.sin(angle)[None, :, None]
     points = path[:, None] + around * np.broadcast_to(np.asarray(radius, float).reshape(-1, 1, 1), (len(path), 1, 1))
     return sheet(np.concatenate([points, points[:1]]) if closed else points, color, True, material)
@@ -72,7 +72,7 @@ def dome(
     """A surface over the skull, (rows, columns, 3), from an edge (elevation by azimuth) to the crown, `out` cm above it by (how far up,
     azimuth).
     """
-    azimuth = np.linspace(-np.pi, np.pi, columns, endpoint=False)[None]
+    azimuth = np.linspace(np.pi, -np.pi, columns, endpoint=False)[None]
     up = np.linspace(0, 1, rows)[:, None]
     elevation = edge(azimuth) + (np.pi / 2 - edge(azimuth)) * up
     direction = np.stack([np.cos(elevation) * np.sin(azimuth), np.sin(elevation) + 0 * azimuth, np.cos(elevation) * np.cos(azimuth)], -1)
@@ -113,12 +113,13 @@ def stiff_hat(context: Context, extra: float, color: np.ndarray) -> list[Mesh]:
     """Cap, straw hat and top hat: a crown with a visor or a brim."""
     if context.headwear == "cap":
         points = dome(brim_edge, lambda up, a: 0.55 + extra + 0.35 * np.sin(np.pi * up))
-        a, t = np.linspace(-0.95, 0.95, 21)[None], np.linspace(0, 1, 6)[:, None]
-        front = dome(brim_edge, lambda up, a: 0.55 + extra + 0 * up * a, 3, 360)[0]
-        base = front[((a[0] / (2 * np.pi) + 0.5) * 360).astype(int)]
-        reach = 6.2 * np.sqrt(np.clip(1 - (a / 1.0) ** 2, 0.02, 1))
-        visor = base[None] + np.stack([0.10 * base[None, :, 0] * t, -2.0 * t * reach / 6 - 0.35 * t * np.abs(a) * 2, reach * t], -1)
-        return [sheet(points, color), sheet(visor, color * 0.8, wrap=False)]
+        along, t = np.linspace(-np.pi / 2, np.pi / 2, 25), np.linspace(0, 1, 5)[:, None]
+        base = dome(brim_edge, lambda up, a: 0.45 + extra + 0 * up * a, 3, 360)[0][(180 - 58 * np.sin(along)).astype(int)]
+        reach, x = 6.8 * np.cos(along)[None], base[None, :, 0]
+        # over 58 degrees to each side, bent as a part of a wide cylinder; of some thickness, so that one sees its edge and, from below, a side in the shade
+        top = base + np.stack([0.08 * x * t, 0.25 - 0.29 * reach * t - 0.014 * x**2 * t, reach * t], -1)
+        visor = np.concatenate([top, (top - [0, 0.35, 0])[::-1]])
+        return [sheet(points, color), sheet(visor, color * 0.7, wrap=False), ball(points[-1].mean(0), (0.7, 0.35, 0.7), color)]
     straw = context.headwear == "straw hat"
     color = linear(np.array([222, 188, 128])) if straw else linear(np.array([34, 32, 36]))
     base = dome(brim_edge, lambda up, a: 0.6 + extra + 0 * up * a, 3)[0]
@@ -140,7 +141,7 @@ def stiff_hat(context: Context, extra: float, color: np.ndarray) -> list[Mesh]:
     brim = np.stack(
         [
             middle + (flat - middle) * [1 + reach * t, 1, 1 + reach * t] + [0, -0.9 * t**2 if straw else 0.5 * t**2, 0]
-            for t in np.linspace(0, 1, 5)
+            for t in np.linspace(1, 0, 5)
         ]
     )
     band = np.stack([middle + (flat - middle) * [1.02, 1, 1.02] + [0, h, 0] for h in (0.05, 1.5)])
@@ -153,19 +154,18 @@ def headscarf(extra: float, color: np.ndarray, neck: float) -> list[Mesh]:
     start = 0.84 - 0.20 * np.sin(angle) + 0.06 * np.cos(2 * angle)
     polar = start + (np.pi - start) * t
     direction = np.stack([np.sin(polar) * np.cos(angle), np.sin(polar) * np.sin(angle), np.cos(polar) + 0 * angle], -1)
-    radius = np.minimum(skull(direction), 12.0) + 0.35 + extra + 0.55 * np.sqrt(t) + 0.08 * np.cos(9 * angle + 7 * t)
+    radius = np.minimum(skull(direction), 12.0)
+    # cloth spans the hollows around ears and jaw
+    spanned = np.mean([np.roll(np.max([np.roll(radius, k, 1) for k in range(-3, 4)], 0), k, 1) for k in range(-3, 4)], 0)
+    radius += (spanned - radius) * np.sqrt(t) + 0.35 + extra * np.minimum(8 * t, 1)
+    radius += 0.9 * np.sin(np.pi * np.minimum(1.2 * t, 1)) ** 2 + 0.12 * np.cos(9 * angle + 9 * t) * np.sqrt(t)  # hair under it, and folds
     around = CENTER + direction * radius[..., None]
-    rows = np.linspace(0, 1, 8)[:, None]
-    a = np.linspace(0, 2 * np.pi, 48, endpoint=False)[None]
-    fold = 0.25 * np.cos(7 * a + 6 * rows)
-    wide = (6.6 + 1.2 * rows + fold) * neck
+    rows = np.linspace(0, 1, 12)[:, None]
+    a = np.linspace(0, 2 * np.pi, 64, endpoint=False)[None]
+    fold = 0.5 * np.sqrt(rows) * np.cos(6 * a + 5 * rows + np.sin(2 * a))
+    wide = (6.4 + 6.5 * rows**1.6 + fold) * neck
     drape = np.stack(
-        [
-            np.sin(a) * wide * 1.1,
-            -6.3 - 7.5 * rows + 0.7 * np.cos(a) - 0.3 * np.sin(3 * a),
-            np.cos(a) * (wide + 0.6) - 0.6 + 1.4 * np.cos(a),
-        ],
-        -1,
+        [np.sin(a) * wide * (1.1 + 0.25 * rows), -3.9 - 9.5 * rows**0.8 - 2.0 * rows * np.cos(a), np.cos(a) * (0.8 * wide + 1.8) - 0.6], -1
     )
     return [sheet(around, color), sheet(drape, color * 0.93)]
 
@@ -176,14 +176,20 @@ def headwear(person: Person, context: Context, points: np.ndarray) -> list[Mesh]
     if name == "none":
         return []
     style = STYLES[person.style]
-    extra = max(style.cap - 0.2, 0.0) if style else 0.0
+    matrix, offset = skull_map(points)
+    upper = (load().kind == SKIN) & (load().mean[:, 1] - TILT * load().mean[:, 2] > HAT_LINE)
+    fitted = load().mean[upper] @ matrix + offset
+    outwards = fitted - fitted.mean(0)
+    outwards /= np.linalg.norm(outwards, axis=1, keepdims=True)
+    # a skull has bumps that the map doesn't know, and a raised scalp
+    extra = max(float(((points[upper] - fitted) * outwards).sum(1).max()) - 0.3, 0.0)
     color = linear(np.array(COLORS[context.headwear_color]))
     if name in ("beanie", "santa hat"):
         meshes = soft_hat(context, extra, linear(np.array(COLORS["red"])) if name == "santa hat" else color)
     elif name == "headscarf":
         meshes = headscarf(extra, color, neck_scale(points))
     elif name == "headband":
-        above = 0.55 + 1.2 * (style.volume if style else 0) + extra
+        above = 0.5 + (style.volume * (0.75 + 0.7 * style.wave) if style else 0) + extra
         meshes = [
             sheet(
                 dome(lambda a: 0.42 + 0.24 * np.cos(a), lambda up, a: above + 0.25 * np.sin(np.pi * np.minimum(up / 0.26, 1)) + 0 * a, 36)[
@@ -197,10 +203,9 @@ def headwear(person: Person, context: Context, points: np.ndarray) -> list[Mesh]
         above = 1.2 + (1.3 * style.volume if style else 0) + extra
         path = np.stack([np.cos(arc) * (9.3 + above * 0.6), 2.0 + np.sin(arc) * (12.2 + above), np.full(25, -0.6)], 1)
         meshes = [tube(path, 0.55, np.array([0.02, 0.02, 0.022]))]
-        meshes += [ball(np.array([9.7 * side, 1.6, -0.6]), (1.3, 3.0, 2.6), color, GLOSS) for side in (-1, 1)]
+        meshes += [ball(np.array([(9.1 + 0.5 * above) * side, 1.6, -0.6]), (1.3, 3.0, 2.6), color, GLOSS) for side in (-1, 1)]
     else:
         meshes = stiff_hat(context, extra, color)
-    matrix, offset = skull_map(points)
     return [Mesh((m.points @ matrix + offset).astype(np.float32), m.triangles, m.material, m.colors) for m in meshes]
 
 
@@ -228,7 +233,7 @@ def eyewear(context: Context, points: np.ndarray) -> list[Mesh]:
             middle = np.add(outline.mean(0), (0, 0, 0.25))
             meshes.append(
                 sheet(
-                    np.stack([outline, (outline + middle) / 2 + [0, 0, 0.1], np.tile(middle, (28, 1))]),
+                    np.stack([np.tile(middle, (28, 1)), (outline + middle) / 2 + [0, 0, 0.1], outline]),
                     np.array([0.018, 0.018, 0.022]),
                     True,
                     GLOSS,
@@ -337,5 +342,5 @@ def dress(person: Person, context: Context, points: np.ndarray) -> tuple[list[Me
 
 
 def hat_line(context: Context) -> float:
-    """The height above which hair lies flat; 99 without a hat."""
+    """The height above the ears from which on hair lies flat; 99 without a hat."""
     return HAT_LINE if context.headwear in HAIR_LIES_FLAT else 99.0

@@ -57,6 +57,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "attn2's to_k and to_v, with prior preservation",
         {"prior": 0.3, "targets": (*shared.TARGETS, *shared.READING)},
     ),
+    "the prompt's layers too, no price": (
+        "the same, and what is shared costs nothing",
+        {"prior": 0.3, "targets": (*shared.TARGETS, *shared.READING), "shared": 0.0},
+    ),
     "the prompt's layers alone": (
         "attn2, with prior preservation",
         {"prior": 0.3, "targets": ("unet.*.attn2.to_q", "unet.*.attn2.to_out.0", *shared.READING)},

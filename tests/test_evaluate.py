@@ -410,6 +410,13 @@ def test_what_is_measured_with_the_same_settings_on_as_many_people_is_kept(tmp_p
     assert out.with_suffix(".md").read_text() == shown
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU counts its memory")
+def test_on_a_gpu_a_methods_peak_memory_is_measured(bench):
+    on_gpu = dataclasses.replace(bench, hdb=HyperDreamBooth.from_pretrained("toon", device="cuda"))
+    timed = comparison.timed(on_gpu, {name: SHORT[name] for name in ("DreamBooth", "no hypernetwork, 25 steps")})
+    assert 40 < timed["no hypernetwork, 25 steps"]["memory"] < timed["DreamBooth"]["memory"] < 10_000
+
+
 def test_two_results_are_compared(tmp_path, capsys):
     files = []
     for name, (low, high) in {"a": (0.1, 0.2), "b": (0.3, 0.4)}.items():

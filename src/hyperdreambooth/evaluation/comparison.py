@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint import read_json
 from ..errors import refusing
 from ..lora import LoraSet
@@ -22,16 +24,21 @@ SCORE = "perceptual_distance"  # What a search minimizes: the distance to the tr
 
 
 def timed(bench: Bench, methods: Mapping[str, Method], rounds: int = 2, steps: int = 5) -> dict[str, dict[str, float]]:
-    """What one person alone costs: seconds of a step (the shortest of the rounds, in which methods take turns), trained numbers, and bytes
-    of a file in half precision."""
+    """What one person alone costs: seconds of a step (the shortest of the rounds, in which methods take turns), trained numbers, bytes of a
+    file in half precision, and on a GPU the peak memory in MB, the base's weights included."""
     found: dict[str, dict[str, float]] = {name: {"step": 0.0, "numbers": 0, "bytes": 0} for name in methods}
+    on_gpu = bench.hdb.device.type == "cuda"
     for turn, (name, method) in itertools.product(range(rounds), methods.items()):
         subject, predicted = bench.people(method, [0])
         ours = found[name]
         if subject is not None:
             made: dict[int, LoraSet | None] = {}
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(bench.hdb.device)
             short = dataclasses.replace(method, steps=steps)
             seconds, ours["numbers"] = train(bench.hdb, short, subject, predicted, (steps,), made.__setitem__)
+            if on_gpu:
+                ours["memory"] = torch.cuda.max_memory_allocated(bench.hdb.device) // 2**20
             ours["step"] = min(seconds, ours["step"]) if turn else seconds
             predicted = made[steps]
         ours["bytes"] = 2 * (sum(t.numel() for lora in (predicted or {}).values() for t in (lora.down, lora.up)) or ours["numbers"])
@@ -66,7 +73,7 @@ def compare(
         bench.make("base", METHODS["base"], range(people))
         rows, curves = dict[str, Any](), dict[str, Any]()
         for name, method in methods.items():
-            step, spent = timings[name]["step"], {key: timings[name][key] for key in ("numbers", "bytes")}
+            step, spent = timings[name]["step"], {key: value for key, value in timings[name].items() if key != "step"}
             points = [
                 {"seconds": round(one["steps"] * step, 2), **spent, **one}
                 for one in bench.points(name, method, people, bench.marks(name, method))

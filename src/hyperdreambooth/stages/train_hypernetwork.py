@@ -32,7 +32,7 @@ from ..pretrained import build
 from ..sampling import generate
 from ..settings import GenerateConfig, resolve
 from ..trainable_lora import LightweightLora, PredictedLora
-from ..training import Run, TrainingReport, fit
+from ..training import Draw, Run, TrainingReport, fit
 from ..training_settings import NoiseLevels, TrainHypernetworkConfig
 from .dreambooth import trains_text, within_memory
 
@@ -140,38 +140,7 @@ def train_hypernetwork(
     teacher = start.to(device).eval().requires_grad_(False) if start is not None and config.context_guidance else None
     prompts = PromptCache(backbone, trains_text=trains_text(targets, backbone))
     known = table if config.mode == "faithful" and table else None
-    empty = torch.zeros(source.lightweight.token_shape)
-
-    def draw(index: int, noise: torch.Generator) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(config.training.seed * 1_000_003 + index)
-        chosen = torch.randint(len(data.people), (config.batch,), generator=generator)
-        photos = data.inputs(data.pair(chosen, generator)).to(device)
-        dropped = torch.rand(config.batch, generator=generator) < config.dropout
-        texts = ["" if left_out else data.prompts[i] for i, left_out in zip(chosen.tolist(), dropped.tolist(), strict=True)]
-        if teacher:  # every second picture's prompt
-            texts[::2] = [config.written[i] for i in torch.randint(len(config.written), (len(texts[::2]),), generator=generator).tolist()]
-        if config.prior:
-            nameless = torch.rand(config.batch, generator=generator) < config.prior
-            texts = [NAME.sub("", text) if name_goes else text for text, name_goes in zip(texts, nameless.tolist(), strict=True)]
-        levels = config.levels.draw(config.batch, noise)
-        latents = data.latents[chosen].to(device).float()
-        batch = {
-            "latents": latents,
-            "photos": photos,
-            "timesteps": backbone.steps_for(levels),
-            "noise": torch.randn(latents.shape, generator=noise).to(latents),
-            **prompts.inputs(texts, "prompt."),
-        }
-        if teacher or config.prior:
-            batch["named"] = torch.tensor([not text or bool(NAME.search(text)) for text in texts]).to(device)
-        if teacher:
-            batch |= {"early": (levels > 1 - config.context_until).to(device), **prompts.inputs([""] * len(texts), "empty.")}
-        if known is not None:
-            names = [data.names[person] for person in data.people[chosen].tolist()]
-            rows = torch.stack([known.get(name, empty) for name in names])
-            batch |= {"rows": rows.to(device), "has_row": torch.tensor([name in known for name in names]).to(device)}
-        return batch
-
+    draw = draw_people(backbone, data, config, prompts, known, source.lightweight.token_shape)
     gain = IdentityGain(backbone, validation, config.levels, prompts) if validation else None
     scales = {source.hypernetwork: 1.0, source.lightweight: config.aux_scale, source.encoder: config.encoder_scale}
     groups: list[dict[str, Any]] = [
@@ -193,6 +162,55 @@ def train_hypernetwork(
         losses = HyperNetworkLosses(backbone, config, source.lightweight, hooks, teacher)
         report = within_memory(backbone, source, lambda: fit(losses, source, draw, config.training, here))
     return source, report
+
+
+def draw_people(
+    backbone: Backbone,
+    data: IdentityData,
+    config: TrainHypernetworkConfig,
+    prompts: PromptCache,
+    table: Mapping[str, Tensor] | None,
+    row: tuple[int, int],
+) -> Draw:
+    """Batches of `HyperNetworkLosses`: pictures, noise and levels, each with a photo of the same person to be predicted from.
+
+    Args:
+        table: people's pre-optimized tokens, of the shape `row`; None where no weight loss is asked for.
+    """
+    device, empty = backbone.device, torch.zeros(row)
+    guided = bool(config.context_guidance)
+
+    def draw(index: int, noise: torch.Generator) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(config.training.seed * 1_000_003 + index)
+        chosen = torch.randint(len(data.people), (config.batch,), generator=generator)
+        photos = data.inputs(data.pair(chosen, generator)).to(device)
+        dropped = torch.rand(config.batch, generator=generator) < config.dropout
+        texts = ["" if left_out else data.prompts[i] for i, left_out in zip(chosen.tolist(), dropped.tolist(), strict=True)]
+        if guided:  # every second picture's prompt
+            texts[::2] = [config.written[i] for i in torch.randint(len(config.written), (len(texts[::2]),), generator=generator).tolist()]
+        if config.prior:
+            nameless = torch.rand(config.batch, generator=generator) < config.prior
+            texts = [NAME.sub("", text) if name_goes else text for text, name_goes in zip(texts, nameless.tolist(), strict=True)]
+        levels = config.levels.draw(config.batch, noise)
+        latents = data.latents[chosen].to(device).float()
+        batch = {
+            "latents": latents,
+            "photos": photos,
+            "timesteps": backbone.steps_for(levels),
+            "noise": torch.randn(latents.shape, generator=noise).to(latents),
+            **prompts.inputs(texts, "prompt."),
+        }
+        if guided or config.prior:
+            batch["named"] = torch.tensor([not text or bool(NAME.search(text)) for text in texts]).to(device)
+        if guided:
+            batch |= {"early": (levels > 1 - config.context_until).to(device), **prompts.inputs([""] * len(texts), "empty.")}
+        if table is not None:
+            names = [data.names[person] for person in data.people[chosen].tolist()]
+            rows = torch.stack([table.get(name, empty) for name in names])
+            batch |= {"rows": rows.to(device), "has_row": torch.tensor([name in table for name in names]).to(device)}
+        return batch
+
+    return draw
 
 
 def check_gain(found: Mapping[str, float], done: int, config: TrainHypernetworkConfig) -> None:

@@ -287,7 +287,7 @@ def test_figures_are_of_the_people_that_are_done_among_all_in_the_gallery(bench)
     assert found["rank1"][0] == pytest.approx((metrics.ranks(embedded, gallery) == 0).float().mean().item(), abs=1e-4)
 
 
-def test_a_search_finds_the_settings_with_the_least_distance(bench, tmp_path):
+def test_a_search_finds_the_settings_with_the_least_distance(bench, tmp_path, capsys):
     few = dataclasses.replace(bench, extras=False)
     method = Method("lora", 3, 1.0, rates=(1e-6, 1e-2))
     found = comparison.search(few, method, "DreamBooth-LoRA 4", 2)
@@ -300,6 +300,12 @@ def test_a_search_finds_the_settings_with_the_least_distance(bench, tmp_path):
     for name, steps in (("DreamBooth", 7), ("no hypernetwork, 25 steps", 7), ("no hypernetwork, 40 steps", 40), ("DreamBooth-LoRA 4", 60)):
         assert (changed[name].rate, changed[name].levels, changed[name].steps) == (0.5, "high", steps)
     assert changed["textual inversion"] == METHODS["textual inversion"]
+    own = {"DreamBooth-LoRA 4": {"best": {**best, "rate": 0.25, "steps": 9}}, "DreamBoth": {"best": best}}
+    write_json(file, {"search": {"no hypernetwork, 25 steps": {"best": best}, **own}})
+    changed = comparison.with_settings(METHODS, file)
+    assert (changed["DreamBooth-LoRA 4"].rate, changed["DreamBooth-LoRA 4"].steps) == (0.25, 9), "its own entry goes first"
+    assert (changed["DreamBooth-LoRA 16"].rate, changed["DreamBooth-LoRA 16"].steps) == (0.5, 60)
+    assert "'DreamBoth' is left out" in capsys.readouterr().err
     for best, said in (
         ({"levels": "low"}, "levels must be one of uniform, high, not 'low'"),
         ({"rate": -1}, "rate must lie in 0.0 to 10.0"),

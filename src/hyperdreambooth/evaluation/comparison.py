@@ -104,10 +104,16 @@ def search(bench: Bench, method: Method, name: str, people: int) -> dict[str, An
 
 
 def with_settings(methods: Mapping[str, Method], file: Path) -> dict[str, Method]:
-    """The methods with what a search found best for them, or for the method that they are `like`. Raises InputError for a wrong value."""
+    """The methods with what a search found best for them; those without an entry take the rate and levels of the method that they are `like`.
+
+    Raises InputError for a wrong value. Entries of no method are named and left out.
+    """
     with refusing(f"{file} isn't what `evaluate --search` writes", AttributeError, KeyError, TypeError, ValueError):
         found, changed = {name: dict(one.get("best", {})) for name, one in read_json(file)["search"].items()}, {}
+    if unknown := [name for name in found if name not in METHODS]:
+        say(f"{file}: {' and '.join(map(repr, unknown))} is left out: there is no such method.")
     for name, method in methods.items():
-        best, taken = found.get(method.like or name, {}), {"rate", "levels", *(() if method.like else ("steps",))}
-        changed[name] = updated(method, {key: best[key] for key in taken & best.keys()}, f"{file}: {method.like or name}")
+        source = name if name in found or not method.like else method.like
+        best, taken = found.get(source, {}), {"rate", "levels", *(("steps",) if source == name else ())}
+        changed[name] = updated(method, {key: best[key] for key in taken & best.keys()}, f"{file}: {source}")
     return changed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,46 +79,21 @@ def plain() -> str:
     lines = ["| prompt | right: base | prediction | + 25 steps | found among 100, + 25 steps |", "|---|---|---|---|---|"]
     for prompt in rows["base"]:
         cells = [rows[name][prompt]["right"] for name in ("base", "prediction", "finetuned")] + [rows["finetuned"][prompt]["rank1"]]
-        lines.append(f"| {prompt} | {' | '.join(map(share, cells))} |")
+        lines.append(
+            f"| {prompt} | " + " | ".join(f"{100 * mean:.0f} % ({100 * low:.0f}-{100 * high:.0f})" for mean, low, high in cells) + " |"
+        )
     return "\n".join(lines)
-
-
-def spread(figure: Sequence[float]) -> str:
-    """A mean with its interval."""
-    mean, low, high = figure
-    return f"{mean:.3f} ({low:.3f}-{high:.3f})"
-
-
-def share(figure: Sequence[float]) -> str:
-    """The same in per cent."""
-    mean, low, high = figure
-    return f"{100 * mean:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def ablations() -> str:
     """One thing changed at a time, at one short budget."""
     rows = measured("ablations")["rows"]
-    lines = [
-        "| variant | what differs | identity gain | rank-1 | similarity | perceptual distance | leakage |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| variant | what differs | identity gain | rank-1 | similarity | perceptual distance |", "|---|---|---|---|---|---|"]
     for name, row in rows.items():
-        figures = [share(row["rank1"]), *(spread(row[name]) for name in ("similarity", "perceptual_distance", "leakage"))]
-        lines.append(f"| {name} | {row['changes']} | {row['identity_gain']:.3f} ± {row['interval']:.3f} | {' | '.join(figures)} |")
-    return "\n".join(lines)
-
-
-def photos_and_steps() -> str:
-    """One photo or three, by steps of fine-tuning."""
-    rows = measured("photos-and-steps")["rows"]
-    lines = [
-        "| photos, steps | rank-1 | in the crowd | similarity | context, seen | held out | perceptual distance | copies |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        figures = [share(row["rank1"]), share(row["rank1_crowd"]), spread(row["similarity"]), share(row["context_seen"])]
-        figures += [share(row["context_held_out"]), spread(row["perceptual_distance"]), share(row["copied"])]
-        lines.append(f"| {name} | {' | '.join(figures)} |")
+        figures = [f"{mean:.3f} ({low:.3f}-{high:.3f})" for mean, low, high in (row["similarity"], row["perceptual_distance"])]
+        mean, low, high = row["rank1"]
+        rank = f"{100 * mean:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+        lines.append(f"| {name} | {row['changes']} | {row['identity_gain']:.3f} ± {row['interval']:.3f} | {rank} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
@@ -228,7 +202,7 @@ def scaling() -> str:
 
 TABLES = {
     "README.md": (short,),
-    "docs/fidelity.md": (fidelity, plain, ablations, photos_and_steps),
+    "docs/fidelity.md": (fidelity, plain, ablations),
     "docs/speed.md": (speed, growth, gpu),
     "docs/evaluation.md": (baselines, comparison, searched),
     "docs/scale.md": (scaling,),

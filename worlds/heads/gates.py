@@ -141,22 +141,31 @@ def reconstruction(count: int, size: int = 128) -> dict[str, Any]:
     return {"pictures": count, "size": size, "PSNR of principal components": linear_reconstruction(pictures, max(count // 8 // 4 * 4, 4))}
 
 
-def autoencoder(count: int) -> dict[str, Any]:
-    """What the autoencoder keeps: PSNR (dB) of the queries, and dlib's figures on what it makes of them."""
+def autoencoder(count: int, sheet: Path | None = None) -> dict[str, Any]:
+    """What the autoencoder keeps: PSNR (dB) of the queries, and dlib's figures on what it makes of them.
+
+    Args:
+        sheet: a picture file that shows a few people's queries, each another one, and what is made of them.
+    """
     import torch
 
     from ..pixels import to_pixels, to_tensor
+    from .sheet import tiled
     from .train import Heads
 
-    vae, errors = Heads().trained_autoencoder(), []
+    vae, errors, pairs = Heads().trained_autoencoder(), [], []
 
     @torch.no_grad()
     def through(picture: np.ndarray) -> np.ndarray:
         rebuilt = to_pixels(vae.decode(vae.encode(to_tensor(picture[None])).latent_dist.mode()).sample)[0]
         errors.append(np.square((rebuilt.astype(np.float64) - picture) / 255).mean())
+        pairs.append((picture, rebuilt))
         return rebuilt
 
     figures = ceiling(count, through=through)
+    if sheet:
+        shown = [pairs[k * len(QUERIES) + j] for k, j in enumerate((5, 4, 1, 6, 3))]
+        tiled([picture for row in zip(*shown, strict=True) for picture in row], len(shown)).save(sheet)
     return {"PSNR": float((-10 * np.log10(errors)).mean()), "PSNR of the mean error": float(-10 * np.log10(np.mean(errors))), **figures}
 
 
@@ -174,11 +183,12 @@ def main() -> None:
     parser.add_argument("gate", choices=["ceiling", "reconstruction", "autoencoder"])
     parser.add_argument("--people", type=int, default=200, help="for the ceiling and the autoencoder")
     parser.add_argument("--pictures", type=int, default=4000, help="for the reconstruction")
+    parser.add_argument("--sheet", type=Path, help="for the autoencoder: a picture of what goes in and what comes out")
     options = parser.parse_args()
     gates = {
         "ceiling": lambda: ceiling(options.people),
         "reconstruction": lambda: reconstruction(options.pictures),
-        "autoencoder": lambda: autoencoder(options.people),
+        "autoencoder": lambda: autoencoder(options.people, options.sheet),
     }
     figures = gates[options.gate]()
     write(options.gate, figures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -230,7 +231,13 @@ def test_a_denoiser_alone_takes_the_rest_from_parts(family, small, tmp_path):
         load_backbone(rest)
 
 
-def test_sd3_opens_with_the_text_encoders_that_it_has(tmp_path):
+@pytest.fixture
+def offline(monkeypatch):
+    """The hub can't be reached, which is found out at once instead of after its retries."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_sd3_opens_with_the_text_encoders_that_it_has(tmp_path, offline):
     tokenizer, _ = families.t5()
     tokenizer.save_pretrained(tmp_path / "t5")
     shapes = {**checkpoints.sd3(dual=1, normed=True), **checkpoints.vae("sd3"), **checkpoints.t5()}
@@ -246,7 +253,7 @@ def test_sd3_opens_with_the_text_encoders_that_it_has(tmp_path):
         load_backbone(path)
 
 
-def test_flux_alone_with_parts(tmp_path):
+def test_flux_alone_with_parts(tmp_path, offline):
     tokenizer, _ = families.t5()
     tokenizer.save_pretrained(tmp_path / "t5")
     path = checkpoints.zeros(tmp_path / "flux.sft", checkpoints.flux(prefix=""), "F8_E4M3")

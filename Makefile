@@ -20,7 +20,7 @@ app: $(VENV)/installed-app
 
 test: $(VENV)/installed-dev
 	@echo "== running the tests: about a quarter of an hour on two cores"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # the page in a real browser, some minutes; needs Chromium (Debian: apt-get install chromium; elsewhere CHROMIUM=path/to/it)
 test-app: $(VENV)/installed-dev $(VENV)/installed-app-tests

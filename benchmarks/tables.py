@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,10 @@ def short() -> str:
     return "\n".join(lines)
 
 
-def compared(file: str) -> str:
-    results = measured(file)
-    names = ("rank1", "rank1_crowd", "auc", "similarity", "context", "perceptual_distance", "leakage", "prior_drift", "diversity")
-    return markdown_table(results["rows"], (*names, "steps", "seconds", "numbers"))
-
-
-def comparison() -> str:
-    return compared("comparison")
-
-
 def baselines() -> str:
-    """Fewer methods, more people."""
-    return compared("baselines")
+    """Methods side by side."""
+    names = ("rank1", "rank1_crowd", "auc", "similarity", "context", "perceptual_distance", "leakage", "prior_drift", "diversity")
+    return markdown_table(measured("baselines")["rows"], (*names, "people", "steps", "seconds", "numbers"))
 
 
 def searched() -> str:
@@ -79,22 +71,55 @@ def plain() -> str:
     lines = ["| prompt | right: base | prediction | + 25 steps | found among 100, + 25 steps |", "|---|---|---|---|---|"]
     for prompt in rows["base"]:
         cells = [rows[name][prompt]["right"] for name in ("base", "prediction", "finetuned")] + [rows["finetuned"][prompt]["rank1"]]
-        lines.append(
-            f"| {prompt} | " + " | ".join(f"{100 * mean:.0f} % ({100 * low:.0f}-{100 * high:.0f})" for mean, low, high in cells) + " |"
-        )
+        lines.append(f"| {prompt} | {' | '.join(map(share, cells))} |")
     return "\n".join(lines)
+
+
+def spread(figure: Sequence[float]) -> str:
+    """A mean with its interval."""
+    mean, low, high = figure
+    return f"{mean:.3f} ({low:.3f}-{high:.3f})"
+
+
+def share(figure: Sequence[float]) -> str:
+    """The same in per cent."""
+    mean, low, high = figure
+    return f"{100 * mean:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def ablations() -> str:
     """One thing changed at a time, at one short budget."""
     rows = measured("ablations")["rows"]
-    lines = ["| variant | what differs | identity gain | rank-1 | similarity | perceptual distance |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| variant | what differs | identity gain | rank-1 | similarity | perceptual distance | leakage |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
-        figures = [f"{mean:.3f} ({low:.3f}-{high:.3f})" for mean, low, high in (row["similarity"], row["perceptual_distance"])]
-        mean, low, high = row["rank1"]
-        rank = f"{100 * mean:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
-        lines.append(f"| {name} | {row['changes']} | {row['identity_gain']:.3f} ± {row['interval']:.3f} | {rank} | {' | '.join(figures)} |")
+        figures = [share(row["rank1"]), *(spread(row[name]) for name in ("similarity", "perceptual_distance", "leakage"))]
+        lines.append(f"| {name} | {row['changes']} | {row['identity_gain']:.3f} ± {row['interval']:.3f} | {' | '.join(figures)} |")
     return "\n".join(lines)
+
+
+def photos_and_steps() -> str:
+    """One photo or three, by steps of fine-tuning."""
+    rows = measured("photos-and-steps")["rows"]
+    lines = [
+        "| photos, steps | rank-1 | in the crowd | similarity | context, seen | held out | perceptual distance | copies |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        figures = [share(row["rank1"]), share(row["rank1_crowd"]), spread(row["similarity"]), share(row["context_seen"])]
+        figures += [share(row["context_held_out"]), spread(row["perceptual_distance"]), share(row["copied"])]
+        lines.append(f"| {name} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def leakage() -> str:
+    """How near pictures of others come to a person whose LoRA is loaded."""
+    rows = measured("leakage")["rows"]
+    prompts = list(next(iter(rows.values())))
+    lines = [f"| leakage of | {' | '.join(prompts[:-1])} | similarity of {prompts[-1]} |", "|---" * (len(prompts) + 1) + "|"]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(map(spread, row.values()))} |" for name, row in rows.items())])
 
 
 def speed() -> str:
@@ -202,9 +227,9 @@ def scaling() -> str:
 
 TABLES = {
     "README.md": (short,),
-    "docs/fidelity.md": (fidelity, plain, ablations),
+    "docs/fidelity.md": (fidelity, plain, ablations, photos_and_steps),
     "docs/speed.md": (speed, growth, gpu),
-    "docs/evaluation.md": (baselines, comparison, searched),
+    "docs/evaluation.md": (baselines, searched, leakage),
     "docs/scale.md": (scaling,),
 }
 

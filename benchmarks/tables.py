@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hyperdreambooth.checkpoint import read_json
-from hyperdreambooth.evaluation.command import markdown_table
+from hyperdreambooth.evaluation.command import cell, markdown_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,20 +70,10 @@ def plain() -> str:
     lines = ["| prompt | right: base | prediction | + 25 steps | found among 100, + 25 steps |", "|---|---|---|---|---|"]
     for prompt in rows["base"]:
         cells = [rows[name][prompt]["right"] for name in ("base", "prediction", "finetuned")] + [rows["finetuned"][prompt]["rank1"]]
-        lines.append(f"| {prompt} | {' | '.join(map(share, cells))} |")
+        lines.append(
+            f"| {prompt} | " + " | ".join(f"{100 * mean:.0f} % ({100 * low:.0f}-{100 * high:.0f})" for mean, low, high in cells) + " |"
+        )
     return "\n".join(lines)
-
-
-def spread(figure: Sequence[float]) -> str:
-    """A mean with its interval."""
-    mean, low, high = figure
-    return f"{mean:.3f} ({low:.3f}-{high:.3f})"
-
-
-def share(figure: Sequence[float]) -> str:
-    """The same in per cent."""
-    mean, low, high = figure
-    return f"{100 * mean:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def ablations() -> str:
@@ -95,23 +84,15 @@ def ablations() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        figures = [share(row["rank1"]), *(spread(row[name]) for name in ("similarity", "perceptual_distance", "leakage"))]
-        lines.append(f"| {name} | {row['changes']} | {row['identity_gain']:.3f} ± {row['interval']:.3f} | {' | '.join(figures)} |")
+        cells = " | ".join(cell(row[figure], figure) for figure in ("rank1", "similarity", "perceptual_distance", "leakage"))
+        lines.append(f"| {name} | {row['changes']} | {row['identity_gain']:.3f} ± {row['interval']:.3f} | {cells} |")
     return "\n".join(lines)
 
 
 def photos_and_steps() -> str:
     """One photo or three, by steps of fine-tuning."""
-    rows = measured("photos-and-steps")["rows"]
-    lines = [
-        "| photos, steps | rank-1 | in the crowd | similarity | context, seen | held out | perceptual distance | copies |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        figures = [share(row["rank1"]), share(row["rank1_crowd"]), spread(row["similarity"]), share(row["context_seen"])]
-        figures += [share(row["context_held_out"]), spread(row["perceptual_distance"]), share(row["copied"])]
-        lines.append(f"| {name} | {' | '.join(figures)} |")
-    return "\n".join(lines)
+    figures = ("rank1", "rank1_crowd", "similarity", "context_seen", "context_held_out", "perceptual_distance", "copied")
+    return markdown_table(measured("photos-and-steps")["rows"], figures)
 
 
 def leakage() -> str:
@@ -119,7 +100,9 @@ def leakage() -> str:
     rows = measured("leakage")["rows"]
     prompts = list(next(iter(rows.values())))
     lines = [f"| leakage of | {' | '.join(prompts[:-1])} | similarity of {prompts[-1]} |", "|---" * (len(prompts) + 1) + "|"]
-    return "\n".join([*lines, *(f"| {name} | {' | '.join(map(spread, row.values()))} |" for name, row in rows.items())])
+    return "\n".join(
+        [*lines, *(f"| {name} | {' | '.join(cell(figure, prompt) for prompt, figure in row.items())} |" for name, row in rows.items())]
+    )
 
 
 def speed() -> str:

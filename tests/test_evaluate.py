@@ -280,7 +280,11 @@ def test_the_comparison_measures_everything_and_goes_on(bench, monkeypatch):
 
 def test_figures_are_of_the_people_that_are_done_among_all_in_the_gallery(bench):
     found = figures(bench, "true render", METHODS["true render"], 2)
-    assert found == bench.judged(bench.atlas.truths[:2, :, None])
+    truths = bench.atlas.truths[:2, :, None]
+    assert found == bench.judged(truths)
+    with_nobody = torch.cat([truths, truths, truths], 1)
+    assert bench.judged(with_nobody, truths)["leakage"] == [0.0, 0.0, 0.0]
+    assert bench.judged(with_nobody, -truths)["leakage"] != [0.0, 0.0, 0.0]
     recogniser = bench.judges.eyes[""]
     embedded = recogniser.embed(bench.atlas.truths[:2].flatten(0, 1)).unflatten(0, (2, 2))
     gallery = recogniser.embed(bench.atlas.gallery)

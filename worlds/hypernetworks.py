@@ -24,7 +24,7 @@ from .pixels import Pictures, to_tensor
 
 TARGETS = tuple(f"unet.*.{layer}" for layer in ("attn1.to_?", "attn?.to_q", "attn?.to_out.0", "ff.net.0.proj", "ff.net.2"))
 """Not attn2's to_k and to_v, which read the prompt: with them the LoRA pulls contexts that it never saw towards those it did."""
-READING = ("unet.*.attn2.to_k", "unet.*.attn2.to_v")
+READING = ("unet.*.attn2.to_k", "unet.*.attn2.to_v")  # What reads the prompt.
 TOKENS = LightweightConfig(rank=4, down_dim=64, up_dim=32)
 FAITHFUL_TOKENS = LightweightConfig(rank=1, down_dim=64, up_dim=32)
 DECODER = HyperNetworkConfig(dim=128, blocks=3, heads=4, passes=2)

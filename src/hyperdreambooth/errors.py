@@ -15,7 +15,7 @@ def unexpected(error: BaseException) -> str:
     """A sentence about an error that nobody foresaw: what kind it is, its last line, and what to do."""
     kind, lines = type(error).__name__, [line.strip() for line in str(error).splitlines() if line.strip()]
     if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return "memory is short. Close other programs, or try fewer --copies or a smaller --batch."
+        return "memory is short. Close other programs, or try --gradient-checkpointing, fewer --copies or a smaller --batch."
     said = f": {lines[-1][:300].rstrip('.')}" if lines else ""
     return f"that went wrong in a way that isn't foreseen ({kind}{said}). Please report it, with the command, to the project."
 

@@ -153,19 +153,20 @@ def autoencoder(count: int, sheet: Path | None = None) -> dict[str, Any]:
     from .sheet import tiled
     from .train import Heads
 
-    vae, errors, pairs = Heads().trained_autoencoder(), [], []
+    vae, pairs = Heads().trained_autoencoder(), []
 
     @torch.no_grad()
     def through(picture: np.ndarray) -> np.ndarray:
         rebuilt = to_pixels(vae.decode(vae.encode(to_tensor(picture[None])).latent_dist.mode()).sample)[0]
-        errors.append(np.square((rebuilt.astype(np.float64) - picture) / 255).mean())
         pairs.append((picture, rebuilt))
         return rebuilt
 
     figures = ceiling(count, through=through)
     if sheet:
-        shown = [pairs[k * len(QUERIES) + j] for k, j in enumerate((5, 4, 1, 6, 3))]
+        kinds = ("hat", "night", "surprise", "glasses", "sun")[:count]
+        shown = [pairs[k * len(QUERIES) + list(QUERIES).index(kind)] for k, kind in enumerate(kinds)]
         tiled([picture for row in zip(*shown, strict=True) for picture in row], len(shown)).save(sheet)
+    errors = [np.square((rebuilt.astype(np.float64) - picture) / 255).mean() for picture, rebuilt in pairs]
     return {"PSNR": float((-10 * np.log10(errors)).mean()), "PSNR of the mean error": float(-10 * np.log10(np.mean(errors))), **figures}
 
 

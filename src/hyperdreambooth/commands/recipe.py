@@ -185,7 +185,7 @@ def measured(args: Recipe) -> dict[str, float]:
                 training = dataclasses.replace(config, training=dataclasses.replace(config.training, **short))
                 source, report = train_hypernetwork(hdb.backbone, encoder, data, training, table=rows)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise InputError("a batch doesn't fit: lower --batch and --table.chunk.") from error
+            raise InputError("a batch doesn't fit: lower --batch and --table.chunk, or give --gradient-checkpointing.") from error
     replay.forget()  # a recorded step would keep this base on the card beside the next stage's
     encoded = (data.latents.nbytes + data.features.nbytes) / len(data.people)
     state = 16 * sum(p.numel() for p in source.parameters() if p.requires_grad)  # weights, their average, and two moments

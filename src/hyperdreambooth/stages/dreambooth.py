@@ -138,13 +138,17 @@ def train_on_photos(
 
 
 def within_memory(backbone: Backbone, model: nn.Module, train: Callable[[], TrainingReport]) -> TrainingReport:
-    """Trains `model`; where the device's memory is short, anew or from its checkpoint with gradient checkpointing, to the same weights."""
+    """Trains `model`; where the device's memory is short, anew or from its checkpoint with gradient checkpointing, to the same weights.
+
+    Under a launcher it raises torch.OutOfMemoryError: the other processes would wait for one that starts over.
+    """
     before = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     denoiser = backbone.denoiser
     try:
         return train()
     except torch.OutOfMemoryError:
-        if denoiser.is_gradient_checkpointing or not denoiser._supports_gradient_checkpointing:
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        if not alone or denoiser.is_gradient_checkpointing or not denoiser._supports_gradient_checkpointing:
             raise
     say("memory is short: activations are computed again in the backward pass, as with --gradient-checkpointing, which is slower.")
     denoiser.enable_gradient_checkpointing()

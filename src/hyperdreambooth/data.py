@@ -40,7 +40,7 @@ class PromptCache:
         self.chunks: dict[str, int] = {}
         if trains_text:
             backbone.device_memory = "high"
-            backbone.place_texts(backbone.device)
+            backbone.move_text_encoders(backbone.device)
 
     def inputs(self, prompts: Sequence[str], prefix: str) -> Conditioning:
         """What `conditioning_in` takes out of a batch again, by names that begin with `prefix`."""

@@ -1,7 +1,7 @@
 """Published architectures by name, without weights: to count their layers, and to load checkpoints into them.
 
-Sizes (assets/bases.json) as in the configs that were published with the weights: CompVis and Runway (SD 1.x), Stability AI (SD 2.1,
-SDXL 1.0, SD 3 medium, SD 3.5 medium and large), Black Forest Labs (Flux.1). SD 2.x reads all but the last layer of OpenCLIP ViT-H/14.
+The sizes in assets/bases.json are those of the configs published with the weights by CompVis and Runway (SD 1.x), Stability AI (SD 2.1,
+SDXL 1.0, SD 3 medium, SD 3.5 medium and large), and Black Forest Labs (Flux.1). SD 2.x uses all but the last layer of OpenCLIP ViT-H/14.
 """
 
 import json
@@ -29,29 +29,34 @@ PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Family (`Backbone.family`) -> preset -> glob patterns of the layers that carry a LoRA.
 
-"paper" is the choice of Ruiz et al., supplement; "attention+ff" is the default. In SD 3 and Flux the text has projections of its own in
-every joint block (`add_*`, `ff_context`), and a single block of Flux has one output layer for both (`proj_out`).
+"paper" is the choice of Ruiz et al., supplement; "attention+ff" is the default. In SD 3 and Flux the text tokens have projections of their
+own in every joint block (`add_*`, `ff_context`); a single-stream block of Flux has one output layer for attention and feed-forward
+together (`proj_out`).
 """
 FAMILIES: dict[str, str] = {name: base["family"] for name, base in BASES["architectures"].items()}  # Name -> `Backbone.family`.
 
 
 def sd3_transformer(layers: int, positions: int, *, normed: bool, dual: int = 0) -> SD3Transformer2DModel:
-    """Stable Diffusion 3's denoiser: as many heads of 64 as blocks; `positions`: rows of its table of patch positions.
+    """Stable Diffusion 3's denoiser, which has as many attention heads (of 64 dimensions) as blocks.
 
-    `normed`: whether queries and keys are normalized; `dual`: blocks, from the first, with a second attention of the picture alone.
+    Args:
+        layers: the number of blocks.
+        positions: height and width, in patches, of its table of position embeddings.
+        normed: whether queries and keys are normalized.
+        dual: how many blocks, from the first on, have a second attention among the image tokens alone.
     """
     sizes = {"num_layers": layers, "num_attention_heads": layers, "caption_projection_dim": 64 * layers, "pos_embed_max_size": positions}
     return SD3Transformer2DModel(**sizes, qk_norm="rms_norm" if normed else None, dual_attention_layers=tuple(range(dual)))
 
 
 def clip_tower(name: str, family: str) -> nn.Module:
-    """A text tower of CLIP: "clip_l" (ViT-L/14), "clip_h" (OpenCLIP ViT-H/14) or "clip_g" (ViT-bigG/14), as the family reads it."""
+    """A CLIP text encoder as the family uses it: "clip_l" (ViT-L/14), "clip_h" (OpenCLIP ViT-H/14) or "clip_g" (ViT-bigG/14)."""
     kind = CLIPTextModelWithProjection if name == "clip_g" or family == "sd3" else CLIPTextModel
     return kind(CLIPTextConfig(**BASES["clip"][name]))
 
 
 def build(name: str) -> nn.ModuleDict:
-    """The denoiser and the CLIP text towers of a published architecture, with random weights, by the pipeline's names."""
+    """The denoiser and the CLIP text encoders of a published architecture, with random weights, by the pipeline's component names."""
     family, sizes = FAMILIES[name], BASES["architectures"][name]["denoiser"]
     makers: dict[str, Callable[..., nn.Module]] = {"sd3": sd3_transformer, "flux": FluxTransformer2DModel}
     denoiser = {"transformer": makers[family](**sizes)} if family in makers else {"unet": UNet2DConditionModel(**sizes)}
@@ -59,35 +64,35 @@ def build(name: str) -> nn.ModuleDict:
 
 
 def architecture(name: str, *, vae: bool = False) -> nn.ModuleDict:
-    """The modules of a published architecture on the meta device (shapes, no memory), if wanted with its autoencoder."""
+    """The modules of a published architecture on the meta device (shapes, no memory); with `vae`, its autoencoder too."""
     with torch.device("meta"):
         return nn.ModuleDict({**build(name), **({"vae": autoencoder(FAMILIES[name])} if vae else {})})
 
 
 def autoencoder(family: str) -> AutoencoderKL:
-    """The autoencoder of a family ("sd", "sdxl", "sd3", "flux"): all have the same layers; scale and channels of the latents differ."""
+    """The autoencoder of a family ("sd", "sdxl", "sd3", "flux"). All have the same encoder and decoder blocks; their latents differ."""
     return AutoencoderKL(**BASES["autoencoder"], **BASES["autoencoders"][family])
 
 
 def text_names(kind: str) -> dict[str, str]:
-    """The pipeline's names of the text encoders -> theirs in a file."""
+    """The text encoders of an architecture: the pipeline's component name -> the model ("clip_l", "clip_h", "clip_g", "t5")."""
     texts = BASES["architectures"][kind]["texts"]
     return dict(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), texts, strict=False))
 
 
 def count(tensors: Mapping[str, Any], blocks: str) -> int:
-    """The number of blocks whose tensors' names begin with `blocks`."""
+    """The number of blocks among tensors named `blocks` (such as "joint_blocks."), index, and the rest."""
     return len({key.removeprefix(blocks).split(".")[0] for key in tensors if key.startswith(blocks)})
 
 
 def flux(tensors: Mapping[str, Any]) -> nn.Module:
-    """Flux's denoiser, of the sizes that its tensors have."""
+    """Flux's denoiser, in the sizes of these tensors (by their original names)."""
     depths = {"num_layers": count(tensors, "double_blocks."), "num_single_layers": count(tensors, "single_blocks.")}
     return FluxTransformer2DModel(**depths, guidance_embeds="guidance_in.in_layer.weight" in tensors)
 
 
 def sd3(tensors: Mapping[str, Any]) -> nn.Module:
-    """SD 3's denoiser, of the sizes that its tensors have."""
+    """SD 3's denoiser, in the sizes of these tensors (by their original names)."""
     side = math.isqrt(tensors["pos_embed"].shape[1]) if "pos_embed" in tensors else 192
     dual = len({key.split(".")[1] for key in tensors if ".attn2." in key})
     normed = any("ln_q" in key for key in tensors)
@@ -95,7 +100,7 @@ def sd3(tensors: Mapping[str, Any]) -> nn.Module:
 
 
 def t5(tensors: Mapping[str, Any]) -> nn.Module:
-    """The encoder of T5 v1.1, of the sizes that its tensors have."""
+    """The encoder of T5 v1.1, in the sizes of these tensors."""
     ends = ("shared.weight", "wi_0.weight", "relative_attention_bias.weight")
     (words, width), (inner, _), (_, heads) = (next((t.shape for key, t in tensors.items() if key.endswith(end)), (64, 64)) for end in ends)
     sizes = {"vocab_size": words, "d_model": width, "d_ff": inner, "num_layers": count(tensors, "encoder.block."), "num_heads": heads}
@@ -103,7 +108,7 @@ def t5(tensors: Mapping[str, Any]) -> nn.Module:
 
 
 def scheduler(kind: str, prediction: str, *, zero_snr: bool) -> Any:
-    """The scheduler that a base was published with. `prediction`: of SD and SDXL "epsilon" or "v_prediction", of Flux "dev" or "schnell"."""
+    """A base's published scheduler. `prediction`: "epsilon" or "v_prediction" for SD and SDXL, "dev" or "schnell" for Flux."""
     if kind in ("sd3", "flux"):
         shifting = kind == "flux" and prediction == "dev"
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0 if kind == "sd3" or shifting else 1.0, use_dynamic_shifting=shifting)
@@ -116,9 +121,9 @@ def scheduler(kind: str, prediction: str, *, zero_snr: bool) -> Any:
 
 
 def models_of(kind: str, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, nn.Module]]:
-    """The pipeline's name of each model -> (its name in `parts`, itself on the meta device), for those that a file has.
+    """The models that a file holds: the pipeline's component name -> (the name in `parts`, the model on the meta device).
 
-    SD 1 and 2 and SDXL have the published sizes, SD 3, Flux and T5 those of their tensors (anything with a shape, by name).
+    SD 1, SD 2 and SDXL have the published sizes; SD 3, Flux and T5 those of their tensors. `parts`: model -> tensor's name -> its shape.
     """
     denoiser = {"unet": "unet"} if "unet" in parts else {"transformer": kind}
     names = {name: part for name, part in {**denoiser, "vae": "vae", **text_names(kind)}.items() if part in parts}

@@ -1,10 +1,10 @@
-"""What the method needs to know of a diffusion model.
+"""The interface through which the method uses a diffusion model, the same for every family.
 
 `components` is an `nn.ModuleDict` whose keys are the pipeline's own ("unet", "text_encoder", ...): module paths in it
 are diffusers' LoRA keys, so one list of glob patterns names targets in any component of any pipeline.
 
-The noise level `u` in [0, 1] is sigma / (alpha + sigma) of `alpha * latents + sigma * noise`: for flow matching it is the
-time itself, for a discrete schedule the time step whose ratio comes nearest. It means the same for every family.
+The noise level `u` in [0, 1] is sigma / (alpha + sigma) of `alpha * latents + sigma * noise`, and so means the same for every family.
+For flow matching it is the time itself; with a discrete schedule it stands for the first time step whose ratio is at least `u`.
 """
 
 import functools
@@ -21,7 +21,7 @@ from ..progress import say
 from .architectures import PRESETS
 
 Conditioning = dict[str, Tensor]
-"""A prompt's embeddings as the denoiser takes them: every tensor is batch first."""
+"""Prompts' embeddings (or token ids), by the denoiser's (or `Backbone.tokenize`'s) names. The first dimension is the batch."""
 CLIP_LENGTH = 77
 _say_once = functools.cache(say)
 
@@ -29,7 +29,7 @@ _say_once = functools.cache(say)
 class Backbone(ABC):
     """A diffusion model: pictures to latents, prompts to conditioning, noise to a prediction. Its models are frozen and in eval mode.
 
-    Here is what all families share. Each has its own prompts, its denoiser's arguments, and its way from pictures to noise.
+    This class holds what all families share. A subclass adds how prompts are encoded, the denoiser's arguments, and the noise schedule.
     """
 
     family: str
@@ -38,10 +38,10 @@ class Backbone(ABC):
     needed: Sequence[str]
     """The components without which the family can't be used."""
     device_memory: Literal["auto", "low", "high"] = "auto"
-    """low: the text encoders leave the device once prompts are encoded; auto: where its memory is short; high: never."""
+    """low: the text encoders move to the CPU once prompts are encoded; auto: only if the device's memory is short; high: never."""
 
     def __init__(self, pipe: Any):
-        """Raises InputError where a component is absent that is needed."""
+        """Raises InputError where a needed component is absent."""
         lacking = [name for name in self.needed if getattr(pipe, name, None) is None]
         if lacking:
             raise InputError(f"this base has no {lacking[0]}, without which a {type(pipe).__name__} can't be used here.")
@@ -59,9 +59,9 @@ class Backbone(ABC):
         self.denoiser: Any = self.components[self.denoiser_name]
         self.default_targets = PRESETS[self.family]["attention+ff"]
         self.generation: dict[str, Any] = {}
-        """Settings of generation that suit the family, by `GenerateConfig`'s names."""
+        """Defaults of generation that suit the family, by `GenerateConfig`'s names."""
         self.unit = int(pipe.vae_scale_factor)
-        """Sides of pictures are multiples of this."""
+        """Height and width of pictures in pixels must be multiples of this."""
         side = pipe.unet.config.sample_size if self.denoiser_name == "unet" else pipe.default_sample_size
         self.size = int(side * pipe.vae_scale_factor)
         """Side in pixels of the pictures that the base was made for."""
@@ -76,7 +76,7 @@ class Backbone(ABC):
         return 32 if self.device.type == "cuda" else 8
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """(C, h, w) of a picture's latents; by default of the base's own size."""
+        """The shape (C, h, w) of the latents of a picture of `height` x `width` pixels; by default of the base's own size."""
         factor = self.pipe.vae_scale_factor
         return int(self.pipe.vae.config.latent_channels), (height or self.size) // factor, (width or self.size) // factor
 
@@ -95,13 +95,13 @@ class Backbone(ABC):
         return pixels.float().clamp(-1, 1)
 
     def chunks(self, prompts: list[str]) -> int:
-        """How many chunks the longest of the prompts takes in the CLIP text encoders."""
+        """How many chunks of CLIP's length (see `clip_ids`) the longest of the prompts takes; 1 where CLIP reads only the first."""
         return max((ids.shape[1] for ids in self.tokenize(prompts).values() if ids.ndim == 3), default=1)
 
     def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
-        """Prompts -> what `encode_tokens` takes, on the device, batch first: "ids", and those of further encoders.
+        """Prompts -> the input of `encode_tokens`, on the device, batch first: "ids" of the first text encoder, "ids_2" of the second.
 
-        CLIP reads long prompts in chunks; all get as many as the longest takes, but at least `chunks`.
+        CLIP reads long prompts in chunks; all prompts get as many as the longest takes, but at least `chunks`.
         """
         numbers = [name.removeprefix("text_encoder") for name in self.text_components]
         pairs = {f"ids{n}": (getattr(self.pipe, f"tokenizer{n}"), getattr(self.pipe, f"text_encoder{n}")) for n in numbers}
@@ -112,22 +112,22 @@ class Backbone(ABC):
         """Tokenized prompts -> conditioning, batch first; differentiable, for text encoders that carry a LoRA."""
 
     def encode_prompts(self, prompts: list[str], chunks: int = 1) -> Conditioning:
-        """Both: prompts -> conditioning. Where memory is short the text encoders are on the device for this long only."""
-        self.place_texts(self.device)
+        """`tokenize`, then `encode_tokens`. The text encoders are on the device meanwhile; `device_memory` decides if they stay there."""
+        self.move_text_encoders(self.device)
         found = self.encode_tokens(self.tokenize(prompts, chunks))
         if self.device_memory == "low" or (self.device_memory == "auto" and self.memory_is_short()):
-            self.place_texts(torch.device("cpu"))
+            self.move_text_encoders(torch.device("cpu"))
         return found
 
-    def place_texts(self, device: torch.device) -> None:
-        """Moves the text encoders there. What moves has another address afterwards: nothing that refers to the old one may be in use."""
+    def move_text_encoders(self, device: torch.device) -> None:
+        """Moves the text encoders to `device`. Their weights get new addresses: a CUDA graph that was recorded before is invalid."""
         for name, model in self.pipe.components.items():
             if name.startswith("text_encoder") and model is not None and model.device != device:
                 model.to(device)
                 torch.cuda.empty_cache()
 
     def memory_is_short(self) -> bool:
-        """Whether a CUDA device has less memory left than the denoiser weighs, which a step needs about as much as again."""
+        """Whether a CUDA device has less free memory than the denoiser's weights take, which is about what a step needs in addition."""
         if self.device.type != "cuda":
             return False
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
@@ -139,14 +139,14 @@ class Backbone(ABC):
 
     @abstractmethod
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The forward process."""
+        """The forward process: latents (B, C, h, w) with noise at the time steps (B,)."""
 
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the denoiser is trained to predict: noise, velocity or flow."""
 
     def set_timesteps(self, schedule: Any, steps: int, noise: Tensor, **more: Any) -> None:
-        """Sets a sampling scheduler's time steps for latents like `noise`."""
+        """Sets the time steps of a sampling scheduler, for latents of the shape and on the device of `noise`."""
         schedule.set_timesteps(steps, device=noise.device, **more)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -154,16 +154,16 @@ class Backbone(ABC):
         return self.denoise(noisy, timestep=timesteps, **conditioning)
 
     def denoise(self, noisy: Tensor, **conditioning: Any) -> Tensor:
-        """Runs the denoiser in its own precision (but for the time step, which bf16 would round); its output has that of `noisy`."""
+        """Runs the denoiser in its own dtype (except the time step, which bf16 would round); the output has the dtype of `noisy`."""
         dtype = self.denoiser.dtype
         given = {key: value.to(dtype) if isinstance(value, Tensor) and key != "timestep" else value for key, value in conditioning.items()}
         return cast(Tensor, self.denoiser(noisy.to(dtype), **given, return_dict=False)[0]).to(noisy.dtype)
 
 
-def clip_ids(tokenizer: Any, encoder: Any, prompts: list[str], chunks: int = 1) -> Tensor:
-    """Prompts as CLIP reads them, (B, chunks, 77): a long one in chunks of 75 tokens between start and end, as A1111 and ComfyUI do.
+def clip_ids(tokenizer: Any, encoder: Any, prompts: list[str], chunks: int) -> Tensor:
+    """Token ids for CLIP, (B, chunks, 77): a long prompt in chunks of 75 tokens between start and end tokens, as A1111 and ComfyUI do.
 
-    All get as many chunks as the longest takes, but at least `chunks`; 77 is whatever tokenizer and encoder have.
+    All prompts get as many chunks as the longest takes, but at least `chunks`. The tokenizer's or encoder's own limit replaces 77.
     """
     size = min(tokenizer.model_max_length, encoder.config.max_position_embeddings if encoder is not None else CLIP_LENGTH) - 2
     # the tokenizer would warn that its encoder can't read that many at once
@@ -175,7 +175,7 @@ def clip_ids(tokenizer: Any, encoder: Any, prompts: list[str], chunks: int = 1) 
 
 
 def t5_ids(tokenizer: Any, prompts: list[str], length: int) -> Tensor:
-    """Prompts padded or cut to `length` tokens, (B, length). What is cut off is said, once."""
+    """Token ids for T5, padded or cut to `length`: (B, length). Text that is cut off is reported, once."""
     for prompt in prompts:
         ids = tokenizer(prompt, verbose=False).input_ids
         if len(ids) > length:
@@ -185,11 +185,11 @@ def t5_ids(tokenizer: Any, prompts: list[str], length: int) -> Tensor:
 
 
 def joined(hidden: Tensor, ids: Tensor) -> Tensor:
-    """Hidden states of all chunks (B * chunks, 77, width), one after another in the sequence: (B, chunks * 77, width)."""
+    """Hidden states of chunks (B * chunks, 77, width), concatenated along each prompt's sequence: (B, chunks * 77, width)."""
     return hidden.unflatten(0, ids.shape[:2]).flatten(1, 2)
 
 
 def clip_embeddings(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """CLIP's penultimate hidden states (B, chunks * 77, width), which SDXL and SD 3 read, and the first chunk's pooled text, projected."""
+    """CLIP's penultimate hidden states (B, chunks * 77, width), as SDXL and SD 3 use them, and the first chunk's projected pooled text."""
     output = encoder(ids.flatten(0, 1), output_hidden_states=True)
     return joined(output.hidden_states[-2], ids), output[0].unflatten(0, ids.shape[:2])[:, 0]

@@ -1,4 +1,4 @@
-"""A base as a directory in diffusers' layout, whatever its weights are called."""
+"""Opens a base from a directory in diffusers' layout, whichever variant's names its weight files have."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from ..errors import InputError, refusing, some
 
 TEXT = {f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
 SAMPLING = {"unet", "transformer", "vae", "scheduler"} | TEXT
-"""The components that a picture is drawn with, of any family."""
+"""The components that generation uses, in any family."""
 WEIGHTS = re.compile(r"(?:\w+_)?model(?P<tags>(?:[.-][\w-]+)*)\.safetensors", re.IGNORECASE)
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
@@ -25,22 +25,22 @@ FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 NEEDED = {"tokenizer": ("tokenizer.json", "vocab.json", "spiece.model"), "scheduler": ("scheduler_config.json",)}
 """Component -> files of which it needs one; a model needs its config.json."""
 VARIANTS = ("", "fp16", "bf16", "fp32")
-"""Weights to prefer where a component comes in several variants; plain ones first, training's own (non_ema) last."""
+"""Which weights to prefer where a component comes in several variants: plain ones first; after these any other, EMA's (non_ema) last."""
 
 
 def read_index(folder: Path) -> tuple[dict[str, Any], str]:
-    """A directory's list of components, and the name of its pipeline. Raises InputError where it can't be read."""
+    """A directory's model_index.json, and the pipeline's class in it. Raises InputError where it can't be read."""
     with refusing(f"{folder / 'model_index.json'} is no index of a pipeline of diffusers", OSError, ValueError, KeyError, TypeError):
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         return index, str(index["_class_name"])
 
 
 def load_directory(folder: Path, dtype: torch.dtype, supported: Collection[str], without: Collection[str] = ()) -> Any:
-    """The pipeline of a directory in diffusers' layout, without what no picture is drawn with (a safety checker, extra components).
+    """The pipeline of a directory in diffusers' layout, without components that generation doesn't use (such as a safety checker).
 
-    Weights may be plain or of any variant (`model.fp16.safetensors`), whole or sharded, each component in its own way: diffusers is
-    given links to them by their plain names. Components in `without` aren't loaded. Raises InputError where weights are missing, and for a
-    kind of pipeline that isn't among the `supported`.
+    Each component's weights may be plain or of any variant (`model.fp16.safetensors`), whole or sharded: diffusers loads from a temporary
+    directory with links to them under plain names. Components in `without` aren't loaded. Raises InputError where weights are missing, and
+    for a class of pipeline that isn't among the `supported`.
     """
     index, kind = read_index(folder)
     if kind not in supported:
@@ -51,7 +51,7 @@ def load_directory(folder: Path, dtype: torch.dtype, supported: Collection[str],
     if lost := sorted((((parts.keys() & SAMPLING) - TEXT) | tokenizers) - needed):
         raise InputError(f"{folder} has no folder {lost[0]}, which its model_index.json names. Was it copied whole?")
     plain = {name: value for name, value in index.items() if name in needed or not isinstance(value, list)}
-    # SD 3 runs without any two of its text encoders: diffusers wants to be told
+    # SD 3 runs with one of its three text encoders: diffusers wants the absent ones passed as None
     absent = dict.fromkeys((index.keys() & {*without, *TEXT}) - needed)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         stored = {name: link_component(folder / name, Path(scratch) / name) for name in sorted(needed)}
@@ -59,20 +59,23 @@ def load_directory(folder: Path, dtype: torch.dtype, supported: Collection[str],
         unchecked = {"safety_checker": None, "requires_safety_checker": False} if kind == "StableDiffusionPipeline" else {}
         pipe = getattr(diffusers, kind).from_pretrained(scratch, dtype=dtype, use_safetensors=True, **absent, **unchecked)
     for name, tensors in stored.items():
-        # diffusers leaves a layer that isn't in the file without memory; transformers draws it at random
+        # diffusers leaves a layer that isn't in the file on the meta device; transformers initializes it at random
         given = {key.removeprefix("text_model.") for key in tensors}
         found = dict(getattr(pipe, name).named_parameters()) if tensors else {}
         lost = [key for key, tensor in found.items() if tensor.is_meta or ("text" in name and key.removeprefix("text_model.") not in given)]
         if lost:
             raise InputError(f"{folder / name} lacks {len(lost)} layers: {some(lost)}. Copy or download it again.")
-        denoiser = getattr(pipe, name) if name in ("unet", "transformer") and not packed(folder / name) else None
+        denoiser = getattr(pipe, name) if name in ("unet", "transformer") and not is_quantized(folder / name) else None
         if denoiser and (more := sorted(tensors - denoiser.state_dict().keys())):
             raise InputError(f"{folder / name} has layers that its config.json doesn't name, and that would be left out: {some(more)}.")
     return pipe
 
 
 def link_component(folder: Path, target: Path) -> set[str]:
-    """Links to a component's configs and to one variant of its weights, by plain names; returns the names of its tensors."""
+    """Links a component's configs and one variant of its weights into `target`, under plain names; returns its tensors' names.
+
+    Raises InputError where a config or weights are missing, or weights are quantized without a config that says how.
+    """
     target.mkdir()
     for file in folder.iterdir():
         if file.suffix in (".json", ".txt", ".model") and ".safetensors" not in file.name:
@@ -87,10 +90,10 @@ def link_component(folder: Path, target: Path) -> set[str]:
     for file in sorted(folder.iterdir()):
         if match := WEIGHTS.fullmatch(file.name):
             found[SHARD.sub("", match["tags"]).strip(".")].append(file)
-    # one whole file goes before the same in shards
+    # one whole file is preferred to shards of the same variant
     found = {variant: [file for file in files if not SHARD.search(file.name)] or files for variant, files in found.items()}
     best = sorted(found, key=lambda variant: VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS) + ("ema" in variant))
-    # a variant with a missing shard, which a broken download leaves, is none
+    # a variant that lacks a shard, as after a broken download, doesn't count
     whole = (v for v in best if {match[2] for f in found[v] if (match := SHARD.search(f.name))} <= {f"{len(found[v]):05}"})
     if (variant := next(whole, None)) is None:
         what = f"a part of its shards ({found[best[0]][0].name} ...)" if found else "no .safetensors file (.bin, a pickle, isn't opened)"
@@ -102,7 +105,7 @@ def link_component(folder: Path, target: Path) -> set[str]:
         name = f"{stem}.safetensors" if len(files) == 1 else f"{stem}-{number:05}-of-{len(files):05}.safetensors"
         link(file, target / name)
         entries = read_header(file)[0]
-        if not packed(folder) and (odd := [key for key, one in entries.items() if key.endswith("weight") and one.kind not in FLOATS]):
+        if not is_quantized(folder) and (odd := [key for key, one in entries.items() if key.endswith("weight") and one.kind not in FLOATS]):
             raise InputError(f"{file} is quantized ({odd[0]} is stored as {entries[odd[0]].kind}), and its config.json doesn't say how.")
         shards |= dict.fromkeys(entries, name)
     if len(files) > 1:
@@ -110,13 +113,13 @@ def link_component(folder: Path, target: Path) -> set[str]:
     return set(shards)
 
 
-def packed(folder: Path) -> bool:
-    """Whether a component was saved quantized."""
+def is_quantized(folder: Path) -> bool:
+    """Whether a component was saved quantized, by its config.json."""
     return "quantization_config" in (folder / "config.json").read_text(encoding="utf-8")
 
 
 def link(file: Path, target: Path) -> None:
-    """A link, or a copy where the system allows no links (Windows). Raises InputError where the file itself is a link to nothing."""
+    """Links `target` to `file`, or copies it where the system allows no links (Windows). Raises InputError if `file` is a broken link."""
     if not file.exists():
         raise InputError(f"{file} is a link to a file that isn't there ({file.readlink()}). Download it again.")
     try:

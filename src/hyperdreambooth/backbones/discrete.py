@@ -1,6 +1,7 @@
-"""Bases with a discrete schedule: Stable Diffusion 1.x and 2.x (the embedded toon base is one), and XL.
+"""Bases with a discrete schedule: Stable Diffusion 1.x and 2.x (the shipped toon base is one), and XL.
 
-alpha_t * latents + sigma_t * noise over the scheduler's own 1000 steps; the denoiser, a UNet, predicts the noise or the velocity.
+Noisy latents are alpha_t * latents + sigma_t * noise at one of the scheduler's steps t (usually 1000); the denoiser, a UNet, predicts the
+noise or the velocity.
 """
 
 import functools
@@ -15,7 +16,7 @@ from .base import Backbone, Conditioning, clip_embeddings, joined
 
 
 class Discrete(Backbone):
-    """A base with a discrete schedule. Raises InputError for one that isn't trained on here."""
+    """A base with a discrete schedule. Raises InputError for another schedule, or another prediction than of noise or velocity."""
 
     denoiser_name = "unet"
 
@@ -63,11 +64,11 @@ class StableDiffusionXL(Discrete):
 
     def __init__(self, pipe: StableDiffusionXLPipeline):
         super().__init__(pipe)
-        # made once a size: a recorded CUDA graph can't take anything from the host
+        # cached by size, since a copy from the host can't be recorded in a CUDA graph
         self.sizes = functools.cache(lambda height, width, **place: torch.tensor([height, width, 0, 0, height, width], **place))
 
     def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
-        # zeros are what the base was trained with in place of no prompt
+        # with this setting the base was trained on zeros as the embedding of an empty prompt
         kept = [float(prompt != "" or not self.pipe.config.force_zeros_for_empty_prompt) for prompt in prompts]
         return {**super().tokenize(prompts, chunks), "kept": torch.tensor(kept, device=self.device)}
 
@@ -80,7 +81,7 @@ class StableDiffusionXL(Discrete):
         return {"encoder_hidden_states": hidden * kept[:, None, None], "text_embeds": pooled * kept[:, None]}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        # (original size, crop, target size), all of this very picture: the condition of one that was neither enlarged nor cropped
+        # SDXL's size condition (original size, crop's corner, target size), of a picture that was neither resized nor cropped
         height, width = (side * self.unit for side in noisy.shape[-2:])
         sizes = self.sizes(height, width, device=noisy.device, dtype=self.denoiser.dtype).expand(len(noisy), -1)
         added = {"text_embeds": conditioning["text_embeds"].to(self.denoiser.dtype), "time_ids": sizes}

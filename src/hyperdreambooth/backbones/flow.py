@@ -1,7 +1,8 @@
 """Bases that are trained by flow matching: Stable Diffusion 3 and 3.5, and Flux.1.
 
-(1 - u) * latents + u * noise; the denoiser, a transformer, predicts noise - latents (Lipman et al., arXiv 2210.02747; Esser et al., arXiv
-2403.03206). Time steps are 1000 u, as diffusers' flow schedulers count. T5 isn't among the components: no tool loads a LoRA into it.
+Noisy latents are (1 - u) * latents + u * noise; the denoiser, a transformer, predicts noise - latents (Lipman et al., arXiv 2210.02747;
+Esser et al., arXiv 2403.03206). Time steps are 1000 u, as in diffusers' flow schedulers. T5 isn't in `components`: no tool loads a LoRA
+into it.
 """
 
 import functools
@@ -38,11 +39,10 @@ class Flow(Backbone):
         return noise - latents
 
     def set_timesteps(self, schedule: Any, steps: int, noise: Tensor, **more: Any) -> None:
-        """Larger pictures take more time steps at high noise: the shift is linear in the number of 2 x 2 patches (Esser et al., 5.3.2)."""
+        """Larger pictures get more steps at high noise: the shift `mu` is linear in the number of 2 x 2 patches (Esser et al., 5.3.2)."""
         if schedule.config.get("use_dynamic_shifting"):
-            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-            anchors = [schedule.config.get(name, usual) for name, usual in zip(names, (256, 4096, 0.5, 1.15), strict=True)]
-            more["mu"] = calculate_shift(math.prod(noise.shape[-2:]) // 4, *anchors)
+            usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+            more["mu"] = calculate_shift(math.prod(noise.shape[-2:]) // 4, *(schedule.config.get(name, usual[name]) for name in usual))
         super().set_timesteps(schedule, steps, noise, **more)
 
 
@@ -66,12 +66,12 @@ class StableDiffusion3(Flow):
         return super().tokenize(prompts, chunks) | found
 
     def encode_tokens(self, tokens: Conditioning) -> Conditioning:
-        """The CLIP encoders side by side, padded to T5's width, then T5 (Esser et al., figure 2); zeros for absent ones."""
+        """CLIP's two encoders concatenated and padded to T5's width, then T5 (Esser et al., figure 2); zeros for absent encoders."""
         config, batch = self.denoiser.config, len(next(iter(tokens.values())))
         place = {"device": self.device, "dtype": self.denoiser.dtype}
         encoders = {"ids": self.pipe.text_encoder, "ids_2": self.pipe.text_encoder_2}
         found = {ids: clip_embeddings(encoder, tokens[ids]) for ids, encoder in encoders.items() if encoder is not None}
-        # the widths of two absent ones are alike
+        # where both CLIP encoders are absent, each takes half of the width
         width = config.pooled_projection_dim - sum(pooled.shape[-1] for _, pooled in found.values())
         length = next((hidden.shape[1] for hidden, _ in found.values()), CLIP_LENGTH)
         absent = torch.zeros(batch, length, width // max(1, 2 - len(found)), **place)
@@ -86,9 +86,9 @@ class StableDiffusion3(Flow):
 
 
 class Flux(Flow):
-    """A `FluxPipeline`, of latents packed into 2 x 2 patches. `dev` takes its guidance scale as a condition, `schnell` takes none.
+    """A `FluxPipeline`, whose denoiser takes 2 x 2 patches of latents. `dev` takes its guidance scale as a condition, `schnell` takes none.
 
-    Training runs `dev` at an embedded guidance of 1, where it predicts what the data say; `sample` sets its own.
+    In training the guidance scale of `dev` is 1, which means a prediction without guidance; `sample` sets its own.
     """
 
     family = "flux"
@@ -98,34 +98,34 @@ class Flux(Flow):
     def __init__(self, pipe: FluxPipeline):
         super().__init__(pipe)
         self.unit = 2 * int(pipe.vae_scale_factor)
-        # where each patch lies, made once a size: a recorded CUDA graph can't take anything from the host
-        self.places = functools.cache(functools.partial(pipe._prepare_latent_image_ids, 1))
+        # the patches' coordinates, cached by size, since a copy from the host can't be recorded in a CUDA graph
+        self.image_ids = functools.cache(functools.partial(pipe._prepare_latent_image_ids, 1))
         self.distilled = bool(pipe.transformer.config.guidance_embeds)
-        self.t5_length = 512 if self.distilled else 256  # as the two were published
-        # no second branch: guidance is distilled into the weights
+        self.t5_length = 512 if self.distilled else 256  # tokens, as dev and schnell were published
+        # 1.0 is no classifier-free guidance: dev has guidance distilled into its weights, schnell has none
         self.generation = {"steps": 28 if self.distilled else 4, "guidance": 1.0}
 
     def set_timesteps(self, schedule: Any, steps: int, noise: Tensor, **more: Any) -> None:
-        # Flux's own grid ends at 1 / steps; a foreign scheduler has its own
+        # Flux's pipeline gives sigmas that end at 1 / steps; a scheduler with `use_flow_sigmas` computes them itself
         if not schedule.config.get("use_flow_sigmas"):
             more["sigmas"] = np.linspace(1.0, 1 / steps, steps)
         super().set_timesteps(schedule, steps, noise, **more)
 
     def tokenize(self, prompts: list[str], chunks: int = 1) -> Conditioning:
-        # of CLIP only the pooled text of the first chunk is read: T5 has the words
+        # of CLIP only the pooled text is used, so its first chunk is enough; the whole prompt goes to T5
         first = super().tokenize(prompts)["ids"][:, 0]
         return {"ids": first, "ids_2": t5_ids(self.pipe.tokenizer_2, prompts, self.t5_length).to(self.device)}
 
     def encode_tokens(self, tokens: Conditioning) -> Conditioning:
-        """T5's hidden states, and CLIP's pooled text."""
+        """T5's hidden states, CLIP's pooled text, and for `dev` a guidance scale of 1."""
         pooled = self.components["text_encoder"](tokens["ids"]).pooler_output
         conditioning = {"encoder_hidden_states": self.pipe.text_encoder_2(tokens["ids_2"])[0], "pooled_projections": pooled}
         return {**conditioning, "guidance": torch.ones(len(pooled), device=self.device)} if self.distilled else conditioning
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = noisy.shape[-2:]
-        places = self.places(height // 2, width // 2, noisy.device, noisy.dtype)
-        words = torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3, device=noisy.device, dtype=noisy.dtype)
+        image_ids = self.image_ids(height // 2, width // 2, noisy.device, noisy.dtype)
+        text_ids = torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3, device=noisy.device, dtype=noisy.dtype)
         patches = F.pixel_unshuffle(noisy, 2).flatten(2).mT  # (B, h/2 * w/2, 4 C): every 2 x 2 patch is a token
-        patches = self.denoise(patches, timestep=timesteps / FLOW_STEPS, img_ids=places, txt_ids=words, **conditioning)
+        patches = self.denoise(patches, timestep=timesteps / FLOW_STEPS, img_ids=image_ids, txt_ids=text_ids, **conditioning)
         return F.pixel_shuffle(patches.mT.unflatten(2, (height // 2, width // 2)), 2)

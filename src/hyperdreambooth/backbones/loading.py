@@ -1,4 +1,4 @@
-"""How a base is opened, and which family it is of."""
+"""Opens bases, and chooses the backbone class of their family."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from .directory import load_directory, read_index
 from .discrete import StableDiffusion, StableDiffusionXL
 from .flow import Flow, Flux, StableDiffusion3
 from .quantized import check_library, quantized
-from .single_file import OTHERS, components, load_single_file, read_header, refuse_channels
+from .single_file import UNSUPPORTED, components, load_single_file, read_header, refuse_channels
 
 INDEX = "model_index.json"
 FAMILIES: dict[str, type[Backbone]] = {
@@ -25,11 +25,14 @@ FAMILIES: dict[str, type[Backbone]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
 }
-"""diffusers' pipeline -> the family that it is of. A new family is a class and a line here."""
+"""diffusers' pipeline class -> the backbone of its family. A new family is a class and a line here."""
 
 
 def best_for(base: str | Path, device: str | None, dtype: torch.dtype | None) -> dict[str, Any]:
-    """`device` and `dtype` for `load_backbone`, where they are None: the best there is; float32 for toon, which is small."""
+    """`device` and `dtype` for `load_backbone`, with the best available in place of None.
+
+    By default bfloat16 or else float16 on CUDA, float32 on MPS, on the CPU, and for toon, which is small.
+    """
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one GPU for each process of `accelerate launch`
     device = device or ("mps" if torch.backends.mps.is_available() else "cpu")
@@ -50,14 +53,14 @@ def load_backbone(
 ) -> Backbone:
     """Opens a base: "toon" (shipped), a directory in diffusers' layout, a single .safetensors checkpoint, or a hub id.
 
-    What the pipeline is chooses the family.
+    The class of the pipeline decides the family.
 
     Args:
-        prediction: what the denoiser predicts, "epsilon" or "v_prediction"; "auto" takes what the base says, or shows.
+        prediction: what the denoiser predicts, "epsilon" or "v_prediction"; "auto" reads it from the base's files, or tests the UNet.
         parts: files and directories with what a single file lacks: text encoders, autoencoder, T5's tokenizer.
-        quantize: "nf4" or "int8" keeps denoiser and T5 in that form, see `quantized`; a base that was saved quantized stays what it is.
+        quantize: "nf4" or "int8" quantizes denoiser and T5, see `quantized`; a base that was saved quantized stays as it is.
 
-    Raises InputError where it isn't a pipeline of a supported family.
+    Raises InputError where the base can't be opened, or isn't of a supported family.
     """
     source = resolve_base(base)
     if (file := Path(source)).is_file():
@@ -80,7 +83,7 @@ def load_backbone(
 
 
 def trained_by_flow(base: str | Path) -> bool | None:
-    """Whether a base is trained by flow matching, which its index or its header tells; None for one that isn't on this machine."""
+    """Whether a base is trained by flow matching, by its model_index.json or its file's header; None for one that isn't on this machine."""
     source = Path(resolve_base(base))
     if source.is_dir():
         return issubclass(FAMILIES.get(read_index(source)[1], Backbone), Flow)
@@ -106,12 +109,15 @@ def wrap(pipe: Any, name: str) -> Backbone:
     denoiser, latent = getattr(pipe, "unet", None) or pipe.transformer, pipe.vae.config.latent_channels
     refuse_channels(denoiser.config.in_channels // (4 if kind == "FluxPipeline" else 1), latent, name)
     if denoiser.config.get("time_cond_proj_dim"):
-        raise InputError(f"{name} is {OTHERS['cond_proj']}.")
+        raise InputError(f"{name} is {UNSUPPORTED['cond_proj']}.")
     return FAMILIES[kind](pipe)
 
 
 def resolve_base(base: str | Path) -> str:
-    """The directory of a shipped base, or `base` as given."""
+    """The shipped directory of "toon", an existing path as given, or a hub id without the hub's address.
+
+    Raises InputError for a path that doesn't exist or isn't a base, and for an invalid hub id.
+    """
     from ..assets import toon
 
     if str(base) == "toon":
@@ -120,10 +126,8 @@ def resolve_base(base: str | Path) -> str:
     if path.suffix.lower() in (".safetensors", ".sft", ".ckpt", ".gguf") and not path.exists():
         raise InputError(f"{base}: no such file.")
     if path.is_dir() and not (path / INDEX).is_file():
-        near = [
-            file.parent for file in (path.parent / INDEX, *path.glob(f"*/{INDEX}"), *path.glob(f"snapshots/*/{INDEX}")) if file.is_file()
-        ]
-        near += path.glob("*.safetensors")
+        indexes = (path.parent / INDEX, *path.glob(f"*/{INDEX}"), *path.glob(f"snapshots/*/{INDEX}"))
+        near = [*(file.parent for file in indexes if file.is_file()), *path.glob("*.safetensors")]
         advice = f" Give {near[0]}?" if near else ""
         what = "a link to nothing as its" if (path / INDEX).is_symlink() else "no"
         raise InputError(f"{base} has {what} {INDEX}, so it isn't a base in diffusers' layout.{advice}")

@@ -1,6 +1,6 @@
-"""Bases whose linear layers hold a byte or half of one a weight: quantized while they are opened, or already when they were saved.
+"""Bases whose linear layers are quantized to 8 bits a weight or fewer: while they are opened, or already when they were saved.
 
-Nothing is ever merged into such weights: an update is added by hooks (`lora.mergeable`), and gradients flow through the layers.
+A LoRA is never merged into quantized weights: its update is added by hooks (`lora.mergeable`), and gradients flow through the layers.
 """
 
 import importlib
@@ -21,8 +21,8 @@ from ..progress import say
 
 
 def library(name: str, what: object) -> Any:
-    """A package that quantizes. Raises InputError where it isn't installed."""
-    # its int8 layers would say of every call that activations are cast to float16, which is how they work
+    """Imports a quantization package, which `what` needs. Raises InputError where it isn't installed."""
+    # bitsandbytes' int8 layers would warn in every call that activations are cast to float16, which is intended
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     try:
         return importlib.import_module(name)
@@ -39,9 +39,9 @@ def check_library(folder: Path) -> None:
 
 
 def quantized(pipe: Any, kind: str | None, device: str | torch.device) -> Any:
-    """The pipeline, its denoiser and T5 quantized in place by bitsandbytes; a layer goes to the device as soon as it is done.
+    """Quantizes a pipeline's denoiser and T5 in place by bitsandbytes, moving each layer to the device, and returns the pipeline.
 
-    What T5's own library keeps in a higher precision (`wo`) isn't touched, nor what was saved quantized.
+    Layers that transformers keeps in float32 (T5's `wo`) and models that were saved quantized aren't touched.
 
     Args:
         kind: "nf4", 4 bits a weight in blocks of 64 (Dettmers et al., arXiv 2305.14314), "int8" (LLM.int8, arXiv 2208.07339), or None.
@@ -59,12 +59,12 @@ def quantized(pipe: Any, kind: str | None, device: str | torch.device) -> Any:
         for parent in list(model.modules()):
             for child, layer in list(parent.named_children()):
                 if type(layer) is nn.Linear and child not in kept:
-                    setattr(parent, child, _packed(layers, layer, kind).to(device))
+                    setattr(parent, child, _quantized_layer(layers, layer, kind).to(device))
     return pipe
 
 
-def _packed(layers: Any, layer: nn.Linear, kind: str | None) -> nn.Module:
-    """A layer of bitsandbytes with another's weights, which it packs when it is moved."""
+def _quantized_layer(layers: Any, layer: nn.Linear, kind: str | None) -> nn.Module:
+    """A bitsandbytes layer with the weights of `layer`, which it quantizes when it is moved to a device. `layers`: `bitsandbytes.nn`."""
     sizes, weight = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight.data.cpu()
     if kind == "nf4":
         new = layers.Linear4bit(*sizes, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
@@ -77,14 +77,14 @@ def _packed(layers: Any, layer: nn.Linear, kind: str | None) -> nn.Module:
 
 
 def read_gguf(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """What a GGUF file's header says of its tensors: name -> (shape, type). Raises InputError where it isn't a whole one."""
+    """The tensors in a GGUF file's header: name -> (shape, type). Raises InputError where the file isn't a whole GGUF file."""
     reader = library("gguf", path).GGUFReader
     kinds = ValueError, KeyError, IndexError, OSError, OverflowError
     with refusing(f"{path} is not a whole GGUF file", *kinds, advice="Was it cut off while copying?"):
         opened = reader(path)
         found = {}
         for tensor in opened.tensors:
-            # rows are whole blocks, so converters store some tensors in another shape and note their own
+            # a row must be whole blocks, so converters store some tensors in another shape and note the original one
             own = opened.get_field(f"comfy.gguf.orig_shape.{tensor.name}")
             shape = own.contents() if own else reversed(tensor.shape.tolist())
             found[tensor.name] = (tuple(map(int, shape)), tensor.tensor_type.name)
@@ -92,7 +92,10 @@ def read_gguf(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def load_gguf(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A GGUF file's tensors, quantized as they are; those that are stored in another shape than their own are expanded to `dtype`."""
+    """A GGUF file's tensors, still quantized; those stored in another shape than in `shapes` are dequantized to `dtype` and reshaped.
+
+    Raises InputError for a type of quantization that diffusers doesn't know.
+    """
     from diffusers.models.model_loading_utils import load_gguf_checkpoint
     from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 
@@ -105,7 +108,7 @@ def load_gguf(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dt
 
 
 def gguf_model(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
-    """A denoiser like `model` (on the meta device) that holds `tensors` by diffusers' names, expanded anew in every call."""
+    """A denoiser like `model` (on the meta device) with `tensors` by diffusers' names. Linear layers dequantize theirs in every call."""
     from diffusers import GGUFQuantizationConfig
     from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 

@@ -1,8 +1,8 @@
-"""A base in one `.safetensors` file, as most people have them, opened without a hub: SD 1.x, SD 2.x, SDXL, SD 3, SD 3.5, Flux.1.
+"""Opens a base from a single `.safetensors` file, without the hub: SD 1.x, SD 2.x, SDXL, SD 3, SD 3.5, Flux.1.
 
-What lies in the file, its tensors' names tell, under whatever prefix: those of the code that each model was first published with, which
-diffusers' converters turn into its own. They are run on the shapes of the header first, so that a file with a missing layer is refused
-before anything is loaded. CLIP's tokenizer is shipped. A denoiser alone (or GGUF) takes the rest from other files or directories.
+The models in a file are recognized by their tensors' names, under any prefix: those of the code that each model was first published with,
+which diffusers' converters translate. The converters first run on the shapes in the header, so that a file that lacks a layer is refused
+before anything is loaded. CLIP's tokenizer is shipped. With a denoiser alone (or GGUF) the rest comes from other files or directories.
 """
 
 import math
@@ -29,25 +29,25 @@ from .directory import FLOATS, load_directory
 from .quantized import gguf_model, load_gguf, read_gguf
 
 MARKS: dict[str, str] = BASES["files"]["marks"]
-"""Model -> what only its tensors' names have. What stands before it is the prefix of the whole model."""
+"""Model -> regular expression that only names of its tensors match. What precedes the match is the prefix of the model's tensors."""
 TOWERS: dict[int, str] = {config["hidden_size"]: name for name, config in BASES["clip"].items()}
 """Width of a CLIP text encoder -> its name: "clip_l", "clip_h" or "clip_g"."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 GGUF = ".gguf"
 WIDTHS = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
-"""The width of what a UNet's cross-attention reads tells the families apart."""
+"""Width of the text embeddings that a UNet's cross-attention reads -> architecture."""
 TOKENIZER = ("spiece.model", "tokenizer.json")
 T5_NAME = "google/t5-v1_1-xxl"
-SPOKEN: dict[str, str] = BASES["files"]["spoken"]
-OTHERS: dict[str, str] = BASES["files"]["others"]
-"""What is in a tensor's name -> what a file is that has one."""
+DISPLAY_NAMES: dict[str, str] = BASES["files"]["display_names"]
+UNSUPPORTED: dict[str, str] = BASES["files"]["unsupported"]
+"""Regular expression -> what a file with a tensor of such a name is, in words: nothing that can be opened here."""
 FIRST_LAYERS = {"unet": ("input_blocks.0.0.weight", 4, 1), "sd3": ("x_embedder.proj.weight", 16, 1), "flux": ("img_in.weight", 16, 4)}
-"""Denoiser -> its first layer, the channels of latents, and how many of that layer's inputs each channel takes."""
+"""Denoiser -> its first layer's weight, the channels of its latents, and that layer's inputs per channel (Flux: a 2 x 2 patch)."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: `scale` multiplies it (of fp8 weights, one number or one a row)."""
+    """A tensor in a file. `kind`: its type's name; `scale`: the tensor that multiplies an fp8 weight, one number or one per row."""
 
     path: Path
     key: str
@@ -60,7 +60,7 @@ Parts = dict[str, dict[str, Stored]]
 
 
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Names and shapes of a file's tensors, and its metadata. Raises InputError where it isn't whole safetensors."""
+    """Names and shapes of a file's tensors, and its metadata. Raises InputError where it isn't a whole safetensors or GGUF file."""
     if path.suffix.lower() == GGUF:
         return {key: Stored(path, key, *about) for key, about in read_gguf(path).items()}, {}
     try:
@@ -78,11 +78,11 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return stored, metadata
 
 
-def components(stored: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
-    """The models in a file, by name ("unet", "sd3", "flux", "vae", "clip_l", "clip_g", "clip_h", "t5"): their tensors without the prefix."""
-    found: dict[str, dict[str, Stored]] = {}
+def components(stored: Mapping[str, Stored]) -> Parts:
+    """The models in a file ("unet", "sd3", "flux", "vae", "clip_l", "clip_g", "clip_h", "t5"): their tensors, named without the prefix."""
+    found: Parts = {}
     matches = ((kind, re.match(rf"((?:.*?\.)??){mark}", key)) for kind, mark in MARKS.items() for key in stored)
-    models = dict.fromkeys((kind, match[1]) for kind, match in matches if match and "vis" not in match[1])  # CLIP has another half
+    models = dict.fromkeys((kind, match[1]) for kind, match in matches if match and "vis" not in match[1])  # not CLIP's vision model
     others = tuple({prefix for _, prefix in models} - {""})
     for kind, prefix in models:
         own = (key for key in stored if (key.startswith(prefix) if prefix else not key.startswith(others)))
@@ -93,21 +93,21 @@ def components(stored: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
 
 
 def tensors_of(stored: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors themselves in `dtype`, or for None their shapes alone (on the meta device)."""
+    """One model's tensors, read in `dtype`; for None as empty tensors on the meta device, of the same shapes."""
     if dtype is None:
         return {name: torch.empty(one.shape, device="meta") for name, one in stored.items()}
+    path = next(iter(stored.values())).path
+    if path.suffix.lower() == GGUF:
+        tensors = load_gguf(path, {one.key: one.shape for one in stored.values()}, dtype)
+        return {name: tensors[one.key] for name, one in stored.items()}
     found = {}
-    for path in dict.fromkeys(one.path for one in stored.values()):
-        if path.suffix.lower() == GGUF:
-            tensors = load_gguf(path, {one.key: one.shape for one in stored.values()}, dtype)
-            return {name: tensors[one.key] for name, one in stored.items()}
-        with safetensors.safe_open(path, framework="pt") as file:
-            for name, one in stored.items():
-                if one.path == path and one.kind in FLOATS:
-                    tensor = file.get_tensor(one.key).to(dtype)
-                    if one.scale:
-                        tensor = tensor * file.get_tensor(one.scale).to(dtype).reshape(-1, *[1] * (tensor.ndim - 1))
-                    found[name] = tensor
+    with safetensors.safe_open(path, framework="pt") as file:
+        for name, one in stored.items():
+            if one.kind in FLOATS:
+                tensor = file.get_tensor(one.key).to(dtype)
+                if one.scale:
+                    tensor = tensor * file.get_tensor(one.scale).to(dtype).reshape(-1, *[1] * (tensor.ndim - 1))
+                found[name] = tensor
     return found
 
 
@@ -124,27 +124,27 @@ def converted(kind: str, tensors: dict[str, Tensor], model: Any) -> dict[str, Te
         found = diffusers_names.convert_flux_transformer_checkpoint_to_diffusers(found)
     elif any("resblocks" in key for key in found):
         found = diffusers_names.convert_open_clip_checkpoint(model, found, prefix="")
-    if "shared.weight" in found:  # T5 reads words by one table under two names
+    if "shared.weight" in found:  # T5's one embedding table has two names
         found["encoder.embed_tokens.weight"] = found["shared.weight"]
-    if "clip" in kind:  # transformers calls the tensors of a text encoder with or without this step
+    if "clip" in kind:  # a text encoder's tensors have this prefix or not, depending on its class and the version of transformers
         step = "text_model." if any(key.startswith("text_model.") for key in model.state_dict()) else ""
         found = {(key if key.startswith("text_projection") else step + key.removeprefix("text_model.")): v for key, v in found.items()}
     return found
 
 
 def fitted(kind: str, stored: Mapping[str, Stored], model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """A model's whole state dict, in `dtype` or as shapes; GGUF stays packed. Raises InputError where layers are missing or differ."""
+    """A model's state dict in `dtype` (None: meta tensors); GGUF stays quantized. Raises InputError where layers are missing or differ."""
     path, wanted = next(iter(stored.values())).path, model.state_dict()
     packed = path.suffix.lower() == GGUF and kind in FIRST_LAYERS
     scales = {one.scale for one in stored.values()}
     for key, one in stored.items():
         side = one.key not in scales and re.search(r"scale_inv$|weight_scale|scale_weight|\.weight\.", key)
         if side or (key.endswith("weight") and one.kind not in FLOATS and not packed):
-            what = f"{path} is quantized ({key} of its {SPOKEN.get(kind, kind)} is stored as {one.kind})"
+            what = f"{path} is quantized ({key} of its {DISPLAY_NAMES.get(kind, kind)} is stored as {one.kind})"
             raise InputError(f"{what}. Give the file in fp16, bf16 or fp8; a denoiser may be GGUF, too.")
     with refusing(f"{path} lacks layers of its {kind}, the first of them", KeyError, advice="Give a full checkpoint."):
         found = converted(kind, tensors_of(stored, dtype), model)
-    if "text_projection.weight" in wanted and kind == "clip_l":  # SD 3 takes this encoder's pooled text as it is
+    if "text_projection.weight" in wanted and kind == "clip_l":  # SD 3 uses this encoder's pooled text without a projection
         size = len(wanted["text_projection.weight"])
         found["text_projection.weight"] = torch.eye(size, dtype=dtype, device="meta" if dtype is None else "cpu")
     if missing := [key for key in wanted if key not in found]:
@@ -154,23 +154,23 @@ def fitted(kind: str, stored: Mapping[str, Stored], model: nn.Module, dtype: tor
     if more > 0 and kind in FIRST_LAYERS and dtype is None:
         what = f"has {more:,} numbers in its {kind} that no base of this kind has: layers that would be left out"
         raise InputError(f"{path} {what}. It is another kind of model, or has one more in it.")
-    if packed and dtype is not None:  # the shapes were looked at before
+    if packed and dtype is not None:  # quantized tensors have other shapes; the header's were checked before, with None as `dtype`
         return {key: found[key] for key in wanted}
     for key, tensor in wanted.items():
         if found[key].numel() != tensor.numel():
             raise InputError(f"{path}: {key} of its {kind} is of shape {tuple(found[key].shape)}, which no base of this kind has.")
-    # the same matrix is a linear layer in one code and a 1 x 1 convolution in another
+    # a linear layer in one implementation is a 1 x 1 convolution in another
     return {key: found[key].reshape(tensor.shape) for key, tensor in wanted.items()}
 
 
 def detect(parts: Parts, stored: Mapping[str, Stored], path: Path) -> str:
-    """The kind of a checkpoint: "sd3", "flux", or one of WIDTHS. Raises InputError for anything else, with what it is where that shows."""
-    for mark, what in OTHERS.items():
+    """A checkpoint's architecture: "sd3", "flux", or one of WIDTHS. Raises InputError for anything else, naming it where it is known."""
+    for mark, what in UNSUPPORTED.items():
         if any(re.search(mark, key) for key in stored):
             raise InputError(f"{path} is {what}.")
     kind = next((kind for kind in FIRST_LAYERS if kind in parts), None)
     if kind is None and parts:
-        held = ", ".join(SPOKEN.get(part, part) for part in parts)
+        held = ", ".join(DISPLAY_NAMES.get(part, part) for part in parts)
         raise InputError(f"{path} holds {held} alone, without a denoiser: give the base as --base, and this file as --parts.")
     if kind is None:
         try:
@@ -192,7 +192,7 @@ def detect(parts: Parts, stored: Mapping[str, Stored], path: Path) -> str:
 
 
 def refuse_channels(channels: int, latent: int, name: object) -> None:
-    """Raises InputError for a denoiser that takes more than the latents of one picture (`latent` channels): no text-to-image base."""
+    """Raises InputError for a denoiser whose input `channels` aren't the latents' of one picture (`latent`): no text-to-image base."""
     kinds = {2 * latent + 1: "an inpainting model", 2 * latent: "a model for editing", 5: "a depth-to-image model", 96: "Flux Fill"}
     if channels != latent:
         what = f"{kinds.get(channels, 'a model of another kind')}, of {channels} input channels"
@@ -200,13 +200,14 @@ def refuse_channels(channels: int, latent: int, name: object) -> None:
 
 
 def prediction_of(path: Path, stored: Mapping[str, Stored], header: Mapping[str, str], given: str) -> tuple[str | None, bool]:
-    """What a checkpoint says of itself: "epsilon" or "v_prediction" (None: nothing), and whether its noise goes up to pure noise (zero SNR).
+    """What a file declares: "epsilon" or "v_prediction" (None: neither), and whether its schedule ends in pure noise (zero terminal SNR).
 
-    In this order: what is `given` but "auto", the header's `modelspec.prediction_type`, the tensors `v_pred` and `ztsnr`, a YAML file beside it.
-    Raises InputError for another kind.
+    The first source that declares a prediction counts: `given` (unless "auto"), the header's `modelspec.prediction_type`, a tensor called
+    `v_pred`, a YAML config beside the file. Zero terminal SNR is declared by a tensor called `ztsnr` or by the YAML config.
+    Raises InputError for another prediction, and for a YAML file that isn't such a config.
     """
-    marks = {key.rpartition(".")[2] for key in stored}
-    said, zero = "v" if "v_pred" in marks else None, "ztsnr" in marks
+    names = {key.rpartition(".")[2] for key in stored}
+    declared, zero = "v" if "v_pred" in names else None, "ztsnr" in names
     beside = (path.with_suffix(".yaml"), path.with_suffix(".yml"), path.with_name(f"{path.name}.yaml"))
     if file := next((file for file in beside if file.is_file()), None):
         with refusing(f"{file}, beside the checkpoint, is no config of one", Exception, advice="Move it away."):
@@ -214,19 +215,19 @@ def prediction_of(path: Path, stored: Mapping[str, Stored], header: Mapping[str,
             scaling = params.get("denoiser_config", {}).get("params", {}).get("scaling_config", {}).get("target", "")
         if "EDM" in scaling:
             raise InputError(f"{path} is an EDM checkpoint, as {file.name} says, which can't be trained on here.")
-        said = said or str(params.get("parameterization", "v" if scaling.endswith("VScaling") else "eps"))
+        declared = declared or str(params.get("parameterization", "v" if scaling.endswith("VScaling") else "eps"))
         zero |= any(params.get(key) for key in ("zero_snr", "ztsnr", "use_ztsnr", "zero_terminal_snr", "use_zero_snr"))
-    said = given if given != "auto" else str(header.get("modelspec.prediction_type") or said or "").lower()
-    if said and not said.startswith(("v", "eps")):
-        raise InputError(f"{path} says that it predicts {said}, which can't be trained on here. If it doesn't, give --prediction.")
-    return said and ("v_prediction" if said.startswith("v") else "epsilon"), zero
+    declared = given if given != "auto" else str(header.get("modelspec.prediction_type") or declared or "").lower()
+    if declared and not declared.startswith(("v", "eps")):
+        raise InputError(f"{path} says that it predicts {declared}, which can't be trained on here. If it doesn't, give --prediction.")
+    return declared and ("v_prediction" if declared.startswith("v") else "epsilon"), zero
 
 
 def predicts(unet: Any) -> str | None:
-    """What a trained UNet predicts, "epsilon" or "v_prediction", which few files say; None where it doesn't show.
+    """What a trained UNet predicts, "epsilon" or "v_prediction", found by running it, as few files declare it; None where it isn't clear.
 
-    At the last step a picture is nearly all noise. The best guess of the noise is the input itself; the best guess of the velocity,
-    alpha * noise - sigma * picture, is minus the same average picture, whatever the noise.
+    The input of the last time step is nearly pure noise. The best prediction of the noise is then the input itself. The best prediction of
+    the velocity, alpha * noise - sigma * picture, is minus the average picture, whatever the noise: the same for two different inputs.
     """
     place = {"dtype": unet.dtype, "device": getattr(unet, "device", None)}
     more = {}
@@ -249,8 +250,8 @@ def load_single_file(
     """The pipeline of a checkpoint.
 
     Args:
-        device: where the UNet is asked.
-        prediction: "epsilon" or "v_prediction"; "auto" believes the file, and asks the UNet where it says nothing.
+        device: where the UNet runs to find what it predicts.
+        prediction: "epsilon" or "v_prediction"; "auto" takes what the file declares, or else what `predicts` finds.
         more: files and directories with what the checkpoint lacks (text encoders, autoencoder, T5's tokenizer).
 
     Raises InputError where the file can't be used.
@@ -288,20 +289,20 @@ def load_single_file(
         model.load_state_dict(state, assign=True)
         module: Any
         for module in model.modules():
-            if "position_ids" in module._buffers:  # the numbers of CLIP's positions aren't in every file
+            if "position_ids" in module._buffers:  # CLIP's position ids aren't in every file
                 module.register_buffer("position_ids", torch.arange(module.position_embedding.num_embeddings)[None], persistent=False)
         given[name] = model
     unet: Any = given.get("unet")
-    said, zero_snr = prediction_of(path, stored, header, prediction) if unet is not None else (None, False)
-    if not said and unet is not None and (said := predicts(unet.to(device))) != "epsilon":
-        said = said or ("v_prediction" if kind == "sd21" else "epsilon")
-        say(f"{path.name} doesn't say what it predicts; its UNet seems to predict {said}. If pictures are noise, give --prediction.")
+    predicted, zero_snr = prediction_of(path, stored, header, prediction) if unet is not None else (None, False)
+    if not predicted and unet is not None and (predicted := predicts(unet.to(device))) != "epsilon":
+        predicted = predicted or ("v_prediction" if kind == "sd21" else "epsilon")
+        say(f"{path.name} doesn't say what it predicts; its UNet seems to predict {predicted}. If pictures are noise, give --prediction.")
     if kind == "flux":
-        said = "dev" if given["transformer"].config.guidance_embeds else "schnell"
-    if kind == "sd21" and said == "epsilon":  # SD 2.x predicts noise at 512 pixels and velocity at 768
+        predicted = "dev" if given["transformer"].config.guidance_embeds else "schnell"
+    if kind == "sd21" and predicted == "epsilon":  # SD 2.x bases that predict noise are made for 512 pixels, the others for 768
         unet.register_to_config(sample_size=64)
-    noising = architectures.scheduler(kind, said or "epsilon", zero_snr=zero_snr)
-    pipe = getattr(diffusers, pipeline)(**{**settings, **given, "scheduler": noising})
+    scheduler = architectures.scheduler(kind, predicted or "epsilon", zero_snr=zero_snr)
+    pipe = getattr(diffusers, pipeline)(**{**settings, **given, "scheduler": scheduler})
     pipe.register_to_config(_name_or_path=str(path))
     return pipe
 
@@ -309,7 +310,7 @@ def load_single_file(
 def tokenizers(kind: str, parts: Parts, given: dict[str, Any], folders: Sequence[Path]) -> dict[str, Any]:
     """The tokenizers of the text encoders, by the pipeline's names. CLIP's is shipped, T5's comes from a directory or from the hub.
 
-    SD 3 goes on without a T5 that has none; for Flux that raises InputError.
+    Where T5's can't be had, SD 3 is opened without T5, which is taken out of `parts` and `given`; for Flux, InputError is raised.
     """
     found: dict[str, Any] = {}
     own = [str(folder) for folder in folders if any((folder / name).is_file() for name in TOKENIZER)]
@@ -338,11 +339,11 @@ def require(kind: str, parts: Parts, given: Mapping[str, Any], path: Path) -> No
     texts = text_names(kind)
     lacking = [part for name, part in {"vae": "vae", **texts}.items() if part not in parts and name not in given]
     if kind == "sd3" and set(texts.values()) - set(lacking):
-        if absent := [SPOKEN[part] for part in lacking if part != "vae"]:
+        if absent := [DISPLAY_NAMES[part] for part in lacking if part != "vae"]:
             say(f"{path.name} is opened without {' and '.join(absent)}, which it lacks. Give them as --parts to have them.")
         lacking = [part for part in lacking if part == "vae"]
     if lacking:
-        what = ", ".join(SPOKEN[part] for part in lacking)
+        what = ", ".join(DISPLAY_NAMES[part] for part in lacking)
         raise InputError(
             f"{path} lacks {what}. Give files that hold them, or a directory of the same family in diffusers' layout, as --parts FILE ..."
         )

@@ -1,4 +1,4 @@
-"""What is in a token file or a plain LoRA, without torch, whose import takes longer than everything else that `info` does."""
+"""Describes token files and plain LoRAs for `info` without importing torch, which takes longer than everything else there."""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ import safetensors
 from .errors import refusing
 
 TOKENS = "hyperdreambooth.tokens"
-"""What the header of a token file has."""
+"""The key in the header of a token file that marks it as one; its value is the format's version."""
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Layer -> down (rank, in) and up (out, rank)."""
 
 
 def describe(path: str | Path) -> dict[str, Any] | None:
-    """What is in a token file, or a LoRA of linear layers by diffusers' names; None for any other file, whole or not.
+    """The contents of a token file, or of a LoRA of linear layers by diffusers' names; None for any other file, valid or damaged.
 
     Raises InputError for a damaged token file.
     """
@@ -34,7 +34,7 @@ def describe(path: str | Path) -> dict[str, Any] | None:
             if len(names) != 2 * len(layers) or not layers:
                 return None
             found = {layer: (file.get_tensor(f"{layer}.lora_A.weight"), file.get_tensor(f"{layer}.lora_B.weight")) for layer in layers}
-    except (safetensors.SafetensorError, OSError, TypeError):  # the last is of bfloat16, which numpy lacks
+    except (safetensors.SafetensorError, OSError, TypeError):  # TypeError is for bfloat16, which numpy lacks
         return None
     for down, up in found.values():
         if (down.ndim, up.ndim) != (2, 2) or len(down) != up.shape[1] or not (np.isfinite(down).all() and np.isfinite(up).all()):
@@ -44,7 +44,7 @@ def describe(path: str | Path) -> dict[str, Any] | None:
 
 
 def fingerprint(factors: Factors) -> str:
-    """A hash of updates' contents (as fp16, as they are written)."""
+    """A hash of updates' contents, rounded to fp16 (as files have them by default)."""
     digest = hashlib.sha256()
     for path in sorted(factors):
         digest.update(path.encode())
@@ -54,10 +54,10 @@ def fingerprint(factors: Factors) -> str:
 
 
 def summary(
-    path: str | Path, kind: str, components: Iterable[str], ranks: Iterable[int], mark: str, metadata: dict[str, str]
+    path: str | Path, kind: str, components: Iterable[str], ranks: Iterable[int], digest: str, metadata: dict[str, str]
 ) -> dict[str, Any]:
-    """A LoRA file's contents as `info` prints them, from its layers' components and ranks."""
-    if picture := metadata.get("modelspec.thumbnail"):  # thousands of letters
+    """A LoRA file's contents as `info` prints them. `components` and `ranks`: of each layer; `digest`: the fingerprint."""
+    if picture := metadata.get("modelspec.thumbnail"):  # a data URL of thousands of characters
         metadata["modelspec.thumbnail"] = f"{picture.split(',')[0]}, {len(picture)} characters"
     counts, known = Counter(components), sorted(set(ranks)) or [0]
     return {
@@ -69,13 +69,13 @@ def summary(
         "components": ", ".join(f"{name} {count}" for name, count in counts.items()),
         "bytes": Path(path).stat().st_size,
         "trigger": metadata.get("modelspec.trigger_phrase", "unknown"),
-        "fingerprint": mark,
+        "fingerprint": digest,
         "metadata": metadata,
     }
 
 
 def describe_tokens(path: str | Path, shapes: Mapping[str, list[int]], header: dict[str, str]) -> dict[str, Any]:
-    """A token file's contents as `info` prints them. Raises InputError for a damaged one."""
+    """A token file's contents as `info` prints them, from its tensors' shapes and its header. Raises InputError for a damaged header."""
     with refusing(f"{path} is damaged: the recipe in its header isn't a JSON object", TypeError, ValueError):
         rank = dict(json.loads(header.get("hyperdreambooth.recipe", "{}"))).get("rank", "unknown")
     return {

@@ -1,7 +1,7 @@
-"""The model hub: where hypernetworks and LoRAs are fetched from and uploaded to, with model cards.
+"""Fetches models and data sets from the Hugging Face hub, and uploads hypernetworks and LoRAs with model cards.
 
-Nothing is uploaded but what is listed here: a hypernetwork's weights and config, or a LoRA and its preview. Training folders
-also hold caches of people's photos and paths of this machine; those stay.
+Only the files listed here are uploaded: a hypernetwork's weights and config, or a LoRA and its preview. Training folders
+also hold caches of people's photos and paths of this machine, which aren't uploaded.
 """
 
 import shutil
@@ -18,19 +18,20 @@ from .photos import SUFFIXES, is_generated, preview_path
 
 HYPERNETWORK_FILES = ["README.md", "config.json", "model.safetensors", "encoder/*.json", "encoder/*.safetensors"]
 CONSENT = "A LoRA of a face is biometric data: whoever has the file can draw this person. Upload it only if the person agrees."
-CARDS = Path(__file__).parent / "assets" / "cards"  # Templates of Jinja's, with the metadata in front as `card_data`.
+CARDS = Path(__file__).parent / "assets" / "cards"  # Jinja templates of model cards; `card_data` is the card's metadata.
 
 
 def download(name: str) -> Path:
-    """Fetches a model by its id on the hub, `user/name`, and returns its folder here. Raises InputError where it can't be had."""
+    """Downloads a model by its id on the hub, `user/name`, and returns its local folder. Raises InputError where that fails."""
     with refusing(f"{name} is neither a folder nor a model on the hub that can be reached", *HUB_ERRORS):
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
 
 
 def download_pictures(name: str) -> Path:
-    """Fetches the pictures of a data set, `user/name` or `user/name/folder`, but for those that are here, and returns its folder.
+    """Downloads the pictures of a data set, `user/name` or `user/name/folder`, that aren't cached yet, and returns the local folder.
 
-    Where it has none, its parquet files. Raises InputError where it can't be reached, or keeps its pictures in other files (archives).
+    A data set without picture files has its parquet files downloaded. Raises InputError where it has neither (but archives, for example),
+    or can't be reached.
     """
     repository, folder = "/".join(name.split("/")[:2]), "".join(f"{part}/" for part in name.split("/")[2:])
     kinds = [f"{folder}*{end}" for suffix in SUFFIXES for end in (suffix, suffix.upper())]
@@ -62,9 +63,9 @@ def push(path: str | Path, name: str, *, public: bool = False) -> str:
 
 
 def _lora_folder(path: Path, folder: Path) -> Path:
-    """A LoRA file, its preview and its card, side by side in an empty folder. Raises InputError where it is no LoRA."""
+    """Copies a LoRA file, its preview and its card into `folder`, and returns that. Raises InputError where the file is no LoRA."""
     lora, preview = read_lora(path), preview_path(path)
-    shown = is_generated(preview)  # a photo of the person is never uploaded
+    shown = is_generated(preview)  # a picture that isn't may be a photo of the person, which is never uploaded
     for file in (path, preview) if shown else (path,):
         shutil.copy(file, folder)
     text = lora_card(lora.metadata, path.name, preview.name if shown else None, kohya=lora.layout == "kohya")
@@ -73,7 +74,7 @@ def _lora_folder(path: Path, folder: Path) -> Path:
 
 
 def lora_card(metadata: Mapping[str, str], file: str, picture: str | None = None, *, kohya: bool = False) -> str:
-    """The card of a LoRA file, from its header. `picture`: the name of a picture beside it."""
+    """The model card of a LoRA file, from its header. `picture`: the name of its preview in the same folder."""
     base = metadata.get("hyperdreambooth.base") or metadata.get("ss_sd_model_name") or "unknown"
     trigger, title = metadata.get("modelspec.trigger_phrase", ""), metadata.get("modelspec.title", Path(file).stem)
     about: dict[str, Any] = {"instance_prompt": trigger or None, "library_name": "diffusers", "pipeline_tag": "text-to-image"}
@@ -83,7 +84,7 @@ def lora_card(metadata: Mapping[str, str], file: str, picture: str | None = None
 
 
 def hypernetwork_card(config: Mapping[str, Any]) -> str:
-    """The card of a hypernetwork, from its config.json: what, base, data, metrics, license, and how to use it in three lines."""
+    """The model card of a hypernetwork, from its config.json: base, sizes, data, metrics, license, and how to use it in three lines."""
     base = Path(config["base"]).name if Path(config["base"]).exists() else config["base"]  # no paths of this machine
     sizes, layers, trained = config["lightweight"], len(config["targets"]), dict(config["trained"])
     rank, width = sizes.get("rank", 1), sizes.get("down_dim", 100) + sizes.get("up_dim", 50)
@@ -93,7 +94,7 @@ def hypernetwork_card(config: Mapping[str, Any]) -> str:
 
 
 def _card(template: str, base: str, terms: str | None, about: dict[str, Any], values: dict[str, Any]) -> str:
-    """A filled template. The hub knows a list of lower-case licenses; anything else is `other`, with a name."""
+    """Fills a template. The hub has ids of known licenses in lower case; a license that doesn't look like an id is `other`, with a name."""
     if terms:
         about |= {"license": terms.lower()} if " " not in terms and "/" not in terms else {"license": "other", "license_name": terms}
     data = ModelCardData(base_model=base if base.count("/") == 1 else None, **about)

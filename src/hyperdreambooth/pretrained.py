@@ -1,6 +1,6 @@
-"""A trained hypernetwork on disk: config.json, model.safetensors, and the encoder as transformers reads it.
+"""A trained hypernetwork on disk: config.json, model.safetensors, and the face encoder in transformers' format.
 
-Frozen aux matrices aren't stored: they follow from the recipe in config.json. Learnt ones are in model.safetensors.
+Frozen aux matrices aren't stored, since the recipe in config.json determines them. Learned ones are in model.safetensors.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -30,7 +30,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 @dataclass
 class HyperNetworkInfo:
-    """What a hypernetwork was trained for; travels with it as config.json."""
+    """What a hypernetwork was trained for and with: the contents of its config.json."""
 
     base: str  # The base it predicts for.
     targets: dict[str, list[int]]  # Layer path -> [inputs, outputs].
@@ -40,11 +40,11 @@ class HyperNetworkInfo:
     mode: Literal["pro", "faithful"] = "pro"
     prompt: str = "a [V] face"  # The prompt that names the person.
     describe: list[list[str]] = field(default_factory=list)
-    """Phrases to choose from for each part of a photo's prompt, see `stages.describe`. Empty: the prompt is `prompt` for every photo."""
+    """For each part of a photo's prompt the phrases to choose from, see `stages.describe`. Empty: `prompt` is used for every photo."""
     personalize: dict[str, Any] = field(default_factory=dict)  # Defaults of the fine-tuning that suit this base (chosen on validation).
     generate: dict[str, Any] = field(default_factory=dict)  # Defaults of generation that suit this base.
     familiar: float | None = None
-    """The `stages.describe.strangeness` above which a photo is unlike all that it was trained on. None: nobody measured it."""
+    """The `stages.describe.strangeness` above which a photo is unlike all training data. None: not measured."""
     trained: dict[str, Any] = field(default_factory=dict)  # How it was trained, and what it reached on validation.
     data: str = ""  # What it was trained on, in words.
     license: str = ""  # The license of its weights.
@@ -58,21 +58,21 @@ def build(targets: dict[str, Shape], encoder: FaceEncoder, lightweight: Lightwei
 
 
 def save_hypernetwork(folder: str | Path, source: PredictedLora, info: HyperNetworkInfo, dtype: torch.dtype = torch.float16) -> Path:
-    """Writes the weights in `dtype`, the encoder, a model card (README.md) and the config into `folder`; returns the config's path."""
+    """Writes the weights in `dtype`, the encoder (if `info` names it "encoder"), a model card and the config; returns the config's path."""
     folder = Path(folder)
     tensors = {name: value.to(dtype) for name, value in source.state_dict().items() if not name.startswith("encoder.")}
     if info.encoder == "encoder":
         source.encoder.save_pretrained(folder / "encoder")
     save_tensors(folder / "model.safetensors", tensors)
     write_atomically(folder / "README.md", lambda file: file.write_text(hypernetwork_card(asdict(info)), encoding="utf-8"))
-    return write_json(folder / "config.json", asdict(info))  # the last: a folder with a config is complete
+    return write_json(folder / "config.json", asdict(info))  # written last, so that a folder with a config is complete
 
 
 def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> tuple[PredictedLora, HyperNetworkInfo]:
-    """Reads a folder or a hub id; with `backbone`, checks that its layers are the ones that were trained for.
+    """Reads a hypernetwork from a folder or a hub id; with `backbone`, checks that this base has the layers that it predicts.
 
-    Raises InputError where it is no hypernetwork, of a newer format, for another base, or damaged. Nothing is allocated before
-    the sizes in config.json have been compared to those of the tensors.
+    Raises InputError where it is no hypernetwork, of a newer format, for another base, or damaged. No memory is allocated for it
+    before the sizes in config.json have been compared to those of the tensors.
     """
     if not Path(folder).exists() and str(folder).count("/") == 1:
         folder = download(str(folder))
@@ -120,15 +120,15 @@ def read_info(folder: Path) -> HyperNetworkInfo:
     if not all(info.describe):
         raise InputError(f"{file}: describe: every part of the prompt needs at least one phrase.")
     for part, kind in (("personalize", PersonalizeConfig), ("generate", GenerateConfig)):
-        said = {name: value for name, value in getattr(info, part).items() if value is not None}
-        for name, value in vars(parsed(kind, said, f"{file}: {part}")).items():
+        given = {name: value for name, value in getattr(info, part).items() if value is not None}
+        for name, value in vars(parsed(kind, given, f"{file}: {part}")).items():
             if isinstance(value, (int, float)):
                 in_range(value, *LIMITS.get(name, (-1e6, 1e6)), f"{file}: {name}")
     return info
 
 
 def check_targets(targets: dict[str, Shape], backbone: Backbone, name: str) -> None:
-    """Raises InputError unless `backbone` has every layer, in the same size."""
+    """Raises InputError unless `backbone` has every layer of `targets`, in the same size. `name`: of the hypernetwork."""
     modules = canonical_modules(backbone.components)
     here = {path: linear_shape(modules[path]) if path in modules else None for path in targets}
     other = [

@@ -1,11 +1,12 @@
-"""What a LoRA file does to each layer, whatever kind of adapter it holds.
+"""The change that a LoRA file makes to each layer, for all kinds of adapters.
 
-    LoRA    up @ down; also of convolutions, with a core of their window between the two (`mid`), and with a bias
-    LoHa    w1 * w2, and LoKr: kron(w1, w2), where each may be a product again
+    LoRA    up @ down; for convolutions also with a core of the kernel's size between the two (`mid`); also with a bias
+    LoHa    w1 * w2, elementwise, where each factor may be a low-rank product itself
+    LoKr    kron(w1, w2), likewise
     full    the difference itself, of a weight (`diff`) or a bias (`diff_b`)
-    DoRA    any of these, after which each output's weights get the length that `dora_scale` (PEFT: `magnitude`) says
+    DoRA    any of these, after which each output's weight vector is rescaled to the norm in `dora_scale` (PEFT: `magnitude`)
 
-An update is scaled by alpha / rank and by the strength, a DoRA's before it gets its lengths, as PEFT does.
+An update is scaled by alpha / rank and by the strength; a DoRA's is scaled before the norms are set, as in PEFT.
 """
 
 import json
@@ -28,7 +29,7 @@ from .keys import TABLES, Names, Place, plain_path, split
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a file does to one of its layers: parts by `keys.split`'s names, float32, the base's layers, and alpha / rank."""
+    """A file's change of one layer: its tensors (float32) by `keys.split`'s names, the base's layers that it changes, and alpha / rank."""
 
     layer: str
     parts: dict[str, Tensor]
@@ -37,13 +38,13 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """What it is other than a plain LoRA of a linear layer, in words; "" for one."""
+        """The kind of adapter, in words (such as "a LoKr"); "" for a plain LoRA of a linear layer."""
         known = TABLES["adapters"].items()
         found = next((kind for mark, kind in known if any(re.match(mark, part) for part in self.parts)), "")
         return found or ("" if self.parts["down"].shape[2:].numel() == 1 else "a LoRA of convolutions")
 
     def update(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The update of the weight, unscaled, flat or not; one zero for none. Raises KeyError for a part that is missing."""
+        """The weight's unscaled update, in its shape or as a matrix; a scalar zero for none. Raises KeyError for a missing part."""
 
         def factor(whole: str, left: str, right: str, core: str) -> Tensor:
             if whole in parts:
@@ -61,27 +62,27 @@ class Adapter:
         return factor("diff", "up", "down", "mid")
 
     def delta(self, weight: Tensor, strength: float) -> Tensor:
-        """What is added to the layer's weight (out, in, ...), float32."""
+        """The change of the layer's `weight` (out, in, ...), in float32."""
         parts = {name: part.to(weight.device) for name, part in self.parts.items()}
         change = self.update(parts)
         change = (change.reshape(weight.shape) if change.ndim else change.expand_as(weight)) * (self.scale * strength)
         if (lengths := parts.get("magnitude", parts.get("dora_scale"))) is None:
             return change
-        axis = int("magnitude" not in parts and lengths.ndim > 1 and lengths.shape[0] == 1)  # 1: of each input, as older trainers did it
+        axis = int("magnitude" not in parts and lengths.ndim > 1 and lengths.shape[0] == 1)  # 1: a norm per input, as in older trainers
         norms = torch.linalg.vector_norm(weight + change, dim=[dim for dim in range(weight.ndim) if dim != axis], keepdim=True)
         return (weight + change) * (lengths.reshape(norms.shape) / norms) - weight
 
     def bias(self, strength: float) -> Tensor | None:
-        """What is added to the layer's bias (out,), where it is changed at all."""
+        """The change of the layer's bias (out,), or None."""
         bias = self.parts.get("diff_b", self.parts.get("bias"))
         return None if bias is None else bias * strength * (1.0 if "diff_b" in self.parts else self.scale)
 
 
 def read_adapters(path: str | Path, names: Names | None = None) -> tuple[list[Adapter], dict[str, str]]:
-    """All that a LoRA file holds, and its header. Every layer has its places in the base.
+    """A LoRA file's adapters, one for each of its layers, and its metadata.
 
     Args:
-        names: the base's; without it each layer's only place is its path as far as its name tells it.
+        names: of the base's layers; without it each adapter's one place is the path that `plain_path` makes of the layer's name.
 
     Raises InputError for a file that is no LoRA, of an unknown kind, for another base, or damaged.
     """
@@ -100,12 +101,12 @@ def read_adapters(path: str | Path, names: Names | None = None) -> tuple[list[Ad
     if unknown := list(parts.pop("", {})):
         _refuse_names(str(path), unknown, tensors)
     places = {layer: names.find(layer) if names else [Place(plain_path(layer))] for layer in parts}
-    if any(places.values()):  # some trainers write layers that they never trained: where an update is zero there is nothing to lose
+    if any(places.values()):  # some trainers also write untrained layers: zero updates of layers that the base lacks are left out
         changes = {layer: [part for name, part in own.items() if name in ("up", "diff", "diff_b")] for layer, own in parts.items()}
         zero = {layer for layer, own in changes.items() if own and not places[layer] and not any(part.any() for part in own)}
         parts = {layer: own for layer, own in parts.items() if layer not in zero}
-    if absent := [layer for layer in parts if not places[layer]]:
-        _refuse_layers(str(path), absent, len(parts), metadata, type(names.model).__name__ if names else "")
+    if names and (absent := [layer for layer in parts if not places[layer]]):
+        _refuse_layers(str(path), absent, len(parts), metadata, type(names.model).__name__)
     adapters, taken = [], dict[str, str]()
     for layer, own in parts.items():
         scale = _scale(own, config, places[layer][0].path, f"{path}: {layer}")
@@ -118,14 +119,14 @@ def read_adapters(path: str | Path, names: Names | None = None) -> tuple[list[Ad
 
 
 def _check(adapter: Adapter, names: Names | None, where: str) -> None:
-    """Raises InputError unless the parts are all there, fit together, are finite, and fit the base's layer."""
+    """Raises InputError unless an adapter's parts are complete, finite, and fit each other and the base's layer."""
     parts = adapter.parts
     several = [mark for mark in ("hada", "lokr", "diff$", "up$|down$") if any(re.match(mark, part) for part in parts)]
     if len(several) > 1 or {"bias", "diff_b"} <= parts.keys():
         raise InputError(f"{where} is several kinds of adapter in one ({', '.join(parts)}), which no tool reads.")
     if not all(part.isfinite().all() and (part * adapter.scale).isfinite().all() for part in parts.values()):
         raise InputError(f"{where} isn't finite (with its scale of {adapter.scale:g}). Its training diverged, or the file is damaged.")
-    try:  # for the shape alone
+    try:  # on the meta device, for the shape alone
         update = adapter.update({name: part.to("meta") for name, part in parts.items()})
     except KeyError as error:
         raise InputError(f"{where} has no {error.args[0]} matrix. Is the file whole?") from error
@@ -135,7 +136,7 @@ def _check(adapter: Adapter, names: Names | None, where: str) -> None:
     if names is None:
         return
     modules = [names.modules[place.path] for place in adapter.places]
-    # a quantized layer's weight has a shape of its own
+    # the weight of a quantized layer is stored in another shape than the layer's
     sizes = [linear_shape(module) or (module.weight.shape[1:].numel(), len(module.weight)) for module in modules]
     outputs, inputs = sum(size for _, size in sizes), sizes[0][0]
     theirs = (len(update), update.numel() // max(1, len(update))) if update.ndim else (outputs, inputs)
@@ -150,9 +151,9 @@ def _check(adapter: Adapter, names: Names | None, where: str) -> None:
 
 
 def _peft_config(path: Path, metadata: dict[str, str], names: Iterable[str]) -> dict[str, Any]:
-    """PEFT's configuration of a file without `.alpha`: its header's (where diffusers puts it) or adapter_config.json's (PEFT).
+    """PEFT's configuration, which has the scale of files without `.alpha`: in the header (by diffusers) or adapter_config.json (by PEFT).
 
-    It is taken out of the header: the scale is folded into `up`, and a copy that kept it would be scaled twice.
+    It is removed from `metadata`: the scale is folded into `up`, and a copy that is saved with it would be scaled twice.
     """
     text, where = metadata.pop("lora_adapter_metadata", None), f"{path}: lora_adapter_metadata"
     beside, known = path.with_name("adapter_config.json"), "adapter_model.safetensors"
@@ -160,7 +161,7 @@ def _peft_config(path: Path, metadata: dict[str, str], names: Iterable[str]) -> 
         text, where = beside.read_text(encoding="utf-8"), str(beside)
     with refusing(f"{where} isn't a JSON object, so the LoRA's scale is unknown", TypeError, ValueError):
         config = dict(json.loads(text or "{}"))
-    for key, start in config.items():  # these change the base's weights before they train
+    for key, start in config.items():  # these initializations change the base's weights before the training
         if key.endswith("init_lora_weights") and re.match("pissa|olora|corda|loftq|lora_ga", str(start)):
             what = f"adds to a base whose weights were changed first (init_lora_weights {start})"
             raise InputError(f"{path} {what}. Convert it by PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...).")
@@ -168,7 +169,7 @@ def _peft_config(path: Path, metadata: dict[str, str], names: Iterable[str]) -> 
 
 
 def _scale(parts: Mapping[str, Tensor], config: dict[str, Any], path: str, where: str) -> float:
-    """A layer's alpha / rank: by its own alpha, or by PEFT's configuration (diffusers: one for each component); 1 without one."""
+    """A layer's alpha / rank, by its own alpha, or else by PEFT's configuration (diffusers stores one per component); 1 without either."""
     ranked = [parts[name] for name in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b") if name in parts]
     if not ranked:
         return 1.0
@@ -181,14 +182,14 @@ def _scale(parts: Mapping[str, Tensor], config: dict[str, Any], path: str, where
             raise ValueError(f"alpha holds {parts['alpha'].numel()} numbers, expected one")
         if "alpha" in parts:
             return parts["alpha"].item() / len(ranked[0])
-        # PEFT's patterns are regular expressions of a path's end
+        # PEFT's patterns are regular expressions that the end of a path matches
         matching = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", rest))
         alpha = next(matching, lycoris if alpha is None else alpha)
         return 1.0 if alpha is None else float(alpha) / (math.sqrt(len(ranked[0])) if rslora else len(ranked[0]))
 
 
 def _refuse_names(path: str, unknown: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-    """Raises InputError for tensors' names that no LoRA has: what else the file is."""
+    """Raises InputError for names that no LoRA layout has, and says what the file is where it is known."""
     for mark, what in TABLES["kinds"].items():
         marked = [name for name in unknown if re.search(mark, name)]
         if marked and (len(unknown) == len(tensors) or "LoRA file" not in what):
@@ -201,11 +202,11 @@ def _refuse_names(path: str, unknown: Sequence[str], tensors: Mapping[str, Tenso
 
 
 def _refuse_layers(path: str, absent: Sequence[str], count: int, metadata: Mapping[str, str], base: str) -> None:
-    """Raises InputError for layers that a base doesn't have, of `count`: for which family the file is. `base`: its denoiser's class."""
-    said = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
+    """Raises InputError for a file of `count` layers, some `absent` in the base, and guesses its family. `base`: the denoiser's class."""
+    declared = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
     guessed = (name for mark, name in TABLES["families"].items() if any(re.search(mark, layer) for layer in absent))
     family = next(guessed, "")
     if "T5" not in family:
-        family = said or ", or ".join(filter(None, (family, "one of its kind, but larger" if len(absent) < count else "")))
+        family = declared or ", or ".join(filter(None, (family, "one of its kind, but larger" if len(absent) < count else "")))
     kind = f"for another base ({family})" if family else "for another base, or names its layers as no tool reads them"
     raise InputError(f"{path} is a LoRA {kind}: of its {count} layers this one, a {base}, lacks {some(absent)}. Open its own base.")

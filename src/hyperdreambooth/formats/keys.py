@@ -1,8 +1,8 @@
-"""The names of LoRA tensors in the spellings that are in use -> the layers of a base.
+"""Finds a base's layers by the names of LoRA tensors, in all spellings that are in use.
 
-A name is a layer's, then the tensor's part in it: `unet.mid_block...to_q.lora_A.weight`, `lora_unet_mid_block_..._to_q.alpha`. A layer's own
-names are known, whichever prefix or separator; names by the code that a base was first published with are diffusers' to translate
-(`lora_state_dict`), but for SD 3's, which it lacks. There one layer may be several of diffusers' (query, key, value).
+A name is a layer's, then the tensor's part in it: `unet.mid_block...to_q.lora_A.weight`, `lora_unet_mid_block_..._to_q.alpha`. Layers are
+found by diffusers' names with any known prefix and separator. Names of the code that a base was first published with are translated by
+diffusers (`lora_state_dict`), except SD 3's, which it doesn't know. There one layer may be several of diffusers' (query, key, value).
 """
 
 import json
@@ -18,22 +18,22 @@ from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..lora import canonical, canonical_modules
+from ..lora import canonical, canonical_modules, unwrapped
 
 TABLES = json.loads((Path(__file__).parents[1] / "assets" / "loras.json").read_text(encoding="utf-8"))
-"""By regular expression: prefixes of components, and marks of other files, of kinds and of families; SD 3's original names; a file's header."""
+"""Regular expressions for components' prefixes, and for recognizing adapters, families and other files; SD 3's original names; headers."""
 PART = re.compile(
     r"(.+?)\.(?:lora_(A|B|down|up|mid)(?:(?:\.[\w-]+)?\.weight)?|lora_(?:B|up)(?:\.[\w-]+)?\.(bias)|(down|up)\.weight|lora_(magnitude)_vector(?:\.[\w-]+)*"
     r"|(alpha|dora_scale|diff|diff_b|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)))"
 )
 PARTS = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}
-ROWS = 3072 * 7  # Outputs of the layer by which diffusers is asked: what its converter of Flux's `linear1` insists on.
+ROWS = 3072 * 7  # Outputs of the layer that `_by_diffusers` has converted: the only number that diffusers accepts for Flux's `linear1`.
 
 
 def split(name: str) -> tuple[str, str]:
     """A tensor's name -> its layer and its part: down, up, mid, bias, alpha, dora_scale, magnitude, diff, diff_b, and LoHa's and LoKr's
-    own; "" where it is of no known spelling."""
-    if not re.search(r"(double|single)_blocks\.\d+\.processor\.", name):  # XLabs', which diffusers knows by its whole
+    own; both "" for an unknown spelling."""
+    if not re.search(r"(double|single)_blocks\.\d+\.processor\.", name):  # XLabs' names, which diffusers converts as a whole
         old = StateDictType.DIFFUSERS_OLD if "self_attn" in name else StateDictType.DIFFUSERS
         name = next(iter(convert_unet_state_dict_to_peft(convert_state_dict_to_peft({name: None}, old))))
     found = PART.fullmatch(name)
@@ -42,27 +42,27 @@ def split(name: str) -> tuple[str, str]:
 
 
 def split_prefix(layer: str) -> tuple[str | None, str]:
-    """A layer's name -> its component by the prefixes, if they tell it, and the rest of the name."""
+    """A layer's name -> the component that its prefixes stand for (None without such a prefix), and the rest of the name."""
     component = None
     while prefix := next((prefix for prefix in TABLES["prefixes"] if re.match(prefix, layer)), None):
         component, layer = component or TABLES["prefixes"][prefix], re.sub(f"^(?:{prefix})", "", layer)
     return component, layer
 
 
-def squashed(name: str) -> str:
-    """A name in the one spelling that all separators have in common."""
+def underscored(name: str) -> str:
+    """A layer's name with underscores for all separators and without `text_model`: the same for all spellings."""
     return re.sub(r"[._]+", "_", name).removeprefix("text_model_")
 
 
 class Place(NamedTuple):
-    """A layer of the base, and which outputs of the file's layer are its own: of `total` equal shares those at `rows` (None: all)."""
+    """A layer of the base, and which outputs of the file's layer belong to it: of `total` equal shares those in `rows` (None: all)."""
 
     path: str
     rows: Tensor | None = None
     total: int = 1
 
     def outputs(self, count: int) -> Tensor:
-        """The indices of its own among `count` outputs of the file's layer, in its own order."""
+        """The indices of this layer's outputs among `count` outputs of the file's layer, in this layer's order."""
         if self.rows is None:
             return torch.arange(count)
         place = torch.full((self.total,), -1).index_copy(0, self.rows, torch.arange(len(self.rows)))
@@ -71,7 +71,7 @@ class Place(NamedTuple):
 
 
 class Names:
-    """Every name of a base's layers. `root`: its denoiser and text encoders under the pipeline's own names."""
+    """Finds a base's layers by any of their names. `root`: its denoiser and text encoders under the pipeline's own names."""
 
     def __init__(self, root: nn.Module):
         parts = dict(root.named_children())
@@ -82,37 +82,39 @@ class Names:
         self.modules: dict[str, Any] = {}
         self.paths: dict[str, str] = {}
         for path, module in canonical_modules(root).items():
-            base = getattr(module, "base_layer", module)  # of a layer that PEFT has wrapped
+            base = unwrapped(module)
             if isinstance(getattr(base, "weight", None), Tensor) and ".base_layer" not in path and ".lora_" not in path:
                 self.modules[path] = base
                 component, _, rest = path.partition(".")
-                self.paths[f"{component}.{squashed(rest)}"] = path
+                self.paths[f"{component}.{underscored(rest)}"] = path
 
     def find(self, layer: str) -> list[Place]:
-        """The base's layers that a layer of a file stands for: none where the base has no such layer, several where it is several in one."""
+        """The base's layers that a file's layer changes: none if the base has no such layer, several if the file has them as one."""
         component, rest = split_prefix(layer)
+        name = underscored(rest)
         places = [self.components.get(component, component)] if component else [self.denoiser, "text_encoder", "text_encoder_2"]
-        for spelling in (f"{place}.{squashed(rest)}" for place in places):
+        for spelling in (f"{place}.{name}" for place in places):
             path = self.paths.get(spelling) or self.paths.get(f"{spelling}_0" if spelling.endswith("_to_out") else "")
             if path:
                 return [Place(path)]
         if places[0] != self.denoiser:
             return []
-        return self._original_sd3(squashed(rest)) or self._by_diffusers(layer if ".processor." in rest else f"lora_unet_{squashed(rest)}")
+        return self._original_sd3(name) or self._by_diffusers(layer if ".processor." in rest else f"lora_unet_{name}")
 
     def _original_sd3(self, name: str) -> list[Place]:
+        """The layers that a layer of SD 3's original code, such as `joint_blocks_0_x_block_attn_qkv`, consists of in diffusers."""
         block, dot, part = re.sub(r"^joint_blocks_(\d+)_", r"transformer_blocks_\1_.", name).rpartition(".")
         ours = TABLES["sd3"].get(part, "").split()
         paths = [self.paths[f"{self.denoiser}.{block}{one}"] for one in ours if f"{self.denoiser}.{block}{one}" in self.paths]
         if not paths or len(paths) != len(ours) or ("_blocks" in name and not dot):
             return []
-        # shift and scale are the other way round in the last layers
+        # diffusers has shift and scale in the opposite order in the last layers
         swapped = paths[0].endswith(("norm_out.linear", f"blocks.{self.model.config.num_layers - 1}.norm1_context.linear"))
         shares = (torch.tensor([3, 4, 5, 0, 1, 2]),) if swapped else torch.arange(6).chunk(len(paths))
         return [Place(path, rows, 6) for path, rows in zip(paths, shares, strict=True)]
 
     def _by_diffusers(self, layer: str) -> list[Place]:
-        """Asks diffusers' converter of LoRA files, by a LoRA whose outputs are numbered."""
+        """The layers to which diffusers' converter of LoRA files moves each output of this one, found by a LoRA of numbered outputs."""
         kohya = "lora_" if layer.startswith("lora_") else ""
         probe = {f"{layer}.{kohya}down.weight": torch.ones(1, 1), f"{layer}.{kohya}up.weight": torch.arange(ROWS).float()[:, None]}
         try:
@@ -121,19 +123,19 @@ class Names:
             else:
                 answer = FluxLoraLoaderMixin.lora_state_dict(probe)
         except (ValueError, LookupError, RuntimeError, AttributeError, NotImplementedError):
-            return []  # it knows no such layer
+            return []  # the converter doesn't know this layer
         found = []
         for key, rows in answer.items():
             place, part = split(key)
-            # it puts an upsampler where a block with attention has its attention
-            spelling = re.sub(r"attentions_\d+_conv$", "upsamplers_0_conv", squashed(split_prefix(place)[1]))
+            # the converter names the upsampler of a block without attention as if it were an attention
+            spelling = re.sub(r"attentions_\d+_conv$", "upsamplers_0_conv", underscored(split_prefix(place)[1]))
             if part == "up" and f"{self.denoiser}.{spelling}" in self.paths:
                 found.append(Place(self.paths[f"{self.denoiser}.{spelling}"], rows[:, 0].long(), ROWS))
         return found
 
 
 def plain_path(layer: str) -> str:
-    """The path of a layer as far as its name tells it, where no base is open; kohya's names stay as they are."""
+    """A layer's canonical path as far as its name alone determines it, without a base; kohya's names stay as they are."""
     component, rest = split_prefix(layer)
     transformer = (component == "denoiser" and layer.startswith("transformer.")) or rest.startswith(("transformer_blocks.", "single_"))
     found = ("transformer" if transformer else "unet") if component in (None, "denoiser") else component
@@ -154,6 +156,6 @@ def kohya_name(path: str, *, two_text_encoders: bool) -> str:
 
 
 def check_layout(layout: str, components: Iterable[str]) -> None:
-    """Raises InputError where a base of these components has no names in `layout`: before anything is trained."""
+    """Raises InputError if a base of these components can't be written in `layout`. To be called before the training."""
     if layout == "kohya" and "transformer" in components:
         kohya_name("transformer.transformer_blocks", two_text_encoders=True)

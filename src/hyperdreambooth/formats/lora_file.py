@@ -1,8 +1,8 @@
-"""Standard LoRA files: written in diffusers' or kohya's layout, read in any, found in folders and on the hub, or in a base as a style.
+"""Standard LoRA files: written in diffusers' or kohya's layout, read in any, found in folders and on the hub, added to a base as a style.
 
-A file's header tells UIs about it, by Stability's model metadata standard (`modelspec.*`) and kohya's keys (`ss_*`, `sshs_*`): A1111 and
+A file's header describes it to UIs, by Stability's model metadata standard (`modelspec.*`) and kohya's keys (`ss_*`, `sshs_*`): A1111 and
 Forge group LoRAs by `ss_base_model_version` and `ss_v2`, list them as `ss_output_name`, and show `ss_tag_frequency`; ComfyUI and SwarmUI
-read `modelspec.*`, with the picture in `modelspec.thumbnail`. What a header says is in assets/loras.json, with names for what differs.
+read `modelspec.*`, with the picture in `modelspec.thumbnail`. The header's entries are in assets/loras.json, with placeholders for values.
 """
 
 import base64
@@ -44,7 +44,7 @@ HUB_ERRORS = (HTTPError, OSError, ValueError)
 
 @dataclass
 class LoraFile:
-    """What a LoRA file holds; updates are unbatched float32 by canonical path."""
+    """A plain LoRA file's contents; the updates are one person's (no batch dimension), float32, by canonical path."""
 
     loras: LoraSet
     metadata: dict[str, str]
@@ -53,9 +53,9 @@ class LoraFile:
 
 
 def base_metadata(pipe: Any, base: str, resolution: int) -> dict[str, str]:
-    """What a LoRA's header says about its base, which the user calls `base`: a pipeline of diffusers, of pictures `resolution` pixels a side."""
+    """The header's entries about a LoRA's base. `base`: its path or hub id; `resolution`: the side of its pictures in pixels."""
     architecture, version = _architecture(pipe)
-    name = Path(base).name if Path(base).exists() else base  # the path on this machine doesn't belong into a file
+    name = Path(base).name if Path(base).exists() else base  # a path on this machine doesn't belong in a file
     values = {"architecture": architecture, "version": version, "second": version.startswith("sd_v2"), "name": name, "side": resolution}
     metadata = {key: text.format(**values) for key, text in TABLES["header"]["base"].items()}
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(pipe.scheduler.config.get("prediction_type", ""))
@@ -81,7 +81,7 @@ def _architecture(pipe: Any) -> tuple[str, str]:
 
 
 def standard_metadata(loras: LoraSet, *, title: str, trigger: str, identifier: str, **given: str | Image.Image | None) -> dict[str, str]:
-    """What a LoRA's header says about the LoRA itself; `base_metadata` belongs beside it. `given`: author, license, thumbnail."""
+    """The header's entries about a LoRA itself, to be joined with `base_metadata`. `given`: author, license, thumbnail."""
     rank = max(lora.rank for lora in loras.values())
     values = {"title": title, "trigger": trigger, "identifier": identifier, "rank": rank, "alpha": float(rank), "version": __version__}
     frequency, date = json.dumps({"hyperdreambooth": {trigger: 1}}), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -97,10 +97,10 @@ def standard_metadata(loras: LoraSet, *, title: str, trigger: str, identifier: s
 
 
 def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The hashes that UIs look a LoRA up by: of the tensors' bytes, and kohya's older one.
+    """The hashes by which UIs look a LoRA up: of the tensors' bytes, and kohya's older one.
 
-    The older one covers 64 KB at 1 MB into a file that has no header but `ss_*` (so that editing the rest changes nothing);
-    of a smaller file it is the hash of nothing.
+    The older one is of the 64 KB from 1 MB on, in a file whose only metadata are `ss_*` (so that editing other metadata doesn't
+    change it). Of a smaller file it is the hash of no bytes.
     """
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     content = safetensors.torch.save(dict(tensors), training)
@@ -111,7 +111,7 @@ def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
 
 
 def fingerprint(loras: LoraSet) -> str:
-    """A hash of the updates' contents (as fp16, as they are written)."""
+    """A hash of the updates' contents, rounded to fp16 (as files have them by default)."""
     halves = loras.map(lambda part: part.detach().cpu().half())
     return header.fingerprint({path: (lora.down.numpy(), lora.up.numpy()) for path, lora in halves.items()})
 
@@ -126,10 +126,10 @@ def save_lora(
     convolutions: Collection[str] = (),
     overwrite: bool = False,
 ) -> Path:
-    """Writes one person's updates, with hashes beside `metadata`.
+    """Writes one person's updates, with `metadata`, a fingerprint and hashes in the header.
 
     Args:
-        convolutions: layers that are 1 x 1 convolutions in their base; their matrices are written as such.
+        convolutions: layers that are 1 x 1 convolutions in their base; their matrices are written with two more dimensions of 1.
 
     Raises InputError where `path` exists, or a value would overflow `dtype`.
     """
@@ -163,9 +163,9 @@ def read_lora(path: str | Path, root: nn.Module | None = None) -> LoraFile:
     """Reads a plain LoRA in any spelling, of mixed ranks and alphas; 1 x 1 convolutions are linear layers too.
 
     Args:
-        root: the base's components; many names can only be told apart with them. Without it they stay as they are.
+        root: the base's components. Without them names that are ambiguous, such as kohya's, stay as they are in the file.
 
-    Raises InputError for a file that is no LoRA, for another base, damaged, or of a kind that is more than low-rank updates.
+    Raises InputError for a file that is no LoRA, for another base, damaged, or with adapters other than plain LoRA.
     """
     adapters, metadata = read_adapters(path, Names(root) if root is not None else None)
     layout = "kohya" if adapters[0].layer.startswith("lora_") else "diffusers"
@@ -175,7 +175,7 @@ def read_lora(path: str | Path, root: nn.Module | None = None) -> LoraFile:
 
 
 def plain(path: str | Path, adapters: Sequence[Adapter], why: str) -> LoraSet:
-    """Adapters as plain updates. Raises InputError, for the reason `why`, where one is more than that."""
+    """Adapters as low-rank updates of linear layers. Raises InputError, which ends in `why`, for any other kind of adapter."""
     loras = LoraSet()
     for adapter in adapters:
         if adapter.kind:
@@ -187,7 +187,7 @@ def plain(path: str | Path, adapters: Sequence[Adapter], why: str) -> LoraSet:
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """What is in a LoRA or token file, for people. Raises InputError where it is neither."""
+    """The contents of a LoRA or token file, as `info` prints them. Raises InputError where it is neither."""
     if plainly := header.describe(path):
         return plainly
     adapters, metadata = read_adapters(path)
@@ -197,12 +197,12 @@ def describe(path: str | Path) -> dict[str, Any]:
     kinds = sorted({adapter.kind for adapter in adapters} - {""})
     ranks = (len(adapter.parts["down"]) for adapter in adapters if "down" in adapter.parts)
     kind = f"{' and '.join(kinds) or 'LoRA'} ({'kohya' if kohya else 'diffusers'} layout)"
-    mark = "unknown" if kinds else fingerprint(plain(path, adapters, ""))
-    return header.summary(path, kind, components, ranks, mark, metadata) | {"layers": len(adapters)}
+    digest = "unknown" if kinds else fingerprint(plain(path, adapters, ""))
+    return header.summary(path, kind, components, ranks, digest, metadata) | {"layers": len(adapters)}
 
 
 def find_lora(name: str | Path) -> Path:
-    """The file that a file, a folder, or `user/repo[/file]` on the hub (or its address) means.
+    """The LoRA file that `name` stands for: a file, the only one in a folder, or `user/repo[/file]` on the hub or its address (downloaded).
 
     Raises InputError where there is none, or several.
     """
@@ -224,7 +224,10 @@ def find_lora(name: str | Path) -> Path:
 
 
 def _only(files: list[str], where: str) -> str:
-    """The LoRA among a folder's files: by its usual name, or the only one, at the top or below, that may be one, or InputError."""
+    """The LoRA among a folder's files: one of a usual name, or else the only candidate (at the top, or if there is none, below).
+
+    Raises InputError where there is no candidate, or several.
+    """
     usual = [file for file in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors") if file in files]
     shown = [file for file in files if not file.rpartition("/")[2].startswith(".") and file.lower().endswith((".safetensors", ".sft"))]
     loras = sorted(file for file in shown if not re.search("scheduler|optimizer|checkpoint", file))
@@ -238,10 +241,10 @@ def _only(files: list[str], where: str) -> str:
 @contextmanager
 @torch.no_grad()
 def styled(pipe: Any, styles: Sequence[Style]) -> Iterator[None]:
-    """The pipeline with these LoRAs of any kind in it until the context closes.
+    """Adds LoRAs of any kind to the pipeline's weights until the context closes.
 
-    Afterwards, also after an error, the weights are what they were, bit for bit; they stay where they lie in memory. Several files add up:
-    each one's change is that of the untouched weight. Weights that nothing can be added to (quantized ones) take plain LoRAs by hooks.
+    Afterwards, also after an error, the weights are what they were, bit for bit, at the same addresses. Several files add up: each one's
+    change is computed from the original weights. Quantized weights, which nothing can be added to, take plain LoRAs by hooks.
     Raises InputError for a file that is no LoRA, or for another base.
     """
     if not styles:
@@ -254,7 +257,7 @@ def styled(pipe: Any, styles: Sequence[Style]) -> Iterator[None]:
     originals: dict[Tensor, Tensor] = {}
 
     def add(parameter: Tensor, change: Tensor) -> None:
-        # elsewhere than beside the base, where memory is short
+        # kept on the CPU, since the memory of the base's device may be short
         originals.setdefault(parameter, parameter.to("cpu", copy=True))
         parameter.copy_(parameter.float() + change.to(parameter.device))
 

@@ -1,7 +1,7 @@
-"""The token file, a safetensors file by docs/token-file.md: a person in a few numbers a layer (some 120 KB on Stable Diffusion 1.5).
+"""The token file, a safetensors file by docs/token-file.md: a person in a few numbers per layer (some 120 KB for Stable Diffusion 1.5).
 
-Tokens mean something only together with the aux matrices that they were made with: the fingerprint in the header is that of the
-recipe (frozen aux) or of the matrices (learnt aux), and another one is refused.
+Tokens can only be expanded by the aux matrices that they were made with: the fingerprint in the header is that of the recipe (frozen
+aux) or of the matrices (learned aux), and a file with another fingerprint is refused.
 """
 
 import json
@@ -22,7 +22,7 @@ VERSION = "1"
 def save_tokens(
     path: str | Path, tokens: Tensor, lightweight: LightweightLora, metadata: Mapping[str, str], *, overwrite: bool = False
 ) -> Path:
-    """Writes tokens (layers, width). Raises InputError where `path` exists."""
+    """Writes tokens (layers, width), in the order of `lightweight`'s targets. Raises InputError where `path` exists."""
     path = fresh(path, overwrite)
     recipe = json.dumps({key: value for key, value in lightweight.recipe().items() if key != "targets"})
     header = {TOKENS: VERSION, "hyperdreambooth.fingerprint": lightweight.fingerprint(), "hyperdreambooth.recipe": recipe, **metadata}
@@ -30,7 +30,7 @@ def save_tokens(
 
 
 def is_tokens(path: str | Path) -> bool:
-    """Whether a file's header says that it is a token file; False for anything else, readable or not."""
+    """Whether a file is a token file by its header; False for anything else, also for files that can't be read."""
     try:
         return TOKENS in read_header(path)[1]
     except InputError:
@@ -38,7 +38,7 @@ def is_tokens(path: str | Path) -> bool:
 
 
 def read_tokens(path: str | Path, lightweight: LightweightLora) -> Tensor:
-    """Tokens (layers, width) in the order of `lightweight`'s targets. Raises InputError for another kind, version or fingerprint."""
+    """Reads tokens (layers, width) in the order of `lightweight`'s targets. Raises InputError for another kind, version or fingerprint."""
     tensors, header = read_tensors(path)
     if TOKENS not in header:
         raise InputError(f"{path} is no token file.")

@@ -17,7 +17,6 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 BASES: dict[str, Any] = json.loads((Path(__file__).parents[1] / "assets" / "bases.json").read_text(encoding="utf-8"))
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 CLIP = ("text_encoder*.[qkv]_proj", "text_encoder*.out_proj")
 PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
     family: {
@@ -34,19 +33,8 @@ own in every joint block (`add_*`, `ff_context`); a single-stream block of Flux 
 together (`proj_out`).
 """
 FAMILIES: dict[str, str] = {name: base["family"] for name, base in BASES["architectures"].items()}  # Name -> `Backbone.family`.
-
-
-def sd3_transformer(layers: int, positions: int, *, normed: bool, dual: int = 0) -> SD3Transformer2DModel:
-    """Stable Diffusion 3's denoiser, which has as many attention heads (of 64 dimensions) as blocks.
-
-    Args:
-        layers: the number of blocks.
-        positions: height and width, in patches, of its table of position embeddings.
-        normed: whether queries and keys are normalized.
-        dual: how many blocks, from the first on, have a second attention among the image tokens alone.
-    """
-    sizes = {"num_layers": layers, "num_attention_heads": layers, "caption_projection_dim": 64 * layers, "pos_embed_max_size": positions}
-    return SD3Transformer2DModel(**sizes, qk_norm="rms_norm" if normed else None, dual_attention_layers=tuple(range(dual)))
+TEXTS: dict[str, dict[str, str]] = {name: base["texts"] for name, base in BASES["architectures"].items()}
+"""Name -> the pipeline's name of each text encoder -> the model ("clip_l", "clip_h", "clip_g", "t5")."""
 
 
 def clip_tower(name: str, family: str) -> nn.Module:
@@ -58,9 +46,9 @@ def clip_tower(name: str, family: str) -> nn.Module:
 def build(name: str) -> nn.ModuleDict:
     """The denoiser and the CLIP text encoders of a published architecture, with random weights, by the pipeline's component names."""
     family, sizes = FAMILIES[name], BASES["architectures"][name]["denoiser"]
-    makers: dict[str, Callable[..., nn.Module]] = {"sd3": sd3_transformer, "flux": FluxTransformer2DModel}
+    makers: dict[str, Callable[..., nn.Module]] = {"sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}
     denoiser = {"transformer": makers[family](**sizes)} if family in makers else {"unet": UNet2DConditionModel(**sizes)}
-    return nn.ModuleDict({**denoiser, **{text: clip_tower(part, family) for text, part in text_names(name).items() if part != "t5"}})
+    return nn.ModuleDict({**denoiser, **{text: clip_tower(part, family) for text, part in TEXTS[name].items() if part != "t5"}})
 
 
 def architecture(name: str, *, vae: bool = False) -> nn.ModuleDict:
@@ -72,12 +60,6 @@ def architecture(name: str, *, vae: bool = False) -> nn.ModuleDict:
 def autoencoder(family: str) -> AutoencoderKL:
     """The autoencoder of a family ("sd", "sdxl", "sd3", "flux"). All have the same encoder and decoder blocks; their latents differ."""
     return AutoencoderKL(**BASES["autoencoder"], **BASES["autoencoders"][family])
-
-
-def text_names(kind: str) -> dict[str, str]:
-    """The text encoders of an architecture: the pipeline's component name -> the model ("clip_l", "clip_h", "clip_g", "t5")."""
-    texts = BASES["architectures"][kind]["texts"]
-    return dict(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), texts, strict=False))
 
 
 def count(tensors: Mapping[str, Any], blocks: str) -> int:
@@ -92,11 +74,13 @@ def flux(tensors: Mapping[str, Any]) -> nn.Module:
 
 
 def sd3(tensors: Mapping[str, Any]) -> nn.Module:
-    """SD 3's denoiser, in the sizes of these tensors (by their original names)."""
+    """SD 3's denoiser, in the sizes of these tensors (by their original names): as many attention heads, of 64 dimensions, as blocks."""
+    layers = count(tensors, "joint_blocks.")
     side = math.isqrt(tensors["pos_embed"].shape[1]) if "pos_embed" in tensors else 192
-    dual = len({key.split(".")[1] for key in tensors if ".attn2." in key})
-    normed = any("ln_q" in key for key in tensors)
-    return sd3_transformer(count(tensors, "joint_blocks."), side, normed=normed, dual=dual)
+    sizes = {"num_layers": layers, "num_attention_heads": layers, "caption_projection_dim": 64 * layers, "pos_embed_max_size": side}
+    dual = len({key.split(".")[1] for key in tensors if ".attn2." in key})  # the first blocks, with a second attention
+    normed = "rms_norm" if any("ln_q" in key for key in tensors) else None
+    return SD3Transformer2DModel(**sizes, qk_norm=normed, dual_attention_layers=tuple(range(dual)))
 
 
 def t5(tensors: Mapping[str, Any]) -> nn.Module:
@@ -108,16 +92,16 @@ def t5(tensors: Mapping[str, Any]) -> nn.Module:
 
 
 def scheduler(kind: str, prediction: str, *, zero_snr: bool) -> Any:
-    """A base's published scheduler. `prediction`: "epsilon" or "v_prediction" for SD and SDXL, "dev" or "schnell" for Flux."""
-    if kind in ("sd3", "flux"):
-        shifting = kind == "flux" and prediction == "dev"
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0 if kind == "sd3" or shifting else 1.0, use_dynamic_shifting=shifting)
-    snr = {"timestep_spacing": "trailing" if zero_snr else "leading", "rescale_betas_zero_snr": zero_snr}
-    if kind == "sdxl":
-        return diffusers.EulerDiscreteScheduler(**BETAS, prediction_type=prediction, **snr)
-    if prediction == "v_prediction":
-        return diffusers.DDIMScheduler(**BETAS, prediction_type=prediction, clip_sample=False, set_alpha_to_one=False, **snr)
-    return diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False)
+    """The scheduler that a base was published with.
+
+    Args:
+        prediction: "epsilon" or "v_prediction" for SD and SDXL, "flow" for SD 3, "dev" or "schnell" for Flux.
+        zero_snr: whether the schedule ends in pure noise (zero terminal SNR); PNDM, which SD has for "epsilon", can't.
+    """
+    settings = dict(BASES["schedulers"][FAMILIES[kind]][prediction])
+    if zero_snr and "rescale_betas_zero_snr" in settings:
+        settings |= {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    return getattr(diffusers, settings.pop("class"))(**settings)
 
 
 def models_of(kind: str, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, nn.Module]]:
@@ -126,7 +110,7 @@ def models_of(kind: str, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, tu
     SD 1, SD 2 and SDXL have the published sizes; SD 3, Flux and T5 those of their tensors. `parts`: model -> tensor's name -> its shape.
     """
     denoiser = {"unet": "unet"} if "unet" in parts else {"transformer": kind}
-    names = {name: part for name, part in {**denoiser, "vae": "vae", **text_names(kind)}.items() if part in parts}
+    names = {name: part for name, part in {**denoiser, "vae": "vae", **TEXTS[kind]}.items() if part in parts}
     if "unet" in parts:
         found = architecture(kind, vae=True)
         return {name: (part, found[name]) for name, part in names.items()}

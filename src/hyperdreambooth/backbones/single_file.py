@@ -24,7 +24,7 @@ from ..assets import clip
 from ..errors import InputError, refusing, some
 from ..progress import say
 from . import architectures
-from .architectures import BASES, text_names
+from .architectures import BASES, TEXTS
 from .directory import FLOATS, load_directory
 from .quantized import gguf_model, load_gguf, read_gguf
 
@@ -293,8 +293,8 @@ def load_single_file(
                 module.register_buffer("position_ids", torch.arange(module.position_embedding.num_embeddings)[None], persistent=False)
         given[name] = model
     unet: Any = given.get("unet")
-    predicted, zero_snr = prediction_of(path, stored, header, prediction) if unet is not None else (None, False)
-    if not predicted and unet is not None and (predicted := predicts(unet.to(device))) != "epsilon":
+    predicted, zero_snr = prediction_of(path, stored, header, prediction) if unet is not None else ("flow", False)
+    if not predicted and (predicted := predicts(unet.to(device))) != "epsilon":
         predicted = predicted or ("v_prediction" if kind == "sd21" else "epsilon")
         say(f"{path.name} doesn't say what it predicts; its UNet seems to predict {predicted}. If pictures are noise, give --prediction.")
     if kind == "flux":
@@ -314,7 +314,7 @@ def tokenizers(kind: str, parts: Parts, given: dict[str, Any], folders: Sequence
     """
     found: dict[str, Any] = {}
     own = [str(folder) for folder in folders if any((folder / name).is_file() for name in TOKENIZER)]
-    for name, part in text_names(kind).items():
+    for name, part in TEXTS[kind].items():
         key = name.replace("text_encoder", "tokenizer")
         found[key] = given.get(key)
         if found[key] is not None or (part not in parts and name not in given):
@@ -336,7 +336,7 @@ def tokenizers(kind: str, parts: Parts, given: dict[str, Any], folders: Sequence
 
 def require(kind: str, parts: Parts, given: Mapping[str, Any], path: Path) -> None:
     """Raises InputError where an autoencoder or text encoder is missing. SD 3 runs without any two of its three text encoders."""
-    texts = text_names(kind)
+    texts = TEXTS[kind]
     lacking = [part for name, part in {"vae": "vae", **texts}.items() if part not in parts and name not in given]
     if kind == "sd3" and set(texts.values()) - set(lacking):
         if absent := [DISPLAY_NAMES[part] for part in lacking if part != "vae"]:

@@ -30,8 +30,7 @@ def download(name: str) -> Path:
 def download_pictures(name: str) -> Path:
     """Downloads the pictures of a data set, `user/name` or `user/name/folder`, that aren't cached yet, and returns the local folder.
 
-    A data set without picture files has its parquet files downloaded. Raises InputError where it has neither (but archives, for example),
-    or can't be reached.
+    Without picture files it downloads parquet files. Raises InputError where there are neither (only archives, say), or no connection.
     """
     repository, folder = "/".join(name.split("/")[:2]), "".join(f"{part}/" for part in name.split("/")[2:])
     kinds = [f"{folder}*{end}" for suffix in SUFFIXES for end in (suffix, suffix.upper())]

@@ -29,8 +29,7 @@ PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
 """Family (`Backbone.family`) -> preset -> glob patterns of the layers that carry a LoRA.
 
 "paper" is the choice of Ruiz et al., supplement; "attention+ff" is the default. In SD 3 and Flux the text tokens have projections of their
-own in every joint block (`add_*`, `ff_context`); a single-stream block of Flux has one output layer for attention and feed-forward
-together (`proj_out`).
+own in every joint block (`add_*`, `ff_context`); a single-stream block of Flux has one output layer for attention and MLP (`proj_out`).
 """
 FAMILIES: dict[str, str] = {name: base["family"] for name, base in BASES["architectures"].items()}  # Name -> `Backbone.family`.
 TEXTS: dict[str, dict[str, str]] = {name: base["texts"] for name, base in BASES["architectures"].items()}
@@ -92,12 +91,7 @@ def t5(tensors: Mapping[str, Any]) -> nn.Module:
 
 
 def scheduler(kind: str, prediction: str, *, zero_snr: bool) -> Any:
-    """The scheduler that a base was published with.
-
-    Args:
-        prediction: "epsilon" or "v_prediction" for SD and SDXL, "flow" for SD 3, "dev" or "schnell" for Flux.
-        zero_snr: whether the schedule ends in pure noise (zero terminal SNR); PNDM, which SD has for "epsilon", can't.
-    """
+    """A base's published scheduler. `prediction`: "epsilon" or "v_prediction" (SD, SDXL), "flow" (SD 3), "dev" or "schnell" (Flux)."""
     settings = dict(BASES["schedulers"][FAMILIES[kind]][prediction])
     if zero_snr and "rescale_betas_zero_snr" in settings:
         settings |= {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}

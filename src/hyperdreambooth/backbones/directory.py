@@ -72,10 +72,7 @@ def load_directory(folder: Path, dtype: torch.dtype, supported: Collection[str],
 
 
 def link_component(folder: Path, target: Path) -> set[str]:
-    """Links a component's configs and one variant of its weights into `target`, under plain names; returns its tensors' names.
-
-    Raises InputError where a config or weights are missing, or weights are quantized without a config that says how.
-    """
+    """Links a component's configs and one variant of its weights into `target`, under plain names; returns its tensors' names."""
     target.mkdir()
     for file in folder.iterdir():
         if file.suffix in (".json", ".txt", ".model") and ".safetensors" not in file.name:

@@ -1,7 +1,6 @@
 """Bases with a discrete schedule: Stable Diffusion 1.x and 2.x (the shipped toon base is one), and XL.
 
-Noisy latents are alpha_t * latents + sigma_t * noise at one of the scheduler's steps t (usually 1000); the denoiser, a UNet, predicts the
-noise or the velocity.
+Noisy latents are alpha_t * latents + sigma_t * noise, t of the scheduler's 1000 steps; the denoiser, a UNet, predicts noise or velocity.
 """
 
 import functools

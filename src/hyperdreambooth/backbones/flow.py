@@ -1,8 +1,7 @@
 """Bases that are trained by flow matching: Stable Diffusion 3 and 3.5, and Flux.1.
 
 Noisy latents are (1 - u) * latents + u * noise; the denoiser, a transformer, predicts noise - latents (Lipman et al., arXiv 2210.02747;
-Esser et al., arXiv 2403.03206). Time steps are 1000 u, as in diffusers' flow schedulers. T5 isn't in `components`: no tool loads a LoRA
-into it.
+Esser et al., arXiv 2403.03206). Time steps are 1000 u, as in diffusers. T5 isn't among `components`: no tool loads a LoRA into it.
 """
 
 import functools

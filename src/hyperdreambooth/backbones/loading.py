@@ -29,10 +29,7 @@ FAMILIES: dict[str, type[Backbone]] = {
 
 
 def best_for(base: str | Path, device: str | None, dtype: torch.dtype | None) -> dict[str, Any]:
-    """`device` and `dtype` for `load_backbone`, with the best available in place of None.
-
-    By default bfloat16 or else float16 on CUDA, float32 on MPS, on the CPU, and for toon, which is small.
-    """
+    """`device` and `dtype` for `load_backbone`, with the best available in place of None; off CUDA, and for toon, that is float32."""
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one GPU for each process of `accelerate launch`
     device = device or ("mps" if torch.backends.mps.is_available() else "cpu")
@@ -114,10 +111,7 @@ def wrap(pipe: Any, name: str) -> Backbone:
 
 
 def resolve_base(base: str | Path) -> str:
-    """The shipped directory of "toon", an existing path as given, or a hub id without the hub's address.
-
-    Raises InputError for a path that doesn't exist or isn't a base, and for an invalid hub id.
-    """
+    """The shipped directory of "toon", an existing path, or a hub id without the hub's address. Raises InputError for anything else."""
     from ..assets import toon
 
     if str(base) == "toon":

@@ -92,10 +92,7 @@ def read_gguf(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def load_gguf(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A GGUF file's tensors, still quantized; those stored in another shape than in `shapes` are dequantized to `dtype` and reshaped.
-
-    Raises InputError for a type of quantization that diffusers doesn't know.
-    """
+    """A GGUF file's tensors, still quantized; those stored in another shape than in `shapes` are dequantized to `dtype` and reshaped."""
     from diffusers.models.model_loading_utils import load_gguf_checkpoint
     from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 

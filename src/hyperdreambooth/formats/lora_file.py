@@ -224,10 +224,7 @@ def find_lora(name: str | Path) -> Path:
 
 
 def _only(files: list[str], where: str) -> str:
-    """The LoRA among a folder's files: one of a usual name, or else the only candidate (at the top, or if there is none, below).
-
-    Raises InputError where there is no candidate, or several.
-    """
+    """The LoRA among a folder's files: by a usual name, or the only candidate at the top, or else below. Raises InputError otherwise."""
     usual = [file for file in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors") if file in files]
     shown = [file for file in files if not file.rpartition("/")[2].startswith(".") and file.lower().endswith((".safetensors", ".sft"))]
     loras = sorted(file for file in shown if not re.search("scheduler|optimizer|checkpoint", file))

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def draw_photos(backbone: Backbone, subject: Subject, levels: NoiseLevels, copie
         }
 
     def draw(index: int, generator: torch.Generator) -> dict[str, Any]:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + index // max(count, 1))).tolist()
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + index // count)).tolist()
         chosen = [order[(index * copies + copy) % count] for copy in range(copies)]
         latents = torch.cat([subject.latents[:, photo] for photo in chosen])  # copy-major: a batch of LoRAs tiles over it
         texts = [text for photo in chosen for text in subject.texts(photo)]
@@ -130,7 +131,7 @@ def train_on_photos(
     with Hooks(backbone.components, carried) as hooks:
 
         def after_step(done: int) -> bool:
-            hooks.clear()  # whoever is told may draw
+            hooks.set({})  # the callback may generate images, with an update of its own
             return bool(run.on_step and run.on_step(done))
 
         told = replace(run, device=subject.latents.device, on_step=after_step)
@@ -167,8 +168,8 @@ def train_light(
         subject.prior_prompt, subject.prior_weight = config.prior_prompt, config.prior_weight
     source = IdentityTable(1, LightweightLora(targets, config.lightweight)).to(subject.latents.device)
     run = Run(directory=directory, name="train-light", quiet=quiet)
-    given = subject, source, targets, config.levels, config.copies, config.training, run
-    return source, within_memory(backbone, source, lambda: train_on_photos(backbone, *given))
+    train = partial(train_on_photos, backbone, subject, source, targets, config.levels, config.copies, config.training, run)
+    return source, within_memory(backbone, source, train)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -245,9 +246,9 @@ class Rows:
         latents = torch.stack([mine[torch.arange(most) % len(mine)] for mine in photos])
         subject = Subject(latents.to(self.backbone.device).float(), self.config.prompt)
         source = IdentityTable(len(photos), self.lightweight).to(self.backbone.device)
-        config, run = self.config, Run(state, name="chunk", quiet=True)
-        given = subject, source, self.lightweight.targets, config.levels, config.copies, config.training, run
-        within_memory(self.backbone, source, lambda: train_on_photos(self.backbone, *given))
+        what, config, run = (subject, source, self.lightweight.targets), self.config, Run(state, name="chunk", quiet=True)
+        train = partial(train_on_photos, self.backbone, *what, config.levels, config.copies, config.training, run)
+        within_memory(self.backbone, source, train)
         return source.tokens.detach().cpu()
 
 
@@ -288,11 +289,9 @@ def personalize(
     groups = [{"params": list(source.parameters()), "eps": 1e-8 / len(subject.latents)}]
     step = (lambda done: on_step(done, source().detach())) if on_step else None
     run = Run(directory, groups=groups, on_step=step, name="fine-tuning", quiet=quiet)
-    given = subject, source, carried, levels, config.copies, training, run
-    if len(subject.latents) > 1:  # where memory is short, fewer people at once are faster than gradient checkpointing
-        report = train_on_photos(backbone, *given)
-    else:
-        report = within_memory(backbone, source, lambda: train_on_photos(backbone, *given))
+    train = partial(train_on_photos, backbone, subject, source, carried, levels, config.copies, training, run)
+    # where memory is short, fewer people at once are faster than gradient checkpointing
+    report = train() if len(subject.latents) > 1 else within_memory(backbone, source, train)
     return source().detach(), report
 
 

@@ -99,7 +99,7 @@ class LightweightLora(nn.Module):
         return {"targets": {path: list(shape) for path, shape in self.targets.items()}, **asdict(self.config)}
 
     def fingerprint(self) -> str:
-        """Identifies the aux matrices that tokens belong to: a hash of the recipe and of learnt matrices' contents (in float16, as saved)."""
+        """Identifies the aux matrices that tokens belong to: a hash of the recipe and of learnt matrices (in float16, as saved)."""
         digest = hashlib.sha256(json.dumps(self.recipe(), sort_keys=True).encode())
         if self.config.learnable:
             for path in self.targets:
@@ -159,7 +159,7 @@ class HyperNetwork(nn.Module):
 
 
 class PredictedLora(nn.Module):
-    """Encoder, hypernetwork and aux matrices: photos (B, 3, H, W) in -1..1, or their features (B, positions, dim) -> LoraSet of B updates."""
+    """Encoder, hypernetwork and aux matrices: photos (B, 3, H, W) in -1..1, or features (B, positions, dim) -> LoraSet of B updates."""
 
     def __init__(self, encoder: FaceEncoder, hypernetwork: HyperNetwork, lightweight: LightweightLora):
         super().__init__()
@@ -178,7 +178,7 @@ class RelaxedLora(nn.Module):
 
     order="residual": the prediction is frozen, and a residual of rank r (down random, up zero) is trained and added to it.
     order="merged": the factors of both are concatenated first, and all of them are trained.
-    `targets`: the layers that are trained. With a prediction these are among its own (default: all), and its other layers stay as predicted.
+    `targets`: the layers that are trained. With a prediction they are some of its own (default: all); its others stay as predicted.
     Without a prediction the residual is an ordinary LoRA from scratch, a batch of `people`.
     """
 

@@ -144,13 +144,13 @@ def sample(
         if not len(timesteps):
             continue
         plain = prompts.plain or prompts.positive
-        parts = [(prompts.positive if who else plain) if prompted else prompts.negative for _, prompted, who in mix]
+        parts = [(prompts.positive if with_person else plain) if prompted else prompts.negative for _, prompted, with_person in mix]
         conditioning = {key: torch.cat([part[key] for part in parts]) for key in prompts.positive}
-        person = torch.tensor([float(who) for _, _, who in mix], device=noise.device).repeat_interleave(count)
+        person = torch.tensor([float(with_person) for _, _, with_person in mix], device=noise.device).repeat_interleave(count)
         weights = torch.tensor([weight for weight, _, _ in mix], device=noise.device, dtype=noise.dtype).reshape(-1, 1, 1, 1, 1)
         if "guidance" in conditioning:
             conditioning["guidance"] = torch.full_like(conditioning["guidance"], settings.embedded_guidance)
-        with denoiser(backbone, personal or LoraSet(), None if all(who for _, _, who in mix) else person) as predict:
+        with denoiser(backbone, personal or LoraSet(), None if all(with_person for _, _, with_person in mix) else person) as predict:
             for timestep in timesteps:
                 tiled = scale_input(latents.repeat(len(mix), 1, 1, 1), timestep)
                 predicted = predict({"noisy": tiled, "timesteps": timestep.expand(len(tiled)), **conditioning})

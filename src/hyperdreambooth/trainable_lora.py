@@ -193,21 +193,19 @@ class RelaxedLora(nn.Module):
         people: int = 1,
     ):
         super().__init__()
-        self.frozen = list(predicted or ())
-        if predicted is not None:
-            targets = targets or predicted.shapes()
-            predicted = predicted.detach()
-            for index, lora in enumerate(predicted.values()):  # buffers move with the module, and aren't saved
-                self.register_buffer(f"predicted_down_{index}", lora.down, persistent=False)
-                self.register_buffer(f"predicted_up_{index}", lora.up, persistent=False)
+        predicted = (predicted or LoraSet()).detach()
+        targets = targets or predicted.shapes()
         if not targets:
             raise ValueError("neither a prediction nor targets")
-        self.paths, self.order = list(targets), order
+        for index, lora in enumerate(predicted.values()):  # buffers move with the module, and aren't saved
+            self.register_buffer(f"predicted_down_{index}", lora.down, persistent=False)
+            self.register_buffer(f"predicted_up_{index}", lora.up, persistent=False)
+        self.frozen, self.paths, self.order = list(predicted), list(targets), order
         self.downs, self.ups = nn.ParameterList(), nn.ParameterList()
         for path, shape in targets.items():
             rows = min(rank, shape.inputs)
             down = orthonormal(rows, shape.inputs, f"{seed}/{path}/residual") * math.sqrt(1 / 3)  # the scale of nn.Linear's initialization
-            reference = predicted[path] if predicted is not None else None
+            reference = predicted.get(path)
             device = reference.down.device if reference else down.device
             batch = reference.down.shape[:-2] if reference else (people,)
             fresh = Lora(*(matrix.to(device).expand(*batch, -1, -1) for matrix in (down, torch.zeros(shape.outputs, rows))))

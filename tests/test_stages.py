@@ -351,7 +351,7 @@ def test_what_is_distilled_is_context_guidance(backbone):
     loras = teacher(batch["photos"]).detach()
     noisy = backbone.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
     with Hooks(backbone.components, loras) as hooks, torch.no_grad():
-        target = HyperNetworkLosses(backbone, config, teacher.lightweight, hooks).drawn_by(teacher, batch)
+        target = HyperNetworkLosses(backbone, config, teacher.lightweight, hooks, teacher).target(batch)
         found = {}
         for text, words in (("asked", asked), ("empty", empty)):
             for who, updates in (("person", loras), ("base", LoraSet())):

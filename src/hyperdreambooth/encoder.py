@@ -14,12 +14,15 @@ from .checkpoint import read_header, read_json, write_json
 from .errors import InputError, refusing, some
 from .progress import hushed
 
-HALVES = (0.5, 0.5, 0.5)  # Mean and deviation of each channel that make -1..1 out of 0..1.
-LARGEST_PICTURE = 2048  # Side of the pictures that an encoder may ask for, in pixels.
+HALVES = (0.5, 0.5, 0.5)  # Mean and standard deviation of each channel that turn 0..1 into -1..1.
+LARGEST_PICTURE = 2048  # Largest side, in pixels, of the pictures that an encoder may ask for.
 
 
 class FaceEncoder(nn.Module):
-    """Pictures (B, 3, H, W) in -1..1 -> features (B, positions, dim). `size`, `mean`, `std`: how the model takes pictures in 0..1."""
+    """Pictures (B, 3, H, W) in -1..1 -> features (B, positions, dim).
+
+    `size`, `mean` and `std` are the model's preprocessing: the side in pixels, and each channel's mean and standard deviation in 0..1.
+    """
 
     def __init__(
         self, model: nn.Module, *, size: int, mean: tuple[float, ...] = HALVES, std: tuple[float, ...] = HALVES, trained: bool = False
@@ -34,9 +37,9 @@ class FaceEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, trained: bool = False) -> FaceEncoder:
-        """A directory or hub id of a transformers vision model; CLIP-like ones give their vision tower.
+        """Opens a vision model of transformers, by directory or hub id; of CLIP-like ones, the vision tower.
 
-        Raises InputError where it can't be opened, its config doesn't fit its weights, or it doesn't turn a picture into features.
+        Raises InputError if it can't be opened, its config doesn't fit its weights, or it doesn't turn a picture into features.
         """
         model = _open_model(source)
         with refusing(f"{source}: its preprocessing can't be read", Exception):
@@ -51,19 +54,19 @@ class FaceEncoder(nn.Module):
         return encoder
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the model as transformers reads it, with its preprocessing."""
+        """Writes the model and its preprocessing in transformers' format."""
         self.model.save_pretrained(str(folder))  # type: ignore[operator]
         steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
         values = {"size": {"height": self.size, "width": self.size}, "image_mean": list(self.mean), "image_std": list(self.std)}
         write_json(Path(folder) / "preprocessor_config.json", {"image_processor_type": "ViTImageProcessor", **steps, **values})
 
     def train(self, mode: bool = True) -> FaceEncoder:
-        # in training mode, batch normalization would update its statistics even where the weights are frozen
+        # in training mode, batch normalization would update its statistics although the weights are frozen
         super().train(mode and self.trained)
         return self
 
     def resized(self, pixels: Tensor) -> Tensor:
-        """Pictures in the size that the model takes."""
+        """Pictures (B, 3, H, W) in the size that the model takes, (B, 3, size, size)."""
         if pixels.shape[-2:] == (self.size, self.size):
             return pixels
         return nn.functional.interpolate(pixels, (self.size, self.size), mode="bicubic", antialias=True)
@@ -84,7 +87,7 @@ def _open_model(source: str | Path) -> Any:
         _check_depths(Path(source))
     with refusing(f"{source}: it can't be opened as a vision model of transformers", Exception):
         model, found = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    # the pooler isn't used, and a classifier's head may come along; a layer that the config or the weights lack is an error
+    # the pooler isn't used, and a file may also hold a classifier's head; a layer that config or weights lack is an error
     absent = [name for name in found["missing_keys"] if "pooler" not in name]
     unused = [name for name in found["unexpected_keys"] if re.search(r"\.\d+\.", name)]
     if absent or unused:
@@ -96,7 +99,7 @@ def _open_model(source: str | Path) -> Any:
 
 
 def _preprocessing(source: str | Path, model: Any) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """The side of its pictures in pixels, and the mean and standard deviation of each channel of pictures in 0..1."""
+    """The preprocessing of a model: the side in pixels, and each channel's mean and standard deviation in 0..1."""
     from transformers import AutoImageProcessor
 
     size = int(getattr(model.config, "image_size", 64))
@@ -112,7 +115,7 @@ def _preprocessing(source: str | Path, model: Any) -> tuple[int, tuple[float, ..
 
 
 def _check_depths(folder: Path) -> None:
-    """Raises InputError where config.json asks for more layers than model.safetensors has tensors: building them may take forever."""
+    """Raises InputError if config.json asks for more layers than model.safetensors has tensors: building them could take forever."""
     weights, config = folder / "model.safetensors", folder / "config.json"
     if not (weights.is_file() and config.is_file()):
         return  # something else for transformers to open, or to refuse

@@ -1,10 +1,10 @@
-"""A low-rank update as plain tensors, and the one way it is applied while training.
+"""Low-rank updates as plain tensors, and how they are applied in training and sampling.
 
-    update = up @ down            down (*batch, rank, in), up (*batch, out, rank), no alpha anywhere
+    update = up @ down            down (*batch, rank, in), up (*batch, out, rank), with no scale (alpha) beside them
 
 A leading batch dimension gives every sample of a batch an update of its own. `applied` adds updates by forward
-hooks, held open through `backward()`: exact under gradient checkpointing, autocast and classifier-free guidance, and
-on top of any PEFT adapter. After training everything is the ecosystem's; nothing here is needed to use a LoRA.
+hooks, kept open through `backward()`: exact under gradient checkpointing, autocast and classifier-free guidance, and
+on top of any PEFT adapter. Finished LoRAs are files in the usual formats; nothing here is needed to use them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,23 +37,23 @@ class Lora:
         return bool(self.down.isfinite().all() and self.up.isfinite().all())
 
     def delta(self) -> Tensor:
-        """The update as a matrix, (..., out, in). For small layers and tests: it is what LoRA avoids."""
+        """The update as a full matrix, (..., out, in), for merging and tests. Hooks never form it."""
         return self.up @ self.down
 
     def __add__(self, other: Lora) -> Lora:
-        """The sum of two updates: they concatenate along the rank."""
+        """The sum of two updates: their factors are concatenated along the rank."""
         return Lora(torch.cat([self.down, other.down], -2), torch.cat([self.up, other.up], -1))
 
     def added(self, output: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """output (B, ..., out) + up @ down @ x for x (B, ..., in), in the precision of `output`.
 
         Args:
-            weights: (B,) multiplies each sample's update.
+            weights: (B,) factors of the samples' updates.
 
-        A batch of updates takes as many samples or a multiple of them (tiled). Raises ValueError for another number.
+        A batch of updates is tiled over a multiple of as many samples. Raises ValueError for another number of samples.
         """
         down, up = self.down, self.up
-        if down.ndim == 3 and len(down) == 1:  # one person in all samples: matrices, not a batch of copies of them
+        if down.ndim == 3 and len(down) == 1:  # one update for all samples: plain matrices instead of copies
             down, up = down[0], up[0]
         if down.ndim == 3 and len(down) != len(x):
             if len(x) % len(down):
@@ -65,7 +65,7 @@ class Lora:
             hidden = hidden * weights.to(hidden).reshape(-1, *[1] * (hidden.ndim - 1))
         if hidden.dtype != output.dtype:
             return output + (hidden @ up.mT).reshape(output.shape).to(output.dtype)
-        # onto the output at once: of many people, the update alone would fill the memory
+        # added within the matrix product: for many people, a separate tensor of the updates' outputs would fill the memory
         if down.ndim == 3:
             return torch.baddbmm(output.reshape(len(x), -1, up.shape[-2]), hidden, up.mT).reshape(output.shape)
         return torch.addmm(output.reshape(-1, up.shape[-2]), hidden.reshape(-1, up.shape[-1]), up.mT).reshape(output.shape)
@@ -107,12 +107,12 @@ class Shape(NamedTuple):
 
 
 def unwrapped(layer: nn.Module) -> Any:
-    """A layer itself, also where PEFT has wrapped it."""
+    """The layer itself, without PEFT's wrapper if it has one."""
     return getattr(layer, "base_layer", layer)
 
 
 def linear_shape(module: nn.Module) -> Shape | None:
-    """The dimensions of a layer that a LoRA can be added to, or None: of linear layers, and 1 x 1 convolutions, which are linear anywhere."""
+    """The dimensions of a linear layer or a 1 x 1 convolution, which is a linear layer at every pixel; None for other modules."""
     layer = unwrapped(module)
     if isinstance(layer, nn.Linear):
         return Shape(layer.in_features, layer.out_features)
@@ -122,9 +122,9 @@ def linear_shape(module: nn.Module) -> Shape | None:
 
 
 def canonical(path: str) -> str:
-    """A layer's path as files carry it: `text_model.` exactly once inside a text encoder.
+    """A layer's path as LoRA files have it: inside a text encoder, with `text_model.` exactly once.
 
-    transformers 5.23 dropped that step from `CLIPTextModel`'s module paths (not from `CLIPTextModelWithProjection`'s).
+    transformers 5.23 dropped that part from `CLIPTextModel`'s module paths (not from `CLIPTextModelWithProjection`'s).
     """
     component, _, rest = path.partition(".")
     if component.startswith("text_encoder") and rest.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")):
@@ -145,23 +145,21 @@ def canonical_modules(root: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_targets(root: nn.Module, patterns: Sequence[str]) -> dict[str, Shape]:
-    """The linear layers whose canonical path matches any glob pattern, in the model's order.
+    """The linear layers whose canonical path matches any of the glob patterns, in the model's order.
 
-    Raises InputError for a pattern that matches nothing, or something that isn't linear, and for a fused model.
+    Raises InputError for a pattern that matches nothing, or a module that isn't linear, and for a fused model.
     """
     modules: dict[str, Any] = canonical_modules(root)
     found: set[str] = set()
     for pattern in patterns:
-        hits = fnmatch.filter(modules, pattern)
-        other = [path for path in hits if not isinstance(unwrapped(modules[path]), nn.Linear)]
+        hits, wrong = fnmatch.filter(modules, pattern), f"target pattern {pattern!r} matches"
         if not hits:
-            what = f"no layer of {', '.join(dict(root.named_children()))}. See `hyperdreambooth targets BASE`"
-        elif other:
-            what = f"{other[0]}, a {type(modules[other[0]]).__name__}: only linear layers can carry a LoRA. Narrow the pattern"
-        else:
-            found.update(hits)
-            continue
-        raise InputError(f"target pattern {pattern!r} matches {what}.")
+            raise InputError(f"{wrong} no layer of {', '.join(dict(root.named_children()))}. See `hyperdreambooth targets BASE`.")
+        for path in hits:
+            if not isinstance(unwrapped(modules[path]), nn.Linear):
+                kind = type(modules[path]).__name__
+                raise InputError(f"{wrong} {path}, a {kind}: only linear layers can carry a LoRA. Narrow the pattern.")
+        found.update(hits)
     return {path: Shape(module.in_features, module.out_features) for path, module in modules.items() if path in found}
 
 
@@ -175,7 +173,7 @@ def layers_of(root: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
 
 
 class Hooks:
-    """Forward hooks on some layers of a model that add whatever update was set last; opened once for many steps.
+    """Forward hooks on some layers of a model, which add the update that was set last; opened once for many steps.
 
     A context manager: keep it open through `backward()`. The factors of an update are cast to their layer's precision when they
     are set; activations stay as they are.
@@ -183,7 +181,7 @@ class Hooks:
 
     def __init__(self, root: nn.Module, paths: Iterable[str]):
         self.layers = layers_of(root, paths)
-        # what isn't floats itself, of a quantized layer, is expanded to the precision of the rest of the model
+        # updates of a quantized layer, whose weight isn't a float, get the precision of the model's other weights
         plain = next((weight.dtype for weight in root.parameters() if can_be_added_to(weight)), torch.float32)
         weights = {path: unwrapped(layer).weight for path, layer in self.layers.items()}
         self.dtypes = {
@@ -194,24 +192,20 @@ class Hooks:
         self.handles = [layer.register_forward_hook(partial(self._add, path)) for path, layer in self.layers.items()]
 
     def set(self, loras: Mapping[str, Lora], weights: Tensor | None = None) -> None:
-        """The update that counts from now on; a layer that isn't in it keeps its own output.
+        """Sets the update that is added from now on; a layer that isn't in it keeps its own output. An empty one turns the hooks off.
 
         Args:
-            loras: by layer path; per-sample updates tile over a larger batch in [uncond, cond] order.
-            weights: (B,) multiplies each sample's update; 0 leaves that sample to the base (identity guidance).
+            loras: updates by layer path; a batch of n is tiled over a larger batch of samples: update i for samples i, i + n, ...
+            weights: (B,) factors of the samples' updates; 0 leaves a sample to the base (identity guidance).
         """
         self.current = {path: Lora(lora.down.to(self.dtypes[path]), lora.up.to(self.dtypes[path])) for path, lora in loras.items()}
         self.weights = weights
-
-    def clear(self) -> None:
-        """No update until the next one is set: whoever draws or validates between two steps brings an update of their own."""
-        self.current, self.weights = {}, None
 
     def _add(self, path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         lora = self.current.get(path)
         if lora is None:
             return output
-        if isinstance(unwrapped(module), nn.Conv2d):  # channels come first there
+        if isinstance(unwrapped(module), nn.Conv2d):  # its channels come first
             return lora.added(output.movedim(1, -1), args[0].movedim(1, -1), self.weights).movedim(-1, 1)
         return lora.added(output, args[0], self.weights)
 
@@ -221,11 +215,11 @@ class Hooks:
     def __exit__(self, *error: object) -> None:
         for handle in self.handles:
             handle.remove()
-        self.clear()
+        self.set({})
 
 
 def can_be_added_to(weight: Tensor) -> bool:
-    """Whether something can be added to a layer's weight: not to a quantized one, be it packed in bytes or a tensor of another class."""
+    """Whether an update can be added to a layer's weight: not to a quantized one, which is packed in bytes or a subclass of Tensor."""
     return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
 
 
@@ -238,7 +232,7 @@ def applied(root: nn.Module, loras: Mapping[str, Lora], weights: Tensor | None =
 
 
 def mergeable(root: nn.Module, loras: Mapping[str, Lora]) -> bool:
-    """Whether `merged` can take these updates: one person's, on weights that can be added to, with memory for their originals."""
+    """Whether `merged` can take these updates: one person's, of weights that aren't quantized, with device memory for their copies."""
     layers = [unwrapped(layer) for layer in layers_of(root, loras).values()]
     if any(type(layer) not in (nn.Linear, nn.Conv2d) or not can_be_added_to(layer.weight) for layer in layers):
         return False
@@ -250,10 +244,10 @@ def mergeable(root: nn.Module, loras: Mapping[str, Lora]) -> bool:
 @contextmanager
 @torch.no_grad()
 def merged(root: nn.Module, loras: Mapping[str, Lora]) -> Iterator[None]:
-    """Adds one person's updates to the weights of `root`'s layers until the context closes: nothing is computed beside them.
+    """Adds one person's updates to the weights of `root`'s layers until the context closes, so that a forward pass costs nothing extra.
 
-    Afterwards, also after an error, the weights are what they were, bit for bit: they are put back, since subtracting an update
-    drifts in half precision. The weights stay where they lie in memory, so a recorded CUDA graph sees them.
+    Afterwards, also after an error, the weights are restored bit for bit from copies, since subtracting an update drifts in half
+    precision. The weights keep their addresses in memory, so a recorded CUDA graph uses the changed values.
     """
     originals: dict[Tensor, Tensor] = {}
     try:
@@ -274,22 +268,22 @@ def update_norms(loras: LoraSet) -> Tensor:
 
 
 def shared_norm(loras: LoraSet) -> Tensor:
-    """Squared Frobenius norm of what a batch's updates have in common, a scalar: of their mean, estimated without bias.
+    """Squared Frobenius norm of the mean update of all people, estimated without bias from a batch: a scalar.
 
-    The mean of a finite batch holds its samples' own updates too; leaving a sample's product with itself out, what is
-    left is an estimate of the mean over everyone. It may be negative. Of fewer than two samples there is no estimate (NaN).
+    It is the mean inner product of the updates of two different samples. The squared norm of the batch's own mean would be larger by
+    the products of samples with themselves. The estimate may be negative; for fewer than two samples it is NaN.
     """
     norms = update_norms(loras)
     # the sum of all updates is one update of their joint rank
-    total = {path: replace(lora, down=lora.down.flatten(0, 1), up=lora.up.movedim(0, 1).flatten(1)) for path, lora in loras.items()}
+    total = {path: Lora(lora.down.flatten(0, 1), lora.up.movedim(0, 1).flatten(1)) for path, lora in loras.items()}
     return (update_norms(LoraSet(total)) - norms.sum()) / (len(norms) * (len(norms) - 1))
 
 
 def compress(lora: Lora, tolerance: float = 1e-6) -> Lora:
-    """The same update with orthogonal factors and no more rank than it has (paper, section 4.3: merge and decompose).
+    """The same update with orthogonal factors and the smallest rank that represents it (paper, section 4.3: merge and decompose).
 
-    QR of both factors, then an SVD of the small core, never of the (out, in) matrix; the singular values go to `up`.
-    Singular values under `tolerance` times the largest are zero to float precision and are dropped. Float64 inside.
+    QR of both factors, then an SVD of the small core, never of the (out, in) matrix, in float64; the singular values go into `up`.
+    Those under `tolerance` times the largest are zero to float precision and are dropped. Raises ValueError for a batch of updates.
     """
     if lora.down.ndim != 2:
         raise ValueError(f"compress takes one sample's update; select() it first: {tuple(lora.down.shape)}")

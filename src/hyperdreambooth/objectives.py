@@ -1,4 +1,4 @@
-"""Losses: one value PER SAMPLE, shape (B,). Weights multiply outside."""
+"""Losses with one value per sample, shape (B,). Their weights are the caller's."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from .lora import LoraSet, update_norms
 
 
 def denoising(backbone: Backbone, latents: Tensor, conditioning: Conditioning, levels: Tensor, generator: torch.Generator) -> Tensor:
-    """`denoising_loss` with noise that is drawn here (on the CPU: every device sees the same), at noise levels (B,) in 0..1: (B,)."""
+    """`denoising_loss` at noise levels (B,) in 0..1, with noise that is drawn on the CPU, so that it is the same for any device: (B,)."""
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     return denoising_loss(backbone, latents, conditioning, noise, backbone.steps_for(levels))
 
@@ -16,12 +16,12 @@ def denoising(backbone: Backbone, latents: Tensor, conditioning: Conditioning, l
 def denoising_loss(
     backbone: Backbone, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor, target: Tensor | None = None
 ) -> Tensor:
-    """The denoising loss of Ruiz et al., equation 1, as a mean over each sample's elements: (B,). Nothing random, nothing on the host.
+    """The denoising loss of Ruiz et al., equation 1, as a mean over each sample's elements: (B,). No random numbers, no work for the host.
 
     Args:
         latents, noise: (B, C, h, w).
         timesteps: (B,) as the denoiser takes them, from `Backbone.steps_for`.
-        target: what is to be predicted in the noise's or the velocity's place, like `latents`.
+        target: what the denoiser should predict, of the latents' shape. Default: what the base was trained for (noise, velocity or flow).
     """
     predicted = backbone.predict(backbone.add_noise(latents, noise, timesteps), timesteps, conditioning)
     target = backbone.target(latents, noise, timesteps) if target is None else target
@@ -29,9 +29,9 @@ def denoising_loss(
 
 
 def weight_loss(predicted: LoraSet, target: LoraSet) -> Tensor:
-    """Squared Frobenius distance of two batches of updates, a mean over layers: (B,).
+    """Squared Frobenius distance between two batches of updates, a mean over layers: (B,).
 
-    Paper, equation 4, on what tokens mean rather than on the tokens: (s * down, up / s) is the same update, so raw
-    tokens can't be compared. The difference of two updates is a LoRA too, so no (out, in) matrix is formed.
+    It compares updates where the paper's equation 4 compares tokens: (s * down, up / s) is the same update for any s, so the distance
+    between tokens means little. The difference of two updates is a LoRA too, so no (out, in) matrix is formed.
     """
     return update_norms(predicted + target.scaled(-1.0)) / len(predicted)

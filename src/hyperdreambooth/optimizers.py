@@ -12,7 +12,7 @@ MOMENTUM = 0.95  # Muon's.
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Linear warm-up, a plateau, and a linear fall over the last `cooldown` of the steps."""
+    """Linear warm-up, a plateau, and a linear decay to zero over the last fraction `cooldown` of the steps."""
     rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     tail = config.cooldown * config.steps
     fall = min(1.0, (config.steps - step) / tail) if tail else 1.0
@@ -20,7 +20,7 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of `config` over parameter groups."""
+    """The optimizer that `config` names, for these parameter groups."""
     if config.optimizer == "muon":
         return Muon(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
     settings: dict[str, Any] = {}
@@ -31,7 +31,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig, device:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets every group's learning rate: `rate` times its `lr_scale`. One that is a tensor stays the same tensor."""
+    """Sets every group's learning rate to `rate` times its `lr_scale`. One that is a tensor is changed in place, for CUDA graphs."""
     for group in optimizer.param_groups:
         value = rate * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):
@@ -41,25 +41,25 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 class Muon(torch.optim.AdamW):
-    """Every matrix's update is made orthogonal, so that directions with small gradients move as far as those with large ones.
+    """Muon orthogonalizes the update of every matrix, so that directions with small gradients move as far as those with large ones.
 
-    Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; scaled so that AdamW's learning rates serve (Liu et
-    al., arXiv 2502.16982, section 2.2). Each matrix of a stack (count, rows, columns), such as a hypernetwork's heads, is updated as if it
-    were alone, in the precision of the parameters (`torch.optim.Muon` takes single matrices, and rounds to bfloat16). A kernel (out, in,
-    height, width) is one matrix of `out` rows. Vectors get AdamW. A step takes the gradients of matrices away.
+    Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; scaled so that AdamW's learning rates fit (Liu et
+    al., arXiv 2502.16982, section 2.2). Each matrix of a stack (count, rows, columns), such as a hypernetwork's heads, is updated on its
+    own, in the precision of the parameters (`torch.optim.Muon` takes single matrices, and rounds to bfloat16). A kernel (out, in,
+    height, width) is one matrix of `out` rows. Vectors are updated by AdamW. A step sets the gradients of matrices to None.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0):
         super().__init__(params, lr=lr, weight_decay=weight_decay, foreach=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's would look for its own state of matrices
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's own would expect its moments for matrices too
         for group in self.param_groups:
             group |= {key: value for key, value in self.defaults.items() if key not in group}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of whatever has a gradient."""
+        """Updates every parameter that has a gradient."""
         for group in self.param_groups:
             alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
@@ -70,28 +70,28 @@ class Muon(torch.optim.AdamW):
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, updates, alpha=-group["lr"])
                 for parameter in parameters:
-                    parameter.grad = None  # what is left is AdamW's
+                    parameter.grad = None  # AdamW updates the parameters that still have one
         super().step()
 
     def _updates(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Updates of parameters whose matrices are of one size, orthogonalized together."""
+        """The updates of parameters whose matrices have the same size, orthogonalized in one batch."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        stacks = [_stack(one) for one in torch._foreach_lerp(gradients, momenta, MOMENTUM)]  # Nesterov's
-        updates = orthogonalized(torch.cat(stacks)) * (0.2 * max(stacks[0].shape[1:]) ** 0.5)  # the root mean square of AdamW's updates
+        stacks = [_stack(one) for one in torch._foreach_lerp(gradients, momenta, MOMENTUM)]  # Nesterov momentum
+        updates = orthogonalized(torch.cat(stacks)) * (0.2 * max(stacks[0].shape[1:]) ** 0.5)  # to the root mean square of AdamW's updates
         return [part.view_as(one) for part, one in zip(updates.split([len(stack) for stack in stacks]), parameters, strict=True)]
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """About U V^T of each matrix's U S V^T: (..., rows, columns) -> the same shape, singular values of some 0.7 to 1.2."""
+    """Approximates U V^T for each matrix U S V^T: (..., rows, columns) -> the same shape, with singular values of about 0.7 to 1.2."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    a, b, c = 3.4445, -4.7750, 2.0315  # Muon's own, for five rounds of a quintic Newton-Schulz iteration
+    a, b, c = 3.4445, -4.7750, 2.0315  # Muon's coefficients, for five rounds of a quintic Newton-Schulz iteration
     for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x

@@ -1,11 +1,11 @@
 """CUDA graphs: work with static shapes is recorded once and then replayed, so that a GPU doesn't wait for Python.
 
-Work is a function of a dict of tensors, with nothing in it that the host decides: no random numbers, no lists made into
-tensors, no `.item()`. It runs as it is for its first calls (which is also the warm-up that CUDA graphs need), is recorded in the
-next one, and replayed from then on. What can't be recorded (another shape, too little memory, no CUDA) runs as it is.
+Work is a function of a dict of tensors that depends on nothing from the host: no random numbers, no tensors made of lists, no
+`.item()`. Its first calls run eagerly (the warm-up that CUDA graphs need), the next one is recorded, and the recording is replayed
+from then on. What can't be recorded (another shape, too little memory, no CUDA) runs eagerly.
 
-A recording refers to memory, not to objects. So the next training of the same kind and shapes can use it: it moves its own
-values into the recorded memory and goes on there (`Memory`).
+A recording refers to addresses in memory, not to Python objects. So the next training of the same kind and shapes can use it: it
+copies its own values into the recorded memory and trains there (`Memory`).
 """
 
 import functools
@@ -21,19 +21,19 @@ from .progress import say
 
 Inputs = dict[str, Tensor]
 Work = Callable[[Inputs], Tensor]
-WARM_UP = 2  # Calls before a recording: the first ones set up libraries and an optimizer's state.
-KEPT = 4  # Recordings that are kept; the one that wasn't used for longest goes first.
-OFF = False  # Set to True, all work runs as it is: to compare with.
+WARM_UP = 2  # Eager calls before a recording: the first ones set up libraries and an optimizer's state.
+KEPT = 4  # Recordings that are kept; the least recently used one is dropped first.
+OFF = False  # True runs all work eagerly, for comparisons.
 
 
 class Memory:
-    """What a recorded training step reads and writes besides its inputs: a model, and an optimizer's state and rates."""
+    """What a recorded training step reads and writes besides its inputs: a model, and an optimizer's state and learning rates."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self.model, self.optimizer = model, optimizer
 
     def kind(self) -> Hashable:
-        """What a recorded step depends on besides its losses: the model's tensors and the optimizer's constants."""
+        """What a recorded step depends on besides its losses: the model's tensors (names, shapes, types) and the optimizer's constants."""
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         shapes = tuple((name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors.items())
         groups = self.optimizer.param_groups
@@ -41,7 +41,7 @@ class Memory:
         return type(self.model), shapes, constants
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, by name, once the step has run."""
+        """All these tensors by name; the optimizer's state exists once a step has run."""
         found = {f"model/{n}": t.data for n, t in (*self.model.named_parameters(), *self.model.named_buffers())}
         for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
             found |= {f"optimizer/{index}/{key}": value for key, value in self.optimizer.state[parameter].items()}
@@ -49,7 +49,7 @@ class Memory:
 
     @torch.no_grad()
     def move_to(self, recorded: dict[str, Tensor]) -> None:
-        """Copies the present values into the tensors of an earlier recording, and goes on with those."""
+        """Copies the present values into the tensors of an earlier recording, which model and optimizer use from then on."""
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             recorded[f"model/{name}"].copy_(tensor)
             tensor.data = recorded[f"model/{name}"]
@@ -66,7 +66,7 @@ class Memory:
 
 
 class Recording(NamedTuple):
-    """A graph with the memory that it reads and writes."""
+    """A CUDA graph with the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
     inputs: Inputs
@@ -86,14 +86,14 @@ _say_once = functools.cache(say)
 
 
 def forget() -> None:
-    """Drops all recordings, and gives their memory back."""
+    """Drops all recordings and frees their memory."""
     _recordings.clear()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def token(owner: object) -> object:
-    """Stands for `owner` in a key, without keeping it alive; its recordings go when it goes, since they refer to its memory."""
+    """Stands for `owner` in a key without keeping it alive. Once it is freed its recordings are dropped, since they refer to its memory."""
     if owner not in _tokens:
         _tokens[owner] = mark = object()
 
@@ -106,7 +106,7 @@ def token(owner: object) -> object:
 
 
 def fingerprint(model: nn.Module) -> int:
-    """Changes with whatever else a recording of `model` has in it: where its weights lie, which adapters it has and their scales."""
+    """Changes with everything of `model` that a recording contains: the addresses of its weights, its PEFT adapters and their scales."""
     found: list[Hashable] = [parameter.data_ptr() for parameter in model.parameters()]
     for path, module in model.named_modules():
         if hasattr(module, "base_layer"):  # wrapped by PEFT
@@ -116,12 +116,12 @@ def fingerprint(model: nn.Module) -> int:
 
 
 class Replayed:
-    """`work`, recorded where it can be. Its output is overwritten by the next call.
+    """`work` as a function that is recorded and replayed where possible. The next call overwrites its output.
 
     Args:
-        key: what the work computes, apart from the shapes of its inputs; equal keys share a recording. It begins with the `token` of
-            whatever the work refers to besides its inputs and `memory`.
-        memory: what the work changes besides its inputs; None where it changes nothing.
+        key: identifies what the work computes, apart from the shapes of its inputs; equal keys share a recording. It begins with the
+            `token` of the object that the work uses besides its inputs and `memory`.
+        memory: the model and optimizer that the work changes; None if it changes nothing.
     """
 
     def __init__(self, work: Work, key: Key, memory: Memory | None = None):
@@ -135,7 +135,7 @@ class Replayed:
             return self.work(inputs)
         signature = tuple((name, value.shape, value.dtype) for name, value in inputs.items())
         if signature != self.signature:
-            if self.recording is not None and self.memory is not None:  # rare: the last batch of some data, say
+            if self.recording is not None and self.memory is not None:  # rare, such as a smaller last batch
                 return self.work(inputs)
             self.signature, self.calls, self.recording = signature, 0, _recordings.get((self.key, signature))
             if self.recording is not None:
@@ -155,7 +155,7 @@ class Replayed:
         return output
 
     def _record(self, inputs: Inputs) -> Recording | None:
-        """Records the work; None, and never again, where that fails."""
+        """Records the work. If that fails, returns None, and the work runs eagerly from then on."""
         while len(_recordings) >= KEPT:
             _recordings.popitem(last=False)
         static = {name: value.clone() for name, value in inputs.items()}
@@ -176,5 +176,5 @@ class Replayed:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which work is warmed up and recorded, one a device."""
+    """The stream on which work is warmed up and recorded, one per device."""
     return torch.cuda.Stream(device)

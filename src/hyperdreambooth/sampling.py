@@ -1,17 +1,17 @@
-"""Prompts and a person -> pictures: diffusers' schedulers, our guidance.
+"""Pictures of a person from prompts: sampling with diffusers' schedulers and three kinds of guidance.
 
-Identity guidance takes the base *without* the personal LoRA as the unconditional branch. With prompt scale g and
-identity scale i the prediction is
+Plain (classifier-free) guidance of scale g, (1 - g) e(empty, person) + g e(prompt, person), has the personal LoRA in both
+branches and strengthens the prompt alone. Identity guidance has the base *without* the LoRA as its unconditional branch.
+With prompt scale g and identity scale i the prediction is
 
     (1 - g) e(empty, base) + (g - i) e(prompt, base) + i e(prompt, person)
 
-so g pushes along the prompt, i along the person, and a branch whose weight is zero isn't computed: g = i and g = 1
-cost two branches, as plain guidance does. Plain guidance, (1 - g) e(empty, person) + g e(prompt, person), keeps the LoRA in
-both branches; it strengthens the prompt alone.
+so g is the strength of the prompt, and i that of the person. A branch whose weight is zero isn't computed: g = i and g = 1
+cost two branches, as plain guidance does.
 
-Context guidance is the same mix at i = 1 in the first steps, before plain guidance: what a prompt asks for is decided early, there in the
-base's own direction, which a LoRA may have blurred. Later, i above 1 only distorts what the prompt asked for, so it may fall to 1 on the
-way (a guidance interval: Kynkäänniemi et al., arXiv 2404.07724).
+Context guidance is identity guidance with i = 1 in the first steps, before plain guidance: the first steps decide what a prompt asks for
+(a hat, a background), by the base's prediction, since a LoRA may have weakened the prompt's effect. In later steps, i above 1 only distorts
+what the prompt asked for, so it may fall to 1 after some of them (a guidance interval: Kynkäänniemi et al., arXiv 2404.07724).
 """
 
 import importlib.util
@@ -33,23 +33,23 @@ from .lora import Hooks, Lora, LoraSet, applied, mergeable, merged
 from .progress import say
 from .settings import GenerateConfig
 
-# Schedulers that solve the flow of a base that is trained by flow matching.
+# Schedulers for bases that are trained by flow matching.
 FLOW = [f"FlowMatch{name}DiscreteScheduler" for name in ("Euler", "Heun")]
 FLOW += ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"]
 
 
 def schedulers(flow: bool) -> list[str]:
-    """The names of the schedulers that can draw here, with the packages that are installed."""
-    # diffusers calls the EDM one compatible, too, but it would draw noise
+    """The class names of diffusers' schedulers that can be used with the installed packages, for bases with or without flow matching."""
+    # diffusers calls the EDM scheduler compatible too, but with it only noise comes out
     discrete = [one.name for one in KarrasDiffusionSchedulers if "EDM" not in one.name] + ["LCMScheduler", "TCDScheduler"]
     return [name for name in (FLOW if flow else discrete) if not hasattr(getattr(diffusers, name), "_backends")]
 
 
 def check_scheduler(name: str | None, flow: bool | None) -> None:
-    """Raises InputError for a scheduler that can't draw, naming those that can. No model is needed for that.
+    """Raises InputError for a scheduler that can't be used, naming those that can. No model is loaded for that.
 
     Args:
-        flow: whether the base is trained by flow matching; None where that isn't known yet.
+        flow: whether the base is trained by flow matching; None if that isn't known yet.
     """
     able = [one for kind in (False, True) if flow in (kind, None) for one in schedulers(kind)]
     if name is None or name in able:
@@ -67,7 +67,7 @@ def check_scheduler(name: str | None, flow: bool | None) -> None:
 
 
 def make_scheduler(pipe: Any, name: str | None = None) -> Any:
-    """A fresh scheduler: the base's own, or one of diffusers' by class name, with the base's noise schedule.
+    """A new scheduler: of the base's own class, or one of diffusers' by class name, with the base's noise schedule.
 
     Raises InputError for a name that diffusers doesn't know or that can't run this base.
     """
@@ -79,7 +79,7 @@ def make_scheduler(pipe: Any, name: str | None = None) -> Any:
     if flow and "FlowMatch" not in kind.__name__:
         config = {**config, "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.shift}
     try:
-        # latents leave [-1, 1]; schedulers that were made for pixels (DDIM) would clip them, where the base's config is silent
+        # latents leave [-1, 1]; schedulers that were made for pixels (DDIM) clip them unless the config says otherwise
         return kind.from_config({"clip_sample": False, **config})
     except (ValueError, TypeError, NotImplementedError) as error:
         raise InputError(f"{name} can't run this base: {error}") from error
@@ -107,12 +107,12 @@ def phases(settings: GenerateConfig) -> tuple[list[Branch], float, list[Branch]]
 
 @dataclass
 class Prompts:
-    """Conditioning of B samples: with the prompt, without (the negative one), and with the prompt but without the person, where that
-    differs because a text encoder carries the person's LoRA."""
+    """Conditioning of B samples."""
 
     positive: Conditioning
-    negative: Conditioning
+    negative: Conditioning  # Of the negative prompt, which may be empty.
     plain: Conditioning | None = None
+    """Of the prompt by text encoders without the person's LoRA, for the branches without the person. Default: `positive`."""
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def sample(
 
     Args:
         settings: steps, scheduler and the scales of guidance.
-        personal: one person's LoRA, or B of them; in every branch "with person".
+        personal: one person's LoRA, or a batch of B; it is in every branch that is "with person".
     """
     schedule = make_scheduler(backbone.pipe, settings.scheduler)
     backbone.set_timesteps(schedule, settings.steps, noise)
@@ -144,13 +144,13 @@ def sample(
         if not len(timesteps):
             continue
         plain = prompts.plain or prompts.positive
-        parts = [(prompts.positive if who else plain) if prompted else prompts.negative for _, prompted, who in mix]
+        parts = [(prompts.positive if with_person else plain) if prompted else prompts.negative for _, prompted, with_person in mix]
         conditioning = {key: torch.cat([part[key] for part in parts]) for key in prompts.positive}
-        person = torch.tensor([float(who) for _, _, who in mix], device=noise.device).repeat_interleave(count)
+        person = torch.tensor([float(with_person) for _, _, with_person in mix], device=noise.device).repeat_interleave(count)
         weights = torch.tensor([weight for weight, _, _ in mix], device=noise.device, dtype=noise.dtype).reshape(-1, 1, 1, 1, 1)
         if "guidance" in conditioning:
             conditioning["guidance"] = torch.full_like(conditioning["guidance"], settings.embedded_guidance)
-        with denoiser(backbone, personal or LoraSet(), None if all(who for _, _, who in mix) else person) as predict:
+        with denoiser(backbone, personal or LoraSet(), None if all(with_person for _, _, with_person in mix) else person) as predict:
             for timestep in timesteps:
                 tiled = scale_input(latents.repeat(len(mix), 1, 1, 1), timestep)
                 predicted = predict({"noisy": tiled, "timesteps": timestep.expand(len(tiled)), **conditioning})
@@ -161,15 +161,15 @@ def sample(
 
 @contextmanager
 def denoiser(backbone: Backbone, personal: LoraSet, person: Tensor | None) -> Iterator[replay.Work]:
-    """The denoiser with a person in it, as a function of a batch: noisy latents, time steps and conditioning.
+    """The denoiser with a person's LoRA, as a function of a batch: noisy latents, time steps and conditioning.
 
-    One person in the whole batch is merged into the weights, which costs nothing afterwards. Several people, and branches without
-    the person, take hooks.
+    One person's LoRA for the whole batch is merged into the weights, so that steps cost nothing extra. Several people, and branches
+    without the person, need hooks.
 
     Args:
-        person: (B,) 1 for samples with the person and 0 for those without; None where all have it.
+        person: (B,) 1 for samples with the person's LoRA and 0 for those without; None if all have it.
     """
-    # hooks that are on the denoiser already, somebody else's or a fine-tuning's, may change what they add at any time
+    # other hooks on the denoiser (a user's, or a fine-tuning's) may compute something else in every call, which a recording would miss
     record = not any(module._forward_hooks for module in backbone.denoiser.modules())
     key = (replay.token(backbone), replay.fingerprint(backbone.denoiser))
 
@@ -191,7 +191,7 @@ def denoiser(backbone: Backbone, personal: LoraSet, person: Tensor | None) -> It
         static |= {"person": person} if person is not None else {}
 
         def work(batch: replay.Inputs) -> Tensor:
-            # a recording reads the updates from its own inputs, so the next person can use it too
+            # the updates are inputs of the recording, so that the next person can use it too
             hooks.set({path: Lora(batch[f"lora.{path}.down"], batch[f"lora.{path}.up"]) for path in mine}, batch.get("person"))
             return predicted(batch)
 
@@ -205,7 +205,7 @@ def is_text(path: str, backbone: Backbone) -> bool:
 
 
 def noise_for(backbone: Backbone, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
-    """Initial noise (B, C, h, w), one seed each: a picture depends on its own seed, never on the batch."""
+    """Initial noise (B, C, h, w), each sample's from its own seed, so that a picture doesn't depend on the others in its batch."""
     shape = backbone.latent_shape(height, width)
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(backbone.device)
 
@@ -256,9 +256,10 @@ def generate(
 
 
 def decoded(backbone: Backbone, latents: Tensor) -> Tensor:
-    """Latents -> pictures (B, 3, H, W) in -1..1, which are pictures: finite, and not of one color alone.
+    """Decodes latents into pictures (B, 3, H, W) in -1..1.
 
-    Where the autoencoder overflows in half precision it goes on in float32, and says so. Raises InputError that names what failed.
+    If the autoencoder overflows in half precision, it is moved to float32, with a message. Raises InputError, naming the culprit, if values
+    still aren't finite or a picture has one color alone.
     """
     dtype = str(backbone.denoiser.dtype).removeprefix("torch.")
     if not latents.isfinite().all():

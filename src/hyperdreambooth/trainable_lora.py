@@ -1,14 +1,15 @@
-"""Where a LoRA comes from while it is trained: three modules, `forward(batch) -> LoraSet`; the hypernetwork in one of them; and lightweight
-DreamBooth (paper, section 4.1), a LoRA as a few numbers a layer, its *token*:
+"""Modules that are trained and return a LoraSet: `IdentityTable`, `PredictedLora` (with the hypernetwork) and `RelaxedLora`.
+
+The first two use lightweight DreamBooth (paper, section 4.1), where a few numbers, a *token*, stand for the LoRA of a layer:
 
     down = down_token @ down_aux      (rank, a) @ (a, in)
     up   = up_aux @ up_token          (out, b) @ (b, rank)
 
-The aux matrices have orthonormal rows (down) and columns (up). Frozen, they are rebuilt anywhere from their recipe;
-learnable (*pro*), they are shared by all identities and stored in the hypernetwork's checkpoint. One layer is one token
-of (a + b) * rank numbers, the down part first, whatever the layer's size.
+The aux matrices have orthonormal rows (down) and columns (up). Frozen ones are rebuilt anywhere from their recipe;
+learnable ones (*pro*) are shared by all identities and stored in the hypernetwork's checkpoint. A layer's token has
+(a + b) * rank numbers, the down part first, whatever the layer's size.
 
-Of a module that is trained, `parameters()` is what is trained, `state_dict()` what is saved.
+Of each module, the parameters that require gradients are trained, and `state_dict()` is saved.
 """
 
 import hashlib
@@ -28,10 +29,10 @@ from .training_settings import HyperNetworkConfig, LightweightConfig
 
 
 def orthonormal(rows: int, columns: int, key: str) -> Tensor:
-    """A random matrix with orthonormal rows (rows <= columns), a function of `key` alone; float32.
+    """A random matrix (rows, columns) with orthonormal rows (rows <= columns), a function of `key` alone; float32.
 
-    Drawn and orthogonalised in float64 from a generator of its own: float32 draws and QR differ between CPUs, and the
-    global generator must neither matter nor move.
+    Drawn and orthogonalized in float64, since float32 draws and QR differ between CPUs, and with a generator of its own, so that
+    the global generator neither affects it nor is advanced.
     """
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
     matrix = torch.empty(columns, rows, dtype=torch.float64)
@@ -66,21 +67,16 @@ class LightweightLora(nn.Module):
         """A layer's aux matrices: down (a, in) and up (out, b)."""
         return getattr(self, self.name(path, "down")), getattr(self, self.name(path, "up"))
 
-    @property
-    def token_shape(self) -> tuple[int, int]:
-        """(layers, width)."""
-        return len(self.targets), self.config.width
-
     def start(self) -> Tensor:
-        """The tokens from which every identity starts, (layers, width): one shared random down of unit rows, up zero.
+        """The initial tokens of all identities, (layers, width): a random down part, its rows of norm 1 on average, and a zero up part.
 
-        Zero in both would be a saddle without gradient; a random down for each identity would leave the weight loss to
-        fit factors that are arbitrary.
+        With zeros in both parts no gradient would flow (a saddle point). With a random down part for each identity, the weight loss
+        would have to fit factors that are arbitrary.
         """
         rank, width = self.config.rank, self.config.down_dim
         generator = torch.Generator().manual_seed(self.config.seed + 1)
         down = torch.randn(len(self.targets), rank, width, generator=generator, dtype=torch.float64) / math.sqrt(width)
-        tokens = torch.zeros(self.token_shape)
+        tokens = torch.zeros(len(self.targets), self.config.width)
         tokens[:, : rank * width] = down.flatten(1).float()
         return tokens
 
@@ -99,11 +95,11 @@ class LightweightLora(nn.Module):
         return loras
 
     def recipe(self) -> dict[str, object]:
-        """Everything that frozen aux matrices follow from, as JSON."""
+        """Everything that determines frozen aux matrices, as JSON values."""
         return {"targets": {path: list(shape) for path, shape in self.targets.items()}, **asdict(self.config)}
 
     def fingerprint(self) -> str:
-        """Identifies the aux matrices that tokens belong to: a hash of the recipe, or of the learnt matrices' contents (as fp16, as they are shipped)."""
+        """Identifies the aux matrices that tokens belong to: a hash of the recipe and of learnt matrices (in float16, as saved)."""
         digest = hashlib.sha256(json.dumps(self.recipe(), sort_keys=True).encode())
         if self.config.learnable:
             for path in self.targets:
@@ -129,9 +125,9 @@ class HyperNetwork(nn.Module):
 
         tokens = start;  repeat: tokens = tokens + head(decoder(layer_embedding + embed(tokens), features))
 
-    Every target layer is one query of a transformer decoder that attends to the features. The head of the up part starts
-    at zero, so an untrained hypernetwork predicts no update at all, yet has gradients (the down part starts random).
-    `start` are the tokens (layers, width) before the first pass; they are learnt, and shared by all identities.
+    Every target layer is one query of a transformer decoder that attends to the features. The head of the up part starts at
+    zero, so an untrained hypernetwork predicts updates of zero, yet gradients flow (the down part starts random).
+    `start`: the tokens (layers, width) before the first pass. They are learnt, and shared by all identities.
     """
 
     def __init__(self, start: Tensor, down_width: int, feature_dim: int, config: HyperNetworkConfig):
@@ -148,7 +144,7 @@ class HyperNetwork(nn.Module):
                 config.dim, config.heads, 2 * config.dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )
             self.decoder = nn.TransformerDecoder(block, config.blocks, norm=nn.LayerNorm(config.dim))
-            # a head for each layer: the same token means another update in every layer
+            # a head for each layer, since the same token stands for another update in every layer
             self.head = nn.Parameter(torch.randn(layers, config.dim, width) * 0.02 / config.dim**0.5)
         with torch.no_grad():
             self.head[:, :, down_width:] = 0
@@ -163,7 +159,7 @@ class HyperNetwork(nn.Module):
 
 
 class PredictedLora(nn.Module):
-    """Features of a photo (B, positions, dim), or photos (B, 3, H, W) in -1..1 -> LoraSet of B updates."""
+    """Encoder, hypernetwork and aux matrices: photos (B, 3, H, W) in -1..1, or features (B, positions, dim) -> LoraSet of B updates."""
 
     def __init__(self, encoder: FaceEncoder, hypernetwork: HyperNetwork, lightweight: LightweightLora):
         super().__init__()
@@ -180,9 +176,9 @@ class PredictedLora(nn.Module):
 class RelaxedLora(nn.Module):
     """Rank relaxation (paper, section 4.3): a predicted update beside a trainable one of higher rank.
 
-    order="residual": predicted (frozen) + residual of rank r (down random, up zero); the residual is trained.
-    order="merged": both are merged first and all of it is trained, the zero directions being the fresh rank.
-    `targets` says which layers are trained; with a prediction: which of its own, all by default, and the others keep it as it is.
+    order="residual": the prediction is frozen, and a residual of rank r (down random, up zero) is trained and added to it.
+    order="merged": the factors of both are concatenated first, and all of them are trained.
+    `targets`: the layers that are trained. With a prediction they are some of its own (default: all); its others stay as predicted.
     Without a prediction the residual is an ordinary LoRA from scratch, a batch of `people`.
     """
 
@@ -197,21 +193,19 @@ class RelaxedLora(nn.Module):
         people: int = 1,
     ):
         super().__init__()
-        self.frozen = list(predicted or ())
-        if predicted is not None:
-            targets = targets or predicted.shapes()
-            predicted = predicted.detach()
-            for index, lora in enumerate(predicted.values()):  # buffers move with the module, and aren't saved
-                self.register_buffer(f"predicted_down_{index}", lora.down, persistent=False)
-                self.register_buffer(f"predicted_up_{index}", lora.up, persistent=False)
+        predicted = (predicted or LoraSet()).detach()
+        targets = targets or predicted.shapes()
         if not targets:
             raise ValueError("neither a prediction nor targets")
-        self.paths, self.order = list(targets), order
+        for index, lora in enumerate(predicted.values()):  # buffers move with the module, and aren't saved
+            self.register_buffer(f"predicted_down_{index}", lora.down, persistent=False)
+            self.register_buffer(f"predicted_up_{index}", lora.up, persistent=False)
+        self.frozen, self.paths, self.order = list(predicted), list(targets), order
         self.downs, self.ups = nn.ParameterList(), nn.ParameterList()
         for path, shape in targets.items():
             rows = min(rank, shape.inputs)
-            down = orthonormal(rows, shape.inputs, f"{seed}/{path}/residual") * math.sqrt(1 / 3)  # the scale of torch's Linear
-            reference = predicted[path] if predicted is not None else None
+            down = orthonormal(rows, shape.inputs, f"{seed}/{path}/residual") * math.sqrt(1 / 3)  # the scale of nn.Linear's initialization
+            reference = predicted.get(path)
             device = reference.down.device if reference else down.device
             batch = reference.down.shape[:-2] if reference else (people,)
             fresh = Lora(*(matrix.to(device).expand(*batch, -1, -1) for matrix in (down, torch.zeros(shape.outputs, rows))))

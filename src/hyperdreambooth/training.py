@@ -1,11 +1,11 @@
-"""The only training loop. It knows no LoRA, no diffusion and no picture.
+"""The only training loop. It knows nothing of LoRAs, diffusion or pictures.
 
-A step has two halves. `draw(index, generator)` makes a batch: pictures, noise, time steps. It belongs to the host and is a
-function of (seed, step), so that a training that was stopped and resumed gives the very weights of one that wasn't.
-`losses(model, batch)` computes one loss a sample, shape (B,), with static shapes and on the device alone; on CUDA it is
-recorded with backward and optimizer as one graph and replayed (`replay.py`).
+A step has two halves. `draw(index, generator)` makes a batch: pictures, noise, time steps. It runs on the host and depends on
+(seed, step) alone, so that a training that was stopped and resumed gives exactly the weights of one that wasn't.
+`losses(model, batch)` computes one loss per sample, shape (B,), with static shapes and on the device alone; on CUDA, losses,
+backward pass and optimizer step are recorded as one graph and replayed (`replay.py`).
 
-Left to accelerate: devices, several GPUs, mixed precision, gradient accumulation, trackers.
+accelerate handles devices, several GPUs, mixed precision, gradient accumulation and trackers.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ Validate = Callable[[int, nn.Module], Mapping[str, "float | Image.Image"]]
 
 @dataclass
 class Run:
-    """One run of a training: where it is kept, how long it goes on, and who is told."""
+    """One run of a training: its checkpoint's folder, its device, its time limit and its callbacks."""
 
-    directory: str | Path | None = None  # Where `state.safetensors` is kept; found there, the training resumes from it.
-    device: str | torch.device | None = None  # Default: the best there is.
+    directory: str | Path | None = None  # Folder of the checkpoint `state.safetensors`; if it is there, the training resumes from it.
+    device: str | torch.device | None = None  # Default: the device that accelerate chooses.
     groups: list[dict[str, Any]] | None = None
-    """Parameter groups of the optimizer where learning rates differ (`lr_scale` multiplies the schedule)."""
-    validate: Validate | None = None  # `validate(step, model)` returns named figures, which are logged, and pictures, which a tracker gets.
+    """Parameter groups of the optimizer, for learning rates that differ (`lr_scale` multiplies the schedule). Default: one group."""
+    validate: Validate | None = None  # `validate(step, model)` returns, by name, figures to log and pictures for the tracker.
     on_step: Callable[[int], bool] | None = None
-    """Called after every step with the number of steps done; where it returns True, the training stops (and checkpoints)."""
-    minutes: float | None = None  # Stop (and checkpoint) after this time; a later call goes on.
+    """Called after every step with the number of steps done; if it returns True, the training writes a checkpoint and stops."""
+    minutes: float | None = None  # Time after which the training writes a checkpoint and stops; a later call resumes it.
     name: str = "training"
     quiet: bool = False
 
 
 @dataclass
 class TrainingReport:
-    """What a training did: steps run in all, seconds of this run, the mean loss a log interval, the validations."""
+    """What a training did: steps done over all runs, seconds of this run, (step, mean loss) per log interval, figures per validation."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -69,19 +69,19 @@ class TrainingReport:
 
 
 def generator_for(seed: int, step: int) -> torch.Generator:
-    """A generator that depends on (seed, step) alone; the CPU's, so that every device draws the same noise."""
+    """A generator that depends on (seed, step) alone, on the CPU, so that training on any device draws the same noise."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % (1 << 63))
 
 
 def make_accelerator(config: TrainingConfig, run: Run) -> Accelerator:
-    """accelerate keeps one global state; a second training with another precision or device needs a fresh one.
+    """An Accelerator for this run. accelerate's global state is reset first: an earlier training may have had another precision or device.
 
-    Under a launcher the state holds the process group, so there it stays.
+    Under a launcher the state holds the process group, so it is kept.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
     else:
-        # imported after the group exists (by DDP), its functions hold the group as a default: `leave` could not end its threads
+        # DDP imports this module later, when its functions would keep the process group as a default: `leave` couldn't end its threads
         from torch.distributed.nn import functional  # noqa: F401
     return Accelerator(
         mixed_precision=config.mixed_precision,
@@ -93,9 +93,9 @@ def make_accelerator(config: TrainingConfig, run: Run) -> Accelerator:
 
 
 def leave() -> None:
-    """Ends the process group that a launcher's `fit` opened, if there is one, and waits for its threads.
+    """Ends the process group that `fit` opened under a launcher, if there is one, and waits for its threads.
 
-    Left to the interpreter's end they may abort a process whose training succeeded, and the launcher calls that a failure.
+    Threads that are still running when the interpreter exits may abort the process, and the launcher would report a failed training.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -103,21 +103,21 @@ def leave() -> None:
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM wait for the end of a step, in this list: between an update and its count a checkpoint would not be exact.
+    """Collects Ctrl-C and SIGTERM in a list, for the end of a step: between an update and its count a checkpoint would not be exact.
 
-    A second one ends at once, without a checkpoint. Signals can be caught in the main thread alone; elsewhere they stay as they are.
+    A second signal raises KeyboardInterrupt at once. Python handles signals in the main thread only; in others nothing is changed.
     """
-    asked: list[int] = []
+    received: list[int] = []
 
-    def ask(number: int, frame: object) -> None:
-        if asked:
+    def receive(number: int, frame: object) -> None:
+        if received:
             raise KeyboardInterrupt
-        asked.append(number)
+        received.append(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, ask) for number in numbers}
+    before = {number: signal.signal(number, receive) for number in numbers}
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -127,11 +127,11 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
     """Trains the parameters of `model` that require gradients, in place.
 
     Args:
-        losses: `losses(model, batch)` gives per-sample losses, shape (B,). Those with an equal `key` compute the same (see `replay.py`).
-        draw: `draw(i, generator)` gives the i-th batch; with n processes the i-th step takes n of them.
+        losses: `losses(model, batch)` gives per-sample losses, shape (B,). An attribute `key` identifies the computation (see `replay.py`).
+        draw: `draw(i, generator)` gives the i-th batch; n processes take n batches at a time, one each.
 
-    Ctrl-C checkpoints and raises KeyboardInterrupt. Raises TrainingError at the first loss that isn't finite. With
-    `average`, the averaged weights are in the model when a training finishes. Under a launcher, call `leave` after the last one.
+    Ctrl-C writes a checkpoint and raises KeyboardInterrupt. Raises TrainingError at the first loss that isn't finite. With `average`,
+    a training that finishes leaves the averaged weights in the model. Under a launcher, call `leave` after the last training.
     """
     run = run or Run()
     accelerator = make_accelerator(config, run)
@@ -141,11 +141,11 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
         accelerator.init_trackers(run.name, {k: v for k, v in dataclasses.asdict(config).items() if v is not None})
     world, rank, saves = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     started = last_save = time.monotonic()
-    means, report = [], state.report  # of the losses since the last log
-    with Progress(run.name, config.steps, state.done, quiet=run.quiet or not saves) as progress, interrupts() as asked:
+    means, report = [], state.report  # mean losses since the last log
+    with Progress(run.name, config.steps, state.done, quiet=run.quiet or not saves) as progress, interrupts() as received:
         try:
             while state.done < config.steps:
-                if asked:
+                if received:
                     raise KeyboardInterrupt
                 rate = learning_rate(config, state.done)
                 set_rate(state.optimizer, rate)
@@ -155,7 +155,7 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
                     check_finite(values, run.name, state.done)
                     means.append(values.float().mean())
                 state.done += 1
-                state.follow()
+                state.update_average()
                 done = state.done
                 if done % config.log_every == 0 or done == config.steps:
                     loss = torch.stack(means).mean().item()
@@ -182,7 +182,7 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
             state.validate(run.validate, accelerator, progress)
         if saves:
             state.save()
-        if asked:  # during the last step
+        if received:  # during the last step
             raise KeyboardInterrupt
     if report.finished:
         state.swap()
@@ -194,7 +194,7 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
 
 
 def make_update(losses: Losses, accelerator: Accelerator, state: State) -> Callable[[Batch], Tensor]:
-    """What one batch does to the model: forward, backward, optimizer. Gives its losses (B,), detached."""
+    """A function that trains on one batch (forward, backward, optimizer step) and returns its losses (B,), detached."""
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
     config = state.config
 
@@ -217,7 +217,7 @@ def make_update(losses: Losses, accelerator: Accelerator, state: State) -> Calla
 
 
 def check_finite(losses: Tensor, name: str, step: int) -> None:
-    """Raises TrainingError that names the first sample whose loss isn't finite."""
+    """Raises TrainingError if a loss isn't finite, naming the first such sample."""
     if not torch.isfinite(losses).all():
         bad = int((~torch.isfinite(losses)).nonzero()[0, 0])
         loss = f"the loss of sample {bad} of step {step} is {losses[bad].item()}"
@@ -225,7 +225,7 @@ def check_finite(losses: Tensor, name: str, step: int) -> None:
 
 
 class State:
-    """What a training changes, as it is checkpointed: weights, buffers, optimizer, averaged weights, count, report."""
+    """The state of a training, as it is checkpointed: weights, buffers, optimizer, averaged weights, step count, report."""
 
     def __init__(self, model: nn.Module, config: TrainingConfig, run: Run, device: torch.device):
         self.model, self.config, self.name = model, config, run.name
@@ -248,7 +248,7 @@ class State:
             checkpoint.save(self.file, self.saved, self.optimizer.state_dict(), self.average, meta)
 
     def restore(self, file: Path) -> None:
-        """Raises InputError for the state of another model or optimizer."""
+        """Loads a checkpoint. Raises InputError for that of another model or optimizer."""
         model, optimizer, average, meta = checkpoint.load(file)
         if differing := {(n, t.shape) for n, t in self.saved.items()} ^ {(n, t.shape) for n, t in model.items()}:
             what_to_do = "Give another folder, or delete that file to start anew."
@@ -266,16 +266,16 @@ class State:
         self.optimizer.load_state_dict({**optimizer, "param_groups": groups})
         for parameter, values in self.optimizer.state.items():
             for n, value in values.items():
-                if value.shape == parameter.shape:  # in the parameter's own order of dimensions, as an optimizer makes them
+                if value.shape == parameter.shape:  # in the parameter's memory format, as an optimizer makes them
                     values[n] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         self.report.losses = [(int(s), float(v)) for s, v in meta["losses"]]
         self.report.validations = meta["validations"]
         self.done = int(meta["step"])
 
-    def follow(self) -> None:
-        """Moves the averaged weights towards the present ones."""
+    def update_average(self) -> None:
+        """Moves the exponential moving average of the weights towards the present weights."""
         if self.average:
-            # a young average would otherwise remember the initial weights for long
+            # the decay grows over the first steps: otherwise the initial weights would stay in the average for long
             weight = 1 - min(self.config.average, (1 + self.done) / (10 + self.done))
             torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.trained.values()], weight)
 
@@ -287,7 +287,7 @@ class State:
             average.copy_(current)
 
     def validate(self, validate: Validate, accelerator: Accelerator, progress: Progress) -> None:
-        """Figures of the averaged weights, where there are some."""
+        """Logs the figures and pictures of `validate`, by the averaged weights if there are any. Raises TrainingError for a NaN."""
         self.swap()
         with torch.no_grad():
             found = validate(self.done, self.model)
@@ -304,7 +304,7 @@ class State:
         progress.note(f"step {self.done} validation: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
 
     def keep_own_memory(self) -> None:
-        """The model leaves memory that belongs to a recording: the next training overwrites that."""
+        """Moves the model's tensors out of the memory of a CUDA recording, which the next training overwrites."""
         if any(p.is_cuda for p in self.parameters):
             for tensor in (*self.model.parameters(), *self.model.buffers()):
                 tensor.data = tensor.data.clone()

@@ -144,7 +144,7 @@ def train(
         def after(done: int) -> bool:
             nonlocal since
             spent.append(clock() - since)
-            hooks.clear()
+            hooks.set({})
             if done in marks:
                 with torch.no_grad():
                     on_mark(done, source(rows).detach() or None)

@@ -1,1 +1,1 @@
-"""The stages of training: each a dataclass of settings and a function. `api` and the commands alone import them."""
+"""The stages of training and personalization, each a function; their settings are in `training_settings` and `settings`."""

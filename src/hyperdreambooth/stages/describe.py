@@ -1,8 +1,8 @@
-"""What a photo shows, in words, told by the denoiser alone.
+"""Prompts that describe a photo, chosen with the denoiser alone.
 
-Fine-tuning learns whatever the photo's prompt doesn't name: with "a [V] face" a blue background and a smile become the
-person. Of several phrases, the true one lets the base denoise the photo best (Li et al., "Your Diffusion Model is Secretly
-a Zero-Shot Classifier", 2023), so no other model has to see the face.
+Fine-tuning learns everything that the photo's prompt doesn't name: with "a [V] face", a blue background and a smile become
+part of the person. Of several phrases, the true one gives the lowest denoising loss (Li et al., "Your Diffusion Model is
+Secretly a Zero-Shot Classifier", 2023), so no other model has to see the face.
 """
 
 import re
@@ -17,20 +17,20 @@ from ..data import PromptCache
 from ..lora import LoraSet, applied
 from ..objectives import denoising_loss
 
-# Noise levels at which phrases compete: lower ones leave nothing to be told, higher ones nothing to tell it by.
+# Noise levels at which phrases are compared: at lower ones the prompt hardly matters, at higher ones the photo is hardly visible.
 LEVELS = (0.35, 0.5, 0.65, 0.8)
 
 
 def join(phrases: Sequence[str]) -> str:
-    """A prompt out of one phrase of each slot; an empty one leaves no gap."""
+    """A prompt out of one phrase of each slot: empty ones are left out, and "a" before a vowel becomes "an"."""
     return re.sub(r"\b(a|A) (?=[aeiou])", r"\1n ", " ".join(phrase for phrase in phrases if phrase))
 
 
 @torch.no_grad()
 def strangeness(backbone: Backbone, latents: Tensor, prompt: str) -> Tensor:
-    """How badly the base denoises photos' latents (N, C, h, w) at the noise level 0.5: (N,), near 1 where it knows nothing like them.
+    """The base's denoising loss of photos' latents (N, C, h, w) at the noise level 0.5: (N,), near 1 for pictures unlike its training data.
 
-    A base of drawings gets photographs wrong by several times what it gets its own drawings wrong by.
+    For a base of drawings, the loss of photographs is several times that of drawings.
     """
     noise = torch.randn(4, *latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
     conditioning, steps = PromptCache(backbone)([prompt] * 4), backbone.steps_for(torch.full((4,), 0.5))
@@ -39,7 +39,7 @@ def strangeness(backbone: Backbone, latents: Tensor, prompt: str) -> Tensor:
 
 
 def familiar(backbone: Backbone, latents: Tensor, prompt: str) -> float:
-    """The strangeness above which a photo is unlike pictures that a hypernetwork knows, from pictures (N, C, h, w) that it should know."""
+    """The `strangeness` above which a photo is unlike a hypernetwork's training data: 1.25 times the largest of `latents` from it."""
     return round(1.25 * strangeness(backbone, latents, prompt).max().item(), 4)
 
 
@@ -47,12 +47,12 @@ def familiar(backbone: Backbone, latents: Tensor, prompt: str) -> float:
 def describe(
     backbone: Backbone, latents: Tensor, slots: Sequence[Sequence[str]], predicted: LoraSet | None = None, noises: int = 2, batch: int = 32
 ) -> list[str]:
-    """Prompts of N photos' latents (N, C, h, w).
+    """Prompts for N photos' latents (N, C, h, w): slot by slot, the phrase with the lowest denoising loss.
 
     Args:
-        slots: the alternatives for each part of the prompt, in order; the first of each is what is assumed at first.
-        predicted: the people's updates, a batch of N: their faces should not compete with the words.
-        noises: at each of LEVELS; all alternatives meet the same ones.
+        slots: the alternative phrases for each part of the prompt, in order; the first of each is used until its slot's turn.
+        predicted: the updates of the people, a batch of N, so that phrases needn't explain the faces.
+        noises: noise samples at each of LEVELS, the same for all phrases.
         batch: pictures in one forward pass.
     """
     prompts, people = PromptCache(backbone), len(latents)
@@ -61,7 +61,7 @@ def describe(
     noise = noise.repeat_interleave(people, 0)
     copies = max(1, batch // people) * people
 
-    @cache  # what a slot begins with is what the one before it ended with
+    @cache  # the prompts that were chosen for a slot are among those that the next slot tries
     def losses(texts: tuple[str, ...]) -> Tensor:
         """Mean loss of each photo under its text: (N,)."""
         parts = ((some, at, len(some) // people) for some, at in zip(noise.split(copies), steps.split(copies), strict=True))

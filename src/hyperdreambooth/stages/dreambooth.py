@@ -1,9 +1,9 @@
-"""DreamBooth on people's photos: `train-light`, `preoptimize` and `personalize`, which share all but what is trained and who shares a batch.
+"""DreamBooth on people's photos: `train-light`, `preoptimize` and `personalize`. They differ in what is trained, and in who shares a batch.
 
-Pre-optimization (paper, section 4.2): a chunk of identities shares a batch, each sample with its own tokens, and is trained to the end and
-written before the next begins. All identities see the same noise and time steps and start from the same tokens, so that their rows can be
-compared. The size of a batch, and whoever else is in it, decide how its sums are rounded. So who shares a chunk follows from all identities'
-names alone, never from which rows are there or whose turn it is: shards, machines and interruptions change no bit of a row.
+Pre-optimization (paper, section 4.2): a chunk of identities shares a batch, each sample with its own tokens; it is trained to the end and
+its rows are written before the next chunk begins. All identities get the same noise and time steps and start from the same tokens, so that
+their rows can be compared. The rounding of a batch's sums depends on its size and on its other samples. Chunks therefore follow from the
+names of all identities alone, never from which rows exist already: shards, machines and interruptions change no bit of a row.
 """
 
 import fnmatch
@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ from ..training_settings import NoiseLevels, PreoptimizeConfig, TrainingConfig, 
 
 @dataclass
 class Subject:
-    """The photos of P people, as latents (P, photos, C, h, w), and what they show in words: one prompt, or (P, photos) of them.
+    """The photos of P people, as latents (P, photos, C, h, w), and the prompts that describe them: one for all, or (P, photos) of them.
 
-    prior: latents (n, C, h, w) of the class, and its prompt: prior preservation keeps the base's own faces.
+    prior: latents (n, C, h, w) of pictures of the class, for prior preservation: the loss on them keeps the base's other faces as they are.
     """
 
     latents: Tensor
@@ -48,13 +49,13 @@ class Subject:
     prior_weight: float = 1.0
 
     def texts(self, photo: int) -> list[str]:
-        """What that photo of each person shows: P prompts."""
+        """The prompts of each person's photo of this number: P of them."""
         return [self.prompt] * len(self.latents) if isinstance(self.prompt, str) else [mine[photo] for mine in self.prompt]
 
 
 @dataclass(frozen=True, eq=False)
 class PhotoLosses:
-    """The losses of fine-tuning on photos: `denoising_loss` of the noised photos, and of the class's pictures."""
+    """The losses of fine-tuning on photos: `denoising_loss` of the photos, plus that of the class's pictures times `prior_weight`."""
 
     backbone: Backbone
     prior_weight: float
@@ -62,8 +63,8 @@ class PhotoLosses:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What is computed, see `fit`; the hooks are only how an update gets into the base."""
-        # text encoders that aren't trained may move
+        """Identifies the computation, see `fit`. The hooks aren't part of it: they only bring an update into the base."""
+        # text encoders that aren't trained aren't part of it either: they may move between devices
         used = self.backbone.components if trains_text(self.hooks.layers, self.backbone) else self.backbone.denoiser
         return replay.token(self.backbone), replay.fingerprint(used), self.prior_weight
 
@@ -80,13 +81,13 @@ class PhotoLosses:
 
 
 def draw_photos(backbone: Backbone, subject: Subject, levels: NoiseLevels, copies: int, *, trains_text: bool, seed: int) -> Draw:
-    """Batches of `PhotoLosses`: every step denoises `copies` noised copies of each person's photos; people don't affect one another.
+    """Batches for `PhotoLosses`: every step has `copies` noised copies of each person's photos; people don't affect one another.
 
-    Photos take turns. The noise depends on the seed, the step and the copy, never on how many people there are, so one
-    person alone gets what the same person gets in a batch.
+    A person's photos take turns. The noise depends on the seed, the step and the copy, not on the number of people, so that a
+    person gets the same noise alone as in a batch.
 
     Args:
-        trains_text: a text encoder carries the update, so prompts can't be encoded once for all.
+        trains_text: whether a text encoder carries the update, so that prompts must be encoded in every step.
     """
     people, count = subject.latents.shape[:2]
     prompts = PromptCache(backbone, trains_text=trains_text)
@@ -101,7 +102,7 @@ def draw_photos(backbone: Backbone, subject: Subject, levels: NoiseLevels, copie
         }
 
     def draw(index: int, generator: torch.Generator) -> dict[str, Any]:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + index // max(count, 1))).tolist()
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + index // count)).tolist()
         chosen = [order[(index * copies + copy) % count] for copy in range(copies)]
         latents = torch.cat([subject.latents[:, photo] for photo in chosen])  # copy-major: a batch of LoRAs tiles over it
         texts = [text for photo in chosen for text in subject.texts(photo)]
@@ -125,22 +126,23 @@ def train_on_photos(
     training: TrainingConfig,
     run: Run,
 ) -> TrainingReport:
-    """Trains `source`, rows (P,) -> updates of the layers `carried`, on the photos of P people."""
+    """Trains `source`, a module that maps rows (P,) to updates of the layers `carried`, on the photos of P people."""
     draw = draw_photos(backbone, subject, levels, copies, trains_text=trains_text(carried, backbone), seed=training.seed)
     with Hooks(backbone.components, carried) as hooks:
 
         def after_step(done: int) -> bool:
-            hooks.clear()  # whoever is told may draw
+            hooks.set({})  # the callback may generate images, with an update of its own
             return bool(run.on_step and run.on_step(done))
 
-        told = replace(run, device=subject.latents.device, on_step=after_step)
-        return fit(PhotoLosses(backbone, subject.prior_weight, hooks), source, draw, training, told)
+        hooked = replace(run, device=subject.latents.device, on_step=after_step)
+        return fit(PhotoLosses(backbone, subject.prior_weight, hooks), source, draw, training, hooked)
 
 
 def within_memory(backbone: Backbone, model: nn.Module, train: Callable[[], TrainingReport]) -> TrainingReport:
-    """Trains `model`; where the device's memory is short, anew or from its checkpoint with gradient checkpointing, to the same weights.
+    """Trains `model`; if memory runs out, again or from its checkpoint with gradient checkpointing, to the same weights.
 
-    Under a launcher it raises torch.OutOfMemoryError: the other processes would wait for one that starts over.
+    Raises torch.OutOfMemoryError if gradient checkpointing is on already or unsupported, and under a launcher, where the other processes
+    would wait for one that starts over.
     """
     before = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     denoiser = backbone.denoiser
@@ -167,8 +169,8 @@ def train_light(
         subject.prior_prompt, subject.prior_weight = config.prior_prompt, config.prior_weight
     source = IdentityTable(1, LightweightLora(targets, config.lightweight)).to(subject.latents.device)
     run = Run(directory=directory, name="train-light", quiet=quiet)
-    given = subject, source, targets, config.levels, config.copies, config.training, run
-    return source, within_memory(backbone, source, lambda: train_on_photos(backbone, *given))
+    train = partial(train_on_photos, backbone, subject, source, targets, config.levels, config.copies, config.training, run)
+    return source, within_memory(backbone, source, train)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -180,7 +182,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def chunks_of(names: Sequence[str], size: int, shard: tuple[int, int] = (0, 1)) -> list[list[str]]:
-    """All identities in their order, cut into chunks; of these every n-th from the i-th on, for the shard (i, n)."""
+    """All identities in their order, cut into chunks of `size`; for the shard (i, n), every n-th chunk from the i-th on."""
     return [list(names[start : start + size]) for start in range(0, len(names), size)][shard[0] :: shard[1]]
 
 
@@ -193,10 +195,10 @@ def preoptimize(
     shard: tuple[int, int] = (0, 1),
     minutes: float | None = None,
 ) -> Table:
-    """Makes the rows of a shard's identities, tokens (layers, width), one file each in `output`/rows. Rows that are there are kept.
+    """Makes the rows of a shard's identities: tokens (layers, width), one file each in `output`/rows. Rows that exist are kept.
 
-    Survives a kill at any moment: a row is whole or absent, and an unfinished chunk goes on from its checkpoint. Any number of
-    processes may work on one table, on the same shard too.
+    It may be killed at any moment: a row is whole or absent, and an unfinished chunk resumes from its checkpoint. Any number of
+    processes may work on one table, even on the same shard. After `minutes`, no further chunk is begun.
     """
     chunks = chunks_of(data.names, config.chunk, shard)
     make, begun = Rows(backbone, data, config, output), time.monotonic()
@@ -210,7 +212,7 @@ def preoptimize(
 
 
 class Rows:
-    """Makes the rows of a chunk of identities, those that aren't there yet."""
+    """A function that makes the rows of a chunk of identities, as far as they don't exist yet."""
 
     def __init__(self, backbone: Backbone, data: IdentityData | FolderOfPeople, config: PreoptimizeConfig, output: str | Path):
         self.backbone, self.data, self.config, self.output = backbone, data, config, path_at(output)
@@ -224,7 +226,7 @@ class Rows:
         latents = self.data.latents_of(chunk)
         if all(map(self.table.has, latents)):
             return
-        # its checkpoint is found by any process that trains the same people; where files can't be replaced step by step there is none
+        # any process that trains the same people finds the chunk's checkpoint by its name; for a table at a remote address there is none
         name, here = hashlib.sha256(os.fsencode("/".join(latents))).hexdigest()[:16], isinstance(self.output, Path)
         state = self.output / "chunk" / name if here else None
         try:
@@ -232,7 +234,7 @@ class Rows:
         except InputError:
             if not all(map(self.table.has, latents)):
                 raise
-            return  # another process was done with the chunk, and took the checkpoint away
+            return  # another process finished the chunk meanwhile, and removed the checkpoint
         for name, row in zip(latents, tokens, strict=True):
             if not self.table.has(name):  # else it was written before an interruption, or by another process
                 save_row(self.output, name, row, self.table.fingerprint)
@@ -241,13 +243,13 @@ class Rows:
             (state / "state.safetensors").unlink(missing_ok=True)
 
     def _train(self, photos: list[Tensor], state: Path | None) -> Tensor:
-        most = max(map(len, photos))  # people with fewer pictures see theirs more often
+        most = max(map(len, photos))  # photos of people with fewer of them are repeated
         latents = torch.stack([mine[torch.arange(most) % len(mine)] for mine in photos])
         subject = Subject(latents.to(self.backbone.device).float(), self.config.prompt)
         source = IdentityTable(len(photos), self.lightweight).to(self.backbone.device)
-        config, run = self.config, Run(state, name="chunk", quiet=True)
-        given = subject, source, self.lightweight.targets, config.levels, config.copies, config.training, run
-        within_memory(self.backbone, source, lambda: train_on_photos(self.backbone, *given))
+        what, config, run = (subject, source, self.lightweight.targets), self.config, Run(state, name="chunk", quiet=True)
+        train = partial(train_on_photos, self.backbone, *what, config.levels, config.copies, config.training, run)
+        within_memory(self.backbone, source, train)
         return source.tokens.detach().cpu()
 
 
@@ -261,12 +263,14 @@ def personalize(
     on_step: Callable[[int, LoraSet], bool] | None = None,
     quiet: bool = False,
 ) -> tuple[LoraSet, TrainingReport]:
-    """Rank-relaxed fine-tuning (paper, section 4.3) of P people at once: (P updates, report). Without `predicted`, from scratch.
+    """Rank-relaxed fine-tuning (paper, section 4.3) of P people at once: (P updates, report).
 
     Args:
-        predicted: the hypernetwork's updates of the P people, batched.
-        directory: where an interrupted fine-tuning resumes from; None keeps nothing.
-        on_step: called after every step with the number of steps done and the updates so far; where it returns True, it ends there.
+        predicted: the hypernetwork's updates of the P people, batched; None trains a LoRA from scratch.
+        directory: the checkpoint's folder, from which an interrupted fine-tuning resumes; None keeps no checkpoint.
+        on_step: called after every step with the number of steps done and the updates so far; if it returns True, fine-tuning ends.
+
+    Raises InputError for 0 steps without a prediction, and for target patterns that match nothing.
     """
     targets = trained_targets(backbone, predicted, config.targets)
     if config.steps == 0:
@@ -280,24 +284,22 @@ def personalize(
     source.to(subject.latents.device)
     carried = {**targets, **(predicted or {})}
     levels = NoiseLevels(mean=config.noise_mean, std=config.noise_std)
-    # no clipping: its norm would run over all people of a batch
+    # no gradient clipping: its norm would be that of all people of a batch together
     training = TrainingConfig(steps=config.steps, learning_rate=config.learning_rate, seed=config.seed, cooldown=0.2, max_grad_norm=0.0)
     training.log_every = max(1, config.steps // 10)
-    # the loss is a mean over people, so everyone's gradient is divided by their number, and Adam's epsilon must be too:
-    # then a person of a batch gets the very update that the same person gets alone
+    # the loss is a mean over people, which divides each one's gradient by their number, and Adam's epsilon is divided too:
+    # then a person gets the same update in a batch as alone
     groups = [{"params": list(source.parameters()), "eps": 1e-8 / len(subject.latents)}]
     step = (lambda done: on_step(done, source().detach())) if on_step else None
     run = Run(directory, groups=groups, on_step=step, name="fine-tuning", quiet=quiet)
-    given = subject, source, carried, levels, config.copies, training, run
-    if len(subject.latents) > 1:  # where memory is short, fewer people at once are faster than gradient checkpointing
-        report = train_on_photos(backbone, *given)
-    else:
-        report = within_memory(backbone, source, lambda: train_on_photos(backbone, *given))
+    train = partial(train_on_photos, backbone, subject, source, carried, levels, config.copies, training, run)
+    # where memory is short, fewer people at once are faster than gradient checkpointing
+    report = train() if len(subject.latents) > 1 else within_memory(backbone, source, train)
     return source().detach(), report
 
 
 def trained_targets(backbone: Backbone, predicted: LoraSet | None, patterns: Sequence[str]) -> dict[str, Shape]:
-    """The layers that are fine-tuned. Raises InputError for a pattern that matches none of those that can be."""
+    """The layers to fine-tune: of those that are predicted, or of the base's. Raises InputError for a pattern that matches none of them."""
     if predicted is None:
         return find_targets(backbone.components, patterns or backbone.default_targets)
     chosen: set[str] = set()
@@ -310,7 +312,7 @@ def trained_targets(backbone: Backbone, predicted: LoraSet | None, patterns: Seq
 
 
 def finish(loras: LoraSet) -> LoraSet:
-    """One person's update, merged and decomposed exactly, ready for export. Raises InputError for one that isn't finite."""
+    """One person's update with every layer compressed, see `lora.compress`, for export. Raises InputError if it isn't finite."""
     finished = LoraSet()
     for path, lora in loras.items():
         if lora.is_finite():
@@ -321,12 +323,12 @@ def finish(loras: LoraSet) -> LoraSet:
 
 
 def trains_text(paths: Iterable[str], backbone: Backbone) -> bool:
-    """Whether any layer of a text encoder is a target: then prompts can't be cached."""
+    """Whether any of the layers is a text encoder's: then prompts can't be cached."""
     return any(is_text(path, backbone) for path in paths)
 
 
 def prior_latents(backbone: Backbone, prompt: str, count: int, seed: int) -> Tensor:
-    """Generates the class's own pictures for prior preservation: latents (count, C, h, w)."""
+    """Pictures of the class that the base generates for prior preservation: latents (count, C, h, w)."""
     noise = torch.randn(count, *backbone.latent_shape(), generator=torch.Generator().manual_seed(seed)).to(backbone.device)
     prompts = PromptCache(backbone)
     own = {key: value for key, value in backbone.generation.items() if key in ("steps", "guidance")}

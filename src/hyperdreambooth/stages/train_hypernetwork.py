@@ -4,11 +4,11 @@ pro: learnable aux matrices, denoising loss, and a penalty on the update's norm 
 is the same update). faithful: frozen aux matrices, denoising loss and a weight loss against pre-optimized tokens, for
 the identities that have a row.
 
-A hypernetwork that is ready can be the teacher of one that goes on from it, which then draws by plain guidance what that one draws with
-context guidance: see `HyperNetworkLosses.drawn_by`.
+Context guidance can be distilled: a trained hypernetwork is then the start and the teacher of another one, which learns to give by plain
+guidance what the teacher gives by context guidance, see `HyperNetworkLosses.target`.
 
-The denoising loss alone hardly moves. Watch the *identity gain*: the loss with a stranger's photo minus the loss with
-one's own, same noise, same pictures.
+The denoising loss hardly moves in training. What measures progress is the *identity gain*: the loss with a stranger's photo minus the
+loss with the person's own, for the same pictures and noise.
 """
 
 import re
@@ -36,18 +36,13 @@ from ..training import Draw, Run, TrainingReport, fit
 from ..training_settings import NoiseLevels, TrainHypernetworkConfig
 from .dreambooth import trains_text, within_memory
 
-NAME = re.compile(rf"({re.escape(PLACEHOLDER)}|\b{RARE_TOKEN}\b) ?")  # What names the person in a prompt.
-EACH_LAYER = ("hypernetwork.start", "hypernetwork.layers", "hypernetwork.head")  # Weights with a row for each layer.
-HOPELESS = (
-    "the identity gain is {identity_gain:.2g} ± {identity_gain_interval:.2g} after {done} of {steps} steps: the hypernetwork tells nobody apart, "
-    "and more steps rarely mend that. Look at the pictures (are the faces large and sharp?), take more people, raise --levels.mean or the "
-    "learning rate; --give-up 0 goes on all the same."
-)
+NAME = re.compile(rf"({re.escape(PLACEHOLDER)}|\b{RARE_TOKEN}\b) ?")  # The word for the person in a prompt.
+EACH_LAYER = ("hypernetwork.start", "hypernetwork.layers", "hypernetwork.head")  # Weights with one row per layer.
 
 
 @dataclass(frozen=True, eq=False)
 class HyperNetworkLosses:
-    """The losses of a batch of people: denoising, or the distance to what a teacher draws, and what the mode adds to it."""
+    """The losses of a batch of people: the denoising loss, with `target` where there is one, and the terms that the mode adds."""
 
     backbone: Backbone
     config: TrainHypernetworkConfig
@@ -57,56 +52,49 @@ class HyperNetworkLosses:
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         config, loras = self.config, model(batch["photos"])
-        target = self.drawn_by(self.teacher, batch) if self.teacher else self.preserved(batch) if "named" in batch else None
+        target = self.target(batch) if "named" in batch else None
         self.hooks.set(loras)
         losses = denoising_loss(
             self.backbone, batch["latents"], conditioning_in(batch, "prompt.", self.backbone), batch["noise"], batch["timesteps"], target
         )
-        if "early" in batch:  # guidance makes early targets as much larger, and they would outweigh who it is
+        if "early" in batch:  # guidance enlarges these targets by about c / g, and their loss would outweigh the others'
             losses = torch.where(batch["early"], (config.guidance / config.context_guidance) ** 2, 1.0) * losses
         if config.mode == "pro":
             losses = losses + config.penalty * update_norms(loras) / len(loras)
             if config.shared:
                 losses = losses + config.shared * shared_norm(loras) / len(loras)
-        elif "rows" in batch:
+        else:
             losses = losses + config.weight_loss * batch["has_row"] * weight_loss(loras, self.lightweight(batch["rows"]))
         return losses
 
     @torch.no_grad()
-    def preserved(self, batch: dict[str, Tensor]) -> Tensor:
-        """The usual target, (B, C, h, w), but for prompts that name nobody the base's own prediction.
+    def target(self, batch: dict[str, Tensor]) -> Tensor:
+        """What the denoiser with an update should predict, (B, C, h, w).
 
-        That is prior preservation (Ruiz et al., arXiv 2208.12242, section 3.2) without its pictures.
+        For a prompt that names nobody it is the base's own prediction: prior preservation (Ruiz et al., arXiv 2208.12242, section 3.2)
+        without generated pictures. For other prompts it is the usual target or, with a teacher T, the prediction with which plain guidance
+        gives what the teacher gives by context guidance. At low noise levels that is T(p), the teacher's prediction for the prompt p. At
+        high ones, context guidance of scale c gives T(p) + (c - 1) (base(p) - base()), and plain guidance of scale g gives
+        g S(p) - (g - 1) S() for the student S. If S() for the empty prompt equals T(), both are equal for
+
+            S(p) = (T(p) + (c - 1) (base(p) - base()) + (g - 1) T()) / g
+
+        So guidance is distilled, as by Meng et al. (arXiv 2210.03142), into one person's update.
         """
-        backbone = self.backbone
-        self.hooks.set(LoraSet())
-        noisy = backbone.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
-        base = backbone.predict(noisy, batch["timesteps"], conditioning_in(batch, "prompt.", backbone))
-        usual = backbone.target(batch["latents"], batch["noise"], batch["timesteps"])
-        return torch.where(batch["named"].reshape(-1, *[1] * (base.ndim - 1)), usual, base)
-
-    @torch.no_grad()
-    def drawn_by(self, teacher: PredictedLora, batch: dict[str, Tensor]) -> Tensor:
-        """What an update should predict so that plain guidance draws what the teacher draws with context guidance, (B, C, h, w).
-
-        With little noise that is the teacher's own prediction T(p). With much, context guidance of scale c takes
-        T(p) + (c - 1) (base(p) - base()), the prompt's effect on the base, and plain guidance of scale g takes g S(p) - (g - 1) S(); where
-        the student's S() without a prompt is the teacher's, both are equal for S(p) = (T(p) + (c - 1) (base(p) - base()) + (g - 1) T()) / g.
-        So guidance is distilled, as by Meng et al. (arXiv 2210.03142), into one person's update. Of a prompt that names nobody it is the base's
-        prediction, as in `preserved`.
-        """
-        backbone, loras = self.backbone, teacher(batch["photos"])
+        backbone, config = self.backbone, self.config
         noisy = backbone.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
 
         def predict(updates: LoraSet, prompts: str) -> Tensor:
             self.hooks.set(updates)
             return backbone.predict(noisy, batch["timesteps"], conditioning_in(batch, prompts, backbone))
 
-        own, base, scale = predict(loras, "prompt."), predict(LoraSet(), "prompt."), self.config.guidance
-        asked = base - predict(LoraSet(), "empty.")
-        guided = own + (self.config.context_guidance - 1) * asked + (scale - 1) * predict(loras, "empty.")
-        early, named = (batch[name].reshape(-1, *[1] * (own.ndim - 1)) for name in ("early", "named"))
-        return torch.where(named, torch.where(early, guided / scale, own), base)
+        base, wanted = predict(LoraSet(), "prompt."), backbone.target(batch["latents"], batch["noise"], batch["timesteps"])
+        if self.teacher is not None:
+            loras = self.teacher(batch["photos"])
+            wanted, effect = predict(loras, "prompt."), base - predict(LoraSet(), "empty.")  # the effect of the prompt on the base
+            guided = wanted + (config.context_guidance - 1) * effect + (config.guidance - 1) * predict(loras, "empty.")
+            wanted = torch.where(batch["early"].reshape(-1, 1, 1, 1), guided / config.guidance, wanted)
+        return torch.where(batch["named"].reshape(-1, 1, 1, 1), wanted, base)
 
 
 def train_hypernetwork(
@@ -120,27 +108,29 @@ def train_hypernetwork(
     table: Mapping[str, Tensor] | None = None,
     start: PredictedLora | None = None,
 ) -> tuple[PredictedLora, TrainingReport]:
-    """Trains and returns the source (averaged weights in place where the training finished).
+    """Trains a hypernetwork and returns it, with its averaged weights if the training finished, and the report.
 
     Args:
-        run: where it is kept, and how long it goes on.
-        encoder: trained too where `encoder.trained`; its batch statistics stay as they are.
-        start: begin with the weights of this hypernetwork, of the same sizes; with `context_guidance` it is the teacher too.
+        encoder: trained too if `encoder.trained`; the statistics of its batch normalization stay as they are.
+        run: the checkpoint's folder and the time limit.
+        validation: other people, for the identity gain.
+        table: pre-optimized tokens by identity, for the faithful mode.
+        start: a hypernetwork of the same sizes whose weights are the initial ones; with `context_guidance` it is the teacher too.
+
+    Raises InputError for the faithful mode without a table, context guidance without `start`, and a `start` of other sizes.
     """
     if config.mode == "faithful" and not table:
         raise InputError("the faithful mode needs a table of pre-optimized tokens: run `preoptimize` first, or take mode pro.")
     targets = find_targets(backbone.components, config.targets or backbone.default_targets)
-    device = next(backbone.components.parameters()).device
-    source = build(targets, encoder, config.lightweight, config.hypernetwork).to(device)
-    source.encoder.eval()  # a trained one's batch statistics would follow each small batch
+    source = build(targets, encoder, config.lightweight, config.hypernetwork).to(backbone.device)
+    source.encoder.eval()  # otherwise batch normalization in a trained encoder would follow each small batch
     if start is not None:
         begin_with(source, start)
     if config.context_guidance and start is None:
         raise InputError("context guidance is learnt from a hypernetwork: name it with --start.")
-    teacher = start.to(device).eval().requires_grad_(False) if start is not None and config.context_guidance else None
+    teacher = start.to(backbone.device).eval().requires_grad_(False) if start is not None and config.context_guidance else None
     prompts = PromptCache(backbone, trains_text=trains_text(targets, backbone))
-    known = table if config.mode == "faithful" and table else None
-    draw = draw_people(backbone, data, config, prompts, known, source.lightweight.token_shape)
+    draw = draw_people(backbone, data, config, prompts, table if config.mode == "faithful" else None, source.lightweight.start())
     gain = IdentityGain(backbone, validation, config.levels, prompts) if validation else None
     scales = {source.hypernetwork: 1.0, source.lightweight: config.aux_scale, source.encoder: config.encoder_scale}
     groups: list[dict[str, Any]] = [
@@ -149,7 +139,7 @@ def train_hypernetwork(
     with Hooks(backbone.components, targets) as hooks:
 
         def validate(done: int, model: nn.Module) -> dict[str, float | Image.Image]:
-            hooks.clear()
+            hooks.set({})  # validation adds its updates by hooks of its own
             found = gain(done, model) if gain else {}
             check_gain(found, done, config)
             figures: dict[str, float | Image.Image] = dict(found)
@@ -157,7 +147,7 @@ def train_hypernetwork(
                 figures["preview"] = preview(backbone, model, validation)
             return figures
 
-        here = replace(run or Run(), device=device, groups=[group for group in groups if group["params"]])
+        here = replace(run or Run(), device=backbone.device, groups=[group for group in groups if group["params"]])
         here = replace(here, validate=validate if gain else None, name=f"hypernetwork ({config.mode})")
         losses = HyperNetworkLosses(backbone, config, source.lightweight, hooks, teacher)
         report = within_memory(backbone, source, lambda: fit(losses, source, draw, config.training, here))
@@ -170,15 +160,15 @@ def draw_people(
     config: TrainHypernetworkConfig,
     prompts: PromptCache,
     table: Mapping[str, Tensor] | None,
-    row: tuple[int, int],
+    absent: Tensor,
 ) -> Draw:
-    """Batches of `HyperNetworkLosses`: pictures, noise and levels, each with a photo of the same person to be predicted from.
+    """Batches for `HyperNetworkLosses`: pictures, noise and noise levels, and for each picture a photo of the same person to predict from.
 
     Args:
-        table: people's pre-optimized tokens, of the shape `row`; None where no weight loss is asked for.
+        table: pre-optimized tokens (layers, width) by identity; None where there is no weight loss.
+        absent: tokens (layers, width) in place of a row that doesn't exist; their weight loss is multiplied by zero.
     """
-    device, empty = backbone.device, torch.zeros(row)
-    guided = bool(config.context_guidance)
+    device, guided = backbone.device, bool(config.context_guidance)
 
     def draw(index: int, noise: torch.Generator) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(config.training.seed * 1_000_003 + index)
@@ -206,7 +196,7 @@ def draw_people(
             batch |= {"early": (levels > 1 - config.context_until).to(device), **prompts.inputs([""] * len(texts), "empty.")}
         if table is not None:
             names = [data.names[person] for person in data.people[chosen].tolist()]
-            rows = torch.stack([table.get(name, empty) for name in names])
+            rows = torch.stack([table.get(name, absent) for name in names])
             batch |= {"rows": rows.to(device), "has_row": torch.tensor([name in table for name in names]).to(device)}
         return batch
 
@@ -214,15 +204,20 @@ def draw_people(
 
 
 def check_gain(found: Mapping[str, float], done: int, config: TrainHypernetworkConfig) -> None:
-    """Raises TrainingError where the identity gain's interval still includes 0 after the steps that `give_up` allows."""
+    """Raises TrainingError if the identity gain's 95 % interval still includes 0 after the fraction `give_up` of the steps."""
     gain, interval = found.get("identity_gain", 0.0), found.get("identity_gain_interval", 0.0)
-    if gain <= interval and 0 < config.give_up * config.training.steps <= done < config.training.steps:
-        values = {"identity_gain": gain, "identity_gain_interval": interval}
-        raise TrainingError(HOPELESS.format(done=done, steps=config.training.steps, **values))
+    steps = config.training.steps
+    if gain <= interval and 0 < config.give_up * steps <= done < steps:
+        raise TrainingError(
+            f"the identity gain is {gain:.2g} ± {interval:.2g} after {done} of {steps} steps: the hypernetwork tells nobody apart, "
+            "and more steps rarely mend that. Look at the pictures (are the faces large and sharp?), take more people, raise "
+            "--levels.mean or the learning rate; --give-up 0 goes on all the same."
+        )
 
 
 def preview(backbone: Backbone, source: nn.Module, data: IdentityData, count: int = 4, prompts: Sequence[str] = ()) -> Image.Image:
-    """A picture of a few people and, below, what prediction alone draws of them: with that picture's prompt, then with `prompts`."""
+    """A grid of a few people's pictures and, below, of what the base draws of them by their predicted LoRAs: with the prompts of these
+    pictures, then with each of `prompts`."""
     chosen = torch.tensor([mine[0] for mine in data.of_person[:count]])
     loras = source(data.inputs(chosen).to(backbone.device))
     settings = resolve(GenerateConfig, ("family", backbone.generation))
@@ -233,12 +228,15 @@ def preview(backbone: Backbone, source: nn.Module, data: IdentityData, count: in
 
 
 def begin_with(source: PredictedLora, start: PredictedLora) -> None:
-    """Copies another hypernetwork's weights; layers that it doesn't predict begin as new. Raises InputError where others or sizes differ."""
+    """Copies the weights of `start` into `source`; layers that `start` doesn't predict keep theirs.
+
+    Raises InputError if `start` has layers that `source` lacks, or other sizes.
+    """
     order, state = list(source.lightweight.targets), source.state_dict()
     known = {path: shape for path, shape in start.lightweight.targets.items() if source.lightweight.targets.get(path) == shape}
     rows = [order.index(path) for path in known]
     for name, value in start.state_dict().items():
-        into = state[name][rows] if name in EACH_LAYER and name in state else state.get(name)
+        into = state[name][rows] if name in EACH_LAYER else state.get(name)
         if len(known) < len(start.lightweight.targets) or into is None or into.shape != value.shape:
             differing = next((path for path in start.lightweight.targets if path not in known), name)
             raise InputError(f"the hypernetwork to start from has other layers or sizes ({differing}): give the same settings.")
@@ -249,11 +247,10 @@ def begin_with(source: PredictedLora, start: PredictedLora) -> None:
 
 
 class IdentityGain:
-    """Loss with a stranger's photo minus loss with one's own: on fixed pictures, noise and levels."""
+    """The denoising loss with a stranger's photo minus that with the person's own, for fixed pictures, noise and noise levels."""
 
     def __init__(self, backbone: Backbone, data: IdentityData, levels: NoiseLevels, prompts: PromptCache, count: int = 128):
         generator = torch.Generator().manual_seed(99)
-        device = next(backbone.components.parameters()).device
         chosen = torch.randperm(len(data.people), generator=generator)[:count]
         self.own = data.pair(chosen, generator)
         # the next picture's photo, unless that is the same person's
@@ -262,12 +259,12 @@ class IdentityGain:
             same = data.people[strangers] == data.people[chosen]
             strangers = torch.where(same, self.own.roll(shift), strangers)
         self.strangers, self.chosen, self.data = strangers, chosen, data
-        self.latents = data.latents[chosen].to(device).float()
+        self.latents = data.latents[chosen].to(backbone.device).float()
         self.levels = levels.draw(len(chosen), generator)
-        self.backbone, self.prompts, self.device = backbone, prompts, device
+        self.backbone, self.prompts = backbone, prompts
 
     def __call__(self, step: int, model: nn.Module) -> dict[str, float]:
-        """The gain, half of its 95 % interval over people (where there are two or more), and the loss with one's own photo."""
+        """The gain, half its 95 % interval over people (if there are two or more), and the loss with the person's own photo."""
         own, stranger = (self.losses(model, photos) for photos in (self.own, self.strangers))
         gains, people = stranger - own, self.data.people[self.chosen]
         each = torch.stack([gains[people == person].mean() for person in people.unique()])
@@ -275,12 +272,12 @@ class IdentityGain:
         return {"identity_gain": gains.mean().item(), **interval, "loss": own.mean().item()}
 
     def losses(self, source: nn.Module, photos: Tensor) -> Tensor:
-        """Denoising losses (pictures,) on the CPU when predicted from `photos` (indices into the data)."""
+        """Denoising losses (pictures,), on the CPU, with the updates that are predicted from `photos` (indices into the data)."""
         found = []
         prompts = [self.data.prompts[i] for i in self.chosen.tolist()]
         for start in range(0, len(photos), 32):
             part = slice(start, start + 32)
-            loras = source(self.data.inputs(photos[part]).to(self.device))
+            loras = source(self.data.inputs(photos[part]).to(self.backbone.device))
             with applied(self.backbone.components, loras):
                 losses = denoising(
                     self.backbone, self.latents[part], self.prompts(prompts[part]), self.levels[part], torch.Generator().manual_seed(start)

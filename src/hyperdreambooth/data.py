@@ -276,4 +276,4 @@ def _encode(
                     tensors[name] = torch.empty(len(files), *values.shape[1:], dtype=values.dtype)
                 tensors[name][len(kept) : len(kept) + len(values)] = values
             kept += images
-    return {name: tensors.get(name, torch.zeros(0))[: len(kept)] for name in ("latents", "features")} | {"kept": torch.tensor(kept)}
+    return {name: tensors.get(name, torch.zeros(0))[: len(kept)] for name in ("latents", "features")} | {"kept": torch.tensor(kept, dtype=torch.long)}

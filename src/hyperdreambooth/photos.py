@@ -220,16 +220,12 @@ def to_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
     return image.convert("RGB")
 
 
-def square(image: Image.Image, size: int) -> Image.Image:
-    """The middle square, resized to `size` x `size`."""
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-
-
 def prepare(path: Source, size: int, crop: Crop = "auto", face: int | None = None) -> tuple[Image.Image, str]:
     """A photo, cropped, as `size` x `size` pixels, and a note on what was chosen (or ""). Raises InputError for none, or no such face."""
     image, note = read_photo(path)
     chosen, which = face_for(image, photo_name(path), crop, face)
-    return square(crop_face(image, chosen) if chosen else image, size), " ".join(filter(None, (note, which)))
+    cropped = ImageOps.fit(crop_face(image, chosen) if chosen else image, (size, size), Image.Resampling.LANCZOS)
+    return cropped, " ".join(filter(None, (note, which)))
 
 
 def read_photos(files: Any, size: int, crop: Crop = "auto", face: int | None = None) -> tuple[Tensor, list[str]]:

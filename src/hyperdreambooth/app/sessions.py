@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 from starlette.datastructures import MutableHeaders
-from starlette.requests import ClientDisconnect, Request, cookie_parser
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
@@ -43,7 +43,7 @@ class Picture:
 
     prompt: str
     seed: int
-    label: str = ""
+    label: str
     file: Path = Path()
 
 
@@ -95,8 +95,8 @@ class Visit:
 class Visits:
     """Who is here, and which files are whose. Everything lies under `root`, which goes with the server."""
 
-    def __init__(self, root: Path, idle: float = IDLE):
-        self.root, self.idle = root, idle
+    def __init__(self, root: Path):
+        self.root = root
         self.public = [toon.directory("faces").resolve(), GREETING]
         self.visits: dict[str, Visit] = {}
         # (path, visitor) -> when: the same file lies in the same place, whoever uploads it
@@ -134,10 +134,10 @@ class Visits:
         """Ends the visits that were idle for too long, and drops uploads that nobody used."""
         now = time.monotonic()
         for session, visit in list(self.visits.items()):
-            if now - visit.seen > self.idle and not visit.busy:
+            if now - visit.seen > IDLE and not visit.busy:
                 self.end(session)
         with self.lock:
-            self._forget(lambda owner, when: now - when > self.idle)
+            self._forget(lambda owner, when: now - when > IDLE)
             kept = {visit.folder for visit in self.visits.values()}
             for folder in self.root.glob("visitor-*/*"):  # of a visit that ended while its job was writing
                 if folder not in kept:
@@ -170,15 +170,16 @@ class Guard:
             await self.app(scope, receive, send)
             return
         request, path = Request(scope, receive), str(scope["path"])
-        known = visitor(request.headers.get("cookie", ""))
-        owner, body, files, rest = known or secrets.token_urlsafe(24), b"", [], receive
+        cookie = request.cookies.get(COOKIE, "")
+        known = len(cookie) >= 32  # none of ours is shorter
+        owner, body, files, rest = cookie if known else secrets.token_urlsafe(24), b"", [], receive
 
         async def answer(message: Message) -> None:
             nonlocal body
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.update({"content-security-policy": CONTENT_POLICY, "referrer-policy": "no-referrer"})
-                if known is None:
+                if not known:
                     headers.append("set-cookie", f"{COOKIE}={owner}; Path=/; HttpOnly; SameSite=Strict")
             elif path.endswith("/upload"):
                 body += message.get("body", b"")
@@ -208,12 +209,6 @@ class Guard:
             rest = again
         allowed = all(self.visits.may_read(owner, file) for file in files)
         await (self.app if allowed else PlainTextResponse("this file isn't yours", 403))(scope, rest, answer)
-
-
-def visitor(cookies: str) -> str | None:
-    """The visitor of a cookie header."""
-    found = cookie_parser(cookies).get(COOKIE, "")
-    return found if len(found) >= 32 else None
 
 
 def paths_in(content: bytes) -> list[str]:

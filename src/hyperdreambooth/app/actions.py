@@ -25,7 +25,7 @@ from ..assets import toon
 from ..errors import InputError, NoFaceError
 from ..lora import LoraSet
 from ..personal_lora import PersonalLora
-from ..progress import spoken
+from ..progress import format_duration
 from ..settings import GenerateConfig
 from .replies import bar, plainly
 from .sessions import COOKIE, Picture, Visit, Visits
@@ -227,7 +227,7 @@ class Actions:
             for done, preview in iter(news.get, None):
                 shown += preview
                 left = (time.monotonic() - started) / done * (total - done)
-                yield bar(f"Fine-tuning: step {done} of {total}, about {spoken(left)} left", done, total), shown
+                yield bar(f"Fine-tuning: step {done} of {total}, about {format_duration(left)} left", done, total), shown
             visit.mine = visit.me = me = job.result()
             shown += self._on_model(self._preview, visit, me, "fine-tuned")
         finally:  # also where the tab was closed

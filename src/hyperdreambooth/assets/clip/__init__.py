@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, from its own vocabulary (OpenAI, MIT): the one of every Stable Diffusion."""
+"""CLIP's tokenizer, which all versions of Stable Diffusion use, built from OpenAI's merges file (MIT license) without a download."""
 
 import gzip
 from pathlib import Path
@@ -8,9 +8,10 @@ FILE = Path(__file__).parent / "merges.txt.gz"
 
 
 def tokenizer(pad: str = "<|endoftext|>") -> Any:
-    """A `CLIPTokenizer` of 77 tokens. SD 1.x and SDXL's first encoder pad with the end token, OpenCLIP's encoders with "!".
+    """A `CLIPTokenizer` for 77 tokens. SD 1.x and SDXL's first encoder pad with the end token, OpenCLIP's encoders with "!".
 
-    The 49,408 entries of its vocabulary are the 256 bytes, the bytes at the end of a word, the merges in the file's order, start and end.
+    The 49,408 entries of the vocabulary are, in this order: the 256 bytes, the same bytes at the end of a word, the merges in the order
+    of the file, the start token and the end token.
     """
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode

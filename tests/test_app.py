@@ -497,7 +497,7 @@ def test_visits_end_with_their_last_tab_or_after_an_hour(tmp_path, monkeypatch):
     visits.sweep()
     assert not files[2].exists()
     with pytest.raises(InputError, match="over"):
-        other.fresh()
+        other.new_folder()
     with pytest.raises(InputError, match="cookie"):
         visits.of("s1", None)
 

@@ -43,10 +43,7 @@ class PromptCache:
             backbone.place_texts(backbone.device)
 
     def inputs(self, prompts: Sequence[str], prefix: str) -> Conditioning:
-        """Entries for a training batch, under names that begin with `prefix`, from which `conditioning_in` gets the conditioning.
-
-        They are the conditioning itself or, if a text encoder is trained, the token ids.
-        """
+        """Batch entries for `conditioning_in`, with names from `prefix`: the conditioning, or token ids if a text encoder is trained."""
         if self.trains_text:
             return {f"{prefix}tokens.{key}": value for key, value in self.backbone.tokenize(list(prompts), self.longest(prompts)).items()}
         return {f"{prefix}{key}": value for key, value in self(prompts).items()}
@@ -141,10 +138,7 @@ class FolderOfPeople:
         self.names = list(self.files)
 
     def latents_of(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The latents (pictures, C, h, w) of each of these people, by name.
-
-        Broken pictures are reported and skipped; people without any other picture are left out.
-        """
+        """The latents (pictures, C, h, w) of each of these people who has a readable picture; broken ones are reported and skipped."""
         files = [(name, file) for name in names for file in self.files[name]]
         data = _grouped(files, _encode(files, self.backbone, None, self.crop, quiet=True), "")
         return data.latents_of(data.names)
@@ -168,11 +162,9 @@ def load_identities(
     Args:
         encoder: computes the features; None leaves them empty.
         cache: a folder where the results are kept, under a hash of the settings and of the files' names, sizes and modification times.
-        share: with `cache`, has other processes encode pieces by `encoding`. A piece is [start, end, file]: the range of pictures (end
-            excluded) and the file to write.
+        share: with `cache`, has other processes encode pieces by `encoding`: [start, end, file], the range of pictures and the output.
     """
-    found = list_identities(folder)
-    files = [(name, file) for name, group in found.items() for file in group]
+    files = [(name, file) for name, group in list_identities(folder).items() for file in group]
     features = encoder and (getattr(encoder.model, "name_or_path", ""), encoder.trained, encoder.size)
     config = f"{getattr(backbone.pipe, 'name_or_path', '')}|{features}|{crop}|{backbone.size}"
     marks = config + "".join(f"{file}|{state.st_size}|{state.st_mtime_ns}" for _, file in files for state in [file.stat()])
@@ -192,11 +184,11 @@ def load_identities(
 
 def encoding(folder: str | Path, backbone: Backbone, encoder: FaceEncoder, crop: photos.Crop) -> Callable[[Sequence[str]], None]:
     """A function that encodes a piece of a folder's pictures into a file, for `load_identities` in another process (see its `share`)."""
-    files = [(name, picture) for name, group in list_identities(folder).items() for picture in group]
+    files = [(name, file) for name, group in list_identities(folder).items() for file in group]
 
     def encode(piece: Sequence[str]) -> None:
-        start, end, file = piece
-        save_tensors(file, _encode(files[int(start) : int(end)], backbone, encoder, crop, quiet=True))
+        start, end, output = piece
+        save_tensors(output, _encode(files[int(start) : int(end)], backbone, encoder, crop, quiet=True))
 
     return encode
 
@@ -228,12 +220,9 @@ def _grouped(files: list[tuple[str, Path]], tensors: dict[str, Tensor], prompt: 
 
 
 def decoded(files: Sequence[Path], size: int, crop: photos.Crop, many: int, progress: str = "") -> Iterator[dict[int, Image.Image]]:
-    """Yields batches of up to `many` pictures from `photos.prepare`, as index in `files` -> picture.
+    """Yields batches of up to `many` pictures from `photos.prepare`, as index in `files` -> picture; `progress` labels a progress bar.
 
     Threads decode the next batch meanwhile. Broken pictures are left out and reported at the end; empty batches are skipped.
-
-    Args:
-        progress: the label of a progress bar; "" shows none.
     """
     skipped = []
     threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))

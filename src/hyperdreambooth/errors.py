@@ -1,7 +1,4 @@
-"""Exceptions for errors that users can cause, and helpers that raise them.
-
-The API raises these; the command line prints the message and exits with code 2.
-"""
+"""Exceptions for errors that users can cause: the API raises them, the command line prints the message and exits with code 2."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

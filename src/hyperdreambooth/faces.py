@@ -22,11 +22,9 @@ from .errors import InputError, NoFaceError, refusing
 
 MODEL = Path(__file__).parent / "assets" / "yunet" / "face_detection_yunet_2023mar.onnx"
 ORIENTATIONS = (0, 180, 90, -90)  # Rotations in degrees at which a photo is searched.
-# Longer side in pixels of the scaled copies that are searched in turn until a face is found: a small face needs the larger copies, a face
-# that fills the photo needs the smallest.
+# Longer side in pixels of the copies that are searched until a face is found: small faces need a large copy, the largest a small one.
 SIZES = (512, 1024, 2048, 256)
-# Enhancements that are tried in turn: none, then autocontrast (for haze), then autocontrast after a Gaussian blur of that radius in pixels
-# (for the noise of dark photos).
+# Enhancements tried in turn: none, autocontrast (haze), autocontrast after a Gaussian blur of that radius in pixels (dark, noisy photos).
 BLURS = None, 0.0, 3.0
 Box = tuple[float, float, float, float]
 LARGEST_CROP = 256  # Pictures of at most this many pixels a side are taken for face crops already.
@@ -50,9 +48,8 @@ class Face(NamedTuple):
 
 
 def find_faces(image: Image.Image) -> list[Face]:
-    """Faces at any roll, the largest first.
+    """Faces at any roll, the largest first: those in the first copy, by `BLURS` and then `SIZES`, that shows any.
 
-    Copies of the sizes `SIZES` are searched, with each of `BLURS` in turn; the faces are those of the first copy that shows any.
     Raises InputError if OpenCV isn't installed.
     """
     rgb = image.convert("RGB")

@@ -58,10 +58,7 @@ def _looks_like_picture(file: Path) -> bool:
 
 
 def caption_of(photos: object) -> str | None:
-    """The caption of a single photo as one line, from NAME.txt, NAME.caption or NAME.jpg.txt beside it; None if there is none.
-
-    Several photos, and photos that aren't files, have no caption. Raises InputError for a caption that can't be read.
-    """
+    """A single photo's caption in one line, from NAME.txt, NAME.caption or NAME.jpg.txt beside it. InputError if it can't be read."""
     group = photos if isinstance(photos, (list, tuple)) else [photos]
     if len(group) != 1 or not isinstance(group[0], (str, Path)):
         return None

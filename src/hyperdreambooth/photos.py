@@ -48,13 +48,11 @@ def load_photo(source: Source) -> Image.Image:
 def read_photo(source: Source) -> tuple[Image.Image, str]:
     """A picture as upright 8-bit sRGB, and a note on frames or color profiles that were ignored (or "").
 
-    EXIF orientation and color profiles are applied, transparency is composited on white, 16-bit values are scaled to 8 bits. The format is
-    recognized by content, whatever the suffix.
+    EXIF orientation and color profiles are applied, transparency is composited on white, 16 bits are scaled to 8. Suffixes don't matter.
 
     Args:
         source: a path or file:// URL, the bytes of a file, an open binary file, a PIL image, an array (H, W) or (H, W, C), or a
-            tensor (C, H, W). Values are uint8, uint16, or float in 0..1, 0..255 or (if any is negative) -1..1. Files are read from their
-            start.
+            tensor (C, H, W); uint8, uint16, or float in 0..1, 0..255 or (if any is negative) -1..1. Files are read from their start.
 
     Raises InputError for a file that is missing, empty, no picture, truncated, under 16 x 16 pixels, over 64 megapixels (JPEG: 205,
     decoded at a reduced size) or over 100 MB, for a web address, and for values in any other range.
@@ -64,7 +62,7 @@ def read_photo(source: Source) -> tuple[Image.Image, str]:
         with warnings.catch_warnings(action="ignore"):  # on large pictures (the limit here is lower) and damaged EXIF
             # Pillow loses the orientation of a TIFF that it maps into memory from disk, so one that isn't decoded yet is read as bytes
             if isinstance(source, Image.Image) and source.format == "TIFF" and getattr(source, "_im", None) is None:
-                source = Path(getattr(source, "filename", "")) if getattr(source, "filename", "") else source
+                source = getattr(source, "filename", "") or source
             if isinstance(source, (np.ndarray, Tensor)):
                 source = _from_array(source, name)
             return _finish(source if isinstance(source, Image.Image) else _open(source, name), name)
@@ -98,13 +96,11 @@ def _read_bytes(source: Source, name: str) -> bytes:
         address = urlsplit(text) if re.match(r"(?i)(data:|[a-z][a-z\d+.-]+:/)", text) else None
         if address and (address.scheme != "file" or address.netloc not in ("", "localhost")):
             raise InputError(f"{name[:80]}: nothing is fetched from the web. Save the picture and name the file.")
-        path = Path(url2pathname(address.path) if address else source)
-        if not path.is_file():
-            wrong = " is a folder, not a picture. Name a picture in it." if path.is_dir() else ": no such file. Check the path."
+        source = Path(url2pathname(address.path) if address else source)
+        if not source.is_file():
+            wrong = " is a folder, not a picture. Name a picture in it." if source.is_dir() else ": no such file. Check the path."
             raise InputError(name + wrong)
-        with path.open("rb") as file:
-            return file.read(MAX_BYTES + 1)
-    if hasattr(source, "protocol"):
+    if isinstance(source, Path) or hasattr(source, "protocol"):  # a UPath
         with source.open("rb") as file:
             return bytes(file.read(MAX_BYTES + 1))
     if isinstance(source, io.TextIOBase):
@@ -224,10 +220,7 @@ def to_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
 
 
 def prepare(path: Source, size: int, crop: Crop = "auto", face: int | None = None) -> tuple[Image.Image, str]:
-    """Reads a photo, crops it as `face_for` decides, and scales it to `size` x `size` pixels; also returns the notes (or "").
-
-    Raises InputError as `read_photo` and `face_for` do.
-    """
+    """Reads a photo, crops it as `face_for` decides and scales it to `size` x `size`; also returns the notes of both (or "")."""
     image, note = read_photo(path)
     chosen, which = face_for(image, photo_name(path), crop, face)
     cropped = ImageOps.fit(crop_face(image, chosen) if chosen else image, (size, size), Image.Resampling.LANCZOS)
@@ -238,10 +231,7 @@ def read_photos(files: Any, size: int, crop: Crop = "auto", face: int | None = N
     """One or several photos, cropped, as (n, 3, size, size) in -1..1, and notes for the user (such as which face was chosen).
 
     Args:
-        files: anything that `read_photo` takes, or a sequence of it. A float tensor (n, 3, size, size) is taken for a result of this
-            function and returned unchanged.
-
-    Raises InputError as `prepare` does, and if there are no photos.
+        files: anything that `read_photo` takes, or a sequence of it; a float tensor (n, 3, size, size) is returned unchanged.
     """
     if isinstance(files, Tensor) and files.shape[1:] == (3, size, size) and files.is_floating_point():
         return files, []

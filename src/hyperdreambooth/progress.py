@@ -52,10 +52,7 @@ def hushed() -> Iterator[None]:
 
 
 class Progress:
-    """Progress of `total` steps: `with Progress("name", total, done) as p: p.update(done)`.
-
-    On a terminal it is a bar; elsewhere `log` prints lines instead. With `quiet` nothing is shown.
-    """
+    """`with Progress("name", total, done) as p: p.update(done)`: a bar on a terminal; elsewhere only `log` prints. `quiet`: nothing."""
 
     def __init__(self, name: str, total: int, done: int = 0, *, quiet: bool = False):
         self.name, self.total, self.quiet = name, total, quiet

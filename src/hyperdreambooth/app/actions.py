@@ -7,7 +7,6 @@ are shown to them in one sentence; all others are logged.
 
 from __future__ import annotations
 
-import logging
 import queue
 import time
 import zipfile
@@ -31,7 +30,6 @@ from ..settings import GenerateConfig
 from .replies import bar, in_one_sentence
 from .sessions import COOKIE, Picture, Visit, Visits
 
-log = logging.getLogger(__name__)
 Shown = list[tuple[str, str]]  # The value of a gallery: (file, caption) of each picture.
 Opener = Callable[[str], HyperDreamBooth]
 MAX_PHOTOS = 8

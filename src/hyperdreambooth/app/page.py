@@ -1,7 +1,4 @@
-"""Layout of the page, the action behind each button, and the server that runs it.
-
-It listens on the loopback address unless another one is given, which then needs a password.
-"""
+"""The page's layout and events, and its server, which needs a password on any address but the loopback one."""
 
 import os
 import shutil

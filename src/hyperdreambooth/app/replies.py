@@ -16,10 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def in_one_sentence(action: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates an action (a function or a generator) so that its exceptions are shown on the page.
-
-    InputError and TrainingError are shown with their message, without the server's paths; any other is logged, and the page says so.
-    """
+    """Decorates an action or generator: errors of users are shown on the page, without the server's folders; others are logged too."""
 
     @contextlib.contextmanager
     def sentence(self: Any) -> Iterator[None]:

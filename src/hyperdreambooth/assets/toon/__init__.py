@@ -1,7 +1,4 @@
-"""Paths in the embedded world, the small models and faces shipped with the package.
-
-The environment variable `HYPERDREAMBOOTH_TOON` replaces the directory, for those who train a world of their own.
-"""
+"""Paths in the embedded world (small models and faces in the package), or in one of your own that `HYPERDREAMBOOTH_TOON` names."""
 
 import json
 import os

@@ -43,7 +43,7 @@ class PromptCache:
             backbone.place_texts(backbone.device)
 
     def inputs(self, prompts: Sequence[str], prefix: str) -> Conditioning:
-        """Batch entries for `conditioning_in`, with names from `prefix`: the conditioning, or token ids if a text encoder is trained."""
+        """Entries of a batch for `conditioning_in`, named with `prefix`: the conditioning, or token ids if a text encoder is trained."""
         if self.trains_text:
             return {f"{prefix}tokens.{key}": value for key, value in self.backbone.tokenize(list(prompts), self.longest(prompts)).items()}
         return {f"{prefix}{key}": value for key, value in self(prompts).items()}
@@ -101,10 +101,10 @@ class IdentityData:
 
     def split(self, count: int) -> tuple[IdentityData, IdentityData]:
         """The data of all people but the last `count`, and that of the last `count`. Raises InputError if there are no others."""
-        last = self.people >= len(self.names) - count
+        first = len(self.names) - count
+        last = self.people >= first
         if last.all():
             raise InputError(f"{len(self.names)} identities are too few to keep {count} for validation.")
-        first = len(self.names) - count
         return self._part(~last, 0, self.names[:first]), self._part(last, first, self.names[first:])
 
     def _part(self, mine: Tensor, first: int, names: list[str]) -> IdentityData:

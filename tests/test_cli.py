@@ -626,8 +626,8 @@ def test_info_prints_a_line_a_value_that_cannot_steer_the_terminal(tmp_path, me,
     ("seconds", "said"),
     [(0.2, "1 s"), (29.5, "30 s"), (59.0, "59 s"), (59.5, "1 min"), (200, "3 min"), (3599, "1 h 0 min"), (7500, "2 h 5 min")],
 )
-def test_a_time_to_wait_is_said_as_people_say_it(seconds, said):
-    assert progress.spoken(seconds) == said
+def test_durations_are_printed_in_rounded_units(seconds, said):
+    assert progress.format_duration(seconds) == said
 
 
 def test_a_log_says_the_seconds_of_the_last_minute(monkeypatch, capsys):

@@ -196,7 +196,7 @@ def test_auto_takes_the_face_or_says_that_it_took_the_middle(tmp_path):
     _, note = photos.prepare(Image.new("RGB", (400, 300), "gray"), 64)
     assert "took the middle" in note
     crop = astronaut.resize((250, 250))  # small pictures are crops already
-    assert photos.prepare(crop, 64) == (photos.square(crop, 64), "")
+    assert photos.prepare(crop, 64) == photos.prepare(crop, 64, "center")
 
 
 def test_a_phones_heic_is_upright_and_whole(tmp_path):

@@ -174,7 +174,7 @@ def test_transparency_is_laid_on_white(tmp_path):
 @settings(max_examples=25, deadline=None)
 @given(st.integers(16, 200), st.integers(16, 200), st.integers(8, 96))
 def test_squares_have_the_size_that_was_asked(width, height, size):
-    assert photos.square(picture(size=(width, height)), size).size == (size, size)
+    assert photos.prepare(picture(size=(width, height)), size, "center")[0].size == (size, size)
 
 
 @settings(max_examples=20, deadline=None)

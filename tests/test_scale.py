@@ -356,6 +356,9 @@ def test_pictures_are_in_memory_once(backbone, tmp_path, monkeypatch):
     for part, names in ((some, data.names[:90]), (others, data.names[90:])):
         assert all(torch.equal(latents, data.latents_of([name])[name]) for name, latents in part.latents_of(names).items())
         assert all(data.names[int(prompt)] == part.names[person] for prompt, person in zip(part.prompts, part.people.tolist(), strict=True))
+    for index in range(24, 48):
+        (tmp_path / f"{index}.png").write_bytes(b"\x89PNG\r\n\x1a\n cut off")
+    assert read().names == data.names[:24] + data.names[48:], "a piece may have no picture that can be read"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Identities to train on: latents and features are computed once, prompts too where no text encoder is a target."""
+"""Training data: identities with VAE latents and face features that are computed once, and a cache of prompt embeddings."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from .errors import InputError
 from .folders import list_identities
 from .progress import Progress, say
 
-# Pictures, and pixels of the base's size, that are encoded at once, at most: at 1024 pixels an autoencoder takes gigabytes for one.
+# Limits of a batch for the autoencoder, in pictures and in pixels: at 1024 x 1024 pixels one picture takes gigabytes.
 LARGEST_BATCH, BATCH_PIXELS = 32, 1 << 20
-PIECE = 16  # Batches that one of several processes encodes at once.
+PIECE = 16  # Batches in a piece, the unit of work that one of several processes encodes into one file.
 Share = Callable[[Sequence[list[str]]], object]
-"""Has other processes do pieces of work, of some words each."""
+"""Distributes pieces of work, each given as a list of strings, to other processes and waits for them."""
 
 
 class PromptCache:
-    """Prompts -> conditioning. Each distinct prompt is encoded once, unless a text encoder carries a LoRA (`trains_text`)."""
+    """Prompts -> conditioning. Each distinct prompt is encoded once; with `trains_text`, while a text encoder is trained, at every call."""
 
     def __init__(self, backbone: Backbone, *, trains_text: bool = False):
         self.backbone, self.trains_text = backbone, trains_text
@@ -43,18 +43,18 @@ class PromptCache:
             backbone.move_text_encoders(backbone.device)
 
     def inputs(self, prompts: Sequence[str], prefix: str) -> Conditioning:
-        """What `conditioning_in` takes out of a batch again, by names that begin with `prefix`."""
+        """Entries of a batch for `conditioning_in`, named with `prefix`: the conditioning, or token ids if a text encoder is trained."""
         if self.trains_text:
             return {f"{prefix}tokens.{key}": value for key, value in self.backbone.tokenize(list(prompts), self.longest(prompts)).items()}
         return {f"{prefix}{key}": value for key, value in self(prompts).items()}
 
     def longest(self, prompts: Sequence[str]) -> int:
-        """The number of chunks that all of the prompts need in one batch."""
+        """The number of token chunks that the longest of the prompts needs, to which a batch of them is padded."""
         self.chunks |= {prompt: self.backbone.chunks([prompt]) for prompt in dict.fromkeys(prompts) if prompt not in self.chunks}
         return max(self.chunks[prompt] for prompt in prompts)
 
     def __call__(self, prompts: Sequence[str], beside: Sequence[str] = ()) -> Conditioning:
-        """The conditioning of prompts, as long as that of the prompts that will lie `beside` them in a batch."""
+        """The conditioning of prompts, padded to the chunks of the longest prompt here or in `beside`, the other prompts of the batch."""
         chunks = self.longest([*prompts, *beside])
         if self.trains_text:
             return self.backbone.encode_prompts(list(prompts), chunks)
@@ -69,7 +69,7 @@ class PromptCache:
 
 
 def conditioning_in(batch: dict[str, Any], prefix: str, backbone: Backbone) -> Conditioning:
-    """The conditioning that `PromptCache.inputs` put into a batch; text encoders that are trained compute it here."""
+    """The conditioning from the entries that `PromptCache.inputs` put into a batch; token ids are encoded here, with gradients."""
     found = {key.removeprefix(prefix): value for key, value in batch.items() if key.startswith(prefix)}
     tokens = {key.removeprefix("tokens."): value for key, value in found.items() if key.startswith("tokens.")}
     return backbone.encode_tokens(tokens) if tokens else found
@@ -77,55 +77,51 @@ def conditioning_in(batch: dict[str, Any], prefix: str, backbone: Backbone) -> C
 
 @dataclass
 class IdentityData:
-    """N pictures of some people.
+    """N pictures of some people."""
 
-    latents (N, C, h, w); features (N, positions, dim) of a frozen encoder, or, where the encoder is trained, the pictures
-    themselves, (N, 3, H, W) uint8; people (N,) index into `names`; one prompt each; `reference` (N,) says which pictures
-    may stand for their person as the photo.
-    """
-
-    latents: Tensor
-    features: Tensor
-    people: Tensor
+    latents: Tensor  # (N, C, h, w).
+    features: Tensor  # (N, positions, dim) of a frozen encoder; if the encoder is trained, the pictures (N, 3, H, W) as uint8.
+    people: Tensor  # (N,): each picture's person, as an index into `names`.
     names: list[str]
-    prompts: list[str]
-    reference: Tensor
+    prompts: list[str]  # One for each picture.
+    reference: Tensor  # (N,) bool: whether the picture may be the photo that the hypernetwork predicts from.
 
     def __post_init__(self) -> None:
-        # A VAE's latents come out with their channels last in memory; the same latents read from the cache have them first. The
-        # CPU's kernels sum in another order for each, and round differently, so both get one order here.
+        # Latents from the VAE are channels-last in memory, those read from the cache are channels-first. The CPU's kernels sum in a
+        # different order for each, and so round differently; one layout for both gives the same results.
         self.latents, self.features = self.latents.contiguous(), self.features.contiguous()
         self.of_person: list[list[int]] = [[] for _ in self.names]
         for index, person in enumerate(self.people.tolist()):
             self.of_person[person].append(index)
 
     def latents_of(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Latents (pictures, C, h, w) of each of these people."""
+        """The latents (pictures, C, h, w) of each of these people, by name."""
         number = {name: index for index, name in enumerate(self.names)}
         return {name: self.latents[self.of_person[number[name]]] for name in names}
 
     def split(self, count: int) -> tuple[IdentityData, IdentityData]:
-        """The data of all people but the last `count`, and the data of those. Raises InputError where nobody would be left."""
-        last = self.people >= len(self.names) - count
+        """The data of all people but the last `count`, and that of the last `count`. Raises InputError if there are no others."""
+        first = len(self.names) - count
+        last = self.people >= first
         if last.all():
             raise InputError(f"{len(self.names)} identities are too few to keep {count} for validation.")
-        first = len(self.names) - count
         return self._part(~last, 0, self.names[:first]), self._part(last, first, self.names[first:])
 
     def _part(self, mine: Tensor, first: int, names: list[str]) -> IdentityData:
+        """The pictures of the mask `mine` (N,); their people are `names`, of which the first has the index `first` here."""
         places = mine.nonzero().flatten().tolist()
-        # pictures in a row become a view: a copy would be in memory beside the whole
+        # consecutive pictures are sliced, which is a view: a copy would take memory besides the whole
         keep = slice(places[0], places[-1] + 1) if places and places[-1] - places[0] < len(places) else mine
         prompts = [self.prompts[place] for place in places]
         return IdentityData(self.latents[keep], self.features[keep], self.people[keep] - first, names, prompts, self.reference[keep])
 
     def inputs(self, chosen: Tensor) -> Tensor:
-        """The hypernetwork's inputs for the chosen pictures (B,): features, or pictures (B, 3, H, W) in -1..1; float32."""
+        """The hypernetwork's float32 inputs for the pictures `chosen` (B,), given by index: features, or (B, 3, H, W) in -1..1."""
         found = self.features[chosen]
         return found.float() / 127.5 - 1 if found.dtype == torch.uint8 else found.float()
 
     def pair(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
-        """For each chosen picture (B,) the index of a picture of the same person to predict from; another one where there is one."""
+        """For each picture of `chosen` (B,) the index of a random reference picture of the same person: another one, if there is any."""
         others = []
         for index in chosen.tolist():
             mine = [i for i in self.of_person[int(self.people[index])] if self.reference[i]] or [index]
@@ -135,14 +131,14 @@ class IdentityData:
 
 
 class FolderOfPeople:
-    """The people of a folder, see `load_identities`; their pictures are encoded when they are asked for, and none is kept."""
+    """The people of a folder (see `list_identities`), whose pictures are encoded on request and not kept in memory."""
 
     def __init__(self, folder: str | Path, backbone: Backbone, crop: photos.Crop = "auto"):
         self.files, self.backbone, self.crop = list_identities(folder), backbone, crop
         self.names = list(self.files)
 
     def latents_of(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Latents (pictures, C, h, w) of each of these people. Broken pictures are named and skipped, and so is who has no others."""
+        """The latents (pictures, C, h, w) of each of these people who has a readable picture; broken ones are reported and skipped."""
         files = [(name, file) for name in names for file in self.files[name]]
         data = _grouped(files, _encode(files, self.backbone, None, self.crop, quiet=True), "")
         return data.latents_of(data.names)
@@ -158,21 +154,21 @@ def load_identities(
     cache: str | Path | None = None,
     share: Share | None = None,
 ) -> IdentityData:
-    """Reads `identity/picture.png`, or one picture each, and encodes every picture once.
+    """Encodes every picture of a folder (see `list_identities`) into latents and features.
 
-    Broken pictures are named, counted and skipped. With `cache`, latents and features are kept there under a key of the files' names,
-    sizes and dates. An encoder that is trained gets the pictures, not features. Raises InputError for an empty folder.
+    Broken pictures are reported and skipped. For an encoder that is trained, the data holds the pictures instead of features.
+    Raises InputError if there are no pictures or none can be read.
 
     Args:
-        share: with `cache`, has others encode pieces: the numbers of the first picture and of that after the last one, and the file to write,
-            by `encoding`.
+        encoder: computes the features; None leaves them empty.
+        cache: a folder where the results are kept, under a hash of the settings and of the files' names, sizes and modification times.
+        share: with `cache`, has other processes encode pieces by `encoding`: [start, end, file], the range of pictures and the output.
     """
-    found = list_identities(folder)
-    files = [(name, file) for name, group in found.items() for file in group]
-    seen_by = encoder and (getattr(encoder.model, "name_or_path", ""), encoder.trained, encoder.size)
-    config = f"{getattr(backbone.pipe, 'name_or_path', '')}|{seen_by}|{crop}|{backbone.size}"
+    files = [(name, file) for name, group in list_identities(folder).items() for file in group]
+    features = encoder and (getattr(encoder.model, "name_or_path", ""), encoder.trained, encoder.size)
+    config = f"{getattr(backbone.pipe, 'name_or_path', '')}|{features}|{crop}|{backbone.size}"
     marks = config + "".join(f"{file}|{state.st_size}|{state.st_mtime_ns}" for _, file in files for state in [file.stat()])
-    stamp = hashlib.sha256(os.fsencode(marks)).hexdigest()[:16]  # names of files needn't be UTF-8
+    stamp = hashlib.sha256(os.fsencode(marks)).hexdigest()[:16]  # file names may be invalid UTF-8
     stored = Path(cache) / f"identities-{stamp}.safetensors" if cache else None
     if stored and stored.is_file():
         tensors, _ = read_tensors(stored)
@@ -187,19 +183,19 @@ def load_identities(
 
 
 def encoding(folder: str | Path, backbone: Backbone, encoder: FaceEncoder, crop: photos.Crop) -> Callable[[Sequence[str]], None]:
-    """Encodes a piece of a folder's pictures into a file, for `load_identities` in another process."""
-    files = [(name, picture) for name, group in list_identities(folder).items() for picture in group]
+    """A function that encodes a piece of a folder's pictures into a file, for `load_identities` in another process (see its `share`)."""
+    files = [(name, file) for name, group in list_identities(folder).items() for file in group]
 
     def encode(piece: Sequence[str]) -> None:
-        start, end, file = piece
-        save_tensors(file, _encode(files[int(start) : int(end)], backbone, encoder, crop, quiet=True))
+        start, end, output = piece
+        save_tensors(output, _encode(files[int(start) : int(end)], backbone, encoder, crop, quiet=True))
 
     return encode
 
 
 def _shared(count: int, backbone: Backbone, stored: Path, share: Share) -> dict[str, Tensor]:
-    """What `_encode` makes, by others. Pieces are whole batches, and those that are there already are done."""
-    size = PIECE * _together(backbone)
+    """The result of `_encode` for all `count` pictures, from pieces that other processes encode. Pieces that exist already are reused."""
+    size = PIECE * _batch_size(backbone)
     parts = {start: stored.with_suffix("") / f"{start:09}.safetensors" for start in range(0, count, size)}
     share([[str(start), str(min(start + size, count)), str(file)] for start, file in parts.items() if not file.is_file()])
     found = {start: read_tensors(file)[0] for start, file in parts.items()}
@@ -209,13 +205,13 @@ def _shared(count: int, backbone: Backbone, stored: Path, share: Share) -> dict[
     return {**tensors, "kept": kept}
 
 
-def _together(backbone: Backbone) -> int:
-    """Pictures that are encoded at once."""
+def _batch_size(backbone: Backbone) -> int:
+    """The number of pictures that are encoded at once."""
     return max(1, min(LARGEST_BATCH, BATCH_PIXELS // backbone.size**2))
 
 
 def _grouped(files: list[tuple[str, Path]], tensors: dict[str, Tensor], prompt: str) -> IdentityData:
-    """The pictures that `_encode` could read, by whose they are."""
+    """`IdentityData` from the result of `_encode`, with the names of the people who have a readable picture."""
     kept = [files[i][0] for i in tensors["kept"].tolist()]
     names = list(dict.fromkeys(kept))
     number = {name: index for index, name in enumerate(names)}
@@ -224,13 +220,13 @@ def _grouped(files: list[tuple[str, Path]], tensors: dict[str, Tensor], prompt: 
 
 
 def decoded(files: Sequence[Path], size: int, crop: photos.Crop, many: int, progress: str = "") -> Iterator[dict[int, Image.Image]]:
-    """Pictures as `photos.prepare` makes them, by their places in `files`, out of `many` files at a time, where any of these can be read.
+    """Yields batches of up to `many` pictures from `photos.prepare`, as index in `files` -> picture; `progress` labels a progress bar.
 
-    Threads decode the next ones meanwhile. Broken pictures are named and counted at the end. `progress`: what is said on the way.
+    Threads decode the next batch meanwhile. Broken pictures are left out and reported at the end; empty batches are skipped.
     """
     skipped = []
     threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    # Pillow's warnings are silenced here for all threads at once: each thread's own silence would end another's
+    # Warnings are silenced here for all threads at once: each thread leaving its own catch_warnings would end that of the others
     with warnings.catch_warnings(action="ignore"), threads as pool, Progress(progress, len(files), quiet=not progress) as bar:
         ahead = [pool.submit(photos.prepare, file, size, crop) for file in files[:many]]
         for start in range(0, len(files), many):
@@ -250,8 +246,8 @@ def decoded(files: Sequence[Path], size: int, crop: photos.Crop, many: int, prog
         say(f"{len(skipped)} of {len(files)} pictures were skipped.")
 
 
-def _seen_by(encoder: FaceEncoder | None, pixels: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in -1..1 as `IdentityData.features` keeps them: features, or themselves in the encoder's size."""
+def _features(encoder: FaceEncoder | None, pixels: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in -1..1 as `IdentityData.features`: empty without an encoder, uint8 in its size if it is trained."""
     if encoder is None:
         return torch.zeros(len(pixels), 0, 0)
     if not encoder.trained:
@@ -262,18 +258,19 @@ def _seen_by(encoder: FaceEncoder | None, pixels: Tensor) -> Tensor:
 def _encode(
     files: list[tuple[str, Path]], backbone: Backbone, encoder: FaceEncoder | None, crop: photos.Crop, *, quiet: bool = False
 ) -> dict[str, Tensor]:
-    """Latents and features of the pictures that can be read, and `kept`, their places in `files`.
+    """`latents` and `features` of the pictures that can be read, and `kept`, their indices in `files`.
 
-    Which pictures share a batch follows from `files` alone, since the batch decides how sums are rounded.
+    The batches depend on `files` alone, since the pictures of a batch affect how its results are rounded.
     """
-    many, tensors, kept = _together(backbone), dict[str, Tensor](), list[int]()
+    many, tensors, kept = _batch_size(backbone), dict[str, Tensor](), list[int]()
     with torch.no_grad():
         for images in decoded([file for _, file in files], backbone.size, crop, many, "" if quiet else "encoding pictures"):
-            # the CPU's convolutions are faster with channels last
+            # convolutions on the CPU are faster in this layout
             pixels = photos.to_tensor(list(images.values())).contiguous(memory_format=torch.channels_last)
-            for name, values in (("latents", backbone.encode_images(pixels)), ("features", _seen_by(encoder, pixels))):
-                if name not in tensors:  # room for all at once: gathered as a list they would be in memory twice
+            for name, values in (("latents", backbone.encode_images(pixels)), ("features", _features(encoder, pixels))):
+                if name not in tensors:  # allocated once for all: a list of batches and its concatenation would be in memory together
                     tensors[name] = torch.empty(len(files), *values.shape[1:], dtype=values.dtype)
                 tensors[name][len(kept) : len(kept) + len(values)] = values
             kept += images
-    return {name: tensors.get(name, torch.zeros(0))[: len(kept)] for name in ("latents", "features")} | {"kept": torch.tensor(kept)}
+    encoded = {name: tensors.get(name, torch.zeros(0))[: len(kept)] for name in ("latents", "features")}
+    return {**encoded, "kept": torch.tensor(kept, dtype=torch.long)}

@@ -1,4 +1,4 @@
-"""The errors that a user can cause. The command line prints their one message and exits with code 2; the API raises them."""
+"""Exceptions for errors that users can cause: the API raises them, the command line prints the message and exits with code 2."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,13 +6,13 @@ from pathlib import Path
 
 
 def some(names: Sequence[str], count: int = 3) -> str:
-    """The first few of many names, for a message: "a, b, c and 5 more"."""
+    """The first `count` names and the number of the others, for a message: "a, b, c and 5 more"."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
 
 
 def unexpected(error: BaseException) -> str:
-    """A sentence about an error that nobody foresaw: what kind it is, its last line, and what to do."""
+    """The message for any other exception: its type, the last line of its text (300 characters at most), and what to do."""
     kind, lines = type(error).__name__, [line.strip() for line in str(error).splitlines() if line.strip()]
     if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
         return "memory is short. Close other programs, or try --gradient-checkpointing, fewer --copies or a smaller --batch."
@@ -21,23 +21,23 @@ def unexpected(error: BaseException) -> str:
 
 
 class InputError(ValueError):
-    """Something that was given is wrong: the message says what, where, and what to do."""
+    """An argument, file or setting is wrong: the message says what is wrong, where, and what to do."""
 
 
 class NoFaceError(InputError):
-    """No face was found where one was asked for."""
+    """A face crop was asked for, but no face was found in the photo."""
 
 
 class TrainingError(RuntimeError):
-    """A training went wrong in a way that going on would hide (a loss that is not finite)."""
+    """Training can't continue with a meaningful result, such as after a loss that isn't finite."""
 
 
 @contextmanager
 def refusing(what: str, *kinds: type[Exception], advice: str = "") -> Iterator[None]:
-    """Turns errors of these kinds into one InputError: `what` is wrong, the error's first line, and what to do."""
+    """Turns exceptions of the types `kinds` into an InputError: "`what`: the exception's first line. `advice`"."""
     try:
         yield
-    except InputError:  # is a ValueError
+    except InputError:  # a ValueError too, and its message is complete already
         raise
     except kinds as error:
         said = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
@@ -51,7 +51,7 @@ def in_range(value: float, low: float, high: float, name: str) -> None:
 
 
 def fresh(path: str | Path, overwrite: bool) -> Path:
-    """The path of a file that is to be written. Raises InputError where it exists and may not be replaced."""
+    """The path of a file that is to be written. Raises InputError if it exists and `overwrite` isn't set."""
     path = Path(path) if isinstance(path, str) else path
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists. Give --overwrite to replace it, or another path.")

@@ -1,8 +1,9 @@
-"""Faces in a photo: where they are, how far they are tilted, and an upright crop as in FFHQ.
+"""Face detection: position, size and in-plane rotation (roll) of the faces in a photo, and an upright crop like FFHQ's.
 
-YuNet finds them (Wu et al., "YuNet: A Tiny Millisecond-level Face Detector", 2023), run by OpenCV; its weights (MIT, OpenCV's model zoo)
-are in the package, nothing is downloaded. It sees both eyes and the corners of the mouth, in faces from some 10 pixels on and at any tilt; but what it
-sees in a tilted face is more upright than the face, so it looks at the face again, turned by what it saw, until that stands upright.
+The detector is YuNet (Wu et al., "YuNet: A Tiny Millisecond-level Face Detector", 2023), run by OpenCV; its weights (MIT license, from
+OpenCV's model zoo) are in the package, so nothing is downloaded. It locates both eyes and the corners of the mouth in faces of about 10
+pixels and larger, at any roll. It underestimates the roll of a tilted face, so the detection is repeated on a close-up that is rotated
+by the roll found so far.
 """
 
 import math
@@ -20,23 +21,23 @@ from PIL import Image, ImageFilter, ImageOps
 from .errors import InputError, NoFaceError, refusing
 
 MODEL = Path(__file__).parent / "assets" / "yunet" / "face_detection_yunet_2023mar.onnx"
-ORIENTATIONS = (0, 180, 90, -90)  # Quarter turns at which a photo is searched.
-# The longer side of the copies that are searched, until a face is found: one that fills the photo needs the smallest, a small one the larger ones.
+ORIENTATIONS = (0, 180, 90, -90)  # Rotations in degrees at which a photo is searched.
+# Longer side in pixels of the copies that are searched until a face is found: small faces need a large copy, the largest a small one.
 SIZES = (512, 1024, 2048, 256)
-# A photo as it is, then of full contrast (haze), then with its noise blurred before, by so many pixels (darkness).
-CLEARED = None, 0.0, 3.0
+# Enhancements tried in turn: none, autocontrast (haze), autocontrast after a Gaussian blur of that radius in pixels (dark, noisy photos).
+BLURS = None, 0.0, 3.0
 Box = tuple[float, float, float, float]
-SMALLEST_AUTO = 256  # A picture of at most this many pixels a side is taken for a crop that is one already.
-SEEN, SURE = 0.7, 0.8  # The score, 0 to 1, from which on something counts as a face, and as one without doubt.
-LOOKS = 5  # At a face that is found: each sees its tilt better than the one before,
-SWAY = (-24, -16, -8, 0, 8, 16, 24)  # from turns of some degrees more and less, for what the detector sees changes a little with each.
-CLOSE = 384  # Side in pixels of the picture of one face alone.
+LARGEST_CROP = 256  # Pictures of at most this many pixels a side are taken for face crops already.
+DETECTED, SURE = 0.7, 0.8  # Detection scores, 0 to 1: the threshold for a face, and that for one without a warning.
+REFINEMENTS = 5  # Close-ups of a detected face: each corrects the position, size and roll that the one before found.
+OFFSETS = (-24, -16, -8, 0, 8, 16, 24)  # Degrees added to the roll found so far; the detections are averaged, as each is a little off.
+CLOSE_UP = 384  # Side in pixels of the close-up of one face.
 
 
 class Face(NamedTuple):
-    """A face in pixels: the middle of its crop, half the side of the crop, its tilt, and the detector's score, 0 to 1.
+    """A face: the center of its crop (x, y) and half the crop's side in pixels, its roll, and the detection score, 0 to 1.
 
-    `roll` is in degrees, positive where the head is turned clockwise as one looks at the picture.
+    `roll` is in degrees, positive where the head is rotated clockwise in the picture.
     """
 
     x: float
@@ -47,59 +48,62 @@ class Face(NamedTuple):
 
 
 def find_faces(image: Image.Image) -> list[Face]:
-    """Faces at any tilt, the largest first: all in the smallest copy that shows one; where none does, of full contrast, and without noise.
+    """Faces at any roll, the largest first: those in the first copy, by `BLURS` and then `SIZES`, that shows any.
 
-    Raises InputError where OpenCV isn't installed.
+    Raises InputError if OpenCV isn't installed.
     """
     rgb = image.convert("RGB")
-    for clear, size in product(CLEARED, SIZES):
+    for blur, size in product(BLURS, SIZES):
         scale = max(image.size) / size
-        if size > SIZES[0] and (scale < 1 or (clear is not None and size == max(SIZES))):  # a small face in the dark would take seconds
+        # the larger sizes never enlarge a photo, and the largest isn't searched with enhancement, which would take seconds
+        if size > SIZES[0] and (scale < 1 or (blur is not None and size == max(SIZES))):
             continue
-        small = _copy(rgb, (max(1, round(image.width / scale)), max(1, round(image.height / scale))), clear)
-        found: list[Face] = []  # one for all the orientations in which it is seen: the one seen best comes first
+        small = _copy(rgb, (max(1, round(image.width / scale)), max(1, round(image.height / scale))), blur)
+        found: list[Face] = []  # one detection for each face: of those in several orientations, the one with the best score comes first
         for face in sorted((face for turn in ORIENTATIONS for face in _search(small, turn)), key=lambda face: -face.score):
             face = Face(face.x * scale, face.y * scale, face.side * scale, *face[3:])
-            if _is_new(face, found) and (closer := _look_closer(rgb, face, clear)) and _is_new(closer, found):
-                found.append(closer)
+            if _is_new(face, found) and (refined := _refine(rgb, face, blur)) and _is_new(refined, found):
+                found.append(refined)
         if found:
             return sorted(found, key=lambda face: -face.side)
     return []
 
 
 def _is_new(face: Face, others: list[Face]) -> bool:
+    """Whether a detection lies too far from all others to be of the same face."""
     return all(math.dist(face[:2], other[:2]) > 0.6 * max(face.side, other.side) for other in others)
 
 
-def _copy(image: Image.Image, size: tuple[int, int], clear: float | None, box: Box | None = None) -> Image.Image:
+def _copy(image: Image.Image, size: tuple[int, int], blur: float | None, box: Box | None = None) -> Image.Image:
+    """A picture, or a box of it, scaled to `size`; unless `blur` is None, blurred by that many pixels and with autocontrast."""
     small = image.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=3)
-    return small if clear is None else ImageOps.autocontrast(small.filter(ImageFilter.GaussianBlur(clear)), cutoff=1)
+    return small if blur is None else ImageOps.autocontrast(small.filter(ImageFilter.GaussianBlur(blur)), cutoff=1)
 
 
-def _look_closer(image: Image.Image, face: Face, clear: float | None) -> Face | None:
-    """The same face, seen better; None where it is no face after all."""
-    looks: list[Face] = []
-    for _ in range(LOOKS):
-        reach = 1.7 * face.side  # half of a square that shows the crop at any tilt
-        left, top, scale = face.x - reach, face.y - reach, 2 * reach / CLOSE
+def _refine(image: Image.Image, face: Face, blur: float | None) -> Face | None:
+    """The same face, measured in close-ups; None for a false detection, which the close-ups don't confirm."""
+    refined: list[Face] = []
+    for _ in range(REFINEMENTS):
+        reach = 1.7 * face.side  # half the side of a square that contains the crop at any roll
+        left, top, scale = face.x - reach, face.y - reach, 2 * reach / CLOSE_UP
         inside = max(left, 0), max(top, 0), min(left + 2 * reach, image.width), min(top + 2 * reach, image.height)
         if inside[0] >= inside[2] or inside[1] >= inside[3]:
             return None
         size = (max(1, round((inside[2] - inside[0]) / scale)), max(1, round((inside[3] - inside[1]) / scale)))
-        near = Image.new("RGB", (CLOSE, CLOSE), "gray")
-        near.paste(_copy(image, size, clear or 0.0, inside), (round((inside[0] - left) / scale), round((inside[1] - top) / scale)))
-        seen = [max(_search(near, face.roll + turn), key=lambda one: one.score, default=None) for turn in (SWAY if looks else ORIENTATIONS)]
-        here = [one for one in seen if one and math.dist(one[:2], (CLOSE / 2, CLOSE / 2)) < face.side / scale]
-        if len(here) < (len(SWAY) / 2 if looks else 1):  # what most turns don't show is no face
+        near = Image.new("RGB", (CLOSE_UP, CLOSE_UP), "gray")
+        near.paste(_copy(image, size, blur or 0.0, inside), (round((inside[0] - left) / scale), round((inside[1] - top) / scale)))
+        turns = OFFSETS if refined else ORIENTATIONS  # the first close-up decides anew which way is up
+        best = [max(_search(near, face.roll + turn), key=lambda one: one.score, default=None) for turn in turns]
+        here = [one for one in best if one and math.dist(one[:2], (CLOSE_UP / 2, CLOSE_UP / 2)) < face.side / scale]
+        if len(here) < (len(OFFSETS) / 2 if refined else 1):  # a real face is detected at most of the offsets
             return None
-        # which way is up shows best from nearby
-        x, y, side, roll, score = np.mean(here if looks else [max(here, key=lambda one: one.score)], axis=0).tolist()
-        looks.append(face := Face(left + x * scale, top + y * scale, side * scale, roll, score))
-    return Face(*np.mean(looks[1:], axis=0).tolist())
+        x, y, side, roll, score = np.mean(here if refined else [max(here, key=lambda one: one.score)], axis=0).tolist()
+        refined.append(face := Face(left + x * scale, top + y * scale, side * scale, roll, score))
+    return Face(*np.mean(refined[1:], axis=0).tolist())
 
 
 def _search(image: Image.Image, turn: float) -> Iterator[Face]:
-    """Faces of a picture that is looked at after a turn by `turn` degrees counterclockwise."""
+    """Detects faces in a copy rotated by `turn` degrees counterclockwise; positions and roll are those in the picture itself."""
     turned = image.rotate(turn, Image.Resampling.BILINEAR, expand=True, fillcolor="gray") if turn else image
     detector = _detector(threading.get_ident())
     detector.setInputSize(turned.size)
@@ -118,23 +122,25 @@ def _search(image: Image.Image, turn: float) -> Iterator[Face]:
 
 @cache
 def _detector(thread: int) -> Any:
-    """The detector; each thread has its own, since one can't look at two pictures at a time."""
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # OpenCV 5 says of every model that it may run on a CPU
+    """The detector of a thread, by its id: a detector can't process two pictures at a time."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # OpenCV 5 warns for every model that it may run on the CPU
     with refusing('finding faces needs OpenCV: pip install "hyperdreambooth[faces]", or use --crop center', ImportError):
         import cv2
-    return cv2.FaceDetectorYN.create(str(MODEL), "", (CLOSE, CLOSE), SEEN)
+    return cv2.FaceDetectorYN.create(str(MODEL), "", (CLOSE_UP, CLOSE_UP), DETECTED)
 
 
 def face_for(image: Image.Image, name: str, crop: str, which: int | None = None) -> tuple[Face | None, str]:
-    """The face that a crop of the photo `name` goes around, or None for the middle of the picture, and a note on what was chosen (or "").
+    """Chooses the face to crop in the photo `name`: the face, or None for the center of the picture, and a note on the choice (or "").
 
-    "face", or any `which`: face number `which` by size from 1, or the largest. "auto": the largest face, or the middle where there is
-    none, or where the picture is so small that it is a crop already. "center": the middle.
+    Args:
+        crop: "face" is the largest face; "auto" is the same, but the center if no face is found or the picture is so small that it is a
+            crop already; "center" is the center.
+        which: the number of the face, from 1 for the largest; given, it overrides `crop`.
 
-    Raises NoFaceError where a face is asked for and there is none, InputError where there is no such one.
+    Raises NoFaceError if a face is asked for and none is found, InputError if there is no face of that number.
     """
     asked = crop == "face" or which is not None
-    if not asked and (crop == "center" or max(image.size) <= SMALLEST_AUTO):
+    if not asked and (crop == "center" or max(image.size) <= LARGEST_CROP):
         return None, ""
     try:
         faces = find_faces(image)
@@ -155,9 +161,9 @@ def face_for(image: Image.Image, name: str, crop: str, which: int | None = None)
 
 
 def crop_face(image: Image.Image, face: Face) -> Image.Image:
-    """The square around a face, turned upright. A crop that leaves the picture is moved inside; a larger one is cut to it."""
+    """The square crop of a face, rotated upright. A crop that leaves the picture is moved inside; one larger than the picture is shrunk."""
     angle = math.radians(face.roll)
-    reach = abs(math.cos(angle)) + abs(math.sin(angle))  # a turned square's width over its side
+    reach = abs(math.cos(angle)) + abs(math.sin(angle))  # width of a rotated square's bounding box over the square's side
     side = min(2 * face.side, min(image.size) / reach)
     half = side * reach / 2
     x, y = (min(max(middle, half), length - half) for middle, length in zip((face.x, face.y), image.size, strict=True))

@@ -1,4 +1,4 @@
-"""Folders of people: which files are pictures, whose they are, and what is written beside them."""
+"""Folders of photos: which files are pictures, which person each belongs to, and the captions beside them."""
 
 import re
 import warnings
@@ -11,18 +11,18 @@ from .errors import InputError, refusing
 from .photos import SUFFIXES, picture_formats
 from .progress import say
 
-LEFT_BY_SYSTEMS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "@eadir", "__macosx"}
+SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "@eadir", "__macosx"}
 CAPTIONS = (".txt", ".TXT", ".caption")
 
 
 def list_identities(folder: str | Path) -> dict[str, list[Path]]:
-    """Identity -> its pictures: a subfolder each (with whatever folders are in it), or a picture each.
+    """Maps each identity to its pictures: a subfolder with all pictures in it (at any depth), or a single picture, is one identity.
 
-    What is no picture, or in a folder of masks, is named and counted on stderr; captions and what systems leave in folders isn't.
-    Raises InputError where there are no pictures.
+    Files that aren't pictures, and those in folders named mask or masks, are left out and listed on stderr; captions, hidden files and
+    those of operating systems are left out silently. Raises InputError if there is no such folder or no picture in it.
 
     Args:
-        folder: here, or an address as `path_at` takes it.
+        folder: a local path, or an address that `path_at` accepts.
     """
     folder = path_at(folder)
     if not folder.is_dir():
@@ -33,7 +33,7 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
         inside = sorted((f for f in entry.rglob("*") if not f.is_dir()), key=_natural) if entry.is_dir() else [entry]
         for file in inside:
             parts = file.relative_to(folder).parts
-            if file.suffix in CAPTIONS or any(part.startswith(".") or part.lower() in LEFT_BY_SYSTEMS for part in parts):
+            if file.suffix in CAPTIONS or any(part.startswith(".") or part.lower() in SYSTEM_FILES for part in parts):
                 continue
             if _looks_like_picture(file) and not {"mask", "masks"} & {part.lower() for part in parts[:-1]}:
                 found.setdefault(entry.name if entry.is_dir() else entry.stem, []).append(file)
@@ -47,9 +47,9 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
 
 
 def _looks_like_picture(file: Path) -> bool:
-    """By content; a damaged file with a picture's suffix counts too, so that reading it says what is wrong."""
+    """Whether a file is a picture by suffix or content; a damaged one with such a suffix counts, so that reading it says what is wrong."""
     if not file.is_file() or file.suffix.lower() in SUFFIXES:
-        return file.is_file()  # a dangling link is none
+        return file.is_file()  # False for a dangling symbolic link
     try:
         with warnings.catch_warnings(action="ignore"), file.open("rb") as opened, Image.open(opened, formats=picture_formats()):
             return True
@@ -58,7 +58,7 @@ def _looks_like_picture(file: Path) -> bool:
 
 
 def caption_of(photos: object) -> str | None:
-    """The caption beside a person's only photo, NAME.txt, NAME.caption or NAME.jpg.txt, in one line. InputError: it can't be read."""
+    """A single photo's caption in one line, from NAME.txt, NAME.caption or NAME.jpg.txt beside it. InputError if it can't be read."""
     group = photos if isinstance(photos, (list, tuple)) else [photos]
     if len(group) != 1 or not isinstance(group[0], (str, Path)):
         return None
@@ -71,6 +71,6 @@ def caption_of(photos: object) -> str | None:
 
 
 def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
-    """Sorts 2.png before 10.png; the name itself decides between 1.png and 01.png."""
-    # isdecimal, since "²" is a digit that int() refuses
+    """A sort key that puts 2.png before 10.png; the exact name decides between 1.png and 01.png."""
+    # isdecimal, not isdigit: "²" is a digit that int() refuses
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name.lower())], path.name

@@ -1,4 +1,4 @@
-"""Data sets of pictures in parquet files, as the model hub has most of them: unpacked into a folder of people."""
+"""Unpacks image data sets in Parquet files, the usual format on the Hugging Face Hub, into one folder for each person."""
 
 import re
 import shutil
@@ -11,14 +11,15 @@ from .errors import InputError, refusing
 from .progress import Progress, say
 
 PEOPLE = ("identity", "identity_id", "celeb_id", "person", "person_id", "subject", "subject_id", "label", "name")
-"""Columns that say who is in a picture; the first of them that is there counts."""
+"""Names of columns that identify the person in a picture; the first of these that the data set has is used."""
 
 
 def unpack(files: Sequence[Path], folder: Path) -> Path:
-    """Writes every picture of parquet files as it is, `folder`/person/0000 and so on, or a folder a picture where no column says who it is.
+    """Writes the encoded pictures of Parquet files unchanged to `folder`/PERSON/0000, 0001 and so on, and returns `folder`.
 
-    A picture's column holds bytes, or a struct with `bytes`, as Hugging Face's data sets have it. The folder is whole or absent.
-    Raises InputError where there is no such column, a file is damaged, or pyarrow isn't installed.
+    Without a column of `PEOPLE`, every picture is a person of its own. The column of pictures holds bytes, or a struct with the field
+    `bytes`, as in Hugging Face's data sets. The folder appears only once it is complete; an existing one is returned as it is.
+    Raises InputError if there is no column of pictures, a file is damaged, or pyarrow isn't installed.
     """
     if folder.is_dir():
         return folder
@@ -40,7 +41,7 @@ def unpack(files: Sequence[Path], folder: Path) -> Path:
             for row in (row for file in opened for batch in file.iter_batches(64, columns=columns) for row in batch.to_pylist()):
                 content, number = row[picture], sum(count.values())
                 content = content.get("bytes") if isinstance(content, dict) else content
-                # no two names make one folder, and none is hidden
+                # percent-encoding keeps different names apart; a leading dot is encoded too, since hidden folders are skipped
                 person = quote(str(row[who]), safe=" ") if who and row[who] is not None else f"{number:07}"
                 place = half / (f"%2E{person[1:]}" if person.startswith(".") else person) / f"{count[person]:04}"
                 place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Pictures: from outside, by safe decoding, orientation, colors and crop; and those that go out, with their metadata."""
+"""Reading photos (safe decoding, orientation, color profiles, crop), and writing pictures with metadata, previews and contact sheets."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from .faces import crop_face, face_for
 from .settings import Crop as Crop
 
 Source = Any  # What `read_photo` takes: str | Path | bytes | BinaryIO | Image.Image | numpy array | Tensor.
-# What Pillow opens beside pictures: documents (EPS runs Ghostscript), vector drawings, containers of data.
+# Formats that Pillow opens but that aren't photos: documents (EPS runs Ghostscript), vector graphics, data containers.
 NOT_PHOTOS = {"EPS", "PDF", "WMF", "GRIB", "HDF5", "BUFR", "MPEG", "XVTHUMB"}
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 MAX_JPEG_PIXELS = 205_000_000
@@ -35,51 +35,51 @@ MAX_BYTES = 100_000_000
 MAX_PIXELS = 64_000_000
 TOO_MANY = f"the limit is {MAX_PIXELS / 1e6:.0f} megapixels. Scale it down first."
 MIN_SIDE = 16
-# Pillow refuses a PNG with more than a megabyte of text, such as the recipe that some programs write into their pictures
+# Pillow's limit for text in a PNG is 1 MB, less than the workflow that some programs write into their pictures.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 * 2**20
-LINE = 17  # Pixels from one line of a label to the next, as Pillow sets them.
+LINE = 17  # Height in pixels of a line of a label in Pillow's default font at size 13.
 
 
 def load_photo(source: Source) -> Image.Image:
-    """A picture as upright 8-bit sRGB; `read_photo` without its notes."""
+    """A picture as upright 8-bit sRGB: the first result of `read_photo`."""
     return read_photo(source)[0]
 
 
 def read_photo(source: Source) -> tuple[Image.Image, str]:
-    """A picture as upright 8-bit sRGB, and a note on what was assumed or passed over (or "").
+    """A picture as upright 8-bit sRGB, and a note on frames or color profiles that were ignored (or "").
 
-    EXIF orientation and color profiles are applied, transparency is laid on white, 16-bit is scaled. Formats are told by content.
+    EXIF orientation and color profiles are applied, transparency is composited on white, 16 bits are scaled to 8. Suffixes don't matter.
 
     Args:
         source: a path or file:// URL, the bytes of a file, an open binary file, a PIL image, an array (H, W) or (H, W, C), or a
-            tensor (C, H, W); uint8, uint16, or float in 0..1, 0..255 or (where anything is negative) -1..1. Files are read from their start.
+            tensor (C, H, W); uint8, uint16, or float in 0..1, 0..255 or (if any is negative) -1..1. Files are read from their start.
 
-    Raises InputError for a file that is missing, empty, no picture, truncated, under 16 x 16 pixels, over 64 megapixels (JPEG: 200,
-    decoded at a reduced size) or over 100 MB, for a web address, and for numbers in any other range.
+    Raises InputError for a file that is missing, empty, no picture, truncated, under 16 x 16 pixels, over 64 megapixels (JPEG: 205,
+    decoded at a reduced size) or over 100 MB, for a web address, and for values in any other range.
     """
     name = photo_name(source)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of large pictures (our own limit is lower) and of damaged EXIF, which is no loss
-            # Pillow loses the orientation of a TIFF that it maps from a file on disk, so that one is read as bytes
+        with warnings.catch_warnings(action="ignore"):  # on large pictures (the limit here is lower) and damaged EXIF
+            # Pillow loses the orientation of a TIFF that it maps into memory from disk, so one that isn't decoded yet is read as bytes
             if isinstance(source, Image.Image) and source.format == "TIFF" and getattr(source, "_im", None) is None:
-                source = Path(getattr(source, "filename", "")) if getattr(source, "filename", "") else source
+                source = getattr(source, "filename", "") or source
             if isinstance(source, (np.ndarray, Tensor)):
                 source = _from_array(source, name)
             return _finish(source if isinstance(source, Image.Image) else _open(source, name), name)
-    except InputError:  # is a ValueError, and would be wrapped below
+    except InputError:  # a ValueError too, so the last clause would wrap it
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{name} has too many pixels; {TOO_MANY}") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is not a picture of a kind that is read ({', '.join(FORMATS)} and more). Convert it first.") from error
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, KeyError, struct.error) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's errors have a number, Pillow's have none
+        if isinstance(error, OSError) and error.errno is not None:  # errors of the operating system have a number, Pillow's don't
             raise InputError(f"{name} can't be read: {error.strerror}. Check the path and its permissions.") from error
         raise InputError(f"{name} is a damaged picture ({' '.join(str(error).split())}). Was it cut off while copying?") from error
 
 
 def photo_name(source: Source) -> str:
-    """What messages call a picture."""
+    """The name of a picture in messages: its path, file name or type."""
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     if hasattr(source, "protocol"):  # a UPath
@@ -88,40 +88,39 @@ def photo_name(source: Source) -> str:
 
 
 def _read_bytes(source: Source, name: str) -> bytes:
+    """The bytes of a file, up to one more than `MAX_BYTES`. Raises InputError for a source that can't be read as a binary file."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if isinstance(source, (str, os.PathLike)):
-        text = os.fspath(source)  # a Path of an address has lost a slash
+        text = os.fspath(source)  # pathlib turns the "//" of an address into "/"
         address = urlsplit(text) if re.match(r"(?i)(data:|[a-z][a-z\d+.-]+:/)", text) else None
         if address and (address.scheme != "file" or address.netloc not in ("", "localhost")):
             raise InputError(f"{name[:80]}: nothing is fetched from the web. Save the picture and name the file.")
-        path = Path(url2pathname(address.path) if address else source)
-        if not path.is_file():
-            wrong = " is a folder, not a picture. Name a picture in it." if path.is_dir() else ": no such file. Check the path."
+        source = Path(url2pathname(address.path) if address else source)
+        if not source.is_file():
+            wrong = " is a folder, not a picture. Name a picture in it." if source.is_dir() else ": no such file. Check the path."
             raise InputError(name + wrong)
-        with path.open("rb") as file:
-            return file.read(MAX_BYTES + 1)
-    if hasattr(source, "protocol"):
+    if isinstance(source, Path) or hasattr(source, "protocol"):  # a UPath
         with source.open("rb") as file:
             return bytes(file.read(MAX_BYTES + 1))
     if isinstance(source, io.TextIOBase):
         raise InputError(f"{name} was opened as text. Open it in binary mode.")
     if not hasattr(source, "read"):
         raise InputError(f"{name} is no picture: give a path, bytes, an open file, a PIL image, an array or a tensor.")
-    with suppress(AttributeError, OSError):  # a pipe has no start to go back to
+    with suppress(AttributeError, OSError):  # a pipe can't seek
         source.seek(0)
     return source.read(MAX_BYTES + 1)
 
 
 def _open(source: Source, name: str) -> Image.Image:
-    """Opens a file by its content; no pixel is decoded yet."""
+    """Opens a file in the format that its content shows; no pixel is decoded yet. Raises InputError if it is empty or too large."""
     data = _read_bytes(source, name)
     if not data:
         raise InputError(f"{name} is empty (0 bytes). Was it cut off while copying?")
     if len(data) > MAX_BYTES:
         raise InputError(f"{name} is too large: the limit is {MAX_BYTES / 1e6:.0f} MB. Scale it down first.")
     if data.startswith(b"\xff\xd8\xff"):
-        # Image.open refuses over 179 megapixels, which the reduced decoding below can take
+        # Image.open refuses more than 179 megapixels, before a reduced decoding could be asked for
         image: Image.Image = JpegImagePlugin.jpeg_factory(io.BytesIO(data))
         if MAX_PIXELS < image.width * image.height <= MAX_JPEG_PIXELS:
             image.draft(None, (image.width // 4, image.height // 4))
@@ -134,13 +133,13 @@ def _open(source: Source, name: str) -> Image.Image:
 
 
 def picture_formats() -> list[str]:
-    """What Pillow opens, but for what isn't a picture."""
+    """The formats that Pillow opens, without `NOT_PHOTOS`."""
     Image.init()
     return [kind for kind in Image.ID if kind not in NOT_PHOTOS]
 
 
 def _from_array(values: Any, name: str) -> Image.Image:
-    """(H, W) or (H, W, 1..4), or a tensor (C, H, W), as a picture."""
+    """An array (H, W) or (H, W, 1..4), or a tensor (C, H, W) or (1, C, H, W), as a picture. Raises InputError for other shapes."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().to_dense()
         values = values[0] if values.ndim == 4 and len(values) == 1 else values
@@ -153,25 +152,25 @@ def _from_array(values: Any, name: str) -> Image.Image:
 
 
 def _to_8_bits(values: Any, name: str) -> Any:
-    """Numbers of a picture as uint8, by the range that they seem to have. Raises InputError where that is anybody's guess."""
+    """Pixel values as uint8, scaled from the range that type and extremes suggest. Raises InputError if they fit none."""
     kind = values.dtype.kind
     if kind not in "biuf":
         raise InputError(f"{name} holds {values.dtype}, which are no colors: give uint8, uint16 or float.")
     low, high = float(values.min()), float(values.max())
     bottom, top, beyond = 0.0, 1.0 if kind == "b" else 255.0, 0.0
     if kind == "f":
-        beyond = 0.05  # a picture that was resized, or rounded, may leave its range a little
+        beyond = 0.05  # resampling and rounding may leave the range by a little
         bottom, top = (-1.0, 1.0) if low < -beyond else (0.0, 1.0 if high <= 1 + beyond else 255.0)
-    elif kind == "u":  # 12 bits of a camera or scanner in a 16-bit file
+    elif kind == "u":  # 4095: 12 bits of a camera or scanner in a 16-bit file
         top = next((most for most in (255.0, 4095.0, 65535.0) if high <= most), high)
-    too_dark = kind == "f" and top == 255 and high < 32  # light without an upper end, more likely than 0..255
-    if not bottom - beyond <= low <= high <= top * (1 + beyond) or too_dark:  # nor is NaN
+    too_dark = kind == "f" and top == 255 and high < 32  # more likely linear light (HDR) than 0..255
+    if not bottom - beyond <= low <= high <= top * (1 + beyond) or too_dark:  # true for NaN as well
         raise InputError(f"{name} has values in {low:g}..{high:g}: give 0..1, -1..1 or 0..255.")
     return ((values - bottom) * (255 / (top - bottom))).clip(0, 255).round().astype(np.uint8)
 
 
 def _finish(image: Image.Image, name: str) -> tuple[Image.Image, str]:
-    """Checks the size, decodes, turns upright and converts to 8-bit sRGB."""
+    """Checks the size, decodes, applies the EXIF orientation and converts to 8-bit sRGB; returns the picture and a note (or "")."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise InputError(f"{name} has {width} x {height} pixels; {TOO_MANY}")
@@ -190,7 +189,7 @@ def _finish(image: Image.Image, name: str) -> tuple[Image.Image, str]:
 
 
 def _to_srgb(image: Image.Image, data: bytes, name: str) -> tuple[Image.Image, str]:
-    """Applies an ICC profile; one that is damaged or of another kind of color is ignored, and the note says so."""
+    """Applies an ICC profile. One that is damaged or for another color space is ignored, and the note (else "") says so."""
     if image.mode.startswith("I") or image.mode == "F":
         image = to_rgb(image, name).convert("L")
     try:
@@ -208,10 +207,10 @@ def _to_srgb(image: Image.Image, data: bytes, name: str) -> tuple[Image.Image, s
 
 
 def to_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
-    """Any mode of Pillow as 8-bit RGB: 16-bit is scaled, never clipped; transparency is laid on white; NaN is black."""
+    """A picture of any Pillow mode as 8-bit RGB: 16-bit values are scaled, transparency is composited on white, NaN is black."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.nan_to_num(np.asarray(image))
-        if image.mode == "I" and values.min(initial=0) >= 0:  # 16 bits or 32, which Pillow gives a sign
+        if image.mode == "I" and values.min(initial=0) >= 0:  # unsigned 16 or 32 bits, which Pillow holds as signed 32 bits
             values = values.astype(np.uint32)
         return Image.fromarray(_to_8_bits(values, name)).convert("RGB")
     if image.has_transparency_data:
@@ -220,23 +219,19 @@ def to_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
     return image.convert("RGB")
 
 
-def square(image: Image.Image, size: int) -> Image.Image:
-    """The middle square, resized to `size` x `size`."""
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-
-
 def prepare(path: Source, size: int, crop: Crop = "auto", face: int | None = None) -> tuple[Image.Image, str]:
-    """A photo, cropped, as `size` x `size` pixels, and a note on what was chosen (or ""). Raises InputError for none, or no such face."""
+    """Reads a photo, crops it as `face_for` decides and scales it to `size` x `size`; also returns the notes of both (or "")."""
     image, note = read_photo(path)
     chosen, which = face_for(image, photo_name(path), crop, face)
-    return square(crop_face(image, chosen) if chosen else image, size), " ".join(filter(None, (note, which)))
+    cropped = ImageOps.fit(crop_face(image, chosen) if chosen else image, (size, size), Image.Resampling.LANCZOS)
+    return cropped, " ".join(filter(None, (note, which)))
 
 
 def read_photos(files: Any, size: int, crop: Crop = "auto", face: int | None = None) -> tuple[Tensor, list[str]]:
-    """One photo or several as (n, 3, size, size) in -1..1, and what is worth saying about them (which face was taken).
+    """One or several photos, cropped, as (n, 3, size, size) in -1..1, and notes for the user (such as which face was chosen).
 
     Args:
-        files: whatever `read_photo` takes, or a sequence of it; a tensor (n, 3, size, size) is what this function made, and stays as it is.
+        files: anything that `read_photo` takes, or a sequence of it; a float tensor (n, 3, size, size) is returned unchanged.
     """
     if isinstance(files, Tensor) and files.shape[1:] == (3, size, size) and files.is_floating_point():
         return files, []
@@ -255,13 +250,13 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(N, 3, H, W) in -1..1 -> pictures."""
+    """(N, 3, H, W) in -1..1 -> N RGB pictures; values beyond the range are clipped."""
     values = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).numpy()]
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str], overwrite: bool = False) -> Path:
-    """Writes a PNG with text metadata, atomically. Raises InputError where it exists and `overwrite` isn't set."""
+    """Writes a PNG with text metadata, atomically. Raises InputError if the file exists and `overwrite` isn't set."""
     path = fresh(path, overwrite)
     text = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
@@ -270,7 +265,7 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str], 
 
 
 def generated(settings: Mapping[str, object]) -> dict[str, str]:
-    """A generated PNG's metadata: how it was made, and that a machine made it (IPTC's digital source type, in XMP)."""
+    """Metadata of a generated PNG: its settings, and the mark that it is AI-generated (IPTC's digital source type, in XMP)."""
     source = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
     xmp = (
         '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
@@ -280,15 +275,15 @@ def generated(settings: Mapping[str, object]) -> dict[str, str]:
 
 
 def read_png_metadata(path: str | Path) -> dict[str, str]:
-    """The text metadata of a PNG. Raises InputError for a file that is missing or no whole PNG."""
+    """The text metadata of a PNG. Raises InputError for a file that is missing, damaged or no PNG."""
     kinds, advice = (OSError, SyntaxError, ValueError, Image.DecompressionBombError), "Name a picture that was saved here."
     with refusing(f"{path} is not a whole PNG", *kinds, advice=advice), Image.open(path, formats=("PNG",)) as image:
-        image.load()  # text may also stand after the pixels
+        image.load()  # text chunks may also follow the pixels
         return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
 
 
 def is_generated(path: str | Path) -> bool:
-    """Whether a file is a PNG that says that a machine made it."""
+    """Whether a file is a PNG whose metadata marks it as AI-generated."""
     try:
         return read_png_metadata(path).get("ai_generated") == "true"
     except InputError:
@@ -296,16 +291,16 @@ def is_generated(path: str | Path) -> bool:
 
 
 def preview_path(lora: Path) -> Path:
-    """Where UIs look for a LoRA's picture: NAME.png, or NAME.preview.png where NAME.png is somebody's own (the very photo, say)."""
+    """Where UIs look for a LoRA's preview: NAME.png, or NAME.preview.png if NAME.png isn't generated (such as the person's photo)."""
     first = lora.with_suffix(".png")
     return lora.with_suffix(".preview.png") if first.exists() and not is_generated(first) else first
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int = 0) -> Image.Image:
-    """A labelled contact sheet: one row of pictures for each row label; what is too long for its place goes on in the next line.
+    """A labeled contact sheet with one row of pictures for each row label; long labels are wrapped.
 
     Args:
-        cell: the side of a picture on it, in pixels; 0 for a fitting one.
+        cell: the side of each picture on the sheet in pixels; 0: the width of the largest first picture of a row, within 128 to 256.
     """
     cell = cell or min(256, max(128, max(row[0].width for row in rows)))
     font, columns = ImageFont.load_default(13), max(map(len, rows))
@@ -328,8 +323,8 @@ def grid(rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], colum
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """A text with line breaks, so that no line is longer than `width` pixels."""
-    count = max(1, width // 3)  # Letters of a line, should all be narrow ones.
+    """The text with line breaks, so that no line is wider than `width` pixels in `font`."""
+    count = max(1, width // 3)  # The most letters a line can have: none is narrower than 3 pixels.
     while count > 1 and any(font.getlength(line) > width for line in textwrap.wrap(text, count)):
         count -= 1
     return "\n".join(textwrap.wrap(text, count))

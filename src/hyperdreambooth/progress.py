@@ -1,4 +1,4 @@
-"""Progress for people: a bar with the time left on a terminal, a line now and then in a log file."""
+"""Progress on stderr: a bar with the time left on a terminal, a line with the figures at each log step elsewhere."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ console = Console(stderr=True)
 
 
 def say(text: str) -> None:
-    """A line for people, on stderr: long paths aren't broken, and nothing in them is markup."""
+    """Prints a message on stderr as one line: without wrapping, and without reading brackets in it as rich's markup."""
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def spoken(seconds: float) -> str:
-    """A time to wait, as people say it: 8 s, 3 min, 2 h 5 min."""
+def format_duration(seconds: float) -> str:
+    """A duration in rounded units: 8 s, 3 min, 2 h 5 min."""
     minutes = round(seconds / 60)
     if seconds <= 59:
         return f"{math.ceil(seconds)} s"
@@ -30,7 +30,7 @@ def spoken(seconds: float) -> str:
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Without the libraries' advice and their bars of a second's work until the context closes; a download keeps its bar."""
+    """Silences the warnings and progress bars of diffusers and transformers inside the context; download bars stay as they were."""
     from diffusers.utils import logging as diffusers_log
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_log
@@ -40,7 +40,7 @@ def hushed() -> Iterator[None]:
     for log in logs:
         log.set_verbosity_error()
         log.disable_progress_bar()
-    if downloads:  # transformers turns them off as well
+    if downloads:  # transformers has turned off the hub's download bars as well
         enable_progress_bars()
     try:
         yield
@@ -52,7 +52,7 @@ def hushed() -> Iterator[None]:
 
 
 class Progress:
-    """`with Progress("name", total, done) as p: p.update(done)`. Silent where `quiet`, lines where stderr is no terminal."""
+    """`with Progress("name", total, done) as p: p.update(done)`: a bar on a terminal; elsewhere only `log` prints. `quiet`: nothing."""
 
     def __init__(self, name: str, total: int, done: int = 0, *, quiet: bool = False):
         self.name, self.total, self.quiet = name, total, quiet
@@ -70,20 +70,20 @@ class Progress:
         self.bar.stop()
 
     def update(self, done: int) -> None:
-        """Moves the bar."""
+        """Sets the bar to `done` steps."""
         self.bar.update(self.task, completed=done)
 
     def log(self, done: int, *, loss: float, rate: float) -> None:
-        """Shows the latest loss: beside the bar, or as a line of its own with the time left."""
+        """Shows the loss beside the bar or, without a bar, prints a line with loss, learning rate, speed and time left."""
         self.bar.update(self.task, note=f"loss {loss:.4f}")
         if self.quiet or not self.bar.disable:
             return
         speed = (done - self.first) / max(time.monotonic() - self.started, 1e-9)
-        left = f"{spoken((self.total - done) / max(speed, 1e-9))} left" if done < self.total else "done"
+        left = f"{format_duration((self.total - done) / max(speed, 1e-9))} left" if done < self.total else "done"
         figures = f"loss {loss:.4f} lr {rate:.2e} {speed:.2f} steps/s {left}"
         print(f"{time.strftime('%H:%M:%S')} {self.name} {done}/{self.total} {figures}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Prints a message that stays above the bar."""
         if not self.quiet:
             console.print(f"{self.name}: {text}", highlight=False)

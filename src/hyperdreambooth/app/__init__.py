@@ -1,11 +1,12 @@
-"""A page in the browser on which the whole main job works; it calls the Python API and has no logic of its own.
+"""A Gradio page for personalizing and generating in the browser, on top of the Python API.
 
-page.py lays it out and runs it, actions.py is what its buttons (and Gradio's clients) call, sessions.py keeps visitors apart.
+page.py lays it out and serves it, actions.py has the handlers of its buttons (and of Gradio's API), replies.py the messages, sessions.py
+keeps visitors and their files apart.
 """
 
 import os
 
-# before gradio is imported: nothing is reported to anyone
+# Turns off Gradio's analytics; Gradio reads it when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 from .page import SCHEDULERS, Server, check_host, start

@@ -1,12 +1,12 @@
-"""What the page's buttons do, and what Gradio's clients may call: the Python API, one visitor at a time.
+"""The handlers of the page's buttons and of Gradio's API, on top of the Python API.
 
-Long jobs are generators: what they yield is shown at once. A model carries one LoRA at a time, so all use of it is in the one
-thread of `Actions.model` (which also spares torch a set of threads, and memory, for every thread that Gradio calls from). What a visitor got wrong is one sentence; anything else is logged here and said to be so there.
+Long jobs are generators, whose results are shown as they are yielded. A model holds one LoRA at a time, so all work on it runs in a single
+thread, that of `Actions.submit`. This also saves the threads and memory that torch takes for each thread that calls it. Errors of visitors
+are shown to them in one sentence; all others are logged.
 """
 
 from __future__ import annotations
 
-import logging
 import queue
 import time
 import zipfile
@@ -25,18 +25,17 @@ from ..assets import toon
 from ..errors import InputError, NoFaceError
 from ..lora import LoraSet
 from ..personal_lora import PersonalLora
-from ..progress import spoken
+from ..progress import format_duration
 from ..settings import GenerateConfig
-from .replies import bar, plainly
+from .replies import bar, in_one_sentence
 from .sessions import COOKIE, Picture, Visit, Visits
 
-log = logging.getLogger(__name__)
-Shown = list[tuple[str, str]]  # Pictures as a gallery takes them: (file, caption).
+Shown = list[tuple[str, str]]  # The value of a gallery: (file, caption) of each picture.
 Opener = Callable[[str], HyperDreamBooth]
 MAX_PHOTOS = 8
-COLUMNS = 4  # Pictures side by side on a contact sheet.
-MAX_PICTURES = 48  # Pictures of one order.
-KEPT = 200  # Pictures of one visit; the oldest go first.
+COLUMNS = 4  # Pictures in a row of the contact sheet.
+MAX_PICTURES = 48  # Pictures in one call of `draw`.
+KEPT = 200  # Pictures kept for a visit; the oldest are deleted.
 
 
 def check_consent(given: bool) -> None:
@@ -45,19 +44,19 @@ def check_consent(given: bool) -> None:
 
 
 def example_face(number: float) -> Image.Image:
-    """A shipped example face, from 1. Raises InputError where there is none of that number."""
+    """Example face `number`, from 1. Raises InputError if there is none of that number."""
     if not 1 <= number <= len(toon.faces()):
         raise InputError(f"there is no example face {int(number)}. Take one of those that are shown.")
     return photos.load_photo(toon.faces()[int(number) - 1])
 
 
 class Actions:
-    """The actions; who calls is told by the request.
+    """The actions, each for the visit that its request comes from.
 
     Args:
-        hdb: the base that a visit begins with.
-        open_base: opens another one where a visit chooses it; one base is in memory at a time.
-        bases: those that can be chosen besides; any other one too with `any_base`.
+        hdb: the base with which a visit begins.
+        open_base: opens another base by name; one base is in memory at a time.
+        bases: names of other bases that a visit may choose; with `any_base` it may choose any name or path.
     """
 
     def __init__(
@@ -72,14 +71,14 @@ class Actions:
         return self.visits.of(request.session_hash, request.request.cookies.get(COOKIE) if request.request else None)
 
     def without_folders(self, text: str) -> str:
-        """A message without the server's folders: files by their names alone."""
+        """A message without the server's folders, in the terms of the page: files are given by name only."""
         for word in text.split():
             if str(self.visits.root) in word:
                 text = text.replace(word, Path(word).name)
         return text.replace("--face N takes another", "change the face's number")
 
     def model(self, name: str) -> HyperDreamBooth:
-        """A base ("" is the page's own), in the model's thread alone. The one before goes first."""
+        """The base `name` ("": the first one), opened if it isn't in memory, in place of the other. Only for the model's thread."""
         name = name or self.bases[0]
         if name not in self.opened and self.open_base:
             self.opened.clear()
@@ -90,9 +89,9 @@ class Actions:
     def hdb(self, visit: Visit) -> HyperDreamBooth:
         return self._on_model(self.model, visit.base)
 
-    @plainly
+    @in_one_sentence
     def choose(self, name: str, request: gr.Request) -> HyperDreamBooth:
-        """Another base for this visit: whoever was personalized was so on the last one, and is forgotten."""
+        """Chooses the base of this visit. Forgets its photos and person, whose LoRA fits the previous base only."""
         visit = self.visit(request)
         if not name or not (self.any_base or name in self.bases):
             raise InputError(f"this page has the bases {', '.join(self.bases)}. Start it with --bases for others.")
@@ -100,38 +99,38 @@ class Actions:
             raise InputError("something is running still. Stop it first.")
         hdb: HyperDreamBooth = self._on_model(self.model, name)
         visit.base, visit.needs_consent = name, True
-        visit.mine = visit.me = visit.pixels = None
+        visit.personalized = visit.person = visit.pixels = None
         return hdb
 
     def _on_model(self, work: Callable[..., Any], *args: Any, **more: Any) -> Any:
         return self.submit(work, *args, **more).result()
 
-    @plainly
+    @in_one_sentence
     def enter(self, request: gr.Request) -> None:
-        """Opens a visit, so that closing another tab of the same visitor doesn't take its uploads."""
+        """Begins a visit as the page loads, so that closing another tab of the same visitor keeps its uploads."""
         self.visit(request)
 
     def leave(self, request: gr.Request) -> None:
         self.visits.end(request.session_hash)
 
-    @plainly
+    @in_one_sentence
     def stop(self, request: gr.Request) -> str:
-        """Stops what runs or waits, after its current step; what there is is kept."""
+        """Stops the running or waiting job after its current step; results so far are kept."""
         visit = self.visit(request)
         visit.stop.set()
         return bar("Stopping after this step ..." if visit.busy else "Nothing is running; what waits won't begin.")
 
-    @plainly
+    @in_one_sentence
     def begin(self, request: gr.Request) -> str:
-        """Before a job waits for its turn: forgets a stop that was for an earlier one."""
+        """Runs before a job waits for its turn: clears a request to stop an earlier job."""
         self.visit(request).stop.clear()
         return bar("Waiting for a turn ...")
 
-    @plainly
+    @in_one_sentence
     def look(self, uploaded: list[tuple[str, str | None]] | None, face: float | None, request: gr.Request) -> tuple[Any, Any]:
-        """Photos as the method will see them, and what was understood."""
+        """The cropped photos, as the method will get them, and a message about them."""
         visit = self.visit(request)
-        if not uploaded and not visit.needs_consent:  # an example face stays who it is
+        if not uploaded and not visit.needs_consent:  # an example face was chosen, and stays
             return gr.skip(), gr.skip()
         visit.pixels, visit.needs_consent = None, True
         if not uploaded:
@@ -139,15 +138,15 @@ class Actions:
         if len(uploaded) > MAX_PHOTOS:
             raise InputError(f"{len(uploaded)} photos are more than {MAX_PHOTOS}. Take the best ones.")
         which = int(face) if face and face > 1 else None
-        with visit.looking:
+        with visit.detecting:
             hdb = self.hdb(visit)
-            seen = [self._understand(file, hdb.backbone.size, which) for file, _ in uploaded]
+            seen = [self._crop(file, hdb.backbone.size, which) for file, _ in uploaded]
             visit.pixels = pixels = photos.to_tensor([image for image, _ in seen])
         warning = self._on_model(lambda: hdb.unlike(hdb.backbone.encode_images(pixels).float()))
         return [(str(visit.save(image)), "") for image, _ in seen], bar(" ".join([*(note for _, note in seen), warning]).strip())
 
-    def _understand(self, file: str, size: int, face: int | None = None) -> tuple[Image.Image, str]:
-        """A photo's face as the method will see it, and a sentence on what was taken."""
+    def _crop(self, file: str, size: int, face: int | None = None) -> tuple[Image.Image, str]:
+        """A photo cropped to its face, or to the center if none is found, and a sentence on the choice."""
         name = Path(file).name
         try:
             image, note = photos.prepare(file, size, "face", face)
@@ -156,9 +155,9 @@ class Actions:
             why = "no face was found, so the middle of the picture is taken. A frontal photo works best."
             return photos.prepare(file, size, "center")[0], f"{name}: {why}"
 
-    @plainly
+    @in_one_sentence
     def example(self, number: float, request: gr.Request) -> tuple[Shown, str]:
-        """One of the shipped example faces, from 1: drawn people, so nobody has to agree."""
+        """Takes an example face, by its number from 1. It is of no real person, so no consent is needed."""
         visit = self.visit(request)
         image = example_face(number)
         visit.pixels, _ = self.hdb(visit).read_photos(image)
@@ -166,20 +165,20 @@ class Actions:
         return [(str(visit.save(image)), "")], bar(f"Example face {int(number)}: a person that nothing here was trained on.")
 
     def pick(self, contexts: list[str], styles: list[str], prompts: str) -> str:
-        """The prompts, a line each, with what is ticked in the palette and without what isn't; one's own lines stay."""
+        """The prompts, one a line: those that the visitor wrote, then those ticked in the palette."""
         palette = {**self.palette["contexts"], **self.palette["styles"]}
         own = [line for line in prompts.splitlines() if line.strip() and line.strip() not in palette.values()]
         return "\n".join([*own, *(palette[name] for name in [*contexts, *styles])])
 
-    @plainly
+    @in_one_sentence
     def personalize(self, steps: float, consent: bool, request: gr.Request) -> Iterator[tuple[str, Shown]]:
-        """Predicts a LoRA, shows it, fine-tunes it and shows how it gets better. Stopped, it keeps what there is."""
+        """Predicts a LoRA, fine-tunes it, and shows previews of each stage. A stopped job keeps its results so far."""
         visit = self.visit(request)
         if visit.stop.is_set():
             visit.stop.clear()
             yield bar("Stopped before it began."), []
             return
-        with visit.looking:  # who clicks while a face is still looked for in a photo waits for it
+        with visit.detecting:  # waits for a face detection that is still running
             pixels = visit.pixels
         if pixels is None:
             raise InputError("there is no photo yet. Drop one in, or take an example face.")
@@ -192,26 +191,24 @@ class Actions:
             shown: Shown = []
             if hdb.source is not None:
                 yield bar("Predicting ..."), []
-                visit.mine = visit.me = me = self._on_model(hdb.personalize, pixels, steps=0, quiet=True)
+                visit.personalized = visit.person = me = self._on_model(hdb.personalize, pixels, steps=0, quiet=True)
                 shown += self._on_model(self._preview, visit, me, "prediction")
                 yield bar("This is the prediction."), shown
-            if not visit.stop.is_set():
+            if total and not visit.stop.is_set():
                 yield from self._fine_tune(visit, pixels, total, shown)
-            me = visit.me
+            me = visit.person
             if me is None:
                 raise InputError("it was stopped before there was anything to keep.")
             done, seconds = me.metadata.get("hyperdreambooth.steps", 0), sum(me.seconds.values())
             yield bar(f"Done: {done} steps in {seconds:.0f} s. Draw the person below, or take the LoRA home (rank {me.rank})."), shown
 
     def _preview(self, visit: Visit, person: PersonalLora | LoraSet, label: str) -> Shown:
-        """The person as such, drawn in the model's thread."""
+        """A picture of the person with the base's plain prompt. Only for the model's thread."""
         hdb = self.model(visit.base)
         return [(self._draw_one(visit, person, Picture(hdb.prompt, 0, label), hdb.generate_config()), label)]
 
     def _fine_tune(self, visit: Visit, pixels: Tensor, total: int, shown: Shown) -> Iterator[tuple[str, Shown]]:
-        """Shows the steps as they are made; where nobody listens any more, they end."""
-        if not total:
-            return
+        """Fine-tunes and yields the status of each step, with a preview each quarter. Closing the generator stops the job."""
         news: queue.Queue[tuple[int, Shown] | None] = queue.Queue()
         started = time.monotonic()
 
@@ -227,28 +224,28 @@ class Actions:
             for done, preview in iter(news.get, None):
                 shown += preview
                 left = (time.monotonic() - started) / done * (total - done)
-                yield bar(f"Fine-tuning: step {done} of {total}, about {spoken(left)} left", done, total), shown
-            visit.mine = visit.me = me = job.result()
+                yield bar(f"Fine-tuning: step {done} of {total}, about {format_duration(left)} left", done, total), shown
+            visit.personalized = visit.person = me = job.result()
             shown += self._on_model(self._preview, visit, me, "fine-tuned")
-        finally:  # also where the tab was closed
+        finally:  # also when the tab was closed, which closes this generator
             visit.stop.set()
             wait([job])
 
-    @plainly
+    @in_one_sentence
     def load(self, file: str | None, request: gr.Request) -> tuple[str, Shown]:
-        """Goes on with a LoRA or a token file that was made earlier."""
+        """Loads a LoRA or a token file that was made earlier."""
         visit = self.visit(request)
         if not file:
             return "", []
-        visit.mine = visit.me = me = self._on_model(self.hdb(visit).load, file)
+        visit.personalized = visit.person = me = self._on_model(self.hdb(visit).load, file)
         shown = self._on_model(self._preview, visit, me, "loaded")
         return bar(f"Loaded {Path(file).name}: rank {me.rank}, {len(me.loras)} layers."), shown
 
-    @plainly
+    @in_one_sentence
     def mix(self, file: str | None, example: int | None, share: float, consent: bool, request: gr.Request) -> tuple[str, Shown]:
-        """Mixes in a second person: a photo, a LoRA or a token file, or an example face. 0 is the first, 1 the second."""
+        """Mixes in a second person with the weight `share`, 0 to 1: from a photo, a LoRA, a token file or an example face."""
         visit = self.visit(request)
-        if visit.mine is None:
+        if visit.personalized is None:
             raise InputError("there is nobody to mix yet. Personalize somebody first.")
         if not file and not example:
             raise InputError("there is no second person yet. Give a photo, a LoRA or a token file, or the number of an example face.")
@@ -258,13 +255,13 @@ class Actions:
         if file and not photo:
             second = self._on_model(hdb.load, file)
         else:
-            face = photos.to_tensor([self._understand(file, hdb.backbone.size)[0]]) if file else example_face(example or 1)
+            face = photos.to_tensor([self._crop(file, hdb.backbone.size)[0]]) if file else example_face(example or 1)
             second = self._on_model(hdb.personalize, face, steps=0, quiet=True)
-        visit.me = self._on_model(hdb.mix, [(visit.mine, 1 - share), (second, share)])
-        shown = self._on_model(self._preview, visit, visit.me, f"{100 * share:.0f} % the second person")
+        visit.person = self._on_model(hdb.mix, [(visit.personalized, 1 - share), (second, share)])
+        shown = self._on_model(self._preview, visit, visit.person, f"{100 * share:.0f} % the second person")
         return bar("The mix is who is drawn now. Slide to 0 for the first person alone."), shown
 
-    @plainly
+    @in_one_sentence
     def draw(
         self,
         prompts: str,
@@ -276,21 +273,21 @@ class Actions:
         request: gr.Request,
         **settings: Any,
     ) -> Iterator[tuple[str, Shown]]:
-        """Draws every prompt (a line each) `count` times; each picture is shown as soon as it is there.
+        """Draws every prompt (one a line) `count` times; each picture is shown as soon as it is made.
 
         Args:
-            compare: also without the LoRA and, where there is one, with the prediction alone, from the same seed.
-            settings: strength, guidance, identity (0 is none), steps, scheduler ("" is the base's own).
+            compare: also draws without the LoRA and, if there is one, with the prediction alone, from the same seed.
+            settings: strength, guidance, identity (guidance; 0 is off), steps, scheduler ("" is the base's own).
         """
         visit = self.visit(request)
         wanted = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not wanted:
             raise InputError("there is no prompt. Write one, or pick some from the palette.")
-        if visit.me is None and not compare:
+        if visit.person is None and not compare:
             raise InputError("there is nobody to draw yet. Personalize somebody, or load a LoRA.")
-        who: list[tuple[str, PersonalLora | LoraSet | None]] = [("", visit.me)]
+        who: list[tuple[str, PersonalLora | LoraSet | None]] = [("", visit.person)]
         if compare:
-            there = {"prediction": visit.me and visit.me.predicted, "with the LoRA": visit.me}
+            there = {"prediction": visit.person and visit.person.predicted, "with the LoRA": visit.person}
             who = [("without the LoRA", None), *((label, person) for label, person in there.items() if person)]
         orders = [(Picture(prompt, int(seed) + i, label), person) for prompt in wanted for i in range(int(count)) for label, person in who]
         if len(orders) > MAX_PICTURES:
@@ -313,12 +310,12 @@ class Actions:
     def _draw_one(
         self, visit: Visit, person: PersonalLora | LoraSet | None, picture: Picture, config: GenerateConfig, styles: list[Any] | None = None
     ) -> str:
-        """Draws and writes a picture, in the model's thread, and forgets the oldest beyond KEPT."""
+        """Draws and writes a picture, and deletes the oldest beyond `KEPT`. Only for the model's thread."""
         hdb, prompt, seed = self.model(visit.base), picture.prompt, picture.seed
         image = hdb.generate(prompt, person, seed=seed, styles=styles or [], config=config)[0]
         used = [("person", config.strength)] * bool(person) + [(Path(file).name, weight) for file, weight in styles or []]
         name = "-".join(part for part in (prompt.replace("[V]", "person"), picture.label, f"seed {seed}") if part)
-        picture.file = visit.fresh() / ("".join(c if c.isalnum() else "-" for c in name)[:80] + ".png")
+        picture.file = visit.new_folder() / ("".join(c if c.isalnum() else "-" for c in name)[:80] + ".png")
         photos.save_png(image, picture.file, hdb.picture_metadata(prompt, seed, config, used))
         visit.pictures.append(picture)
         for old in visit.pictures[:-KEPT]:
@@ -326,14 +323,14 @@ class Actions:
         del visit.pictures[:-KEPT]
         return str(picture.file)
 
-    @plainly
+    @in_one_sentence
     def take(self, request: gr.Request) -> list[str]:
-        """What there is to take home: the LoRA in both layouts, the tokens, and all pictures with a contact sheet."""
+        """The files to download: the LoRA in both layouts, the tokens, and a zip of all pictures and a contact sheet."""
         visit = self.visit(request)
-        folder, files = visit.fresh(), []
-        if visit.me is not None:
-            files += [visit.me.save(folder / "person.safetensors"), visit.me.save(folder / "person-kohya.safetensors", layout="kohya")]
-            files += [visit.me.save_tokens(folder / "person.tokens")] if visit.me.tokens is not None else []
+        folder, files = visit.new_folder(), []
+        if (me := visit.person) is not None:
+            files += [me.save(folder / "person.safetensors"), me.save(folder / "person-kohya.safetensors", layout="kohya")]
+            files += [me.save_tokens(folder / "person.tokens")] if me.tokens is not None else []
         if visit.pictures:
             rows = [visit.pictures[i : i + COLUMNS] for i in range(0, len(visit.pictures), COLUMNS)]
             labels = [" | ".join(f"{picture.label or picture.prompt} ({picture.seed})" for picture in row) for row in rows]
@@ -343,7 +340,7 @@ class Actions:
                 archive.write(photos.save_png(sheet, folder / "contact-sheet.png", {"ai_generated": "true"}), "contact-sheet.png")
                 for index, picture in enumerate(visit.pictures, 1):
                     archive.write(picture.file, f"{index:03d}-{picture.file.name}")
-        for old in visit.take.iterdir() if visit.take else ():
+        for old in visit.downloads.iterdir() if visit.downloads else ():
             old.unlink(missing_ok=True)
-        visit.take = folder
+        visit.downloads = folder
         return [str(file) for file in files]

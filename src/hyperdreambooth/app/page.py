@@ -1,5 +1,4 @@
-"""The page: a line of explanation for each step, and which action each button calls; and how it is run, on the loopback address unless
-told otherwise, and then only with a password."""
+"""The page's layout and events, and its server, which needs a password on any address but the loopback one."""
 
 import os
 import shutil
@@ -22,21 +21,21 @@ from .actions import Actions, Opener
 from .replies import bar
 from .sessions import GREETING, Guard, Visits
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")  # The addresses that only this machine can reach.
-SWEEP = 60  # Seconds between two looks for visits that are over.
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # Addresses that only this machine can reach.
+SWEEP = 60  # Seconds between two calls of `Visits.sweep`.
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
-ON_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # One at a time: a model carries one LoRA at a time.
+ON_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # One job at a time, since a model holds one LoRA.
 SCHEDULERS = ["DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
 CSS = (Path(assets.__file__).parent / "page.css").read_text(encoding="utf-8")
 SHOWN = f"/gradio_api/file={GREETING}"
 HEAD = f"""<meta property="og:title" content="hyperdreambooth">
 <meta property="og:description" content="One face photo in, a personal LoRA for Stable Diffusion out.">
 <meta property="og:image" content="{SHOWN}">"""
-"""What a link to the page is shown with."""
+"""Open Graph tags, with which other sites and messengers preview a link to the page."""
 
 
 def build(actions: Actions, hdb: HyperDreamBooth) -> gr.Blocks:
-    """The page over `actions`, begun with `hdb`: a function a section, each of which lays it out and says which action its buttons call."""
+    """Builds the page for `actions`, at first with the base `hdb`. Each section has a function for its layout and its events."""
     gr.set_static_paths(actions.visits.public)
     with gr.Blocks(title="hyperdreambooth", analytics_enabled=False) as page:
         gr.Markdown(
@@ -76,7 +75,7 @@ def build(actions: Actions, hdb: HyperDreamBooth) -> gr.Blocks:
 
 
 def first_values(hdb: HyperDreamBooth) -> dict[str, Any]:
-    """What a base brings to the page: its own settings, and what it is good for in words."""
+    """Values of components that depend on the base: its default settings, and texts about it."""
     own = hdb.generate_config()
     note = f"The base `{hdb.base}` draws it" + (". " if hdb.source else ", without a hypernetwork: a person is trained from scratch.")
     cartoon_note = "It knows small cartoon faces: a photograph of a person won't come out as that person. Example faces will."
@@ -96,7 +95,7 @@ def first_values(hdb: HyperDreamBooth) -> dict[str, Any]:
 
 
 def _photo(actions: Actions, values: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    """The components whose values come from the base, by the names of `first_values`; and where it says what was understood."""
+    """The section for photos: components with values of the base, by their names in `first_values`, and the outputs of `look`."""
     gr.Markdown("## 1. A photo\nOne photo of a person, or a few of the same person, or an example face.")
     about = gr.Markdown(values["base"], elem_id="about")
     examples = _pictures("examples", "hdb-faces", value=toon.faces(), allow_preview=False)
@@ -115,7 +114,7 @@ def _photo(actions: Actions, values: dict[str, Any]) -> tuple[dict[str, Any], li
 
 
 def _personalize(actions: Actions, values: dict[str, Any], own: dict[str, Any]) -> tuple[Any, ...]:
-    """The box of consent, the progress with its pictures, and the events after which there is a LoRA."""
+    """The section for personalizing: the consent checkbox, the outputs (status, previews), and two events after which there is a LoRA."""
     gr.Markdown("## 2. Personalize\nA prediction within seconds, then fine-tuning that makes it fit. *Stop* keeps what there is.")
     agreed = "I am the person in the photo, or the person agrees"
     consent = gr.Checkbox(label=agreed, info="Example faces need no one's consent.", elem_id="consent")
@@ -134,7 +133,7 @@ def _personalize(actions: Actions, values: dict[str, Any], own: dict[str, Any]) 
 
 
 def _draw(actions: Actions, values: dict[str, Any], own: dict[str, Any]) -> list[Any]:
-    """The events after which there are new pictures."""
+    """The section for drawing: the two events after which there are new pictures. Adds components with the base's values to `own`."""
     gr.Markdown("## 3. Draw\nWrite prompts, a line each, with `[V]` where the person belongs, or tick some.")
     with gr.Row():
         with gr.Column(min_width=320):
@@ -168,7 +167,7 @@ def _draw(actions: Actions, values: dict[str, Any], own: dict[str, Any]) -> list
                 stop = gr.Button("Stop", elem_id="stop-drawing", min_width=90)
         with gr.Column(min_width=320):
             drawing = gr.HTML(bar("Pictures appear here. Compare draws each prompt without the LoRA as well."), elem_id="drawing")
-            # a prompt a row: without the LoRA, the prediction where there is one, with the LoRA
+            # Compare shows a row for each prompt: without the LoRA, the prediction (if there is one), with the LoRA
             drawn, compared = _pictures("pictures", "hdb-pictures hdb-large"), _pictures("compared", values["compared"])
     own |= {"prompts": prompts, "contexts": contexts, "guidance": guidance, "identity": identity, "steps": steps, "compared": compared}
     for ticked in (contexts, styles):
@@ -181,6 +180,7 @@ def _draw(actions: Actions, values: dict[str, Any], own: dict[str, Any]) -> list
 
 
 def _mix(actions: Actions, consent: gr.Checkbox) -> Any:
+    """The section for mixing two people: the event after which there is a mix."""
     with gr.Accordion("Mix two people", open=False, elem_id="two"):
         gr.Markdown("Give a second person; the mix is who is drawn from then on. Fine-tuning isn't in a mix of two predictions.")
         with gr.Row():
@@ -195,22 +195,23 @@ def _mix(actions: Actions, consent: gr.Checkbox) -> Any:
 
 
 def _job(actions: Actions, button: gr.Button, outputs: list[Any], name: str, **inputs: Any) -> Any:
-    """A button whose job waits for its turn; `outputs` begin with the line that says so. The event after which the job is done."""
+    """Binds a button to a job that waits for its turn; the first of `outputs` is its status. Returns the event of the job."""
     waiting = button.click(actions.begin, None, outputs[0], queue=False, **PRIVATE)
     action = actions.personalize if name == "personalize" else actions.draw
     job = waiting.success(action, outputs=outputs, api_name=name, **inputs, **ON_MODEL)
-    job.failure(lambda: bar(""), None, outputs[0], queue=False, **PRIVATE)  # a message says why; nothing waits any more
+    job.failure(lambda: bar(""), None, outputs[0], queue=False, **PRIVATE)  # clears the status; the error is shown as a message
     return job
 
 
 def _pictures(name: str, classes: str = "hdb-pictures", **more: Any) -> gr.Gallery:
+    """A gallery of results, with buttons to download and enlarge them unless they are photos."""
     looks: dict[str, Any] = {"show_label": False, "interactive": False, "object_fit": "contain"}
     buttons = [] if name in ("examples", "understood") else ["download", "fullscreen"]
     return gr.Gallery(elem_id=name, elem_classes=classes.split(), buttons=buttons, **looks, **more)
 
 
 def _chosen(event: gr.SelectData) -> int:
-    """Which example face was clicked, from 1."""
+    """The number of the clicked example face, from 1."""
     if not isinstance(event.index, int):
         raise InputError("click on one of the faces.")
     return event.index + 1
@@ -223,10 +224,10 @@ class Server:
     page: gr.Blocks
     url: str
     visits: Visits
-    cache: str  # Where Gradio put its files before.
+    cache: str  # GRADIO_TEMP_DIR before the page was started.
 
     def close(self) -> None:
-        """Ends it, and deletes all that was uploaded and made."""
+        """Stops the server, and deletes all uploads and results."""
         self.visits.over.set()
         for session in list(self.visits.visits):
             self.visits.end(session)
@@ -249,13 +250,14 @@ def start(
     """Starts the page and returns at once.
 
     Args:
-        open_base: opens another base by name where a visitor chooses one; None: there is no choice.
-        bases: those to choose from besides `hdb`'s. Where only this machine can reach the page, any other can be named as well.
-        port: None takes the first free one from 7860.
-        auth: user and password, asked of everyone.
-        max_upload_mb: larger files are refused while they arrive.
+        open_base: opens the base that a visitor chooses, by name; without it there is no choice.
+        bases: bases to choose from, besides that of `hdb`. On the loopback address and without `auth`, visitors can type any other too.
+        port: the port to listen on; None takes the first free one from 7860.
+        auth: user name and password that every visitor has to give.
+        max_upload_mb: the largest upload in megabytes; larger ones are refused while they arrive.
+        browser: also opens the page in the default browser.
 
-    Raises InputError for another address than loopback without `auth`, and where the port is taken.
+    Raises InputError for an address other than loopback without `auth`, and if the port is taken.
     """
     check_host(host, auth)
     visits = Visits(Path(tempfile.mkdtemp(prefix="hyperdreambooth-")).resolve())
@@ -266,10 +268,10 @@ def start(
             visits.sweep()
 
     gates = [Middleware(Guard, visits=visits)]
-    if host in LOOPBACK:  # a name that another site lets point here isn't answered
+    if host in LOOPBACK:  # against DNS rebinding: other sites' host names that resolve to this address are refused
         gates.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
     page = build(Actions(hdb, visits, open_base, bases, any_base=bool(open_base) and host in LOOPBACK and not auth), hdb)
-    # a theme that loads nothing: Gradio's usual ones ask for fonts; what explains is dark enough to be read
+    # Gradio's default theme loads web fonts, and its explanatory text has too little contrast
     fonts = {"font": ["system-ui", "-apple-system", "Segoe UI", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     theme = gr.themes.Default(primary_hue="indigo", **fonts).set(body_text_color_subdued="*neutral_500")
     looks = {"theme": theme, "css": CSS, "head": HEAD, "footer_links": ["api"]}
@@ -289,6 +291,6 @@ def start(
 
 
 def check_host(host: str, auth: object) -> None:
-    """Raises InputError where others can reach the address and nobody would be asked who they are."""
+    """Raises InputError if other machines can reach the address and no password is asked."""
     if host not in LOOPBACK and not auth:
         raise InputError(f"{host} can be reached by others: give --auth USER:PASSWORD as well, or leave --host out.")

@@ -1,4 +1,4 @@
-"""How the page answers: what went wrong in one sentence, and how far a job has come."""
+"""Messages on the page: errors in one sentence, and the status of a job."""
 
 import contextlib
 import functools
@@ -15,8 +15,8 @@ from ..errors import InputError, TrainingError
 log = logging.getLogger(__name__)
 
 
-def plainly(action: Callable[..., Any]) -> Callable[..., Any]:
-    """Turns an action's errors into one sentence on the page."""
+def in_one_sentence(action: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates an action or generator: errors of users are shown on the page, without the server's folders; others are logged too."""
 
     @contextlib.contextmanager
     def sentence(self: Any) -> Iterator[None]:
@@ -26,7 +26,7 @@ def plainly(action: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if isinstance(error, (InputError, TrainingError)):
                 text = self.without_folders(str(error))
-                text = text if "." in text.split()[0] else text[0].upper() + text[1:]  # a file's name keeps its case
+                text = text if "." in text.split()[0] else text[0].upper() + text[1:]  # a file name keeps its case
             else:
                 log.exception("%s failed", action.__name__, exc_info=error)
             raise gr.Error(html.escape(text), duration=None, print_exception=False) from None
@@ -45,6 +45,6 @@ def plainly(action: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def bar(text: str, done: float = 0, total: float = 0) -> str:
-    """A line for people, read out by screen readers, with a bar where there is something to wait for."""
+    """HTML for a status message that screen readers announce, with a progress bar at `done` of `total` unless `total` is 0."""
     progress = f'<progress value="{done}" max="{total}" aria-label="{html.escape(text)}"></progress>' if total else ""
     return f'<div role="status" class="hdb-status">{progress}<span>{html.escape(text)}</span></div>'

@@ -1,21 +1,20 @@
-"""CLIP's tokenizer, from its own vocabulary (OpenAI, MIT): the one of every Stable Diffusion."""
+"""CLIP's tokenizer, which all versions of Stable Diffusion use, built from OpenAI's merges file (MIT license) without a download."""
 
 import gzip
 from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).parent / "merges.txt.gz"
-SIZE = 49_408
-"""Tokens: 256 bytes, the same at a word's end, the merges in the file's order, start and end."""
 
 
 def tokenizer(pad: str = "<|endoftext|>") -> Any:
-    """A `CLIPTokenizer` of 77 tokens. SD 1.x and SDXL's first encoder pad with the end token, OpenCLIP's encoders with "!"."""
+    """A `CLIPTokenizer` for 77 tokens. SD 1.x and SDXL's first encoder pad with the end token, OpenCLIP's encoders with "!"."""
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     alphabet = list(bytes_to_unicode().values())  # printable stand-ins for the 256 bytes
     lines = gzip.decompress(FILE.read_bytes()).decode("utf-8").splitlines()
-    merges = [(left, right) for left, right in (line.split() for line in lines)]
+    merges = [tuple(line.split()) for line in lines]
+    # 49,408 tokens: the bytes, the same at the end of a word, the merges in the order of the file, start and end
     names = [*alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=merges, model_max_length=77, pad_token=pad)

@@ -1,4 +1,4 @@
-"""Where the shipped embedded world lies. `HYPERDREAMBOOTH_TOON` names another directory, for those who train their own."""
+"""Paths in the embedded world (small models and faces in the package), or in one of your own that `HYPERDREAMBOOTH_TOON` names."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from ...errors import InputError
 
 
 def directory(part: str = "") -> Path:
-    """A folder of the embedded world: base, hypernetwork, recogniser, classifier or faces. Raises InputError if absent."""
+    """A directory of the embedded world: base, hypernetwork, recogniser, classifier or faces. Raises InputError if it is missing."""
     root = Path(os.environ.get("HYPERDREAMBOOTH_TOON") or Path(__file__).parent)
     path = root / part
     if not path.exists():
@@ -17,10 +17,10 @@ def directory(part: str = "") -> Path:
 
 
 def faces() -> list[Path]:
-    """Photos of the people that are shipped as examples."""
+    """The example photos shipped with the embedded world."""
     return sorted(directory("faces").glob("face-*.png"))
 
 
 def palette() -> dict[str, dict[str, str]]:
-    """Prompts that the base knows: "contexts" and "styles", each by the few words that name it."""
+    """Prompts that the embedded base can draw: "contexts" and "styles", each a mapping from a short name to the prompt."""
     return json.loads((Path(__file__).parent / "palette.json").read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ textual inversion are one person at a time. Their settings are searched on valid
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,11 @@ from .. import assets
 from ..api import HyperDreamBooth
 from ..checkpoint import read_json
 from ..errors import in_range
-from ..lora import Hooks, Lora, LoraSet, find_targets
+from ..lora import LoraSet, canonical_modules, find_targets
 from ..settings import parsed
-from ..stages.dreambooth import PhotoLosses, Subject, draw_photos, trained_targets, trains_text
+from ..stages.dreambooth import Subject, train_on_photos, trained_targets
 from ..trainable_lora import IdentityTable, LightweightLora, RelaxedLora
-from ..training import Run, fit
+from ..training import Run
 from ..training_settings import LightweightConfig, NoiseLevels, TrainingConfig
 
 Levels = Literal["uniform", "high"]
@@ -60,7 +60,7 @@ METHODS = {name: method for table in GROUPS.values() for name, method in table.i
 """Every method by name. The groups: "ours", this project's own ways with their ceiling and floor; "all" that is compared."""
 
 
-class InTheBase(nn.Module):
+class TrainedInPlace(nn.Module):
     """Trained weights that the base itself carries, so that there is no LoRA to add."""
 
     def __init__(self, trained: nn.Module):
@@ -71,39 +71,44 @@ class InTheBase(nn.Module):
         return LoraSet()
 
 
-def speak(table: nn.Module, ids: list[int], vectors: nn.Parameter) -> Callable[[], None]:
-    """Embeds some tokens as other vectors from now on, until what it returns is called."""
+def replace_embeddings(table: nn.Module, ids: list[int], vectors: nn.Parameter) -> Callable[[], None]:
+    """Makes an embedding layer embed the tokens `ids` as `vectors` (len(ids), D). Returns the function that undoes it."""
 
-    def spoken(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def replaced(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         for token, vector in zip(ids, vectors, strict=True):
             output = torch.where((args[0] == token)[..., None], vector.to(output.dtype), output)
         return output
 
-    return table.register_forward_hook(spoken).remove
+    return table.register_forward_hook(replaced).remove
 
 
 @contextmanager
-def opened(hdb: HyperDreamBooth, method: Method, people: int, predicted: LoraSet | None) -> Iterator[tuple[nn.Module, list[str]]]:
-    """What the method trains, and the layers that get an update; afterwards the base is what it was, bit for bit."""
+def trainable(
+    hdb: HyperDreamBooth, method: Method, people: int, predicted: LoraSet | None
+) -> Iterator[tuple[nn.Module, Mapping[str, Any]]]:
+    """The module that the method trains, and the layers of the base that it changes from outside, by path. At the end the base is restored,
+    bit for bit."""
     backbone, config, denoiser = hdb.backbone, hdb.personalize_config(), hdb.backbone.denoiser
     if method.kind == "full":  # all weights of the denoiser, which should be in float32
         before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
         try:
-            yield InTheBase(denoiser.requires_grad_(True)), []
+            yield TrainedInPlace(denoiser.requires_grad_(True)), {}
         finally:
             denoiser.requires_grad_(False).load_state_dict(before)
             denoiser.zero_grad()
         return
     if method.kind == "words":  # the embeddings of the trigger's tokens in every text encoder (textual inversion; Gal et al., 2022)
-        learnt = nn.ParameterList()
+        learnt, changed = nn.ParameterList(), dict[str, nn.Module]()
+        paths = {module: path for path, module in canonical_modules(backbone.components).items()}
         with ExitStack() as hooks:
             for name in backbone.text_components:
                 encoder: Any = backbone.components[name]
                 tokenizer = getattr(backbone.pipe, name.replace("text_encoder", "tokenizer"))
                 ids, table = tokenizer(hdb.identifier, add_special_tokens=False).input_ids, encoder.get_input_embeddings()
                 learnt.append(nn.Parameter(table.weight[ids].detach().float().clone()))
-                hooks.callback(speak(table, ids, learnt[-1]))
-            yield InTheBase(learnt), []
+                hooks.callback(replace_embeddings(table, ids, learnt[-1]))
+                changed[paths[table]] = table
+            yield TrainedInPlace(learnt), changed
         return
     source: nn.Module
     targets = find_targets(backbone.components, backbone.default_targets)
@@ -111,13 +116,12 @@ def opened(hdb: HyperDreamBooth, method: Method, people: int, predicted: LoraSet
         down, up = (min(sizes) for sizes in zip(*targets.values(), strict=True))
         light = LightweightLora(targets, LightweightConfig(down_dim=min(100, down), up_dim=min(50, up)))
         source = IdentityTable(people, light)
-    elif predicted is None:  # a prediction of rank 0: a plain LoRA for each person
-        nothing = {p: Lora(torch.zeros(people, 0, shape.inputs), torch.zeros(people, shape.outputs, 0)) for p, shape in targets.items()}
-        source = RelaxedLora(LoraSet(nothing), method.rank)
+    elif predicted is None:  # an ordinary LoRA for each person
+        source = RelaxedLora(None, method.rank, targets=targets, people=people)
     else:
         trained, targets = trained_targets(backbone, predicted, config.targets), predicted.shapes()
         source = RelaxedLora(predicted, config.rank, targets=trained, order=config.order, seed=config.seed)
-    yield source.to(backbone.device), list(targets)
+    yield source.to(backbone.device), targets
 
 
 def train(
@@ -138,25 +142,22 @@ def train(
         levels = NoiseLevels(mean=own.noise_mean, std=own.noise_std)
     clock = time.process_time if hdb.device.type == "cpu" else time.perf_counter
     rows, spent, since = torch.arange(people, device=subject.latents.device), list[float](), 0.0
-    with opened(hdb, method, people, predicted) as (source, paths), Hooks(hdb.backbone.components, paths) as hooks:
+    with trainable(hdb, method, people, predicted) as (source, changed):
         trained = [p for p in source.parameters() if p.requires_grad]
 
         def after(done: int) -> bool:
             nonlocal since
             spent.append(clock() - since)
-            hooks.clear()
             if done in marks:
                 with torch.no_grad():
                     on_mark(done, source(rows).detach() or None)
             since = clock()
             return False
 
-        text = method.kind == "words" or trains_text(paths, hdb.backbone)
-        draw = draw_photos(hdb.backbone, subject, levels, copies, trains_text=text, seed=own.seed)
         # as in `personalize`: the loss is a mean over people, so Adam's epsilon is divided by their number
         groups = [{"params": trained, "eps": 1e-8 / people}]
-        run = Run(device=subject.latents.device, groups=groups, on_step=after, name=method.kind, quiet=True)
+        run = Run(groups=groups, on_step=after, name=method.kind, quiet=True)
         training = TrainingConfig(steps=steps, learning_rate=rate, cooldown=0.2, max_grad_norm=0.0, seed=own.seed, log_every=steps)
-        fit(PhotoLosses(hdb.backbone, subject.prior_weight, hooks), source, draw, training, run)
+        train_on_photos(hdb.backbone, subject, source, changed, levels, copies, training, run)
     counted = spent[1:] or [0.0]  # the first step also builds the optimizer
     return sum(counted) / len(counted), sum(p.numel() for p in trained) // people

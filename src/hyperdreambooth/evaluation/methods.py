@@ -1,7 +1,7 @@
-"""DreamBooth and its relatives, each a line of assets/methods.json, on the one training loop.
+"""Methods of personalization, DreamBooth and others, each a line of assets/methods.json, all trained by the library's one training loop.
 
-LoRAs of several people are trained side by side in one batch, where people don't affect one another; full DreamBooth and
-textual inversion are one person at a time. Their settings are searched on validation people, see `comparison.search`.
+LoRAs of several people are trained in one batch, where people don't affect one another; full DreamBooth and textual inversion
+train one person at a time. The methods' settings were searched on validation people, see `comparison.search`.
 """
 
 import time
@@ -26,14 +26,14 @@ from ..training import Run
 from ..training_settings import LightweightConfig, NoiseLevels, TrainingConfig
 
 Levels = Literal["uniform", "high"]
-OnMark = Callable[[int, LoraSet | None], None]  # Takes the steps that are done, and the updates so far.
+OnMark = Callable[[int, LoraSet | None], None]  # Gets the number of steps done, and the updates so far.
 LEVELS: dict[Levels, NoiseLevels] = {"uniform": NoiseLevels(uniform=1.0), "high": NoiseLevels()}
-"""Where noise levels may be drawn from: all alike (DreamBooth), or where it is decided who it is."""
+"""Distributions of the noise levels in training: uniform (DreamBooth), or mostly high, where the identity is decided."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to personalize. `relaxed` takes its settings from the hypernetwork, but for `steps` where they aren't 0."""
+    """A method of personalization. The kind `relaxed` takes its settings from the hypernetwork, and `steps` too where it is 0 here."""
 
     kind: Literal["true", "reconstruction", "base", "words", "full", "lora", "light", "prediction", "relaxed"]
     steps: int = 0
@@ -41,11 +41,11 @@ class Method:
     levels: Levels = "uniform"
     copies: int = 4
     rank: int = 4
-    prior: bool = False  # Prior preservation (Ruiz et al., 2023): pictures of the class that the base drew are denoised beside the photo.
-    faithful: bool = False
-    guided: bool = False  # Drawn with identity guidance.
+    prior: bool = False  # Prior preservation (Ruiz et al., 2023): it also trains on pictures of the class that the base generated.
+    faithful: bool = False  # With the faithful hypernetwork instead of the base's own.
+    guided: bool = False  # Its pictures are generated with identity guidance.
     rates: tuple[float, ...] = ()  # Learning rates that a search tries.
-    like: str = ""  # The method whose searched rate and levels it takes.
+    like: str = ""  # Another method, whose searched rate and noise levels it takes.
 
     def __post_init__(self) -> None:
         in_range(self.steps, 0, 100_000, "steps")
@@ -57,11 +57,11 @@ GROUPS = {
     for group, table in read_json(Path(assets.__file__).parent / "methods.json").items()
 }
 METHODS = {name: method for table in GROUPS.values() for name, method in table.items()}
-"""Every method by name. The groups: "ours", this project's own ways with their ceiling and floor; "all" that is compared."""
+"""Every method by name. Groups: "ours", the variants of this project's method, with ceiling and floor; "all", every method compared."""
 
 
 class TrainedInPlace(nn.Module):
-    """Trained weights that the base itself carries, so that there is no LoRA to add."""
+    """Holds trained weights that take effect in the base themselves, so it returns no updates."""
 
     def __init__(self, trained: nn.Module):
         super().__init__()
@@ -86,10 +86,9 @@ def replace_embeddings(table: nn.Module, ids: list[int], vectors: nn.Parameter) 
 def trainable(
     hdb: HyperDreamBooth, method: Method, people: int, predicted: LoraSet | None
 ) -> Iterator[tuple[nn.Module, Mapping[str, Any]]]:
-    """The module that the method trains, and the layers of the base that it changes from outside, by path. At the end the base is restored,
-    bit for bit."""
+    """The module that the method trains, and the base's layers whose output it changes, by path. On exit the base is restored exactly."""
     backbone, config, denoiser = hdb.backbone, hdb.personalize_config(), hdb.backbone.denoiser
-    if method.kind == "full":  # all weights of the denoiser, which should be in float32
+    if method.kind == "full":  # all weights of the denoiser, see `Bench.lacks` for their precision
         before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
         try:
             yield TrainedInPlace(denoiser.requires_grad_(True)), {}
@@ -112,7 +111,7 @@ def trainable(
         return
     source: nn.Module
     targets = find_targets(backbone.components, backbone.default_targets)
-    if method.kind == "light":  # the paper's token, or as much of it as the smallest layer takes
+    if method.kind == "light":  # the paper's token sizes, or those of the smallest layer where it has fewer inputs or outputs
         down, up = (min(sizes) for sizes in zip(*targets.values(), strict=True))
         light = LightweightLora(targets, LightweightConfig(down_dim=min(100, down), up_dim=min(50, up)))
         source = IdentityTable(people, light)
@@ -127,13 +126,13 @@ def trainable(
 def train(
     hdb: HyperDreamBooth, method: Method, subject: Subject, predicted: LoraSet | None, marks: Sequence[int], on_mark: OnMark
 ) -> tuple[float, int]:
-    """Personalizes the P people of `subject`: (seconds of a step, trained numbers a person).
+    """Trains the method on the P people of `subject`. Returns the mean seconds of a step, and the trained parameters of one person.
 
-    On a CPU the seconds are the process's own, so that whatever else the machine does doesn't count.
+    On a CPU the seconds are processor time of this process, so that other programs don't count.
 
     Args:
         predicted: the hypernetwork's updates, where the method begins with them.
-        marks: numbers of steps after which `on_mark` is called, with the updates so far; None where the base carries them.
+        marks: numbers of steps after which `on_mark` is called with the updates so far, or with None where the base itself was changed.
     """
     people, own = len(subject.latents), hdb.personalize_config()
     steps, rate, copies, levels = method.steps, method.rate, method.copies, LEVELS[method.levels]

@@ -120,7 +120,7 @@ class Bench:
         jobs = [(index, prompt, number) for index in range(len(who)) for prompt in prompts for number in range(self.count)]
         mine = loras.select(torch.tensor([index for index, _, _ in jobs], device=self.hdb.device)) if loras else None
         texts = [self.prompts[prompt].replace(PLACEHOLDER, self.hdb.identifier) for _, prompt, _ in jobs]
-        config = self.generation or dataclasses.replace(self.hdb.generate_config(), **GUIDANCE, batch=40)
+        config = self.generation or self.hdb.generate_config(**GUIDANCE, batch=40)
         config = dataclasses.replace(config, **{**IDENTITY_GUIDANCE, "guidance": config.guidance}) if guided else config
         seeds = [who[index] * 1000 + prompt * 10 + number for index, prompt, number in jobs]
         drawn = generate(self.hdb.backbone, texts, seeds, config, personal=mine)

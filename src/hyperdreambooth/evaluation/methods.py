@@ -5,7 +5,7 @@ train one person at a time. The methods' settings were searched on validation pe
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +83,7 @@ def replace_embeddings(table: nn.Module, ids: list[int], vectors: nn.Parameter) 
 
 
 @contextmanager
-def trainable(
-    hdb: HyperDreamBooth, method: Method, people: int, predicted: LoraSet | None
-) -> Iterator[tuple[nn.Module, Mapping[str, Any]]]:
+def trainable(hdb: HyperDreamBooth, method: Method, people: int, predicted: LoraSet | None) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """The module that the method trains, and the base's layers whose output it changes, by path. On exit the base is restored exactly."""
     backbone, config, denoiser = hdb.backbone, hdb.personalize_config(), hdb.backbone.denoiser
     if method.kind == "full":  # all weights of the denoiser, see `Bench.lacks` for their precision

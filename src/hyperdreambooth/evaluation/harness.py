@@ -133,8 +133,8 @@ class Bench:
         settings = {key: value for key, value in dataclasses.asdict(method).items() if key not in ("rates", "like")}
         depends = [settings, self.stamp, self.prompts, self.count, self.faithful_stamp * method.faithful]
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:8]
-        begun = "" if step == self.steps(method) else "-begun"  # the name tells them apart: before the end there are fewer prompts
-        return self.cache / f"{name.replace(' ', '-').replace(',', '')}-{key}" / f"{person:03d}-{step}{begun}.safetensors"
+        partial = "" if step == self.steps(method) else "-begun"  # the name tells them apart: before the end there are fewer prompts
+        return self.cache / f"{name.replace(' ', '-').replace(',', '')}-{key}" / f"{person:03d}-{step}{partial}.safetensors"
 
     def missing(self, name: str, method: Method, who: Sequence[int], steps: Sequence[int]) -> list[int]:
         """Those of the people whose pictures after any of these steps aren't kept yet."""
@@ -206,18 +206,18 @@ class Bench:
             small = nn.functional.adaptive_avg_pool2d(shown, 16).flatten(1)
             vectors[PIXEL] = nn.functional.normalize(small - small.mean(1, keepdim=True), dim=-1)
         for label, seen in vectors.items():
-            mine, nobody, twice, before = seen.unflatten(0, (-1, each)).tensor_split((count, count + 2, count + 4))
+            mine, of_class, of_person, of_base = seen.unflatten(0, (-1, each)).tensor_split((count, count + 2, count + 4))
             found[label], embedder = mine, self.judges.embedders.get(label)
             if isinstance(embedder, Vision) and embedder.clip:
                 texts = embedder.embed_texts([" ".join(prompt.replace(PLACEHOLDER, " ").split()) for prompt in self.atlas.prompts])
                 found[named(label, "prompt")] = (mine * texts[:, None]).sum(-1)
             if embedder and base is not None:
-                found[named(label, "leakage")] = (nobody - before) @ self.known[label][1][person]
+                found[named(label, "leakage")] = (of_class - of_base) @ self.known[label][1][person]
             if label and base is not None and not isinstance(embedder, Dlib):  # dlib sees faces alone
-                found[named(label, "prior_drift")] = (1 - (nobody * before).sum(-1)).clamp(min=0)
-                found[named(label, "diversity")] = (1 - (twice[:1] * twice[1:]).sum(-1)).clamp(min=0)
+                found[named(label, "prior_drift")] = (1 - (of_class * of_base).sum(-1)).clamp(min=0)
+                found[named(label, "diversity")] = (1 - (of_person[:1] * of_person[1:]).sum(-1)).clamp(min=0)
         if judge := self.judges.classifier:
-            mine, nobody, twice = (part.flatten(0, 1) for part in pictures.tensor_split((count, count + 2)))
+            mine, of_class, of_person = (part.flatten(0, 1) for part in pictures.tensor_split((count, count + 2)))
             answers = self.atlas.truths[person].repeat_interleave(each, 0)
             values = {
                 "context": metrics.context_right(judge.classify(mine), [one for one in self.atlas.asked for _ in range(each)]),
@@ -227,8 +227,8 @@ class Bench:
                 "psnr": metrics.psnr(mine, answers),
             }
             if base is not None:
-                values["prior_drift"] = judge.distance(nobody, base.flatten(0, 1))
-                values["diversity"] = judge.distance(twice[:each], twice[each:])
+                values["prior_drift"] = judge.distance(of_class, base.flatten(0, 1))
+                values["diversity"] = judge.distance(of_person[:each], of_person[each:])
             found |= {name: value.unflatten(0, (-1, each)) for name, value in values.items()}
         return found
 
@@ -303,11 +303,11 @@ class Bench:
         if not methods:
             return {}
         last, judge = dict(list(methods.items())[-1:]), next(iter(self.judges.embedders))
-        alike, grids = self.likeness(last, people, judge).nanmean(1).nan_to_num(-1.0), {}
-        for person in alike.argsort()[:count].tolist():
+        similarities, grids = self.likeness(last, people, judge).nanmean(1).nan_to_num(-1.0), {}
+        for person in similarities.argsort()[:count].tolist():
             drawn = {name: self.pictures(name, method, self.steps(method), person)[:, 0] for name, method in methods.items()}
             rows = {"reference": self.atlas.references[[person]], **drawn}
             shown = {name: photos.to_images(row[: len(self.atlas.prompts)]) for name, row in rows.items()}
             who = list(self.photo_embeddings)[person] if self.photo_embeddings else f"Person {person + 1}"
-            grids[f"{who}, similarity {alike[person]:.2f}"] = shown
+            grids[f"{who}, similarity {similarities[person]:.2f}"] = shown
         return grids

@@ -29,8 +29,8 @@ class Request:
     faithful: Path | None = None  # A hypernetwork of mode faithful to compare with; default: benchmarks/faithful, where it exists.
     pictures: int = 1  # Pictures of each prompt, 1 to 10.
     denoising_steps: int | None = None
-    """Denoising steps of all pictures, as --steps of `generate`. For people of a folder the default of this flag and the next three is the
-    base's or hypernetwork's own, else the benchmark's."""
+    """Denoising steps of all pictures, as --steps of `generate`. The default of this flag and the next three: for the atlas's people the
+    benchmark's, for people of a folder those of the base or its hypernetwork."""
     guidance: float | None = None  # As --guidance of `generate`.
     context_guidance: float | None = None  # As --context-guidance of `generate`.
     context_until: float | None = None  # As --context-until of `generate`.

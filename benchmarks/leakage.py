@@ -39,11 +39,11 @@ def main() -> None:
     hdb, faithful = (HyperDreamBooth.from_pretrained("toon", hypernetwork=which, device="cpu") for which in ("auto", "benchmarks/faithful"))
     atlas = dataclasses.replace(load_atlas("benchmarks/atlas", "test"), prompts=[*NOBODY, OWN])
     bench = Bench(hdb, atlas, world_judges("benchmarks/atlas"), Path(), "", faithful, count=2, extras=False)
-    eye, shown = bench.judges.eyes[""], range(len(atlas.prompts))
+    embedder, shown = bench.judges.embedders[""], range(len(atlas.prompts))
 
     def near(who: range, loras: LoraSet | None) -> Tensor:
         """How near pictures of every prompt come to the person: (people, prompts)."""
-        seen = eye.embed(bench.draw(who, shown, loras).flatten(0, 2)).unflatten(0, (len(who), -1, bench.count))
+        seen = embedder.embed(bench.draw(who, shown, loras).flatten(0, 2)).unflatten(0, (len(who), -1, bench.count))
         return torch.einsum("npcd,nd->np", seen, bench.known[""][1][list(who)]) / bench.count
 
     results: dict[str, Any] = read_json(args.output) if args.output.is_file() else {"people": args.people, "rows": {}}

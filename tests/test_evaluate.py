@@ -82,7 +82,7 @@ def drawn_of(bench: harness.Bench, name: str, method: Method, people: int = PEOP
 
 
 def figures(bench: harness.Bench, name: str, method: Method, people: int = PEOPLE) -> dict:
-    return bench.figures(bench.looked(name, method, bench.steps(method), people))
+    return bench.figures(bench.measurements(name, method, bench.steps(method), people))
 
 
 def test_every_way_of_ours_is_measured(rows):
@@ -111,7 +111,7 @@ def test_every_way_of_ours_is_measured(rows):
 
 
 def test_a_guided_method_draws_the_updates_of_the_one_before_it(rows, monkeypatch, tmp_path):
-    alone = dataclasses.replace(rows, cache=tmp_path / "alone", tuned={})
+    alone = dataclasses.replace(rows, cache=tmp_path / "alone", last_updates={})
     alone.make("finetuned+guidance", METHODS["finetuned+guidance"], range(2))
     rows.make("finetuned", METHODS["finetuned"], range(2))
     monkeypatch.setattr(harness, "train", None)
@@ -143,7 +143,7 @@ def test_everyone_gets_their_own_lora(rows, guided):
 
 def test_people_are_fine_tuned_under_what_their_photos_show(rows):
     def texts() -> list[list[str]]:
-        return dataclasses.replace(rows, texts={}).people(METHODS["finetuned"], range(PEOPLE))[0].prompt
+        return dataclasses.replace(rows, descriptions={}).people(METHODS["finetuned"], range(PEOPLE))[0].prompt
 
     assert texts() == [["a [V] face"]] * PEOPLE
     rows.hdb.info.describe = [["a [V] face"], ["wearing a cap"]]
@@ -151,7 +151,7 @@ def test_people_are_fine_tuned_under_what_their_photos_show(rows):
 
 
 def test_a_figure_that_needs_what_is_not_there_is_left_out(rows, judges):
-    few = dataclasses.replace(rows, judges=protocol.Judges(judges.eyes, judges.classifier))
+    few = dataclasses.replace(rows, judges=protocol.Judges(judges.embedders, judges.classifier))
     whole, lacking = (figures(some, "true", METHODS["true"]) for some in (rows, few))
     assert whole.keys() - lacking.keys() == {"copied"}
     assert "copies" not in markdown_table({"true": lacking})
@@ -217,7 +217,7 @@ def test_the_fingerprint_changes_with_any_weight_or_picture(hdb, atlas, judges):
     first = protocol.fingerprint(hdb, atlas, judges)
     assert protocol.fingerprint(hdb, atlas, judges) == first
     seen = {first, protocol.fingerprint(hdb, atlas.part(slice(2)), judges)}
-    seen.add(protocol.fingerprint(hdb, atlas, protocol.Judges(judges.eyes, judges.classifier)))
+    seen.add(protocol.fingerprint(hdb, atlas, protocol.Judges(judges.embedders, judges.classifier)))
     with torch.no_grad():
         hdb.source.hypernetwork.start += 1e-3
     assert protocol.fingerprint(hdb, atlas, judges) not in seen
@@ -285,7 +285,7 @@ def test_figures_are_of_the_people_that_are_done_among_all_in_the_gallery(bench)
     with_nobody = torch.cat([truths, truths, truths], 1)
     assert bench.judged(with_nobody, truths)["leakage"] == [0.0, 0.0, 0.0]
     assert bench.judged(with_nobody, -truths)["leakage"] != [0.0, 0.0, 0.0]
-    recogniser = bench.judges.eyes[""]
+    recogniser = bench.judges.embedders[""]
     embedded = recogniser.embed(bench.atlas.truths[:2].flatten(0, 1)).unflatten(0, (2, 2))
     gallery = recogniser.embed(bench.atlas.gallery)
     assert found["rank1"][0] == pytest.approx((metrics.ranks(embedded, gallery) == 0).float().mean().item(), abs=1e-4)

@@ -150,9 +150,9 @@ def test_people_are_read_by_name_and_who_shows_no_face_is_left_out(folk, capsys)
 
 def opened(hdb: HyperDreamBooth, folk: Path, cache: Path, prompts: list[str]) -> Bench:
     judges = Judges({"colors": Colors()})
-    first, seen = read_people(list_identities(folk), 64, judges.eyes)
+    first, seen = read_people(list_identities(folk), 64, judges.embedders)
     atlas = Atlas(first, torch.zeros(0), torch.zeros(3, len(prompts), 0), prompts, [], [], list(seen))
-    return Bench(hdb, atlas, judges, cache, "tiny", folk=seen)
+    return Bench(hdb, atlas, judges, cache, "tiny", photo_embeddings=seen)
 
 
 @pytest.fixture
@@ -176,9 +176,9 @@ def test_figures_by_hand(bench, folk):
     black = -torch.ones(3, 64, 64)
     for person, asked in enumerate(([own[0][1], own[0][0]], [own[2][1], black], [own[2][1], own[2][1]])):
         keep(bench, name, person, torch.stack([*asked, own[person][1], own[(person + 1) % 3][1], own[0][0], own[0][0]]))
-    found = {key: mean for key, (mean, *_) in bench.figures(bench.looked(name, method, 60, 3)).items()}
+    found = {key: mean for key, (mean, *_) in bench.figures(bench.measurements(name, method, 60, 3)).items()}
     vectors = [[Colors().embed(photo[None])[0] for photo in mine] for mine in own]
-    gallery = [torch.nn.functional.normalize(seen["colors"][1:].mean(0), dim=-1) for seen in bench.folk.values()]
+    gallery = [torch.nn.functional.normalize(seen["colors"][1:].mean(0), dim=-1) for seen in bench.photo_embeddings.values()]
     ann, cyd = [float(vectors[0][number] @ gallery[0]) for number in (1, 0)], float(vectors[2][1] @ gallery[2])
     similar = [sum(ann) / 2, float(vectors[2][1] @ gallery[1]), cyd]
     assert found["colors.similarity"] == pytest.approx(sum(similar) / 3, abs=1e-3)  # the black one isn't in bob's mean
@@ -186,7 +186,7 @@ def test_figures_by_hand(bench, folk):
     right = sum(max(row) == row[0] for row in alike)
     assert found["colors.rank1"] == pytest.approx((right + 0 + 2) / 6, abs=1e-3)  # it counts as wrong
     copies = [float(vectors[2][1] @ vectors[1][0]), float(vectors[2][1] @ vectors[2][0])]
-    beyond = [float((seen["colors"][1:] @ seen["colors"][0]).mean()) for seen in bench.folk.values()]
+    beyond = [float((seen["colors"][1:] @ seen["colors"][0]).mean()) for seen in bench.photo_embeddings.values()]
     own_copy = (float(vectors[0][1] @ vectors[0][0]) + 1) / 2 - beyond[0]
     assert found["colors.copying"] == pytest.approx((own_copy + copies[0] - beyond[1] + copies[1] - beyond[2]) / 3, abs=1e-3)
     # the first of nobody's two pictures became the person, the second is the base's own
@@ -203,7 +203,7 @@ def test_where_no_picture_shows_a_face_likeness_is_no_figure(bench):
     for name in ("base", "DreamBooth-LoRA 4"):
         for person in range(3):
             keep(bench, name, person, -torch.ones(6, 3, 64, 64))
-    found = bench.figures(bench.looked("DreamBooth-LoRA 4", METHODS["DreamBooth-LoRA 4"], 60, 3))
+    found = bench.figures(bench.measurements("DreamBooth-LoRA 4", METHODS["DreamBooth-LoRA 4"], 60, 3))
     assert found["colors.rank1"] == found["colors.auc"] == [0, 0, 0]
     assert not {"colors.similarity", "colors.copying", "colors.leakage"} & set(found)
     json.dumps(found, allow_nan=False)

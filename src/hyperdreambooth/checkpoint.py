@@ -1,7 +1,7 @@
-"""Files are safetensors and JSON, written to a temporary name first and then renamed; and a training's state as one such file.
+"""Reads and writes the library's files, safetensors and JSON, under a temporary name first; and a training's checkpoint as one such file.
 
-A checkpoint is one file, so that it is whole or absent: the tensors (model, optimizer, averaged weights) under prefixed names, everything
-else as JSON in the header.
+A checkpoint is one file, so that it is whole or absent: the tensors (model, optimizer, averaged weights) have prefixed names, everything
+else is JSON in the header.
 """
 
 import json
@@ -20,15 +20,15 @@ from torch import Tensor
 
 from .errors import InputError, refusing
 
-FILES: dict[str, str] = json.loads((Path(__file__).parent / "assets" / "files.json").read_text(encoding="utf-8"))
-"""How files begin that are given for safetensors, and what they are."""
-MOST_HEADER = 100_000_000  # Bytes: safetensors' own limit.
+OTHER_FILES: dict[str, str] = json.loads((Path(__file__).parent / "assets" / "files.json").read_text(encoding="utf-8"))
+"""Files that are mistaken for safetensors: a pattern of their first bytes -> what they are, as the rest of a sentence."""
+MAX_HEADER_BYTES = 100_000_000  # The limit of safetensors itself.
 ADDRESS = re.compile(r"([a-z][a-z\d+-]+):/+(.+)")
-"""A file or folder elsewhere, such as s3://bucket/faces; a `Path` of it has lost a slash."""
+"""A remote file or folder, such as s3://bucket/faces; or s3:/bucket/faces, which `Path` makes of it."""
 
 
 def path_at(place: str | Path) -> Path:
-    """A file or folder here, or on any file system that fsspec knows: a `UPath`, which does what a `Path` does. Nothing of it is copied.
+    """A local file or folder as a `Path`, or a remote one that fsspec can open as a `UPath`, which has the same methods. Nothing is copied.
 
     Raises InputError where the extra `remote`, or fsspec's package for that file system, isn't installed.
     """
@@ -43,11 +43,11 @@ def path_at(place: str | Path) -> Path:
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Calls `write(temporary)` and renames the result to `path`; on any error nothing is left behind.
+    """Calls `write(temporary)` and renames the temporary file to `path`, which is returned; on any error no file is left behind.
 
-    The temporary file stands in a folder beside it (a rename is atomic only within one file system) and has the same name, whose
-    suffix some writers go by; for an address it stands here, and is uploaded. Raises InputError where the folder can't be written or the
-    disk is full.
+    The temporary file is in a folder beside `path`, since a rename is atomic only within one file system. It has the same name, because
+    some writers choose a format by the suffix. For a remote `path` it is a local file, which is then uploaded. Raises InputError where the
+    folder can't be written or the disk is full.
     """
     path = path_at(path)
     here = isinstance(path, Path)
@@ -59,11 +59,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
             temporary = Path(scratch) / path.name
             write(temporary)
             if not here:
-                path.write_bytes(temporary.read_bytes())  # object stores have it whole or not at all
+                path.write_bytes(temporary.read_bytes())  # object stores write a file atomically
                 return path
             mask = os.umask(0)
             os.umask(mask)
-            temporary.chmod(0o666 & ~mask)  # safetensors writes for its owner alone
+            temporary.chmod(0o666 & ~mask)  # safetensors lets only the owner read its files
             temporary.replace(path)
     return path
 
@@ -75,7 +75,7 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A file that holds one JSON object. Raises InputError where it is missing, another value, or has numbers that aren't finite."""
+    """Reads a file that holds one JSON object. Raises InputError where it is missing, another value, or has numbers that aren't finite."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number of JSON")
@@ -90,12 +90,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """Writes a safetensors file, atomically: the same bytes for the same content. Tensors are made contiguous and moved to the CPU."""
+    """Writes a safetensors file, atomically, with the same bytes for the same content. Tensors may be on any device and not contiguous."""
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
     def write(file: Path) -> None:
         save_file(ready, file, metadata=dict(metadata or {}))
-        with file.open("r+b") as opened:  # safetensors leaves the order of the metadata to chance
+        with file.open("r+b") as opened:  # safetensors writes the metadata in random order
             size = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(size))
             header |= {"__metadata__": dict(sorted(header["__metadata__"].items()))} if metadata else {}
@@ -109,8 +109,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a safetensors file: its tensors (on the CPU) and its header's metadata.
 
-    The tensors are in memory of their own: in the mapped file they would change with it, and begin at addresses at which
-    the CPU's kernels may round differently. Raises InputError for a file that is missing, truncated, or not safetensors.
+    The tensors are copies: in the memory-mapped file they would change with it, and their alignment could make the CPU's kernels
+    round differently. Raises InputError for a file that is missing, truncated, or not safetensors.
     """
     path = path_at(path)
     if not path.is_file():
@@ -124,21 +124,21 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 class Entry(NamedTuple):
-    """A tensor in a file: its shape, and what safetensors calls its type ("F16")."""
+    """A tensor of a file: its shape, and its dtype by safetensors' name ("F16")."""
 
     shape: tuple[int, ...]
     kind: str
 
 
 def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """What a safetensors file's header says of its tensors, and its metadata. Raises InputError as `read_tensors`."""
+    """Reads a safetensors file's header: its tensors' shapes and dtypes, and the metadata. Raises InputError as `read_tensors` does."""
     path = path_at(path)
     try:
-        # by hand, for safetensors maps the whole file into memory first, which fails for one that is larger than what is free
+        # not by safetensors, which maps the whole file into memory first: that fails for a file larger than the free memory
         with path.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(start - 8, MOST_HEADER)))
-            # the open file's, where it can be: another process may replace it meanwhile
+            header = json.loads(file.read(min(start - 8, MAX_HEADER_BYTES)))
+            # the open file's size where possible, since another process may replace the file meanwhile
             size = os.fstat(file.fileno()).st_size if isinstance(path, Path) else cast(Any, path).stat().st_size
         metadata = dict(header.pop("__metadata__", None) or {})
         end = start + max((one["data_offsets"][1] for one in header.values()), default=0)
@@ -150,7 +150,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def damaged(path: str | Path, error: Exception) -> InputError:
-    """What is wrong with a file that isn't whole safetensors: what else it is by its first bytes, else the error."""
+    """An InputError for a file that isn't whole safetensors: it says what the file is by its first bytes, or what `error` says."""
     what = f"{(str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')}. Was it cut off while copying?"
     if path_at(path).is_file():
         with path_at(path).open("rb") as file:
@@ -158,7 +158,7 @@ def damaged(path: str | Path, error: Exception) -> InputError:
         text = start.decode("latin-1")
         if all(byte in b"\t\n\r" or byte >= 32 for byte in start):
             what = "is a text file. Was another one meant?"
-        what = next((known for mark, known in FILES.items() if re.match(mark, text, re.I)), what)
+        what = next((known for mark, known in OTHER_FILES.items() if re.match(mark, text, re.I)), what)
     return InputError(f"{path} is not a whole safetensors file: {'it ' * what.startswith('is ')}{what}")
 
 
@@ -169,7 +169,7 @@ def save(
     tensors = {f"{kind}/{name}": value for kind, part in (("model", model), ("average", average)) for name, value in part.items()}
     for index, state in optimizer["state"].items():
         tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in state.items()}
-    groups = json.dumps(optimizer["param_groups"], default=float)  # on CUDA a learning rate is a tensor
+    groups = json.dumps(optimizer["param_groups"], default=float)  # on CUDA the learning rate is a tensor
     return save_tensors(path, tensors, {"meta": json.dumps(meta), "param_groups": groups})
 
 
@@ -177,7 +177,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str,
     """Reads what `save` wrote: (model, optimizer state_dict, average, meta)."""
     seen = None
     while seen != (now := os.stat(path).st_mtime_ns if os.path.isfile(path) else 0):
-        seen = now  # read again where another process replaced the file meanwhile: header and tensors would not be of one step
+        seen = now  # read again where another process replaced the file meanwhile: header and tensors could be of different steps
         tensors, header = read_tensors(path)
     weights: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
     state: dict[int, dict[str, Tensor]] = {}

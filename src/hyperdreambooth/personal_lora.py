@@ -1,4 +1,4 @@
-"""A personal LoRA in memory, and how it is written: what `personalize` gives and `generate` takes."""
+"""The personal LoRA in memory, which `personalize` returns and `generate` takes, and its files."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,33 +12,34 @@ from .errors import InputError
 from .lora import LoraSet
 from .trainable_lora import LightweightLora
 
-PLACEHOLDER = "[V]"  # Stands for the person in prompts, whatever the base's own rare token is.
-RARE_TOKEN = "ohwx"  # Names the person on bases whose tokenizer has no token of its own for the placeholder.
+PLACEHOLDER = "[V]"  # Stands for the person in prompts; replaced by the base's own trigger word.
+RARE_TOKEN = "ohwx"  # The trigger word on bases whose tokenizer has no token for the placeholder.
 
 
 @dataclass(repr=False)
 class PersonalLora:
-    """A personal LoRA: one person's update of one base."""
+    """One person's LoRA for one base."""
 
     loras: LoraSet
     base: str
     identifier: str = PLACEHOLDER
     prompt: str = "a [V] face"
-    predicted: LoraSet | None = None  # The hypernetwork's prediction before any step.
+    predicted: LoraSet | None = None  # The hypernetwork's prediction, before fine-tuning.
     tokens: Tensor | None = None  # The prediction as tokens (layers, width).
-    lightweight: LightweightLora | None = None
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # What took how long: predict, describe, finetune, export.
-    shown: list[str] = field(default_factory=list)  # What each photo was taken to show, in words.
-    warning: str = ""  # What makes it doubtful that pictures will look like the person, or "".
-    metadata: dict[str, str] = field(default_factory=dict)  # What a file's header says besides: about the base, or what a loaded one said.
-    convolutions: frozenset[str] = frozenset()  # Layers of a loaded file that are 1 x 1 convolutions.
+    lightweight: LightweightLora | None = None  # Decodes the tokens into a LoRA.
+    losses: list[tuple[int, float]] = field(default_factory=list)  # Of the fine-tuning: (step, mean since the last entry).
+    seconds: dict[str, float] = field(default_factory=dict)  # By stage: predict, describe, finetune, export.
+    shown: list[str] = field(default_factory=list)  # A description of each photo.
+    warning: str = ""  # Why pictures may not look like the person, or "".
+    metadata: dict[str, str] = field(default_factory=dict)  # More entries for the file's header: about the base, or from a loaded file.
+    convolutions: frozenset[str] = frozenset()  # Layers whose LoRA a loaded file holds as 1 x 1 convolutions.
 
     def __repr__(self) -> str:
         return f"PersonalLora({self.base!r}, rank={self.rank}, layers={len(self.loras)}, trigger={self.identifier!r})"
 
     @property
     def rank(self) -> int:
+        """The largest rank of all layers."""
         return max(lora.rank for lora in self.loras.values())
 
     def save(
@@ -52,10 +53,10 @@ class PersonalLora:
         thumbnail: Image.Image | None = None,
         overwrite: bool = False,
     ) -> Path:
-        """Writes a standard LoRA: diffusers' layout, or kohya's for ComfyUI and A1111. Raises InputError where `path` exists.
+        """Writes a LoRA file: in diffusers' layout, or in kohya's for ComfyUI and A1111. Raises InputError where `path` exists.
 
         Args:
-            author, license, thumbnail: what UIs show beside the LoRA.
+            author, license, thumbnail: metadata that user interfaces show beside the LoRA.
         """
         title, trigger = Path(path).stem, self.prompt.replace(PLACEHOLDER, self.identifier)
         shown = {"author": author, "license": license, "thumbnail": thumbnail}
@@ -63,7 +64,7 @@ class PersonalLora:
         return formats.save_lora(path, self.loras, about, layout=layout, dtype=dtype, convolutions=self.convolutions, overwrite=overwrite)
 
     def save_tokens(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes the prediction's tokens: the person in a few numbers a layer. The fine-tuned residual isn't in them."""
+        """Writes the prediction's tokens, without the fine-tuned residual. Raises InputError where there are none, or `path` exists."""
         if self.tokens is None or self.lightweight is None:
             raise InputError("only a hypernetwork's prediction has tokens: this LoRA was trained from scratch or loaded from a file.")
         about = {"base": self.base, "identifier": self.identifier, "prompt": self.prompt}

@@ -1,12 +1,12 @@
-"""Tables of pre-optimized tokens: one file an identity while a table is made, then a few files that hold many.
+"""Tables of pre-optimized tokens: one file for each identity while a table is made, later a few files with many identities each.
 
-    TABLE/config.json                    what the rows belong to
+    TABLE/config.json                    base, prompt, targets and token sizes of all rows
     TABLE/rows/NAME.safetensors          tokens (layers, width) of one identity
     TABLE/packed/HASH.safetensors        tokens (N, layers, width) of N identities, whose names are in the file's header
-    TABLE/packed/index.json              who is in which packed file
+    TABLE/packed/index.json              which identities are in which packed file
 
-A row file is whole or absent, and the same for everybody who makes it; so any number of processes may write into one table. It may lie
-anywhere that fsspec knows.
+A row's file is written atomically, and every process computes the same bytes for it; so any number of processes may write into one table.
+The folder may be remote, see `checkpoint.path_at`.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ from .errors import InputError
 from .settings import parsed
 from .training_settings import LightweightConfig
 
-PACK_BYTES = 1 << 28  # Size of a packed file, at most. Merging takes a few times as much memory.
+PACK_BYTES = 1 << 28  # The largest size of a packed file. Merging takes a few times as much memory.
 
 
 @dataclass
 class TableConfig:
-    """What the rows of a table belong to, out of the config.json that `preoptimize` and `train-light` write beside them."""
+    """The base and settings that a table's rows were made with, from the config.json that `preoptimize` and `train-light` write."""
 
     base: str
     prompt: str
@@ -40,7 +40,7 @@ class TableConfig:
 
 
 def read_table_config(folder: str | Path) -> TableConfig:
-    """Raises InputError where there is no such config.json, or it is wrong."""
+    """Reads a table's config.json. Raises InputError where it is missing, wrong, or of another command."""
     file = path_at(folder) / "config.json"
     values = read_json(file)
     config = values.get("config")
@@ -51,15 +51,15 @@ def read_table_config(folder: str | Path) -> TableConfig:
 
 
 def save_row(folder: str | Path, name: str, tokens: Tensor, fingerprint: str) -> Path:
-    """Writes one identity's tokens (layers, width), whole or not at all."""
+    """Writes one identity's tokens (layers, width) into a file of their own, atomically."""
     file = path_at(folder) / "rows" / f"{name}.safetensors"
     return save_tensors(file, {"tokens": tokens}, {"fingerprint": fingerprint, "identity": name})
 
 
 class Table(Mapping[str, Tensor]):
-    """Identity -> tokens (layers, width), read from disk when they are asked for: memory doesn't grow with the table.
+    """Identity -> tokens (layers, width), which are read from disk on each access: memory doesn't grow with the table.
 
-    What is in the folder is listed once, at first use. Rows of another fingerprint, and damaged ones, raise InputError.
+    The folder is listed once, at first use. Raises InputError for rows of another fingerprint, and for damaged ones.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str):
@@ -68,7 +68,7 @@ class Table(Mapping[str, Tensor]):
 
     @cached_property
     def packed(self) -> dict[str, tuple[Path, int]]:
-        """Identity -> its file and its place in there."""
+        """Identity -> its packed file and its index in that."""
         index = self.folder / "packed" / "index.json"
         found: dict[str, tuple[Path, int]] = {}
         for name in read_json(index).get("files", ()) if index.is_file() else ():
@@ -81,7 +81,7 @@ class Table(Mapping[str, Tensor]):
 
     @cached_property
     def loose(self) -> dict[str, Path]:
-        """Identity -> its own file; a file begins with a dot while it is written."""
+        """Identity -> its own file. Names that begin with a dot are files that are still being written."""
         files = sorted((self.folder / "rows").glob("[!.]*.safetensors"))
         return {self._header(file).get("identity", file.stem): file for file in files}
 
@@ -93,7 +93,7 @@ class Table(Mapping[str, Tensor]):
         return header
 
     def has(self, name: str) -> bool:
-        """Whether that identity has a row by now, another process's included."""
+        """Whether that identity has a row now; unlike `in` it also finds rows that other processes wrote since the folder was listed."""
         file = self.folder / "rows" / f"{name}.safetensors"
         return name in self.packed or (file.is_file() and bool(self._header(file)))
 
@@ -116,7 +116,7 @@ class Table(Mapping[str, Tensor]):
 
 
 def _fetched(file: Path) -> Path:
-    """The file, or a copy here of one that lies elsewhere, until the process ends."""
+    """A local file itself, or a local copy of a remote one, which is kept until the process ends."""
     if isinstance(file, Path):
         return file
     import fsspec
@@ -135,17 +135,17 @@ def _checked(tokens: Tensor | None, file: Path) -> Tensor:
 
 
 def read_table(folder: str | Path, fingerprint: str) -> Table:
-    """The rows of a pre-optimized table. Refuses rows of another fingerprint, and damaged files."""
+    """A table whose folder is listed already. Raises InputError for rows of another fingerprint, and for damaged files."""
     table = Table(folder, fingerprint)
     len(table)
     return table
 
 
 def merge(folder: str | Path, fingerprint: str, *, file_bytes: int = PACK_BYTES) -> Table:
-    """Packs the rows that have files of their own into a few files, and removes those once what was packed equals them.
+    """Packs the rows that have files of their own into a few files, and deletes the single files once the packed rows equal them.
 
-    Killed at any moment and run again it ends the same: packed files are named by what they hold. Raises InputError for rows that
-    are damaged, of another fingerprint or size, and where a row differs from the same identity's packed one.
+    Killed at any moment and run again it gives the same result, since a packed file's name is a hash of its content. Raises InputError for
+    rows that are damaged, of another fingerprint or size, and where a row differs from the same identity's packed one.
     """
     table, place = Table(folder, fingerprint), path_at(folder) / "packed"
     new = sorted(table.loose.keys() - table.packed.keys())

@@ -124,7 +124,7 @@ def test(heads: Heads, count: int, rows: Sequence[str]) -> dict[str, Any]:
     places = nose(dlib, atlas.truths.flatten(0, 1))
     line = np.polyfit(places[np.isfinite(places)], yaws[np.isfinite(places)], 3)
     for name, method in methods.items():
-        vectors = bench.looked(name, method, bench.steps(method), people)["dlib"]
+        vectors = bench.measurements(name, method, bench.steps(method), people)["dlib"]
         right = (metrics.ranks(vectors, bench.known["dlib"][1]) == 0).float()
         among = (metrics.ranks(vectors, crowd) == 0).float().flatten(1).mean(1)
         drawn = torch.cat([bench.pictures(name, method, bench.steps(method), k)[: len(ASKED), 0] for k in range(people)])

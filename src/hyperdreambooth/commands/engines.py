@@ -1,4 +1,4 @@
-"""Who does a command's pieces of work: this process, one after another, or Ray Data, with a worker on each card of a cluster."""
+"""Where a command's pieces of work are done: in this process, one after another, or by Ray Data, with a worker on each GPU of a cluster."""
 
 from __future__ import annotations
 
@@ -16,35 +16,22 @@ from ..errors import InputError
 from ..progress import Progress
 from .options import WithBase
 
-MOST_BLOCKS = 4096  # Of Ray's: pieces that are handed out together, where there are more.
-NAMES = ("toon", "auto", "none", "dreambooth", "hyperdreambooth")  # Of what commands know; a folder that is called so isn't meant.
-PATHS = (
-    "base",
-    "hypernetwork",
-    "folder",
-    "photos",
-    "output",
-    "validation_folder",
-    "encoder",
-    "people",
-    "atlas",
-    "faithful",
-    "prompts",
-    "settings",
-)
-"""Settings of commands that may be paths."""
+MAX_BLOCKS = 4096  # Of Ray Data; where there are more pieces, several share a block.
+NAMES = ("toon", "auto", "none", "dreambooth", "hyperdreambooth")  # Values with a meaning of their own: a folder of that name isn't meant.
+STRING_PATHS = ("base", "hypernetwork", "encoder", "prompts")
+"""Settings that are strings and may be paths; a setting of type Path always is one."""
 Work = Callable[[list[str]], Any]
-"""Does a piece of work, some names, and gives what JSON takes. A piece that was done before, in part or whole, may come again."""
+"""Does one piece of work, which is a list of strings, and returns a JSON value. A piece that was begun or done may come again."""
 
 
 @dataclass(kw_only=True)
 class WithEngine(WithBase):
     engine: Literal["local", "ray"] = "local"
-    """local: this process. ray: Ray Data, with the extra `ray`: a worker on each card of a cluster, or two workers on this machine."""
-    address: str | None = None  # ray: a running cluster, such as auto or ray://head:10001. Every machine must see all folders.
+    """local: this process. ray: Ray Data (the extra `ray`), with a worker on each GPU of a cluster, or with two workers on this machine."""
+    address: str | None = None  # ray: a running cluster, such as auto or ray://head:10001. All its machines must see the same folders.
 
     def check_engine(self) -> None:
-        """Before any work is done: raises InputError for an address without its engine."""
+        """Before any work is done: raises InputError for an address without the engine that it belongs to."""
         if self.address and self.engine != "ray":
             raise InputError("--address is a Ray cluster's: give --engine ray too.")
 
@@ -52,42 +39,43 @@ class WithEngine(WithBase):
 Args = TypeVar("Args", bound=WithEngine)
 
 
-def each(args: Args, pieces: Sequence[list[str]], here: Work, there: Callable[[Args], Work], what: str) -> Iterator[Any]:
-    """What comes of each piece: in their order, or by Ray in any. `here` does them in this process, `there(args)` is opened by a worker."""
-    results = on_ray(args, pieces, there) if args.engine == "ray" and pieces else map(here, pieces)
-    with Progress(what, len(pieces)) as progress:
+def each(args: Args, pieces: Sequence[list[str]], work: Work, open_work: Callable[[Args], Work], label: str) -> Iterator[Any]:
+    """Yields each piece's result: in the order of `pieces`, or with Ray in any order. `work` does them in this process; each of Ray's
+    workers calls `open_work` once, for the function that does them there. `label` names the progress bar."""
+    results = on_ray(args, pieces, open_work) if args.engine == "ray" and pieces else map(work, pieces)
+    with Progress(label, len(pieces)) as progress:
         for number, result in enumerate(results, 1):
             yield result
             progress.update(number)
 
 
-def sharing(args: Args, there: Callable[[Args], Work], what: str) -> Callable[[Sequence[list[str]]], object] | None:
-    """Has Ray's workers do pieces of work that leave files; None where this process is to do all of it."""
+def sharing(args: Args, open_work: Callable[[Args], Work], label: str) -> Callable[[Sequence[list[str]]], object] | None:
+    """A function that has Ray's workers do pieces of work whose results are files; None with the engine local."""
     if args.engine != "ray":
         return None
-    return lambda pieces: deque(each(args, pieces, list, there, what), 0)
+    return lambda pieces: deque(each(args, pieces, list, open_work, label), 0)
 
 
 class Worker:
-    """A worker of Ray: opens what it needs once, then does one piece after another. What a user got wrong comes back in words."""
+    """A worker of Ray: calls `open_work` once, then does one piece after another. An InputError is returned as its message."""
 
     work: Work | None = None
 
-    def __init__(self, opened: Callable[[Args], Work], args: Args):
-        self.opened, self.args = opened, args
+    def __init__(self, open_work: Callable[[Args], Work], args: Args):
+        self.open_work, self.args = open_work, args
 
     def __call__(self, item: dict[str, str]) -> dict[str, str]:
         try:
-            self.work = self.work or self.opened(self.args)
+            self.work = self.work or self.open_work(self.args)
             return {"result": json.dumps(self.work(json.loads(item["piece"]))), "problem": ""}
         except InputError as error:
             return {"result": "", "problem": str(error)}
 
 
-def on_ray(args: Args, pieces: Sequence[list[str]], opened: Callable[[Args], Work]) -> Iterator[Any]:
-    """What comes of each piece, done with Ray Data by a worker on each GPU of the cluster, or on each CPU core.
+def on_ray(args: Args, pieces: Sequence[list[str]], open_work: Callable[[Args], Work]) -> Iterator[Any]:
+    """Yields each piece's result, in any order, from Ray Data's workers: one on each GPU of the cluster, or without GPUs on each CPU core.
 
-    Without `args.address` or RAY_ADDRESS a Ray with two workers is started on this machine and ends with the work. A worker that vanishes
+    Without `args.address` or RAY_ADDRESS a Ray with two workers is started on this machine and ends with the work. A worker that dies
     is replaced and its pieces are done again. Raises InputError where a worker does, and where Ray isn't installed or can't be reached.
     """
     try:
@@ -96,7 +84,7 @@ def on_ray(args: Args, pieces: Sequence[list[str]], opened: Callable[[Args], Wor
     except ImportError as error:
         raise InputError('the engine ray needs Ray: pip install "hyperdreambooth[ray]", or use --engine local.') from error
     where, count = args.address or os.environ.get("RAY_ADDRESS") or "local", len(pieces)
-    # two workers of its own, and little shared memory, since items are but names
+    # two CPUs, thus two workers; 256 MB of shared memory, since the items are short strings
     own: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 1 << 28} if where == "local" else {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -107,10 +95,10 @@ def on_ray(args: Args, pieces: Sequence[list[str]], opened: Callable[[Args], Wor
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         cards, cores = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
-        # two blocks a worker in flight: the next one waits beside the one in work
+        # two blocks in flight for each worker: the next one waits while the first is worked on
         pool = ray.data.ActorPoolStrategy(size=min(count, cards or cores), max_tasks_in_flight_per_actor=2)
-        items = ray.data.from_items([{"piece": json.dumps(piece)} for piece in pieces], override_num_blocks=min(count, MOST_BLOCKS))
-        done = items.map(Worker, fn_constructor_args=(opened, located(args)), compute=pool, num_cpus=1, num_gpus=1 if cards else 0)
+        items = ray.data.from_items([{"piece": json.dumps(piece)} for piece in pieces], override_num_blocks=min(count, MAX_BLOCKS))
+        done = items.map(Worker, fn_constructor_args=(open_work, absolute(args)), compute=pool, num_cpus=1, num_gpus=1 if cards else 0)
         for row in done.iter_rows():
             if row["problem"]:
                 raise InputError(row["problem"])
@@ -119,16 +107,18 @@ def on_ray(args: Args, pieces: Sequence[list[str]], opened: Callable[[Args], Wor
         ray.shutdown()
 
 
-def located(args: Args) -> Args:
-    """The same command with whole paths, since a worker runs in another folder."""
+def absolute(args: Args) -> Args:
+    """The same command with absolute paths, since a worker runs in another folder."""
     from ..checkpoint import ADDRESS
 
-    def whole(value: Any) -> Any:
+    def resolved(value: Any, may_be_path: bool = True) -> Any:
         if isinstance(value, tuple):
-            return tuple(map(whole, value))
-        here = isinstance(value, Path) and not ADDRESS.fullmatch(str(value))
-        is_path = here or (isinstance(value, str) and value not in NAMES and Path(value).exists())
+            return tuple(resolved(one, may_be_path) for one in value)
+        if isinstance(value, Path):
+            is_path = not ADDRESS.fullmatch(str(value))
+        else:
+            is_path = may_be_path and isinstance(value, str) and value not in NAMES and Path(value).exists()
         return type(value)(Path(value).resolve()) if is_path else value
 
-    paths = {name: whole(value) for name, value in vars(args).items() if name in PATHS}
-    return dataclasses.replace(args, machine=dataclasses.replace(args.machine, parts=whole(args.machine.parts)), **paths)
+    settings = {name: resolved(value, name in STRING_PATHS) for name, value in vars(args).items()}
+    return dataclasses.replace(args, **{**settings, "machine": dataclasses.replace(args.machine, parts=resolved(args.machine.parts))})

@@ -1,4 +1,4 @@
-"""Commands that look and measure, and change nothing."""
+"""The commands `targets` and `evaluate`, which measure."""
 
 import json
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ class Targets:
 
     base: tyro.conf.Positional[str] = "toon"
     """"toon", a directory in diffusers' layout, a .safetensors checkpoint, or a hub id. sd15, sd21, sdxl, sd3, sd35-medium, sd35-large and
-    flux stand for their published architectures: no weights are needed."""
-    targets: tuple[str, ...] = ()  # Glob patterns; default: the base's own.
+    flux name published architectures: no weights are needed."""
+    targets: tuple[str, ...] = ()  # Glob patterns of layer paths; default: the preset's.
     preset: Literal["paper", "attention", "attention+ff"] | None = None
-    """Named patterns instead: attention of the denoiser; with its feed-forward (the default); or the paper's, attention of the denoiser and
-    of the CLIP text encoders and the feed-forward's first layer."""
-    rank: int = 1  # Rank of the LoRA that is counted.
-    down_dim: int = 100  # Token numbers a layer for `down`.
-    up_dim: int = 50  # Token numbers a layer for `up`.
+    """Patterns by name: attention: the denoiser's attention layers; attention+ff (the default): its feed-forward layers too; paper: the
+    attention layers of the denoiser and of the CLIP text encoders, and the first layer of the denoiser's feed-forward blocks."""
+    rank: int = 1  # Rank of the LoRA whose variables are counted.
+    down_dim: int = 100  # Numbers of each layer's token for the down matrix, for each rank.
+    up_dim: int = 50  # Numbers of each layer's token for the up matrix, for each rank.
     json: bool = False  # Print JSON.
 
 
@@ -70,7 +70,7 @@ def run_targets(args: Targets) -> None:
 
 @dataclass
 class Evaluate(Request, WithEngine):
-    """Measure fidelity on people that were never trained on: identity, context, copying; figures, a table and a report.
+    """Measure fidelity on people that were never trained on: identity, context and copying, as figures, a table and a report.
 
     hyperdreambooth evaluate -o fidelity.json
     hyperdreambooth evaluate --split validation --people 20 --methods prediction -o quick.json
@@ -79,7 +79,7 @@ class Evaluate(Request, WithEngine):
     hyperdreambooth evaluate compare before.json after.json
     """
 
-    words: tyro.conf.Positional[tuple[str, ...]] = ()  # compare A.json B.json: which figures of two results differ beyond their intervals.
+    words: tyro.conf.Positional[tuple[str, ...]] = ()  # compare A.json B.json: the figures of two results whose intervals don't overlap.
 
 
 def run_evaluate(args: Evaluate) -> None:
@@ -93,15 +93,15 @@ def run_evaluate(args: Evaluate) -> None:
     elif args.search and args.engine == "ray":
         raise InputError("a search runs in one process: leave --engine ray out.")
     else:
-        command.run(args, args.output, args.machine.open, sharing(args, opened, "pieces of people"))
+        command.run(args, args.output, args.machine.open, sharing(args, open_work, "pieces of people"))
 
 
-def opened(args: Evaluate) -> Work:
-    """Makes what a piece of `command.compare_methods` names, in a worker; the command finds the pictures in its cache."""
+def open_work(args: Evaluate) -> Work:
+    """What a worker calls for each piece of `command.compare_methods`: it generates the pictures into the command's cache."""
     from ..evaluation import command, comparison
 
     assert args.output
-    bench, methods, _ = command.prepared(args, args.output, args.machine.open)
+    bench, methods, _ = command.prepare(args, args.output, args.machine.open)
 
     def make(piece: list[str]) -> None:
         start, end, bench.stamp, *names = piece

@@ -1,4 +1,4 @@
-"""`hyperdreambooth evaluate`: JSON, a table, a report, and a grid of the people whom a method hits worst."""
+"""`hyperdreambooth evaluate` writes figures as JSON, a table, a report, and a grid of the people whom the last method resembles least."""
 
 import dataclasses
 import hashlib
@@ -28,32 +28,33 @@ from .methods import GROUPS, METHODS, Method
 FAITHFUL = Path("benchmarks/faithful")
 TITLES = read_json(report.ASSETS / "columns.json")
 """Figures and their titles, in the order of a table's columns."""
-
-
-Opener = Callable[[str, str], HyperDreamBooth]
+Opener = Callable[[str, str], HyperDreamBooth]  # Takes a base and a hypernetwork.
 
 
 def run(args: Request, output: Path, open_base: Opener, share: Share | None = None) -> None:
-    """Measures; keeps what the output has already, unless `overwrite`.
+    """Measures what the flags ask for. Figures that the output has already are kept, unless `overwrite` is set.
 
     Args:
-        share: has others make the pictures of pieces of people first, see `compare_methods`.
+        share: has workers generate the pictures first, see `compare_methods`.
     """
-    bench, methods, about = prepared(args, output, open_base)
+    bench, methods, about = prepare(args, output, open_base)
     everyone = args.people if isinstance(args.people, int) else 2 if args.quick else len(bench.atlas.people)
     if args.search:
-        search(args, output, bench, methods, about, everyone)
+        search(output, bench, methods, about, everyone)
     else:
         compare_methods(args, output, bench, methods, about, everyone, share)
 
 
-def prepared(args: Request, output: Path, open_base: Opener) -> tuple[Bench, dict[str, Method], dict[str, Any]]:
-    """What is measured on, by which methods, and what the output has already. What is asked for wrongly is refused before a base is loaded."""
-    methods, before, folder = chosen(args), kept(args, output), args.people if isinstance(args.people, Path) else None
+def prepare(args: Request, output: Path, open_base: Opener) -> tuple[Bench, dict[str, Method], dict[str, Any]]:
+    """The bench, the methods to measure on it, and the output's contents with this run's settings.
+
+    Raises InputError for wrong flags, before a base is loaded where possible.
+    """
+    methods, before, folder = chosen_methods(args), previous(args, output), args.people if isinstance(args.people, Path) else None
     in_range(args.pictures, 1, 10, "--pictures")  # a prompt has ten seeds
     names = args.judges or ("dlib",)
     if folder:
-        prompts, named = evaluate.read_prompts(args.prompts or "hyperdreambooth"), evaluate.list_people(folder)
+        prompts, files = evaluate.read_prompts(args.prompts or "hyperdreambooth"), evaluate.list_people(folder)
         judges = Judges(open_judges(names))
         if args.base != "toon" and not args.settings:
             say("rates and steps are those that suit the embedded world: give your base's own as --settings (docs/evaluation.md).")
@@ -62,37 +63,39 @@ def prepared(args: Request, output: Path, open_base: Opener) -> tuple[Bench, dic
             raise InputError("--base, --hypernetwork, --prompts and --judges are for people of your own: name their folder with --people.")
         atlas, judges = evaluate.load_atlas(args.atlas, args.split), evaluate.world_judges(args.atlas)
         in_range(1 if args.people is None else int(str(args.people)), 1, len(atlas.people), "--people")
-    shipped = FAITHFUL if args.base == "toon" and FAITHFUL.is_dir() else None
-    other = str(args.faithful or shipped or "none") if any(method.faithful for method in methods.values()) else "none"
-    for name in {args.hypernetwork, other, str(args.faithful or "none")} - {"auto", "none"}:
+    needed = any(method.faithful for method in methods.values())
+    if needed and not args.faithful and args.base == "toon" and FAITHFUL.is_dir():
+        args.faithful = FAITHFUL  # set here, since workers in other folders would not find it
+    other = str(args.faithful or "none")
+    for name in {args.hypernetwork, other} - {"auto", "none"}:
         load_hypernetwork(name)
-    args.faithful = args.faithful or shipped  # workers, in other folders, would find none
-    hdb = open_base(args.base, args.hypernetwork)  # on this process's card, where there are several
-    faithful = open_base(args.base, other) if other != "none" else None
-    for eye in judges.eyes.values():
-        if isinstance(eye, Vision):
-            eye.to(hdb.device)
+    hdb = open_base(args.base, args.hypernetwork)  # under a launcher on this process's own GPU, so it comes before `one_of_several`
+    faithful = open_base(args.base, other) if needed and other != "none" else None
+    for embedder in judges.embedders.values():
+        if isinstance(embedder, Vision):
+            embedder.to(hdb.device)
     settings: dict[str, Any] = {"pictures": args.pictures, "personalize": plain(hdb.personalize_config())}
     drawing: dict[str, Any] = {"guidance": args.guidance, "context_guidance": args.context_guidance, "context_until": args.context_until}
     drawing = {name: value for name, value in {**drawing, "steps": args.denoising_steps}.items() if value is not None}
     if folder:
         quick = {"steps": 8} if args.quick else {}
-        drawn = hdb.generate_config(**{"identity_guidance": "off", **quick, **drawing})  # plain guidance, for all alike
-        references, folk = evaluate.read_people(named, hdb.backbone.size, judges.eyes)
-        atlas = Atlas(references, torch.zeros(0), torch.zeros(len(folk), len(prompts), 0), prompts, [], [], list(folk))
-        settings |= {"generate": plain(drawn), "base": args.base, "hypernetwork": args.hypernetwork}
+        generation = hdb.generate_config(**{"identity_guidance": "off", **quick, **drawing})  # plain guidance, the same for all methods
+        references, embeddings = evaluate.read_people(files, hdb.backbone.size, judges.embedders)
+        atlas = Atlas(references, torch.zeros(0), torch.zeros(len(embeddings), len(prompts), 0), prompts, [], [], list(embeddings))
+        settings |= {"generate": plain(generation), "base": args.base, "hypernetwork": args.hypernetwork}
     else:
-        drawn, folk = hdb.generate_config(**{**evaluate.GUIDANCE, **drawing}, batch=40), {}
-        settings |= {"split": args.split, "people": len(atlas.people), "denoising_steps": drawn.steps}
-        settings |= {"guidance": {name: getattr(drawn, name) for name in evaluate.GUIDANCE}}
+        generation, embeddings = hdb.generate_config(**{**evaluate.GUIDANCE, **drawing}, batch=40), {}
+        settings |= {"split": args.split, "people": len(atlas.people), "denoising_steps": generation.steps}
+        settings |= {"guidance": {name: getattr(generation, name) for name in evaluate.GUIDANCE}}
         settings |= {"identity_guidance": evaluate.IDENTITY_GUIDANCE}
     settings["weights"] = evaluate.fingerprint(hdb, atlas, judges)
     stamp = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    bench = Bench(hdb, atlas, judges, output.with_suffix(".cache"), stamp, faithful, count=args.pictures, drawn=drawn, folk=folk)
+    bench = Bench(hdb, atlas, judges, output.with_suffix(".cache"), stamp, faithful, count=args.pictures)
+    bench.generation, bench.photo_embeddings = generation, embeddings
     if faithful is not None:
         settings["faithful"] = bench.faithful_stamp = evaluate.fingerprint(faithful, atlas, judges)
-    if folder:  # what pictures don't depend on
-        counts = {name: len(next(iter(found.values()))) for name, found in folk.items()}
+    if folder:  # added after the stamp, since pictures don't depend on these
+        counts = {name: len(next(iter(found.values()))) for name, found in embeddings.items()}
         settings |= {"people of": str(folder), "photos": counts, "prompts": prompts, "judges": list(names)}
     for name in list(methods):
         if why := bench.lacks(methods[name]):
@@ -104,25 +107,26 @@ def prepared(args: Request, output: Path, open_base: Opener) -> tuple[Bench, dic
     if before and (not old or not agree(old, settings)):
         raise InputError(f"{output} was measured with other settings or weights. Give --overwrite, or another path.")
     command = " ".join(["hyperdreambooth", *sys.argv[1:]])
-    about = {"command": command, **evaluate.environment(hdb), "settings": {**old, **settings}}  # of faithful weights too, once measured
+    about = {"command": command, **evaluate.environment(hdb), "settings": {**old, **settings}}  # this run may lack some of the old ones
     return bench, methods, {**before, **about}
 
 
 def one_of_several() -> tuple[int, int]:
-    """This process's number, and how many a launcher has started (`accelerate launch`, `torchrun`): they share out people, not a training."""
+    """This process's number, and how many a launcher (`accelerate launch`, `torchrun`) has started. Both are removed from the environment:
+    the processes divide the people, and each trains on its own."""
     process, processes = (int(os.environ.pop(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     os.environ.pop("LOCAL_RANK", None)
     return process, processes
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """Settings as JSON holds them."""
+    """Settings as values of JSON, without where they came from and how photos are cropped."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("origins", "crop", "face")}
     return dict(json.loads(json.dumps(values)))
 
 
 def agree(old: Any, new: Any) -> bool:
-    """Whether two settings are the same, as far as both have them: versions know different ones."""
+    """Whether settings are equal wherever both have a value: another version of the library may have more of them, or fewer."""
     return (
         all(agree(old[name], new[name]) for name in old.keys() & new.keys())
         if isinstance(old, dict) and isinstance(new, dict)
@@ -130,18 +134,18 @@ def agree(old: Any, new: Any) -> bool:
     )
 
 
-def kept(args: Request, output: Path) -> dict[str, Any]:
-    """What the output has already. Raises InputError where that is of another kind."""
-    if output.suffix != ".json":  # tables and pictures get its name with other suffixes
+def previous(args: Request, output: Path) -> dict[str, Any]:
+    """What the output holds already. Raises InputError where that is a search but a comparison is asked for, or the other way round."""
+    if output.suffix != ".json":  # the table and pictures get the same name with other suffixes
         raise InputError(f"{output}: figures go into a .json file. Name it {output.name}.json.")
     before = read_json(output) if output.is_file() and not args.overwrite else {}
-    if before and ("rows" in before or "search" not in before) == args.search:  # a comparison has both
+    if before and ("rows" in before or "search" not in before) == args.search:  # a comparison may hold a search's results too
         raise InputError(f"{output} is no {'search' if args.search else 'comparison'}. Give --overwrite, or another path.")
     return before
 
 
-def chosen(args: Request) -> dict[str, Method]:
-    """What is asked for, with the settings that a search found, and few steps where it must be quick."""
+def chosen_methods(args: Request) -> dict[str, Method]:
+    """The methods that are asked for, with what --settings says, and ten steps at most for --quick. Raises InputError for wrong names."""
     words = (*args.methods, *args.rows) or ("all" if args.search or args.quick or isinstance(args.people, Path) else "ours",)
     names = list(dict.fromkeys(name for word in words for name in GROUPS.get(word, [word])))
     if unknown := [name for name in names if name not in METHODS]:
@@ -161,8 +165,8 @@ def chosen(args: Request) -> dict[str, Method]:
     return methods
 
 
-def search(args: Request, output: Path, bench: Bench, methods: dict[str, Method], about: dict[str, Any], people: int) -> None:
-    """Searches the methods' settings, and writes what it has after each method; of several processes the first does."""
+def search(output: Path, bench: Bench, methods: dict[str, Method], about: dict[str, Any], people: int) -> None:
+    """Searches the methods' settings, and writes the results after each method. Of several processes only the first one works."""
     if one_of_several()[0]:
         return
     found = about.get("search", {})
@@ -177,22 +181,21 @@ def search(args: Request, output: Path, bench: Bench, methods: dict[str, Method]
 def compare_methods(
     args: Request, output: Path, bench: Bench, methods: dict[str, Method], about: dict[str, Any], everyone: int, share: Share | None
 ) -> None:
-    """Measures what isn't measured yet of so many people, and writes what it has after every few: JSON, a table, a report and a grid.
+    """Measures the methods on the first `everyone` people, and writes after every few of them: JSON, a table, a report and a grid.
 
-    Of several processes each makes the pictures of some of the people; the first measures and writes. `share` has its own workers make
-    them, by pieces: the first person's number, that after the last one's, the bench's stamp, and the methods' names.
-
-    Figures are kept of what was measured with the same settings on as many people or more.
+    Figures that were measured with the same settings on as many people or more are kept. Of several processes each generates the pictures
+    of some people, and the first one measures and writes. `share` has workers generate the pictures: a piece of their work is the first
+    person's number, the number after the last one's, the bench's stamp, and the methods' names.
     """
     had, rows = about.get("methods", {}), about.get("rows", {})
-    people = about.get("people", len(bench.atlas.people))  # of rows that don't say it themselves
+    people = about.get("people", len(bench.atlas.people))  # of rows without a count of their own
     settings = {**had, **{name: plain(method) for name, method in methods.items()}}
     todo = {}
     for name, method in methods.items():
-        of = rows.get(name, {}).get("people", people if name in rows else 0)
-        if of < everyone or had.get(name, plain(METHODS[name])) != settings[name]:
+        measured = rows.get(name, {}).get("people", people if name in rows else 0)
+        if measured < everyone or had.get(name, plain(METHODS[name])) != settings[name]:
             todo[name] = method
-    together = 4 if bench.hdb.backbone.size <= 256 else 1  # a large base's memory is full with one person's batch
+    together = 4 if bench.hdb.backbone.size <= 256 else 1  # one person's batch fills the memory with a large base
     process, processes = one_of_several()
     pieces = [range(start, min(start + together, everyone)) for start in range(0, everyone, together) if todo]
     for piece in pieces[process::processes] if processes > 1 else ():
@@ -214,7 +217,8 @@ def compare_methods(
         shown = {n: m for n, m in everybody.items() if not bench.missing(n, m, range(people), [bench.steps(m)])}
         figures = {**about, "people": people, "rows": rows, "curves": curves, "agreement": bench.agreement(shown, people)}
         write_json(output, figures)
-        table, grids, main = markdown_table(rows), bench.worst(shown, people), harness.named(next(iter(bench.judges.eyes)), "similarity")
+        table, grids = markdown_table(rows), bench.worst(shown, people)
+        main = harness.named(next(iter(bench.judges.embedders)), "similarity")
         output.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
         page = report.page(figures, table, grids, bench.atlas.prompts, main)
         output.with_suffix(".html").write_text(page, encoding="utf-8")
@@ -229,7 +233,7 @@ def compare_methods(
 
 
 def compare(words: Sequence[str]) -> None:
-    """`compare A.json B.json`: a Markdown table of the figures whose intervals don't meet, and which settings differ."""
+    """`compare A.json B.json`: prints which settings differ, and a Markdown table of the figures whose intervals don't overlap."""
     if len(words) != 3 or words[0] != "compare":
         raise InputError(f"{' '.join(words)!r} isn't understood: `compare A.json B.json` compares two results.")
     results = [read_json(Path(word)) for word in words[1:]]
@@ -237,11 +241,11 @@ def compare(words: Sequence[str]) -> None:
     if not (common := [row for row in one if row in other]):
         raise InputError(f"the two have no row in common: {', '.join(one) or 'none'}; and {', '.join(other) or 'none'}.")
     methods = [row for row in common if all(row in result.get("methods", {}) for result in results)]
-    mine, theirs = (
+    first, second = (
         {**result.get("settings", {}), "people": result.get("people"), **{row: result["methods"][row] for row in methods}}
         for result in results
     )
-    if differ := [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]:
+    if differ := [name for name in {**first, **second} if first.get(name) != second.get(name)]:
         say(f"They were measured with other {', '.join(differ)}, so figures may differ for that reason.")
     lines = ["| row | figure | first | second |", "|---|---|---|---|"]
     for row in common:
@@ -254,7 +258,7 @@ def compare(words: Sequence[str]) -> None:
 
 
 def markdown_table(rows: Mapping[str, Any], figures: Sequence[str] = tuple(TITLES)) -> str:
-    """Rows x figures with their 95 % intervals, each judge's figures together; shares in per cent. Figures that no row has are left out."""
+    """A Markdown table of rows by figures with 95 % intervals, shares in percent, grouped by judge, without figures that no row has."""
     keys = dict.fromkeys(key for row in rows.values() for key in row)
     judges = sorted(dict.fromkeys(key.rpartition(".")[0] for key in keys), key=lambda judge: (not judge, judge == harness.PIXEL))
     columns = [(judge, figure) for judge in judges for figure in figures if harness.named(judge, figure) in keys]
@@ -267,6 +271,7 @@ def markdown_table(rows: Mapping[str, Any], figures: Sequence[str] = tuple(TITLE
 
 
 def cell(found: list[float] | float | None, figure: str) -> str:
+    """A figure as a table shows it: a count, or mean and 95 % interval; "-" where there is none."""
     if not isinstance(found, list):
         return "-" if found is None else f"{found:,}"
     mean, low, high = found

@@ -1,6 +1,6 @@
-"""Methods beside one another on a bench: what each costs, their figures few people at a time, and each one's best settings, searched.
+"""Runs several methods on a bench: their costs, their figures, and the search for each one's best settings.
 
-People are done a few at a time with all methods: whenever it ends, the figures are of the same people for all of them.
+All methods do a few people before the next few begin: whenever a run is stopped, all have figures of the same people.
 """
 
 import dataclasses
@@ -20,39 +20,39 @@ from ..settings import updated
 from .harness import CURVES, Bench
 from .methods import LEVELS, METHODS, Method, train
 
-SCORE = "perceptual_distance"  # What a search minimizes: the distance to the true render counts the person and the context alike.
+SCORE = "perceptual_distance"  # What a search minimizes: both a wrong person and a wrong context are far from the true render.
 
 
 def timed(bench: Bench, methods: Mapping[str, Method], rounds: int = 2, steps: int = 5) -> dict[str, dict[str, float]]:
-    """What one person alone costs: seconds of a step (the shortest of the rounds, in which methods take turns), trained numbers, bytes of a
-    file in half precision, and on a GPU the peak memory in MB, the base's weights included."""
+    """Each method's costs for one person alone: `step`, seconds of a training step (the least of some rounds, in which methods take turns);
+    `numbers`, trained parameters; `bytes` of a file in half precision; on a GPU `memory`, the peak in MB, the base's weights included."""
     found: dict[str, dict[str, float]] = {name: {"step": 0.0, "numbers": 0, "bytes": 0} for name in methods}
     on_gpu = bench.hdb.device.type == "cuda"
     for turn, (name, method) in itertools.product(range(rounds), methods.items()):
         subject, predicted = bench.people(method, [0])
-        ours = found[name]
+        costs = found[name]
         if subject is not None:
             made: dict[int, LoraSet | None] = {}
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(bench.hdb.device)
             short = dataclasses.replace(method, steps=steps)
-            seconds, ours["numbers"] = train(bench.hdb, short, subject, predicted, (steps,), made.__setitem__)
+            seconds, costs["numbers"] = train(bench.hdb, short, subject, predicted, (steps,), made.__setitem__)
             if on_gpu:
-                ours["memory"] = torch.cuda.max_memory_allocated(bench.hdb.device) // 2**20
-            ours["step"] = min(seconds, ours["step"]) if turn else seconds
+                costs["memory"] = torch.cuda.max_memory_allocated(bench.hdb.device) // 2**20
+            costs["step"] = min(seconds, costs["step"]) if turn else seconds
             predicted = made[steps]
-        ours["bytes"] = 2 * (sum(t.numel() for lora in (predicted or {}).values() for t in (lora.down, lora.up)) or ours["numbers"])
+        costs["bytes"] = 2 * (sum(t.numel() for lora in (predicted or {}).values() for t in (lora.down, lora.up)) or costs["numbers"])
     return found
 
 
 def make_some(bench: Bench, methods: Mapping[str, Method], who: Sequence[int]) -> None:
-    """Makes some people's pictures by all methods, and by the base, beside which others are looked at."""
+    """Makes some people's pictures by all methods, and by the base, which leakage and prior drift compare with."""
     for name, method in {"base": METHODS["base"], **methods}.items():
         bench.make(name, method, who, bench.marks(name, method))
 
 
 def wait_for(bench: Bench, methods: Mapping[str, Method], everyone: int) -> None:
-    """Until other processes have made all pictures."""
+    """Waits until other processes have made all pictures."""
     todo = {"base": METHODS["base"], **methods}
     while any(
         bench.missing(name, method, range(everyone), (*bench.marks(name, method), bench.steps(method))) for name, method in todo.items()
@@ -63,29 +63,29 @@ def wait_for(bench: Bench, methods: Mapping[str, Method], everyone: int) -> None
 def compare(
     bench: Bench, methods: Mapping[str, Method], timings: Mapping[str, Mapping[str, float]], everyone: int, together: int = 4
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any], int]]:
-    """Every method on every person: rows, curves, and how many people they are of, after each few of them.
+    """Yields rows and curves by method, and the number of people that they are of, after every `together` people.
 
     Args:
-        everyone: how many of the atlas's people are personalized; the others fill the gallery up.
-        together: people who are trained side by side.
+        everyone: how many of the atlas's people are personalized; the others are in the gallery alone.
+        together: how many people are trained in one batch.
     """
     for people in (*range(together, everyone, together), everyone):
         bench.make("base", METHODS["base"], range(people))
         rows, curves = dict[str, Any](), dict[str, Any]()
         for name, method in methods.items():
-            step, spent = timings[name]["step"], {key: value for key, value in timings[name].items() if key != "step"}
-            points = [
-                {"seconds": round(one["steps"] * step, 2), **spent, **one}
-                for one in bench.points(name, method, people, bench.marks(name, method))
-            ]
-            rows[name], curves = points[-1], {**curves, **({name: points} if name in CURVES else {})}
+            step, costs = timings[name]["step"], {key: value for key, value in timings[name].items() if key != "step"}
+            points = bench.points(name, method, people, bench.marks(name, method))
+            points = [{"seconds": round(one["steps"] * step, 2), **costs, **one} for one in points]
+            rows[name] = points[-1]
+            if name in CURVES:
+                curves[name] = points
         yield rows, curves, people
 
 
 def search(bench: Bench, method: Method, name: str, people: int) -> dict[str, Any]:
-    """The learning rate, noise levels and steps at which a method is best: every rate first, then other levels at the best one.
+    """Searches the learning rate, noise levels and steps with the least SCORE: first all rates, then other noise levels at the best rate.
 
-    Returns all that was tried, and the best of it: {"tried": [...], "best": {...}}.
+    Returns all settings that were tried, with their figures, and the best of them: {"tried": [...], "best": {...}}.
     """
     tried: list[dict[str, Any]] = []
 
@@ -104,9 +104,9 @@ def search(bench: Bench, method: Method, name: str, people: int) -> dict[str, An
 
 
 def with_settings(methods: Mapping[str, Method], file: Path) -> dict[str, Method]:
-    """The methods with what a search found best for them; those without an entry take the rate and levels of the method that they are `like`.
+    """The methods with the best settings from a search's file; a method without an entry takes the rate and noise levels of its `like`.
 
-    Raises InputError for a wrong value. Entries of no method are named and left out.
+    Raises InputError for a wrong value. Entries whose name isn't a method's are named and ignored.
     """
     with refusing(f"{file} isn't what `evaluate --search` writes", AttributeError, KeyError, TypeError, ValueError):
         found, changed = {name: dict(one.get("best", {})) for name, one in read_json(file)["search"].items()}, {}

@@ -1,6 +1,6 @@
-"""The protocol: who is measured, by which prompts, and what makes two measurements comparable.
+"""The protocol: the people who are measured, the prompts, and what makes two measurements comparable.
 
-People of the embedded world come with the right answer to every prompt; people of a folder of photos with as many photos as there are.
+People of the embedded world come with the right answer to every prompt: a true render. People of a folder have photos alone.
 """
 
 from __future__ import annotations
@@ -29,40 +29,40 @@ from ..errors import InputError, refusing
 from ..folders import list_identities
 from ..personal_lora import PLACEHOLDER
 from ..progress import say
-from .judges import Embeds, Judge
+from .judges import Embedder, Judge
 
 GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": "off", "context_guidance": 6.0, "context_until": 0.3}
-"""How pictures of the world's people are drawn: prompt guidance as low as the base still leaves out what wasn't asked for."""
+"""How pictures of the embedded world's people are generated: the lowest prompt guidance at which the base adds no context unasked."""
 
 IDENTITY_GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": 1.5, "identity_until": 0.3}
-"""What differs for methods with identity guidance; of other bases the guidance stays what it is."""
+"""What differs for methods with identity guidance; but the prompt guidance scale stays what it is for the other methods."""
 
 LISTS = read_json(Path(assets.__file__).parent / "prompts.json")
-"""Prompts of papers, by the names that --prompts takes."""
+"""The papers' lists of prompts, by the names that --prompts takes."""
 
 
 @dataclass
 class Atlas:
-    """N people who were never trained on, and P prompts; pictures are (…, 3, H, W) in -1..1. People on photos have no gallery picture and
-    no right answers."""
+    """N people who were never trained on, and P prompts; pictures are (..., 3, H, W) in -1..1. For people of a folder `gallery`, `truths`,
+    `asked` and `seen` are empty."""
 
-    references: Tensor  # (N, 3, H, W): the one photo that is given.
-    gallery: Tensor  # (N, 3, H, W): another plain picture of each, to be recognized by.
-    truths: Tensor  # (N, P, 3, H, W): each person as each prompt asks for.
+    references: Tensor  # (N, 3, H, W): each person's one photo that methods are given.
+    gallery: Tensor  # (N, 3, H, W): another plain picture of each person, which recognition compares with.
+    truths: Tensor  # (N, P, 3, H, W): the right answers, each person rendered as each prompt asks.
     prompts: list[str]
-    asked: list[dict[str, str]]  # What each prompt asks for, by kind of context.
-    seen: list[bool]  # Whether hypernetworks trained on a prompt's context, or it was held out.
-    people: Sequence[int | str]  # Numbers of the world's people, names of those on photos.
+    asked: list[dict[str, str]]  # What each prompt asks for: kind of context -> value.
+    seen: list[bool]  # Whether a prompt's context was in the training data, or was held out.
+    people: Sequence[int | str]  # Numbers of the embedded world's people, or names of a folder's.
 
     def part(self, people: slice = slice(None), prompts: slice = slice(None)) -> Atlas:
-        """Some of the people and prompts."""
+        """The atlas of some of the people and prompts."""
         few: dict[str, Any] = {name: getattr(self, name)[people] for name in ("references", "gallery", "people")}
         few |= {name: getattr(self, name)[prompts] for name in ("prompts", "asked", "seen")}
         return dataclasses.replace(self, truths=self.truths[people, prompts], **few)
 
 
 def load_atlas(folder: str | Path, split: str) -> Atlas:
-    """Reads `split`.webp and `split`.json. Raises InputError where they are missing."""
+    """Reads an atlas from `split`.webp and `split`.json in a folder. Raises InputError where they are missing."""
     sheet, about = Path(folder) / f"{split}.webp", Path(folder) / f"{split}.json"
     if not sheet.is_file() or not about.is_file():
         raise InputError(f"{sheet} or {about} is missing: the evaluation runs in a checkout of the repository, or name one with --atlas.")
@@ -77,16 +77,16 @@ def load_atlas(folder: str | Path, split: str) -> Atlas:
 
 @dataclass
 class Judges:
-    """Who measures. `training` (M, D) are embeddings of training people, `strangers` (K, D) of people who fill the gallery up."""
+    """The networks that measure. `training` (M, D) are embeddings of training people, `strangers` (K, D) of people added to the gallery."""
 
-    eyes: Mapping[str, Embeds]  # Who tell people apart, by what the names of their figures begin with: "" is the world's own.
-    classifier: Judge | None = None  # Of the world whose right answers are known.
+    embedders: Mapping[str, Embedder]  # They recognize people; by the prefix of their figures' names, "" for the embedded world's.
+    classifier: Judge | None = None  # Of the embedded world's contexts.
     training: Tensor = field(default_factory=lambda: torch.zeros(0))
     strangers: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 def world_judges(folder: str | Path) -> Judges:
-    """The embedded judges, with what an atlas's folder holds of training people and strangers."""
+    """The embedded world's judges, with the embeddings of training people and strangers that are in an atlas's folder."""
     files = {name: Path(folder) / f"{name}.safetensors" for name in ("training", "strangers")}
     known = {name: read_tensors(file)[0]["embeddings"].float() for name, file in files.items() if file.is_file()}
     recogniser, classifier = (Judge.from_pretrained(toon.directory(name)) for name in ("recogniser", "classifier"))
@@ -94,7 +94,7 @@ def world_judges(folder: str | Path) -> Judges:
 
 
 def read_prompts(name: str) -> list[str]:
-    """The prompts of a paper, or of a text file, one a line. Raises InputError for one that doesn't name the person."""
+    """The prompts of a paper's list, or of a text file with one a line. Raises InputError for a prompt without [V]."""
     if name in LISTS:
         return list(LISTS[name]["prompts"])
     what = f"{name} is no list of prompts ({', '.join(LISTS)}), nor a UTF-8 text file with one a line"
@@ -107,7 +107,7 @@ def read_prompts(name: str) -> list[str]:
 
 
 def list_people(folder: Path) -> dict[str, list[Path]]:
-    """Everybody's photos. Raises InputError where fewer than two people have the two that are needed."""
+    """Each person's photos, by name. Raises InputError where fewer than two people have at least two."""
     named = list_identities(folder)
     if (able := sum(len(files) > 1 for files in named.values())) < 2:
         raise InputError(f"{folder}: {able} of its people have two photos or more, and two such people are needed. Give each a folder.")
@@ -115,18 +115,18 @@ def list_people(folder: Path) -> dict[str, list[Path]]:
 
 
 def read_people(
-    named: Mapping[str, Sequence[Path]], size: int, judges: Mapping[str, Embeds]
+    files: Mapping[str, Sequence[Path]], size: int, judges: Mapping[str, Embedder]
 ) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
-    """The first photo of each of N people (N, 3, size, size) in -1..1, and by name what each judge sees in all of theirs (k, D).
+    """The first photo of each of N people (N, 3, size, size) in -1..1, and by name and judge the embeddings (k, D) of a person's k photos.
 
-    They are cropped as `personalize` does. Who has fewer than two that can be read, or no face for a judge, is named and left out.
-    Raises InputError where fewer than two people remain.
+    Photos are cropped as `personalize` does. A person is named and left out with fewer than two photos that can be read, or where a judge
+    finds no face in the first one or in all others. Raises InputError where fewer than two people remain.
     """
-    files = [(name, file) for name, group in named.items() for file in group]
-    images: dict[str, list[Any]] = {name: [] for name in named}
-    for some in decoded([file for _, file in files], size, "auto", 16):
+    owners = [name for name, group in files.items() for _ in group]
+    images: dict[str, list[Any]] = {name: [] for name in files}
+    for some in decoded([file for group in files.values() for file in group], size, "auto", 16):
         for index, image in some.items():
-            images[files[index][0]].append(image)
+            images[owners[index]].append(image)
     first, seen = [], {}
     for name, mine in images.items():
         pixels = photos.to_tensor(mine) if len(mine) > 1 else torch.zeros(0)
@@ -145,9 +145,9 @@ def read_people(
 
 
 def fingerprint(hdb: HyperDreamBooth, atlas: Atlas, judges: Judges) -> str:
-    """Changes with any weight or picture that a figure depends on: figures of different weights must never share a table."""
+    """A hash of all weights and pictures that figures depend on: figures of different weights must never share a table."""
     digest, world = hashlib.sha256(), judges.classifier is not None
-    measuring = [*judges.eyes.values(), judges.classifier] if world else []  # on photos, whoever judges is named beside the figures
+    measuring = [*judges.embedders.values(), judges.classifier] if world else []  # on photos the judges' names are saved instead
     modules: list[Any] = [hdb.backbone.components, hdb.backbone.pipe.vae, *measuring, *([hdb.source] if hdb.source is not None else [])]
     tensors = [tensor for module in modules for tensor in module.state_dict().values()]
     tensors += [atlas.references, atlas.gallery, atlas.truths, judges.training, judges.strangers]
@@ -157,7 +157,7 @@ def fingerprint(hdb: HyperDreamBooth, atlas: Atlas, judges: Judges) -> str:
 
 
 def environment(hdb: HyperDreamBooth) -> dict[str, Any]:
-    """Versions and device, for the record."""
+    """Versions and device, which are saved beside the figures."""
     return {
         "versions": {"hyperdreambooth": __version__} | {module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
         "device": str(hdb.device),

@@ -1,6 +1,6 @@
-"""Who measures, and does nothing else: the embedded world's recognizer and classifier, and judges for photographs.
+"""The networks that only measure: the embedded world's recognizer and classifier, and recognizers for photographs.
 
-The embedded ones share no weights, seed or architecture with the encoder that predicts. A judge of identities has `embed`: pictures
+The embedded ones share no weights, seed or architecture with the hypernetwork's encoder. Every recognizer has `embed`: pictures
 (N, 3, H, W) in -1..1 -> unit vectors (N, D), NaN where it finds no face.
 """
 
@@ -26,9 +26,9 @@ from ..progress import hushed
 
 
 class Judge(nn.Module):
-    """A small ConvNeXt V2 with linear heads on its pooled features: pictures (N, 3, H, W) in -1..1 -> logits a head.
+    """A small ConvNeXt V2 with linear heads on its pooled features: pictures (N, 3, H, W) in -1..1 -> logits of each head.
 
-    `heads` maps a name to the names of its outputs; a recognizer has one head, "identity", whose outputs have no names.
+    `heads` maps a head's name to the names of its outputs. A recognizer has one head, "identity", whose outputs have no names.
     """
 
     def __init__(self, backbone: dict[str, Any], heads: dict[str, list[str]]):
@@ -44,7 +44,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def embed(self, pixels: Tensor, batch: int = 256) -> Tensor:
-        """Unit vectors (N, dim) whose dot product says how alike two people are."""
+        """Unit vectors (N, D), whose dot product is the similarity of two people."""
         return torch.cat([nn.functional.normalize(self(chunk)["identity"], dim=-1) for chunk in pixels.split(batch)])
 
     @torch.no_grad()
@@ -56,9 +56,9 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def distance(self, pictures: Tensor, others: Tensor, batch: int = 256) -> Tensor:
-        """How different two lots of pictures (N, 3, H, W) look: (N,), 0 for the same, 2 at most.
+        """The perceptual distance of each of N pictures (N, 3, H, W) to its counterpart: (N,), 0 for the same, 4 at most.
 
-        As LPIPS does (Zhang et al., 2018): squared differences of unit feature vectors, a mean over positions and stages.
+        As in LPIPS (Zhang et al., 2018) squared differences of unit feature vectors, here averaged over positions and stages.
         """
         parts, unit = [], nn.functional.normalize
         for pair in zip(pictures.split(batch), others.split(batch), strict=True):
@@ -68,7 +68,7 @@ class Judge(nn.Module):
         return torch.cat(parts)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """config.json and model.safetensors (fp16)."""
+        """Writes config.json and model.safetensors, in float16."""
         write_json(Path(folder) / "config.json", self.spec)
         save_tensors(Path(folder) / "model.safetensors", {name: value.half() for name, value in self.state_dict().items()})
 
@@ -82,7 +82,8 @@ class Judge(nn.Module):
 
 
 class Dlib:
-    """dlib's detector, five landmarks and recognizer, which was trained on real faces and comes inside its packages. Raises InputError without them."""
+    """dlib's face detector, five landmarks, and recognizer, which was trained on real faces; a package has their weights. Raises InputError
+    where that or dlib isn't installed."""
 
     def __init__(self) -> None:
         found = importlib.util.find_spec("face_recognition_models")
@@ -96,7 +97,7 @@ class Dlib:
         self.recognizer = dlib.face_recognition_model_v1(str(models / "dlib_face_recognition_resnet_model_v1.dat"))
 
     def __call__(self, picture: np.ndarray) -> np.ndarray | None:
-        """The 128 numbers that dlib tells people apart by, of the largest face of a picture (H, W, 3) uint8; None where it finds none."""
+        """dlib's face descriptor (128,) of the largest face in a picture (H, W, 3) uint8; None where it finds no face."""
         large = np.ascontiguousarray(picture.repeat(2, 0).repeat(2, 1)) if len(picture) < 200 else picture
         faces = self.detect(large, 0) or self.detect(large, 1)
         if not faces:
@@ -111,8 +112,8 @@ class Dlib:
 
 
 class Vision(nn.Module):
-    """A vision model of transformers: its class token, or where it has none the mean over positions. Of a CLIP, or a relative with its two
-    towers, `texts` takes what compares pictures with texts."""
+    """A vision model of transformers: embeds a picture as its class token, or where it has none as the mean over positions. With `texts` it
+    is a CLIP, or a similar model with two encoders, and embeds pictures and texts in their common space."""
 
     def __init__(self, source: str, texts: bool = False):
         super().__init__()
@@ -147,15 +148,14 @@ class Vision(nn.Module):
         return nn.functional.normalize(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output.cpu(), dim=-1)
 
 
-Embeds = Judge | Dlib | Vision
+Embedder = Judge | Dlib | Vision
 
 
-def open_judges(names: Sequence[str]) -> dict[str, Embeds]:
-    """Judges by what their columns are called: "dlib", "toon" (the embedded recognizer), "clip:ID", "dino:ID", or "ID" of any vision model.
-
-    ID is a folder or USER/NAME on the hub. Raises InputError for what is none of these.
+def open_judges(names: Sequence[str]) -> dict[str, Embedder]:
+    """Judges by the prefix of their columns. Names: "dlib", "toon" (the embedded recognizer), "clip:ID", "dino:ID", and "ID" of any vision
+    model, where ID is a folder or USER/NAME on the hub. Raises InputError for any other name.
     """
-    judges: dict[str, Embeds] = {}
+    judges: dict[str, Embedder] = {}
     for name in dict.fromkeys(names):
         kind, _, rest = name.rpartition(":") if name.startswith(("clip:", "dino:")) else ("", "", name)
         if name not in ("dlib", "toon") and not os.path.isdir(rest) and (rest.count("/") != 1 or ":" in rest or Path(rest).exists()):

@@ -1,4 +1,4 @@
-"""What was measured, for people: tables, curves, and one HTML page that opens anywhere."""
+"""Reports for readers: curves as SVG, and an HTML page in a single file."""
 
 import base64
 import io
@@ -16,12 +16,12 @@ from .. import assets
 
 ASSETS = Path(assets.__file__).parent / "report"
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True)
-LARGEST = 256  # Side in pixels of the pictures on a page, at most.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")  # Told apart by everybody (Okabe and Ito).
+LARGEST = 256  # The largest side in pixels of pictures on a page.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")  # Distinct for the color-blind, too (Okabe and Ito).
 
 
 def embedded(image: Image.Image) -> Markup:
-    """A picture as a part of the page; a large one as a thumbnail."""
+    """An <img> element that contains the picture itself; a large one as a thumbnail."""
     buffer, kind = io.BytesIO(), "png" if max(image.size) <= LARGEST else "webp"
     if kind == "webp":
         image = ImageOps.contain(image, (LARGEST, LARGEST))
@@ -30,7 +30,7 @@ def embedded(image: Image.Image) -> Markup:
 
 
 def plot(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> Markup:
-    """Curves as an SVG: each line's points are (x, y), x on a logarithmic scale with 0 at its left end."""
+    """Curves as SVG: each line's points are (x, y), on a logarithmic x axis with 0 at its left end. `x` and `y` are the axes' titles."""
     width, height, left, top = 720, 340, 60, 16
     points = [point for line in lines.values() for point in line] or [(0.0, 0.0)]
     least, most = min((at for at, _ in points if at > 0), default=1.0), max(at for at, _ in points)
@@ -54,18 +54,18 @@ def plot(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> 
     return Markup(drawn)
 
 
-def curves(found: Mapping[str, Sequence[Mapping[str, Any]]], over: str, figure: str = "similarity") -> Markup:
-    """The methods' figure over steps or seconds."""
+def curves(found: Mapping[str, Sequence[Mapping[str, Any]]], over: str, figure: str) -> Markup:
+    """A plot of one figure of the methods, over "steps" or "seconds"."""
     lines = {name: [(point[over], point[figure][0]) for point in line if figure in point] for name, line in found.items()}
     return plot({name: line for name, line in lines.items() if line}, over, figure)
 
 
 def document(title: str, sections: Sequence[Mapping[str, Any]]) -> str:
-    """A whole HTML page, which needs no other file; the last line says what is AI-generated.
+    """A whole HTML page, which needs no other file; its last line says which pictures are AI-generated.
 
     Args:
-        sections: whichever they have of `title`, `texts` (paragraphs), `head` and `rows` (cells of a table; `wide` for small
-            pictures), and `plot`. Text is escaped.
+        sections: each may have `title`, `texts` (paragraphs), `head` and `rows` (cells of a table; `wide` halves its pictures), and
+            `plot`. Text is escaped.
     """
     return TEMPLATES.get_template("page.html").render(title=title, sections=sections)
 
@@ -73,7 +73,7 @@ def document(title: str, sections: Sequence[Mapping[str, Any]]) -> str:
 def page(
     figures: Mapping[str, Any], table: str, grids: Mapping[str, Mapping[str, Sequence[Image.Image]]], prompts: Sequence[str], main: str
 ) -> str:
-    """The report: the Markdown table's figures, curves of the `main` figure, what a search tried, and grids of pictures by prompt."""
+    """The report: the Markdown `table`, curves of the figure `main`, grids of pictures by person and method, and a search's results."""
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     settings = figures["settings"]
     source = f"the {settings['split']} split" if "split" in settings else settings["people of"]

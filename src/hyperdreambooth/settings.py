@@ -172,10 +172,9 @@ def resolve(kind: type[T], *layers: tuple[str, object]) -> T:
     return dataclasses.replace(settings, origins=origins)  # type: ignore[type-var]
 
 
-def explained(settings: object) -> list[str]:
-    """A line a setting, for people: its value and where that came from."""
-    origins = getattr(settings, "origins", {})
-    return [f"{name} = {getattr(settings, name)!r} ({origin})" for name, origin in origins.items()]
+def explained(settings: PersonalizeConfig | GenerateConfig) -> list[str]:
+    """One line for each setting: its value and where that came from."""
+    return [f"{name} = {getattr(settings, name)!r} ({origin})" for name, origin in settings.origins.items()]
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

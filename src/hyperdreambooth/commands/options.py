@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +16,10 @@ import tyro
 
 from ..errors import InputError, fresh
 from ..progress import say
-from ..settings import RESOLVED, Crop, explained
+from ..settings import RESOLVED, Crop, GenerateConfig, PersonalizeConfig, explained
 
 if TYPE_CHECKING:
+    import psutil
     from PIL import Image
 
     from ..api import HyperDreamBooth
@@ -49,42 +48,36 @@ class Machine:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: slower, but a fraction of the memory. Where a GPU's memory is short it is done anyway."""
 
-    def explain(self, settings: object) -> None:
+    def explain(self, settings: PersonalizeConfig | GenerateConfig) -> None:
         for line in explained(settings) if self.verbose else ():
             say(line)
 
     def open(self, base: str, hypernetwork: str | None = "auto") -> HyperDreamBooth:
+        import psutil
         import torch
 
         from ..api import HyperDreamBooth
 
-        others = Others()
+        process = psutil.Process()
+        busy_elsewhere(process)
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         own: dict[str, Any] = {name: getattr(self, name) for name in ("device", "prediction", "parts", "quantize")}
         hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, dtype=dtype, **own)
         hdb.backbone.device_memory = self.device_memory
         if self.gradient_checkpointing:
             hdb.backbone.denoiser.enable_gradient_checkpointing()
-        if hdb.device.type == "cpu" and torch.get_num_threads() > 1 and others.busy_cores() > 0.5:
+        if hdb.device.type == "cpu" and torch.get_num_threads() > 1 and busy_elsewhere(process) > 0.5:
             say(
                 "Other programs keep a core busy, and threads that wait for it can take ten times as long: OMP_NUM_THREADS=1 is faster now."
             )
         return hdb
 
 
-class Others:
-    """How many cores whoever else uses this machine has kept busy since this was made."""
+def busy_elsewhere(process: psutil.Process) -> float:
+    """How many cores other programs have kept busy since the last call, where `process` is this one; the first call only starts the clock."""
+    import psutil
 
-    def __init__(self) -> None:
-        import psutil
-
-        times, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        self.clock, self.idle, self.own = time.monotonic(), times.idle + getattr(times, "iowait", 0.0), own.user + own.system
-
-    def busy_cores(self) -> float:
-        now = Others()
-        used = (os.cpu_count() or 1) * (now.clock - self.clock) - (now.idle - self.idle) - (now.own - self.own)
-        return used / max(now.clock - self.clock, 1e-9)
+    return psutil.cpu_percent() / 100 * psutil.cpu_count() - process.cpu_percent() / 100
 
 
 @dataclass(kw_only=True)
@@ -136,13 +129,13 @@ def save_sheet(path: Path, rows: Sequence[Sequence[Image.Image]], labels: Sequen
     say(f"{path}: {what}")
 
 
-def as_json(args: Any, settings: Any = None) -> dict[str, Any]:
+def as_json(args: Any, settings: PersonalizeConfig | GenerateConfig | None = None) -> dict[str, Any]:
     """A command's settings as they are saved beside what it made, with the resolved ones and where each came from."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     return values | ({RESOLVED: explained(settings)} if settings else {})
 
 
-def save_settings(path: Path, args: Any, settings: Any) -> None:
+def save_settings(path: Path, args: Any, settings: PersonalizeConfig | GenerateConfig) -> None:
     from ..checkpoint import write_json
 
     write_json(path, as_json(args, settings))

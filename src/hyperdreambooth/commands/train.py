@@ -265,8 +265,7 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
         trained={"steps": report.steps, "identities": len(data.names), "validation": report.validations[-1:]},
     )
     save_hypernetwork(args.output, source, info)
-    gauge = report.validations[-1] if report.validations else {}
-    gain, half = gauge.get("identity_gain", 0.0), gauge.get("identity_gain_interval", 0.0)
+    gain, half = report.validations[-1]["identity_gain"], report.validations[-1].get("identity_gain_interval", 0.0)
     word = (
         "it tells people apart" if gain > half else "within its interval of 0, so it tells nobody apart yet: train longer, on more people"
     )

@@ -32,7 +32,7 @@ Flat = tyro.conf.arg(name="")  # A nested dataclass whose fields are flags witho
 class Machine:
     """Device, precision and memory."""
 
-    device: str | None = None  # cuda, mps or cpu. Default: the best there is.
+    device: str | None = None  # cuda, mps or cpu. Default: the first of these that is available.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the frozen base; trained weights are always float32. auto: bfloat16 on a CUDA card that supports it, float16 on an
     older one, float32 elsewhere and for toon."""
@@ -100,8 +100,8 @@ class WithHypernetwork(WithBase):
 @dataclass(kw_only=True)
 class WithCrop:
     crop: Crop = "auto"
-    """What a photo is cropped to. auto: the face if one is found, else the center square; the choice is printed. face: the face, or an
-    error. center: the center square. Finding faces needs the extra `faces`."""
+    """What a photo is cropped to. auto: the face if one is found, else the center square. face: the face, or an error. center: the center
+    square. Finding faces needs the extra `faces`."""
 
 
 @dataclass(kw_only=True)

@@ -30,7 +30,7 @@ class Recipe(WithBase, WithCrop):
     """Make a hypernetwork by a recipe: check this machine, align faces, train, evaluate, and push if asked.
 
     Recipes: sd15-pro, sd15-faithful, sdxl-pro, sdxl-faithful, toon-pro and toon-faithful (small ones, to try it), or a YAML file of these
-    settings. It can be interrupted at any moment: the same command resumes it. OUTPUT/hypernetwork gets weights, model card,
+    settings. A run can be interrupted at any moment: the same command resumes it. OUTPUT/hypernetwork gets weights, model card,
     figures and pictures.
 
         hyperdreambooth recipe toon-pro -o runs/try

@@ -70,7 +70,7 @@ def run_train_light(args: TrainLight) -> None:
 class Preoptimize(WithEngine, WithCrop):
     """Pre-optimize tokens for every identity of a folder: identity/picture.png, or one picture each.
 
-    Identities are trained in chunks, side by side, and written as a row each. It can be stopped at any moment and started again.
+    Identities are trained in chunks, side by side, and written as a row each. A run can be stopped at any moment and started again.
     `export` makes a LoRA of any row. Any number of machines that see both folders can share the work, one shard each.
 
         hyperdreambooth preoptimize faces -o table

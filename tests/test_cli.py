@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -642,13 +643,14 @@ def test_a_log_says_the_seconds_of_the_last_minute(monkeypatch, capsys):
 
 def test_that_other_programs_keep_a_core_busy_is_said_with_what_helps(tmp_path, face, capsys, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
-        others = options.Others()
+        process = psutil.Process()
+        options.busy_elsewhere(process)
         time.sleep(1)
-        found = others.busy_cores()
+        found = options.busy_elsewhere(process)
         busy.kill()
     assert found > 0.2
     for threads, cores, said in ((2, 1.0, 1), (1, 1.0, 0), (2, 0.1, 0)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        monkeypatch.setattr(options.Others, "busy_cores", lambda self, cores=cores: cores)
+        monkeypatch.setattr(options, "busy_elsewhere", lambda process, cores=cores: cores)
         assert run("personalize", face, "-o", tmp_path / "me.safetensors", "--steps", 1, "--overwrite") == 0
         assert capsys.readouterr().err.count("OMP_NUM_THREADS=1") == said

@@ -388,7 +388,7 @@ def test_a_teacher_is_the_start_and_stays_as_it_is(backbone):
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
     with pytest.raises(InputError, match="--start"):
         train_hypernetwork(backbone, teacher.encoder, identity_data(), config)
-    with pytest.raises(InputError, match="given as written"):
+    with pytest.raises(InputError, match="prompts in `written`"):
         TrainHypernetworkConfig(context_guidance=3.0, written=())
 
 

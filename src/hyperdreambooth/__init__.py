@@ -9,17 +9,17 @@ if TYPE_CHECKING:
     from .api import HyperDreamBooth
     from .personal_lora import PersonalLora
 
-STARTED = time.perf_counter()  # The process has hardly begun: seconds that are printed are a stopwatch's, imports included.
+STARTED = time.perf_counter()  # About when the process began: durations that are printed count from here, imports included.
 __version__ = "0.1.0"
 __all__ = ["HyperDreamBooth", "PersonalLora", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    # torch and diffusers take seconds to import: only where they are used
+    # imported at first use, since torch and diffusers take seconds to import
     if name in ("HyperDreamBooth", "PersonalLora"):
         from .progress import hushed
 
-        with hushed():  # that torchvision is missing concerns nobody here
+        with hushed():  # hides the warnings that torchvision is missing, which isn't needed
             from . import api
         return getattr(api, name)
     raise AttributeError(name)

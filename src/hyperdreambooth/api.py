@@ -1,4 +1,4 @@
-"""The Python face of the product.
+"""The Python API.
 
 from hyperdreambooth import HyperDreamBooth
 
@@ -38,12 +38,12 @@ from .stages.describe import describe, strangeness
 from .stages.dreambooth import Subject, finish, personalize
 from .trainable_lora import PredictedLora
 
-Photos = Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor  # Files, pictures, or what `read_photos` gives.
+Photos = Sequence[str | Path | Image.Image] | str | Path | Image.Image | Tensor  # Files, pictures, or `read_photos`'s tensor.
 OnStep = Callable[[int, LoraSet], bool] | None
 
 
 class HyperDreamBooth:
-    """A base and, where there is one for it, a hypernetwork."""
+    """A base and, where there is one for it, its hypernetwork: makes personal LoRAs and draws with them."""
 
     def __init__(self, backbone: Backbone, base: str, source: PredictedLora | None = None, info: HyperNetworkInfo | None = None):
         self.backbone, self.base, self.source, self.info = backbone, base, source, info
@@ -68,9 +68,9 @@ class HyperDreamBooth:
         Args:
             base: "toon" (shipped), a directory in diffusers' layout, a .safetensors checkpoint, or a hub id.
             hypernetwork: a directory or hub id; None for none; "auto" takes the shipped one for toon, none elsewhere.
-            device: cuda, mps or cpu; by default the best there is.
-            dtype: the frozen base's precision; by default bfloat16 on a CUDA card that has it, float16 on older ones, float32 elsewhere and for
-                toon, which is small.
+            device: cuda, mps or cpu; by default the first of these that is available.
+            dtype: the frozen base's precision; by default bfloat16 on a CUDA card that supports it, float16 on older ones, float32
+                elsewhere and for toon, which is small.
             prediction, parts, quantize: as `load_backbone` takes them.
         """
         best = best_for(base, device, dtype)
@@ -81,9 +81,9 @@ class HyperDreamBooth:
 
     @classmethod
     def from_pipeline(cls, pipe: Any, *, hypernetwork: str | Path | None = None) -> HyperDreamBooth:
-        """The same over a pipeline of diffusers that is loaded already; it stays on its device and in its precision.
+        """The same with a pipeline of diffusers that is loaded already, which keeps its device and precision.
 
-        Its models are frozen. Raises InputError for a pipeline of another family.
+        Its models are frozen. Raises InputError for a pipeline of a family that isn't supported.
         """
         name = str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
         return cls._opened(wrap(pipe, name), name, hypernetwork)
@@ -113,40 +113,40 @@ class HyperDreamBooth:
         return self.backbone.device
 
     def person(self, loras: LoraSet, prompt: str | None = None, *, metadata: Mapping[str, str] | None = None, **more: Any) -> PersonalLora:
-        """A person's update of this base, unbatched. `more`: further fields of PersonalLora."""
+        """A PersonalLora of this base from one person's update, without a batch dimension. `more`: further fields of PersonalLora."""
         about = {**(metadata or {}), **formats.base_metadata(self.backbone.pipe, self.base, self.backbone.size)}
         return PersonalLora(loras, self.base, **{"identifier": self.identifier, "prompt": prompt or self.prompt, **more}, metadata=about)
 
     def personalize_config(self, choices: PersonalizeChoices | PersonalizeConfig | None = None, **changes: Any) -> PersonalizeConfig:
-        """The settings of a fine-tuning: `changes`, then `choices`, then the hypernetwork's own, then general ones."""
+        """The settings of a fine-tuning, by precedence: `changes`, `choices`, the hypernetwork's own, general defaults."""
         own = ("hypernetwork", self.info.personalize if self.info else {}), ("from scratch", {} if self.source else SCRATCH)
         return resolve(PersonalizeConfig, ("given", changes), ("given", choices or {}), *own)
 
     def generate_config(self, choices: GenerateChoices | GenerateConfig | None = None, **changes: Any) -> GenerateConfig:
-        """The settings of drawing: `changes`, then `choices`, then the hypernetwork's own, then the family's, then general ones."""
+        """The settings of generation, by precedence: `changes`, `choices`, the hypernetwork's own, the family's, general defaults."""
         own = ("hypernetwork", self.info.generate if self.info else {}), ("family", self.backbone.generation)
         return resolve(GenerateConfig, ("given", changes), ("given", choices or {}), *own)
 
     def read_photos(self, files: Photos, *, crop: photos.Crop = "auto", face: int | None = None) -> tuple[Tensor, list[str]]:
-        """Photos in the base's size, see `photos.read_photos`."""
+        """Photos in the base's size, (n, 3, H, W) in -1..1, and notes on them, see `photos.read_photos`."""
         return photos.read_photos(files, self.backbone.size, crop, face)
 
     @torch.no_grad()
     def predict(self, pixels: Tensor) -> Tensor:
-        """Photos (n, 3, H, W) of one person -> tokens (layers, width): several photos are averaged in token space."""
+        """Photos (n, 3, H, W) of one person -> tokens (layers, width), a mean over photos. Raises InputError without a hypernetwork."""
         if self.source is None:
             raise InputError(f"there is no hypernetwork for {self.base}: give one, or fine-tune from scratch (`--hypernetwork none`).")
         return self.source.tokens(pixels.to(self.device)).mean(0)
 
     def describe(self, latents: Tensor, predicted: LoraSet | None = None) -> list[str]:
-        """What photos' latents (N, C, h, w) of people with the updates `predicted`, one or N, show, in the base's own words; the person
-        alone where no alternatives are known."""
+        """Prompts that describe photos, latents (N, C, h, w), in words of the hypernetwork that fit best by the base's loss; without such
+        words, `prompt`. `predicted`: updates of the people, a batch of 1 or N."""
         slots = self.info.describe if self.info else []
         texts = describe(self.backbone, latents, slots, predicted) if slots else [self.prompt] * len(latents)
         return [text.replace(PLACEHOLDER, self.identifier) for text in texts]
 
     def unlike(self, latents: Tensor) -> str:
-        """A sentence where photos' latents (N, C, h, w) are unlike all that the hypernetwork was trained on, else ""; by `strangeness`."""
+        """A warning where the `strangeness` of photos, latents (N, C, h, w), is above the hypernetwork's limit `familiar`, else ""."""
         limit = self.info.familiar if self.info else None
         found = strangeness(self.backbone, latents, self.prompt).max().item() if limit else 0.0
         if limit is None or found <= limit:
@@ -156,7 +156,7 @@ class HyperDreamBooth:
         return f"{unlike}: what is drawn won't look like the person. Take a base that can draw such photos (--base)."
 
     def naming(self, prompt: str | None) -> str | None:
-        """What a photo shows, in words that name the person: a caption that doesn't has the person's own prompt put before it."""
+        """A caption as a prompt: one that doesn't name the person has the person's own prompt put before it; None stays None."""
         return f"{self.prompt}, {prompt}" if prompt and PLACEHOLDER not in prompt else prompt
 
     def personalize(
@@ -173,13 +173,13 @@ class HyperDreamBooth:
         """A person's LoRA from one photo or several: predict, fine-tune, merge.
 
         Args:
-            changes: any field of PersonalizeChoices: `steps` (0 keeps the prediction; default: 25, or 300 without a hypernetwork), `crop`, `face`.
+            changes: any field of PersonalizeChoices, such as `steps` (0 keeps the prediction; default: 25, or 300 without a hypernetwork).
             config: the same as one object; `changes` win over it.
-            prompt: what the photos show, such as "a [V] face wearing a cap on a blue background": what it names isn't learnt as the
-                person. Default: what `describe` finds in each.
-            directory: where an interrupted fine-tuning resumes from.
+            prompt: what the photos show, such as "a [V] face wearing a cap on a blue background": what it names isn't learned as
+                part of the person. Default: what `describe` finds in each.
+            directory: where checkpoints are kept, from which an interrupted fine-tuning resumes.
             on_step: called after every fine-tuning step with the number of steps done and the person's update so far, which
-                `generate` takes; where it returns True, that update is the result. Called in this thread, between two steps.
+                `generate` takes; if it returns True, fine-tuning ends there. Called in this thread, between two steps.
         """
         config = self.personalize_config(config, **changes)
         pixels, _ = self.read_photos(files, crop=config.crop, face=config.face)
@@ -195,12 +195,12 @@ class HyperDreamBooth:
         config: PersonalizeChoices | PersonalizeConfig | None = None,
         **changes: Any,
     ) -> Iterator[tuple[str, PersonalLora]]:
-        """Many people, several in one batch, each as `personalize` alone would make them: (name, LoRA), as they are done.
+        """Personalizes many people, several in one batch, each as `personalize` would alone; yields (name, LoRA) as they are done.
 
         Args:
             people: a folder (see `folders.list_identities`; a caption beside a person's only photo is its prompt), or name -> photos.
-            side_by_side: people of a batch; fewer where memory is short. Default: 32 on a GPU, 8 elsewhere.
-            on_refused: called with a name and the error where a photo can't be read; by default that is said on stderr. Nobody else stops.
+            side_by_side: people in a batch; halved where memory runs out. Default: 32 on a GPU, 8 elsewhere.
+            on_refused: called with a name and the error where a photo can't be read; by default prints it on stderr. The others go on.
         """
         config = self.personalize_config(config, **changes)
         known = list_identities(people) if isinstance(people, (str, Path)) else people
@@ -209,7 +209,7 @@ class HyperDreamBooth:
         for number, (name, files) in enumerate(known.items(), 1):
             try:
                 pixels, _ = self.read_photos(files, crop=config.crop, face=config.face)
-                # people of a batch have as many photos as one another
+                # people of one batch have the same number of photos
                 ready.setdefault(len(pixels), []).append((name, pixels, self.naming(caption_of(files))))
             except InputError as error:
                 (on_refused or (lambda who, why: say(f"{who} is left out: {why}")))(name, error)
@@ -236,12 +236,12 @@ class HyperDreamBooth:
         on_step: OnStep = None,
         quiet: bool = False,
     ) -> list[PersonalLora]:
-        """People with n photos (n, 3, size, size) each, in one batch. `on_step` is for a single one."""
+        """Personalizes people in one batch, by n photos (n, 3, size, size) each, n being the same for all. `on_step` is for one person."""
         clocks, count, each = [time.perf_counter()], len(pixels), len(pixels[0])
         tokens = torch.stack([self.predict(mine) for mine in pixels]) if self.source else None
         predicted = self.source.lightweight(tokens).detach() if self.source else None
         clocks.append(time.perf_counter())
-        # fp32 for what is trained and for its latents, whatever the base's precision
+        # trained weights and latents are float32, whatever the base's precision
         latents = torch.stack([self.backbone.encode_images(mine).float() for mine in pixels])
         warnings = [self.unlike(mine) for mine in latents]
         for warning in filter(None, () if quiet else warnings):
@@ -271,7 +271,7 @@ class HyperDreamBooth:
     def load(self, path: str | Path) -> PersonalLora:
         """A LoRA (a file, a folder or a hub id), or a token file of this hypernetwork, as a PersonalLora.
 
-        Raises InputError where it is none, or for another base.
+        Raises InputError where it is neither, or made for another base.
         """
         path = formats.find_lora(path)
         if formats.is_tokens(path):
@@ -284,17 +284,17 @@ class HyperDreamBooth:
         return self.person(loras, identifier=identifier, metadata=file.metadata, convolutions=file.convolutions)
 
     def from_tokens(self, tokens: Tensor) -> PersonalLora:
-        """Tokens (layers, width) of this hypernetwork, one person's or a blend of several, as a PersonalLora."""
+        """Tokens (layers, width) of this hypernetwork, or a blend of them, as a PersonalLora. Raises InputError without a hypernetwork."""
         if self.source is None:
             raise InputError(f"there is no hypernetwork for {self.base}, so its tokens mean nothing here.")
         predicted = self.source.lightweight(tokens[None].to(self.device)).detach().select(0)
         return self.person(finish(predicted), predicted=predicted, tokens=tokens, lightweight=self.source.lightweight)
 
     def mix(self, people: Sequence[tuple[PersonalLora, float]]) -> PersonalLora:
-        """One person out of several, each with a weight.
+        """Blends several people, each with a weight, into one.
 
-        Their tokens are mixed where all of them have some (fine-tuning isn't in those), else the updates are added up. Raises
-        InputError for nobody.
+        It is the weighted sum of their tokens where all of them have tokens (which leave fine-tuning out), else of their updates.
+        Raises InputError for nobody.
         """
         if not people:
             raise InputError("there is nobody to mix.")
@@ -320,9 +320,9 @@ class HyperDreamBooth:
 
         Args:
             person: a PersonalLora, a LoRA file or a token file; None generates with the base alone.
-            styles: LoRAs of any kind for every branch: each a file, a folder or a hub id, or (one of these, strength).
-            changes: any field of GenerateChoices, such as `steps`, `seed` (of each prompt's first picture; the next ones count up) and `count`;
-                they win over `config`.
+            styles: LoRAs of any kind, for every guidance branch: each a file, a folder or a hub id, or (one of these, strength).
+            changes: any field of GenerateChoices, such as `steps`, `seed` (of each prompt's first picture; the next ones count up) and
+                `count`; they win over `config`.
         """
         config = self.generate_config(config, **changes)
         if isinstance(person, (str, Path)):
@@ -345,6 +345,6 @@ class HyperDreamBooth:
         return photos.to_images(pixels)
 
     def picture_metadata(self, prompt: str, seed: int, config: GenerateConfig, loras: Sequence[tuple[str, float]]) -> dict[str, str]:
-        """What a PNG carries: how it was made, and that a machine made it."""
+        """Metadata of a generated PNG: how it was made, and that it is generated."""
         made = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("seed", "count", "batch", "origins")}
         return photos.generated({"prompt": prompt, "seed": seed, **made, "base": self.base, "loras": [list(lora) for lora in loras]})

@@ -1,7 +1,7 @@
-"""The command line: a mapping of names to plain functions.
+"""The command line: finds a command by its name, parses its flags, runs it.
 
-Every command is a dataclass whose fields are its flags; what stands behind or below each is its help; `--config FILE` reads them
-from YAML or JSON. What a user got wrong is one line on stderr and exit code 2, never a traceback.
+Every command is a dataclass whose fields are its flags; the comment behind a field, or the string below it, is its help text;
+`--config FILE` reads fields from YAML or JSON. A user's mistake is reported as one line on stderr with exit code 2, never as a traceback.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from . import __version__, commands
 from .errors import InputError, TrainingError, unexpected
 from .settings import read_config, required, updated
 
-# before transformers is imported: without torchvision it prints two lines at import that concern nobody here
+# set before transformers is imported: without torchvision it prints two warnings at import, and torchvision isn't needed here
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
@@ -27,7 +27,7 @@ One face photo in, a personal LoRA out, for any Stable Diffusion. --debug shows 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Runs one command and returns the exit code: 0, 1 where stdout was closed, 2 after an error or without a command, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in commands.COMMANDS:
             raise InputError(f"{name} is no command. There are: {', '.join(commands.COMMANDS)}.")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM is handled like Ctrl-C
         kind, run = commands.load(name)
         code = run(parse(name, kind, arguments[1:])) or 0
-        if "WORLD_SIZE" in os.environ:  # one of several processes
+        if "WORLD_SIZE" in os.environ:  # a launcher started several processes
             from .training import leave
 
             leave()
@@ -67,19 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(name: str, kind: type, arguments: list[str]) -> object:
-    """A command's dataclass from flags, over a config file where `--config` names one."""
+    """Makes a command's dataclass from its flags; where `--config` names a file, its values are the defaults. Raises InputError."""
     arguments = [part for given in arguments for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
     default = None
     arguments = getattr(kind, "expanded", list)(arguments)
     if "--config" in arguments[:-1]:
         file = arguments.pop(arguments.index("--config") + 1)
         arguments.remove("--config")
-        default, values = kind(**dict.fromkeys(required(kind), tyro.MISSING)), read_config(file)  # what is required may still be given
-        # a setting of `config` may stand beside it as well, as its flag does
+        default, values = kind(**dict.fromkeys(required(kind), tyro.MISSING)), read_config(file)  # flags may give required fields
+        # fields of the nested `config` may be given at the top level too, as their flags are
         config = vars(default.config).keys() - vars(default).keys() if hasattr(default, "config") else ()
         inner = {key: values.pop(key) for key in list(values) if str(key).replace("-", "_") in config}
         default = updated(updated(default, {"config": inner} if inner else {}, file), values, file)
-    # lines that are indented stay as they are; examples at the margin would be one paragraph
+    # tyro keeps indented lines as they are; examples that aren't indented would be joined into one paragraph
     lines = inspect.cleandoc(str(kind.__doc__)).splitlines()
     about = "\n".join(f"    {line}" if line.startswith("hyperdreambooth ") else line for line in lines)
     return tyro.cli(kind, prog=f"hyperdreambooth {name}", args=arguments, default=default, description=about)

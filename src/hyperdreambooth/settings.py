@@ -1,10 +1,10 @@
-"""The settings of personalizing and drawing, the one place where a setting gets its value, and the schema that files of them are checked by.
+"""The settings of fine-tuning and generation, how each gets its value, and how files of settings are read and checked.
 
-What a user may leave open (`PersonalizeChoices`, `GenerateChoices`: None is "not said") and what a stage runs with
-(`PersonalizeConfig`, `GenerateConfig`: no None but where it means something) are two types. `resolve` makes the second
+Settings as a user gives them (`PersonalizeChoices`, `GenerateChoices`: None means "not given") and settings that a stage runs with
+(`PersonalizeConfig`, `GenerateConfig`: None only where it has a meaning of its own) are two types. `resolve` makes the second
 from the first. The settings of the trainings, which have no such layers, are in `training_settings.py`.
 
-Every command saves its own settings beside what it made, as JSON, and takes them from such a file, or from YAML. A hypernetwork's
+Every command saves its settings as JSON beside its output, and reads them from such a file, or from YAML. A hypernetwork's
 config.json is read by the same functions.
 """
 
@@ -24,9 +24,9 @@ import yaml
 
 from .errors import InputError
 
-RESOLVED = "resolved"  # What saved settings hold for people alone: nothing is read from it.
+RESOLVED = "resolved"  # Key of the resolved values in saved settings: for people to read, ignored when the file is read.
 T = TypeVar("T")
-Crop = Literal["auto", "center", "face"]  # What of a photo is taken.
+Crop = Literal["auto", "center", "face"]  # What a photo is cropped to.
 Layout = Literal["diffusers", "kohya"]  # How a LoRA file names its layers.
 
 
@@ -34,32 +34,32 @@ Layout = Literal["diffusers", "kohya"]  # How a LoRA file names its layers.
 class PersonalizeChoices:
     """Rank-relaxed fast fine-tuning."""
 
-    steps: int | None = None  # Fine-tuning steps. 0 stops at the prediction. Default: the hypernetwork's own (25), or 300 from scratch.
+    steps: int | None = None  # Fine-tuning steps. 0 keeps the prediction. Default: the hypernetwork's own (25), or 300 from scratch.
     rank: int | None = None  # Rank of the residual that is trained beside the prediction. Default: the hypernetwork's own, or 4.
     targets: tuple[str, ...] | None = None
-    """Glob patterns of the layers that are fine-tuned, such as "*up_blocks.1*": of those that the hypernetwork predicts ("*": all of
-    them); without one, of the base's linear layers. Default: the hypernetwork's own, or all; without one, the base's own."""
+    """Glob patterns of the layers to fine-tune, such as "*up_blocks.1*", among those that the hypernetwork predicts ("*": all of them), or,
+    without one, among the base's linear layers. Default: the hypernetwork's own patterns, or all; without one, the base's own."""
     order: Literal["residual", "merged"] | None = None
-    """residual: the prediction stays frozen, a residual is trained (the paper). merged: all of it is trained. Default: residual."""
+    """residual: a residual is trained beside the frozen prediction (the paper). merged: both are merged and trained. Default: residual."""
     learning_rate: float | None = None
-    """Peak learning rate; constant, then it falls over the last fifth. Default: the hypernetwork's own, or 1e-3."""
+    """Peak learning rate: constant, then falling to zero over the last fifth of the steps. Default: the hypernetwork's own, or 1e-3."""
     copies: int | None = None  # Noised copies of the photo in every step. Default: the hypernetwork's own, or 4.
     noise_mean: float | None = None
-    """Mean of logit(u), where noise levels u are drawn from: high ones ask who it is, those near 0 what the details are.
+    """Mean of logit(u), u being the noise levels in 0..1: the identity is learned at high levels, details at levels near 0.
     Default: the hypernetwork's own, or 1.5."""
     noise_std: float | None = None  # Standard deviation of logit(u). Default: the hypernetwork's own, or 1.
-    prior_pictures: int | None = None  # Prior preservation: pictures of the class that the base generates first. Default: 0, none.
+    prior_pictures: int | None = None  # Prior preservation: how many class pictures the base generates first. Default: 0, none.
     prior_weight: float | None = None  # Weight of the prior loss. Default: 1.
-    seed: int | None = None  # Noise and the residual's start follow from this number. Default: 0.
+    seed: int | None = None  # Seed of the noise and of the residual's initialization. Default: 0.
     crop: Crop | None = None
-    """What of a photo is taken. auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the
-    middle square. Faces are found with the extra `faces`. Default: auto."""
-    face: int | None = None  # Which face, by size from 1, where there are several. Default: the largest.
+    """What a photo is cropped to. auto: the face if one is found, else the center square; the choice is printed. face: the face, or an
+    error. center: the center square. Finding faces needs the extra `faces`. Default: auto."""
+    face: int | None = None  # Which of several faces in a photo, counted from 1, the largest. Default: the largest.
 
 
 @dataclass
 class PersonalizeConfig:
-    """What fine-tuning runs with; `PersonalizeChoices` explains each."""
+    """The settings that fine-tuning runs with; `PersonalizeChoices` explains each."""
 
     steps: int = 25
     rank: int = 4
@@ -84,44 +84,44 @@ class PersonalizeConfig:
             raise InputError(f"noise_std must be at least 0 and learning_rate above 0, not {self.noise_std} and {self.learning_rate}.")
 
 
-SCRATCH: Mapping[str, Any] = {"steps": 300}  # What differs where there is no hypernetwork to start from.
+SCRATCH: Mapping[str, Any] = {"steps": 300}  # Defaults that differ where there is no hypernetwork.
 
 
 @dataclass
 class GenerateChoices:
-    """How pictures are made."""
+    """Generation of pictures."""
 
     negative: str | None = None  # Negative prompt. Default: none.
     steps: int | None = None
     """Denoising steps. Default: the hypernetwork's own, or the family's (25; SD 3 and Flux dev 28, Flux schnell 4)."""
-    guidance: float | None = None  # Prompt guidance scale; 1 is none. Default: the hypernetwork's own, or the family's (5; SD 3 7, Flux 1).
+    guidance: float | None = None  # Prompt guidance scale; 1: none. Default: the hypernetwork's own, or the family's (5; SD 3 7, Flux 1).
     embedded_guidance: float | None = None
-    """Flux dev: the guidance scale that it takes as a condition, without a second branch. Default: 3.5."""
+    """Flux dev: the guidance scale that the denoiser takes as an input, instead of an unconditional branch. Default: 3.5."""
     identity_guidance: float | Literal["off"] | None = None
-    """Identity guidance scale: the base without the personal LoRA as the unconditional branch. "off": plain guidance, with the
+    """Identity guidance scale: the base without the personal LoRA is the unconditional branch. "off": plain guidance, with the
     LoRA in both branches. Default: the hypernetwork's own, or off."""
     identity_until: float | None = None
-    """The fraction of the denoising steps, 0 to 1, after which the identity scale is 1 at most: the person is decided early, and
-    later it only costs what the prompt asked for. Default: the hypernetwork's own, or 1."""
+    """The fraction of the denoising steps, 0 to 1, after which the identity scale is 1 at most: early steps decide the identity, and
+    in later ones a high scale only weakens what the prompt asks for. Default: the hypernetwork's own, or 1."""
     context_guidance: float | None = None
-    """Prompt guidance scale of the first steps, by the base without the person: a person's LoRA can blur what a prompt asks for (the color of
-    a hat), and that is decided early. Default: the hypernetwork's own, or 3."""
+    """Scale of context guidance: in the first steps the base without the personal LoRA gives the direction of the prompt, since the LoRA
+    can blur what a prompt asks for (the color of a hat), which is decided early. Default: the hypernetwork's own, or 3."""
     context_until: float | None = None
-    """The fraction of the denoising steps, 0 to 1, that context guidance takes; plain guidance follows. 0 turns it off, and identity guidance
-    takes its place. Default: the hypernetwork's own, or 0."""
+    """The fraction of the denoising steps, 0 to 1, that use context guidance, before plain guidance; 0 turns it off. It is unused with
+    identity guidance. Default: the hypernetwork's own, or 0."""
     strength: float | None = None  # Weight of the personal LoRA. Default: 1.
     scheduler: str | None = None
-    """A scheduler of diffusers by class name, such as EulerDiscreteScheduler; any other word lists them. Default: the base's own."""
+    """Class name of a scheduler of diffusers, such as EulerDiscreteScheduler; an unknown name lists them. Default: the base's own."""
     width: int | None = None  # Width in pixels. Default: the base's own.
     height: int | None = None  # Height in pixels. Default: the base's own.
     seed: int | None = None  # The first picture's seed; the next ones count up. Default: 0.
-    count: int | None = None  # Pictures a prompt. Default: 1.
-    batch: int | None = None  # Pictures that are denoised side by side. Default: 8.
+    count: int | None = None  # Pictures for each prompt. Default: 1.
+    batch: int | None = None  # Pictures that are denoised in one batch. Default: 8.
 
 
 @dataclass
 class GenerateConfig:
-    """What drawing runs with; `GenerateChoices` explains each. Scheduler, width and height: None is the base's own."""
+    """The settings that generation runs with; `GenerateChoices` explains each. Scheduler, width and height: None is the base's own."""
 
     negative: str = ""
     steps: int = 25
@@ -155,31 +155,30 @@ class GenerateConfig:
 
 
 def resolve(kind: type[T], *layers: tuple[str, object]) -> T:
-    """Settings of `kind` out of layers, the first that has a value winning; what none has is the kind's own default.
+    """Merges layers into settings of `kind`: the first layer that has a value for a field wins; without any, the field's default holds.
 
     Args:
-        layers: (name, values) with values a mapping or a dataclass of choices; None is "not said". The names are what
-            `origins` says of each field afterwards; "default" where no layer had it.
+        layers: (name, values), the values a mapping or a dataclass, in which None means "not given". The result's `origins` has for
+            each field the name of the layer that its value came from, or "default".
 
     Raises InputError for a field that `kind` doesn't have, and for values that don't fit it.
     """
     settings, origins = kind(), {f.name: "default" for f in dataclasses.fields(kind) if f.name != "origins"}  # type: ignore[arg-type]
     for name, values in reversed(layers):
-        said = values if isinstance(values, Mapping) else vars(values)
-        said = {key.replace("-", "_"): value for key, value in said.items() if value is not None and key != "origins"}
-        settings = updated(settings, said, name)
-        origins |= dict.fromkeys(said, name)
+        given = values if isinstance(values, Mapping) else vars(values)
+        given = {key.replace("-", "_"): value for key, value in given.items() if value is not None and key != "origins"}
+        settings = updated(settings, given, name)
+        origins |= dict.fromkeys(given, name)
     return dataclasses.replace(settings, origins=origins)  # type: ignore[type-var]
 
 
-def explained(settings: object) -> list[str]:
-    """A line a setting, for people: its value and where that came from."""
-    origins = getattr(settings, "origins", {})
-    return [f"{name} = {getattr(settings, name)!r} ({origin})" for name, origin in origins.items()]
+def explained(settings: PersonalizeConfig | GenerateConfig) -> list[str]:
+    """One line for each setting: its value and where that came from."""
+    return [f"{name} = {getattr(settings, name)!r} ({origin})" for name, origin in settings.origins.items()]
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """A YAML or JSON file as a dict. Raises InputError where it is missing or no mapping."""
+    """Reads a YAML or JSON file as a dict, without the key RESOLVED. Raises InputError where it is missing, malformed or no mapping."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such config file.")
@@ -193,7 +192,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def updated(default: T, values: Any, where: str) -> T:
-    """`default` with `values` over it, nested dataclasses included. Raises InputError for an unknown or ill-typed field."""
+    """A copy of `default` in which `values` replace its own, nested dataclasses included. Raises InputError as `parsed`."""
     return parsed(type(default), values, where, vars(default))
 
 
@@ -203,14 +202,14 @@ def required(kind: Any) -> list[str]:
 
 
 def parsed(kind: type[T], values: Any, where: str, defaults: Mapping[str, Any] | None = None) -> T:
-    """A dataclass of `kind` out of a mapping. Raises InputError for an unknown, ill-typed or missing field."""
+    """Makes a dataclass of `kind` from a mapping. Raises InputError, which names `where`, for an unknown, ill-typed or missing field."""
     if not isinstance(values, dict):
         raise InputError(f"{where} must be a mapping of settings, not {_short(values)}.")
     hints, found = typing.get_type_hints(kind), dict(defaults or {})
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in hints:
-            # the settings of a command's `config` may stand beside it, too
+            # the fields of a command's nested `config` may be given at the top level, too
             known = [*hints, *(vars(found["config"]) if dataclasses.is_dataclass(found.get("config")) else ())]
             near = "".join(f" Did you mean {one}?" for one in difflib.get_close_matches(name, known, 1))
             raise InputError(f"{where}: unknown setting {_short(key)}.{near} There are {', '.join(dict.fromkeys(known))}.")
@@ -232,7 +231,7 @@ def _short(value: Any) -> str:
 
 
 def _coerced(value: Any, hint: Any, where: str) -> Any:
-    """A YAML value as the field's type: 1e-3 is a string to YAML 1.1, lists become tuples, strings paths. Numbers are finite."""
+    """A YAML value as the type `hint`: YAML 1.1 reads 1e-3 as a string; lists become tuples, strings paths. Raises InputError otherwise."""
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in choices:

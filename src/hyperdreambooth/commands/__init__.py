@@ -1,13 +1,13 @@
-"""The commands: of each a dataclass whose fields are the flags, such as TrainLight, and the function that runs it, run_train_light.
+"""The commands: each has a dataclass whose fields are its flags, such as TrainLight, and a function that runs it, such as run_train_light.
 
-Nothing heavy is imported here: a command's module is imported when it is called.
+No heavy package is imported here: the module of a command is imported when the command is called.
 """
 
 import importlib
 from collections.abc import Callable
 from typing import Any
 
-GROUPS = {  # What each is for, command by command, and the module that holds it.
+GROUPS = {  # Heading of the usage text -> command -> the module that holds it.
     "make and use a personal LoRA": {
         **dict.fromkeys(("personalize", "generate"), "make"),
         "app": "app",

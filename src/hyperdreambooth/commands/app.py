@@ -1,4 +1,4 @@
-"""The page in the browser."""
+"""The command `app`, which serves the web page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class App(WithHypernetwork):
-    """Open a page in the browser: drop a photo in, see the person in new pictures, take the LoRA home.
+    """Serve a web page: upload a photo, see the person in new pictures, download the LoRA.
 
     Only this machine can reach it, unless --host names another address, which then needs --auth.
 
@@ -26,11 +26,11 @@ class App(WithHypernetwork):
         hyperdreambooth app --host 0.0.0.0 --auth anna:secret
     """
 
-    bases: tuple[str, ...] = ()  # Further bases to choose from on the page. On this machine alone any other can be typed there as well.
+    bases: tuple[str, ...] = ()  # More bases to choose from on the page. Without --host and --auth any other can be typed in there too.
     host: str = "127.0.0.1"  # The address to listen on.
     port: int | None = None  # The port to listen on. Default: the first free one from 7860.
-    auth: str | None = None  # USER:PASSWORD, asked of everyone. Needed where others can reach the address.
-    max_upload_mb: int = 50  # The largest file that is taken, in megabytes.
+    auth: str | None = None  # USER:PASSWORD, which every visitor must enter. Required where other machines can reach the address.
+    max_upload_mb: int = 50  # Largest upload that is accepted, in megabytes.
     browser: bool = False  # Also open the page in the default browser.
 
 

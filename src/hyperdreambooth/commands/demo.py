@@ -1,4 +1,4 @@
-"""The whole way on an example face."""
+"""The command `demo`: the whole pipeline on an example face."""
 
 import time
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from .options import Command, Output, Writing
 
 @dataclass
 class Demo(Command, Writing):
-    """The whole way, offline: personalize an example face that nobody trained on, draw it anew, and write a report."""
+    """Run the whole pipeline offline: personalize an example face that wasn't trained on, draw it anew, and write a report."""
 
-    output: Output = Path("demo")  # The folder that gets the LoRA, a grid and index.html.
-    face: int = 1  # Which of the shipped example faces, from 1.
+    output: Output = Path("demo")  # Folder for the LoRA, the token file, a grid of pictures and the report, index.html.
+    face: int = 1  # Number of a shipped example face, from 1.
 
 
 def run_demo(args: Demo) -> None:
@@ -34,7 +34,7 @@ def run_demo(args: Demo) -> None:
     if not 1 <= args.face <= count:
         raise InputError(f"there are example faces 1 to {count}, not {args.face}.")
     reference = folder / f"face-{args.face:02d}.png"
-    with Image.open(folder / "truth.webp") as sheet:  # a row a person: two photos, then what each prompt asks for
+    with Image.open(folder / "truth.webp") as sheet:  # one row per person: two photos, then the true picture for each prompt
         strip = sheet.convert("RGB").crop((0, (args.face - 1) * side, sheet.width, args.face * side))
     truths = [strip.crop((left, 0, left + side, side)) for left in range(2 * side, strip.width, side)]
 

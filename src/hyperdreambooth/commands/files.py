@@ -1,4 +1,4 @@
-"""Commands on files that are there: a LoRA, tokens, a table, a hypernetwork."""
+"""Commands that read existing files: LoRAs, token files, tables and hypernetworks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .options import Output, WithHypernetwork, Writing, check_lora_name, weighte
 if TYPE_CHECKING:
     from ..personal_lora import PersonalLora
 
-SHOWN = 200  # Letters of a value that `info` prints.
+SHOWN = 200  # Characters of a value that `info` prints, at most.
 
 
 @dataclass
@@ -41,7 +41,7 @@ def run_info(args: Info) -> None:
 
 
 def readable(values: dict[str, Any], indent: str = "") -> list[str]:
-    """A line a value, those of a nested dict indented. A file's own words are cut where they are long, and can't steer a terminal."""
+    """One line for each value, those of a nested dict indented. Long values are cut, and unprintable characters become spaces."""
     lines = []
     for key, value in values.items():
         inner = readable(dict(sorted(value.items())), f"{indent}  ") if isinstance(value, dict) else []
@@ -62,7 +62,7 @@ class Export(WithHypernetwork, Writing):
 
     source: tyro.conf.Positional[Path]  # A token file, a table's folder or address, a train-light folder, or a LoRA file.
     output: Output  # The LoRA file to write.
-    identity: str | None = None  # Which row of a table.
+    identity: str | None = None  # The identity whose row of a table is exported.
     format: Layout = "diffusers"  # Layout of the file: diffusers, or kohya for ComfyUI and A1111.
 
 
@@ -80,7 +80,7 @@ def run_export(args: Export) -> None:
 
 
 def read_row(args: Export) -> PersonalLora:
-    """The LoRA of one row of a table."""
+    """The LoRA of one row of a table. Raises InputError where the folder isn't a table, or the identity isn't in it."""
     from ..lora import find_targets
     from ..stages.dreambooth import finish
     from ..tables import read_table, read_table_config
@@ -109,7 +109,7 @@ class Mix(WithHypernetwork, Writing):
     files: tyro.conf.Positional[tuple[str, ...]]  # FILE[:WEIGHT] of each person; without a weight, an equal share.
     output: Output  # The LoRA file to write.
     tokens: Path | None = None  # Also write the blend as a token file.
-    strip: Path | None = None  # Also draw the way from the first of two people to the second, in five pictures of one seed (.png).
+    strip: Path | None = None  # Also draw five steps of the blend from the first of two people to the second, with one seed (.png).
     prompt: str | None = None  # Prompt of the strip; default: the person's own prompt.
     seed: int = 0  # Seed of the strip's pictures.
 
@@ -152,9 +152,9 @@ class Push:
     """
 
     path: tyro.conf.Positional[Path]  # A LoRA file (.safetensors) or a folder that `train-hypernetwork` wrote.
-    repository: tyro.conf.Positional[str]  # user/name on the hub; made if it isn't there.
+    repository: tyro.conf.Positional[str]  # user/name on the hub; created if it doesn't exist.
     public: bool = False  # Make a new repository public.
-    yes: bool = False  # The person whose face it is agrees to the upload.
+    yes: bool = False  # Confirms that the person whose face it is agrees to the upload.
 
 
 def run_push(args: Push) -> None:

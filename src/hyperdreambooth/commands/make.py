@@ -1,4 +1,4 @@
-"""The two commands that everything is about: make a personal LoRA, and draw with it."""
+"""The two main commands: `personalize` makes a personal LoRA, and `generate` draws with it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 class Personalize(WithEngine, WithHypernetwork, Writing):
     """Turn photos of one person into a personal LoRA.
 
-    The hypernetwork predicts a LoRA from the photo; a few steps of rank-relaxed fine-tuning make it fit. The result is a
+    The hypernetwork predicts a LoRA from the photo; a few steps of rank-relaxed fine-tuning refine it. The result is a
     standard LoRA file, with a preview picture beside it. A folder of people (identity/picture.png, or a picture each) gives a folder of
-    LoRAs, several people trained in one batch; those that are there already are kept.
+    LoRAs, several people trained in one batch; LoRAs that exist already are kept.
 
         hyperdreambooth personalize face.png -o me.safetensors
         hyperdreambooth personalize people/ -o loras
@@ -40,15 +40,15 @@ class Personalize(WithEngine, WithHypernetwork, Writing):
     """
 
     photos: tyro.conf.Positional[tuple[Path, ...]]  # One photo or several of the same person; or one folder of people.
-    output: Output  # The LoRA file to write (.safetensors); of a folder of people, the folder that gets them.
+    output: Output  # The LoRA file to write (.safetensors); for a folder of people, the folder for their LoRAs.
     tokens: Path | None = None  # Also write the prediction as a token file (about 120 KB for Stable Diffusion 1.5).
     format: Layout = "diffusers"
     """Layout of the LoRA file: diffusers (also for PEFT, and for ComfyUI on SD 3 and Flux), or kohya, which ComfyUI and A1111 need on
     Stable Diffusion 1, 2 and XL and diffusers opens too."""
     prompt: str | None = None
-    """What the photos show, such as "a [V] face on a blue background": what it names isn't learnt as the person. Default: the caption
-    beside a single photo (me.txt beside me.jpg), else what the base itself sees in them, where the hypernetwork brings words to choose
-    from (toon's does), else the person alone."""
+    """What the photos show, such as "a [V] face on a blue background": what it names isn't learned as part of the person. Default: the
+    caption beside a single photo (me.txt beside me.jpg), else the words that fit the photo best by the base's loss, where the hypernetwork
+    has words to choose from (toon's has), else the person alone."""
     preview: str | None = None  # Prompt of the preview picture; default: the person's own prompt.
     author: str | None = None  # Who made the LoRA, for its metadata.
     license: str | None = None  # The LoRA's license, for its metadata.
@@ -67,7 +67,7 @@ def run_personalize(args: Personalize) -> None:
 
     check_lora_name(args.output)
     args.refuse_existing(args.output, args.tokens)
-    for file in args.photos:  # a photo's fault shows before seconds go into loading the base
+    for file in args.photos:  # a bad photo is reported before the base is loaded, which takes seconds
         photos.load_photo(file)
     hdb = args.machine.open(args.base, args.hypernetwork)
     if hdb.source is None and args.hypernetwork == "auto":
@@ -80,7 +80,7 @@ def run_personalize(args: Personalize) -> None:
     prompt = hdb.naming(args.prompt or caption_of(args.photos))
     args.machine.explain(config)
     loaded = time.perf_counter()
-    # an interrupted fine-tuning of the very same photos and settings goes on; anything else starts anew
+    # an interrupted fine-tuning resumes with the same photos and settings only; with others a new one starts
     stamp = hashlib.sha256(repr((args.base, args.hypernetwork, prompt, config)).encode())
     for file in args.photos:
         stamp.update(file.read_bytes())
@@ -89,7 +89,7 @@ def run_personalize(args: Personalize) -> None:
     for text in dict.fromkeys(me.shown) if not me.warning else ():
         say(f'taken to show "{text}"; --prompt says otherwise')
     save = functools.partial(me.save, args.output, layout=args.format, author=args.author, license=args.license, overwrite=True)
-    save()  # at once, since a preview takes its time on a large base
+    save()  # at once: on a large base the preview takes long
     say(f"{args.output}: rank {me.rank}, {len(me.loras)} layers, {args.output.stat().st_size / 1e6:.2f} MB, trigger {me.identifier}")
     shutil.rmtree(state, ignore_errors=True)
     if args.tokens:
@@ -109,7 +109,7 @@ def run_personalize(args: Personalize) -> None:
 
 
 def run_folder(args: Personalize) -> None:
-    """A LoRA for each person of a folder, and one sheet of previews."""
+    """Makes a LoRA for each person of a folder, and one sheet of previews of the first 16. Raises InputError where all were refused."""
     from .. import formats
     from ..stages.dreambooth import chunks_of
 
@@ -124,7 +124,7 @@ def run_folder(args: Personalize) -> None:
     if len(missing) < len(work.people):
         say(f"{args.output}: {len(work.people) - len(missing)} people are there already and kept")
     args.machine.explain(work.config)
-    for name, files in work.people.items():  # people of a batch have as many photos as one another
+    for name, files in work.people.items():  # people of one batch have the same number of photos
         many.setdefault(len(files), []).append(name)
     batches = [batch for names in many.values() for batch in chunks_of(names, hdb.backbone.side_by_side) if work.missing(batch)]
     refused, started = dict[str, str](), time.perf_counter()
@@ -146,9 +146,9 @@ def run_folder(args: Personalize) -> None:
 
 
 class People:
-    """Makes the LoRAs of some people of a folder, those that aren't there, in one batch.
+    """Makes the LoRAs of people of a folder, in one batch, where they don't exist yet.
 
-    Who else is in a batch decides how its sums are rounded; so a batch is trained whole for anybody who is missing in it.
+    How sums are rounded depends on all people of a batch; so the whole batch is trained where any of its LoRAs is missing.
     """
 
     def __init__(self, args: Personalize, hdb: HyperDreamBooth | None = None):
@@ -168,7 +168,7 @@ class People:
             return False
 
     def __call__(self, batch: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """What was made, in words, and why somebody was refused."""
+        """Returns name -> a summary of the LoRA that was made, and name -> why that person was refused."""
         missing, made, refused = self.missing(batch), dict[str, str](), dict[str, InputError]()
         wanted = batch if any(map(self.readable, missing)) else missing
         people = {name: self.people[name] for name in wanted}
@@ -185,17 +185,17 @@ class People:
 class Generate(WithBase, Writing):
     """Make pictures from prompts, with a personal LoRA and any number of style LoRAs.
 
-    Write [V] where the person belongs. A LoRA takes a weight after a colon.
+    Write [V] where a prompt means the person. A LoRA's weight follows a colon.
 
         hyperdreambooth generate "a pencil sketch of a [V] face" --lora me.safetensors -o pictures
         hyperdreambooth generate "a [V] face, oil painting" --lora me.safetensors:0.9 --style oil.safetensors:0.7 --count 4 -o pictures
     """
 
     prompts: tyro.conf.Positional[tuple[str, ...]]  # What to draw.
-    output: Output  # The folder that gets the pictures and, for several, a grid.
+    output: Output  # Folder for the pictures and, where there are several, a grid.
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FILE[:WEIGHT]; a folder with one or user/repo[/file] of the hub will do. The first is the person (a LoRA or a token file), further ones
-    are styles. Can be repeated."""
+    """FILE[:WEIGHT]; also a folder with one LoRA, or user/repo[/file] on the hub. The first is the person (a LoRA or a token file), further
+    ones are styles. Can be repeated."""
     style: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FILE[:WEIGHT] of a style LoRA of any kind, also without a personal one. Can be repeated."""
     config: Annotated[GenerateChoices, Flat] = field(default_factory=GenerateChoices)

@@ -1,14 +1,12 @@
 """Options and small helpers that several commands share.
 
-A command imports what is heavy in its `run`, so that `--help` needs no torch.
+Commands import heavy packages inside their functions, so that `--help` needs no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +16,10 @@ import tyro
 
 from ..errors import InputError, fresh
 from ..progress import say
-from ..settings import RESOLVED, Crop, explained
+from ..settings import RESOLVED, Crop, GenerateConfig, PersonalizeConfig, explained
 
 if TYPE_CHECKING:
+    import psutil
     from PIL import Image
 
     from ..api import HyperDreamBooth
@@ -31,65 +30,59 @@ Flat = tyro.conf.arg(name="")  # A nested dataclass whose fields are flags witho
 
 @dataclass
 class Machine:
-    """Where it runs."""
+    """Device, precision and memory."""
 
-    device: str | None = None  # cuda, mps or cpu. Default: the best there is.
+    device: str | None = None  # cuda, mps or cpu. Default: the first of these that is available.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the frozen base; what is trained is always float32. auto: bfloat16 on a CUDA card that has it, float16 on an older
-    one, float32 on a CPU."""
+    """Precision of the frozen base; trained weights are always float32. auto: bfloat16 on a CUDA card that supports it, float16 on an
+    older one, float32 elsewhere and for toon."""
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    """What the base predicts. auto: what it says of itself; a single file that says nothing is asked."""
+    """What the denoiser predicts. auto: as the base's files say; for a single file that doesn't, its output on noise is examined."""
     parts: tuple[str, ...] = ()
-    """What a single-file base lacks (text encoders, autoencoder, T5's tokenizer): files, or directories in diffusers' layout."""
+    """Components that a single-file base lacks (text encoders, autoencoder, T5's tokenizer): files, or directories in diffusers' layout."""
     quantize: Literal["nf4", "int8"] | None = None
-    """Keep the denoiser and T5 in 4 or 8 bits a weight, with the extra `quantized`: SDXL in 8 GB, Flux in 16."""
-    verbose: bool = False  # Also print every setting of personalize and generate with where its value came from.
+    """Store the denoiser and T5 in 4 or 8 bits per weight, which needs the extra `quantized`: SDXL fits 8 GB, Flux 16 GB."""
+    verbose: bool = False  # Also print every setting of personalize and generate, and where its value came from.
     device_memory: Literal["auto", "low", "high"] = "auto"
-    """Whether text encoders leave the device once prompts are encoded. auto: where less of its memory is free than the denoiser takes."""
+    """low: text encoders leave the device once prompts are encoded. high: they stay. auto: low where the device's memory is short."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: slower, but a fraction of the memory. Where a GPU's memory is short it is done anyway."""
+    """Recompute activations in the backward pass: slower, in a fraction of the memory. Turned on anyway where a GPU's memory runs out."""
 
-    def explain(self, settings: object) -> None:
+    def explain(self, settings: PersonalizeConfig | GenerateConfig) -> None:
         for line in explained(settings) if self.verbose else ():
             say(line)
 
     def open(self, base: str, hypernetwork: str | None = "auto") -> HyperDreamBooth:
+        import psutil
         import torch
 
         from ..api import HyperDreamBooth
 
-        others = Others()
+        process = psutil.Process()
+        busy_elsewhere(process)
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         own: dict[str, Any] = {name: getattr(self, name) for name in ("device", "prediction", "parts", "quantize")}
         hdb = HyperDreamBooth.from_pretrained(base, hypernetwork=hypernetwork, dtype=dtype, **own)
         hdb.backbone.device_memory = self.device_memory
         if self.gradient_checkpointing:
             hdb.backbone.denoiser.enable_gradient_checkpointing()
-        if hdb.device.type == "cpu" and torch.get_num_threads() > 1 and others.busy_cores() > 0.5:
+        if hdb.device.type == "cpu" and torch.get_num_threads() > 1 and busy_elsewhere(process) > 0.5:
             say(
                 "Other programs keep a core busy, and threads that wait for it can take ten times as long: OMP_NUM_THREADS=1 is faster now."
             )
         return hdb
 
 
-class Others:
-    """How many cores whoever else uses this machine has kept busy since this was made."""
+def busy_elsewhere(process: psutil.Process) -> float:
+    """How many cores other programs kept busy since the last call; the first one starts the clock. `process`: this one."""
+    import psutil
 
-    def __init__(self) -> None:
-        import psutil
-
-        times, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        self.clock, self.idle, self.own = time.monotonic(), times.idle + getattr(times, "iowait", 0.0), own.user + own.system
-
-    def busy_cores(self) -> float:
-        now = Others()
-        used = (os.cpu_count() or 1) * (now.clock - self.clock) - (now.idle - self.idle) - (now.own - self.own)
-        return used / max(now.clock - self.clock, 1e-9)
+    return psutil.cpu_percent() / 100 * psutil.cpu_count() - process.cpu_percent() / 100
 
 
 @dataclass(kw_only=True)
 class Command:
-    """What every command that draws takes; the classes below add what several of them take."""
+    """The flags of every command that opens a base; the classes below add flags that several commands share."""
 
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
 
@@ -101,48 +94,48 @@ class WithBase(Command):
 
 @dataclass(kw_only=True)
 class WithHypernetwork(WithBase):
-    hypernetwork: str = "auto"  # A directory or hub id; "none" trains from scratch, on any base; "auto" takes the shipped one for toon.
+    hypernetwork: str = "auto"  # A directory or hub id. "none": train from scratch, on any base. "auto": the shipped one for toon.
 
 
 @dataclass(kw_only=True)
 class WithCrop:
     crop: Crop = "auto"
-    """auto: the face where one is found, else the middle, and it says which. face: the face, or an error. center: the middle square. Faces
-    are found with the extra `faces`."""
+    """What a photo is cropped to. auto: the face if one is found, else the center square. face: the face, or an error. center: the center
+    square. Finding faces needs the extra `faces`."""
 
 
 @dataclass(kw_only=True)
 class Writing:
-    overwrite: bool = False  # Replace what is there already.
+    overwrite: bool = False  # Replace existing output.
 
     def refuse_existing(self, *paths: Path | None) -> None:
-        """Before any work is done: an output that is there is never replaced unasked."""
+        """Called before any work is done: raises InputError where an output exists, unless `overwrite` is set."""
         for path in paths:
             if path:
                 fresh(path, self.overwrite)
 
 
 def check_lora_name(path: Path) -> None:
-    """Before any work is done: raises InputError for a LoRA file to write that no tool would take for one."""
+    """Called before any work is done: raises InputError where the LoRA file to write isn't named .safetensors, as all tools expect."""
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: a LoRA file is a .safetensors file. Name it {path.name}.safetensors.")
 
 
 def save_sheet(path: Path, rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], columns: Sequence[str], what: str) -> None:
-    """A labelled sheet of pictures, which says that they are generated."""
+    """Saves a labeled grid of pictures as a PNG whose metadata says that they are generated, and prints its path with the words `what`."""
     from .. import photos
 
     photos.save_png(photos.grid(rows, labels, columns), path, {"ai_generated": "true"}, overwrite=True)
     say(f"{path}: {what}")
 
 
-def as_json(args: Any, settings: Any = None) -> dict[str, Any]:
-    """A command's settings as they are saved beside what it made, with the resolved ones and where each came from."""
+def as_json(args: Any, settings: PersonalizeConfig | GenerateConfig | None = None) -> dict[str, Any]:
+    """A command's flags as they are saved beside its output; with `settings`, also the resolved values and where each came from."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     return values | ({RESOLVED: explained(settings)} if settings else {})
 
 
-def save_settings(path: Path, args: Any, settings: Any) -> None:
+def save_settings(path: Path, args: Any, settings: PersonalizeConfig | GenerateConfig) -> None:
     from ..checkpoint import write_json
 
     write_json(path, as_json(args, settings))
@@ -150,7 +143,7 @@ def save_settings(path: Path, args: Any, settings: Any) -> None:
 
 
 def weighted(text: str, default: float = 1.0) -> tuple[str, float]:
-    """FILE[:WEIGHT]; a colon of a Windows drive isn't a weight."""
+    """Splits FILE[:WEIGHT] into file and weight, or `default`. The colon of a Windows drive doesn't count."""
     file, _, weight = text.rpartition(":")
     try:
         return (file, float(weight)) if file else (text, default)

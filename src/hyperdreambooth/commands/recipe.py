@@ -1,4 +1,4 @@
-"""A hypernetwork from one command: stages that are other commands', each skipped where it is done."""
+"""The command `recipe`, which makes a hypernetwork in stages, mostly other commands; those that are done are skipped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .options import Flat, Output, WithBase, WithCrop, as_json
 from .train import Preoptimize, TrainHypernetwork, decisive, keep, open_encoder, run_preoptimize, run_train_hypernetwork
 
 SHIPPED = {file.stem: file for file in sorted((Path(__file__).parents[1] / "assets" / "recipes").glob("*.yaml"))}
-AT_ONCE = 64  # Pictures that are decoded until they are written.
+AT_ONCE = 64  # Pictures that are decoded before they are written.
 
 
 @dataclass
@@ -30,7 +30,8 @@ class Recipe(WithBase, WithCrop):
     """Make a hypernetwork by a recipe: check this machine, align faces, train, evaluate, and push if asked.
 
     Recipes: sd15-pro, sd15-faithful, sdxl-pro, sdxl-faithful, toon-pro and toon-faithful (small ones, to try it), or a YAML file of these
-    settings. Interrupted at any moment, the same line goes on. It makes OUTPUT/hypernetwork: weights, card, figures and pictures.
+    settings. A run can be interrupted at any moment: the same command resumes it. OUTPUT/hypernetwork gets weights, model card,
+    figures and pictures.
 
         hyperdreambooth recipe toon-pro -o runs/try
         hyperdreambooth recipe sd15-pro --data faces -o runs/sd15 --price 2.5
@@ -42,31 +43,31 @@ class Recipe(WithBase, WithCrop):
     output: Output  # The run's folder.
     data: str = "toon"
     """A folder (identity/picture.png, or one picture each), also an address such as s3://bucket/faces with the extra `remote`,
-    hf:ORG/NAME[/FOLDER] on the hub, or toon, the shipped faces. Where there are parquet
-    files alone, as in most data sets of the hub, their pictures are taken, with the extra `parquet`."""
-    people: int | None = None  # Take the first so many people only.
-    held_out: int | None = None  # The last so many of them aren't trained on. Default: a tenth, at least 2 and at most 128.
+    hf:ORG/NAME[/FOLDER] on the hub, or toon, the shipped faces. From a folder with only parquet files, as most data sets of the hub are,
+    their pictures are taken, which needs the extra `parquet`."""
+    people: int | None = None  # Use only this many people, the first ones.
+    held_out: int | None = None  # Keep this many of them, the last ones, for validation. Default: a tenth, at least 2 and at most 128.
     encoder: str = "auto"  # A vision model of transformers, by directory or hub id. auto: the shipped one for toon.
-    price: float | None = None  # Of an hour on this machine, to be told what it will cost.
-    push: str | None = None  # user/name on the hub, where the hypernetwork goes in the end.
+    price: float | None = None  # Price of an hour on this machine, to print what the run will cost.
+    push: str | None = None  # user/name on the hub, where the finished hypernetwork is uploaded.
     license: str = ""  # The license of the weights, for the model card.
     config: Annotated[TrainHypernetworkConfig, Flat] = field(default_factory=TrainHypernetworkConfig)
     table: PreoptimizeConfig = field(default_factory=PreoptimizeConfig)
-    """faithful: how the table is made. Its prompt, targets and token size are always the hypernetwork's."""
+    """faithful: settings of the table's pre-optimization. Prompt, targets and token size are always the hypernetwork's."""
 
     def __post_init__(self) -> None:
         sizes = dataclasses.replace(self.config.lightweight, learnable=False)
         self.table = dataclasses.replace(self.table, prompt=self.config.prompt, targets=self.config.targets, lightweight=sizes)
 
     @staticmethod
-    def expanded(words: list[str]) -> list[str]:
-        """The command's words with the recipe's file for `--config`. Raises InputError where the first one is no recipe."""
-        if words[:1] in (["-h"], ["--help"]):
-            return words
-        file = SHIPPED.get(words[0], Path(words[0])) if words else Path()
-        if not file.is_file() or "--config" in words:
+    def expanded(arguments: list[str]) -> list[str]:
+        """The command's arguments with the recipe's file as `--config`. Raises InputError where the first one is no recipe."""
+        if arguments[:1] in (["-h"], ["--help"]):
+            return arguments
+        file = SHIPPED.get(arguments[0], Path(arguments[0])) if arguments else Path()
+        if not file.is_file() or "--config" in arguments:
             raise InputError(f"the first word is a recipe ({', '.join(SHIPPED)}) or a YAML file; there is no --config. See recipe --help.")
-        return [*words, "--config", str(file)]
+        return [*arguments, "--config", str(file)]
 
 
 def run_recipe(args: Recipe) -> None:
@@ -96,7 +97,7 @@ def run_recipe(args: Recipe) -> None:
 
 
 def once(file: Path, work: Callable[[], dict[str, Any] | None]) -> None:
-    """Does a stage's work, and keeps what it found in its file, unless it was done before."""
+    """Runs a stage and writes its result to `file` as JSON; where the file exists, the stage is done and skipped."""
     from ..checkpoint import write_json
 
     if not file.is_file():
@@ -105,7 +106,7 @@ def once(file: Path, work: Callable[[], dict[str, Any] | None]) -> None:
 
 
 def people_of(args: Recipe) -> dict[str, list[Path]]:
-    """Identity -> its pictures; those of the hub are fetched, those of parquet files unpacked. Raises InputError where there are none."""
+    """Identity -> its picture files; downloads those on the hub, and unpacks parquet files. Raises InputError where there are none."""
     from .. import hub
     from ..assets import toon
     from ..checkpoint import ADDRESS, path_at
@@ -124,9 +125,9 @@ def people_of(args: Recipe) -> dict[str, list[Path]]:
 
 
 def preflight(args: Recipe) -> int:
-    """Says what the recipe will take here, from measured steps, and returns the base's size; once for a machine and its settings.
+    """Prints the time, disk and memory that the recipe needs, by measured steps; returns the side of the base's pictures in pixels.
 
-    Raises InputError where memory or disk won't do.
+    The result is kept for the same machine and settings. Raises InputError where disk or main memory are too small.
     """
     import psutil
     import torch
@@ -139,14 +140,14 @@ def preflight(args: Recipe) -> int:
         return int(known["size"])
     say("stage: preflight")
     if not args.data.startswith("hf:"):
-        people_of(args)  # a wrong folder is said at once, and what lies on the hub is fetched once a batch fits
+        people_of(args)  # reports a wrong folder at once; pictures on the hub are downloaded only after a batch was found to fit
     found, people = measured(args), list(people_of(args).values())[: args.people]
     count, pictures = len(people), sum(map(len, people))
     table = found["chunk_step"] * args.table.training.steps * -(-count // args.table.chunk)
     hours = (found["step"] * args.config.training.steps + table) / 3600
     cost = f", {hours * args.price:,.2f} at {args.price:g} an hour" if args.price is not None else ""
     say(f"{count} people, {pictures} pictures, {found['step']:.3g} s a step: {hours:.3g} hours{cost}, besides reading and drawing pictures")
-    # pictures as PNG, at most; what they are encoded to; two states, while one replaces the other; rows
+    # pictures as PNG, at most; latents and features; two checkpoints, while one replaces the other; rows
     disk = pictures * (3 * found["size"] ** 2 + found["encoded"]) + 2 * found["state"] + count * found["row"]
     there = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
     needs = [("disk", disk, shutil.disk_usage(args.output).free + there)]
@@ -160,7 +161,7 @@ def preflight(args: Recipe) -> int:
 
 
 def measured(args: Recipe) -> dict[str, float]:
-    """Seconds a step, and bytes, of the stages themselves with batches of made pictures. Raises InputError where a batch doesn't fit."""
+    """Seconds per step and bytes of the stages, measured on batches of random pictures. Raises InputError where a batch doesn't fit."""
     import torch
 
     from .. import photos, replay
@@ -186,7 +187,7 @@ def measured(args: Recipe) -> dict[str, float]:
                 source, report = train_hypernetwork(hdb.backbone, encoder, data, training, table=rows)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise InputError("a batch doesn't fit: lower --batch and --table.chunk, or give --gradient-checkpointing.") from error
-    replay.forget()  # a recorded step would keep this base on the card beside the next stage's
+    replay.forget()  # recorded CUDA graphs would keep this base in GPU memory beside the next stage's
     encoded = (data.latents.nbytes + data.features.nbytes) / len(data.people)
     state = 16 * sum(p.numel() for p in source.parameters() if p.requires_grad)  # weights, their average, and two moments
     row = 4 * next(iter(rows.values())).numel() if rows else 0
@@ -195,9 +196,9 @@ def measured(args: Recipe) -> dict[str, float]:
 
 
 def align(args: Recipe, size: int) -> dict[str, Any]:
-    """Writes every picture's face once: people/NAME/0000.png, and held-out/NAME/0000.png of the last people. Broken ones are named.
+    """Crops pictures to the face: to people/NAME/0000.png, and to held-out/NAME/0000.png for the last people. Existing files are kept.
 
-    Raises InputError for too few people.
+    Returns the counts, and the broken pictures by path. Raises InputError for too few people.
     """
     from ..checkpoint import write_atomically
     from ..data import decoded

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from ..stages.dreambooth import Rows
     from ..tables import Table
 
-PROMPTS = ("a pencil sketch of a [V] face", "a smiling [V] face", "a [V] face on a blue background")  # Of a hypernetwork's preview.
-NO_MATTER = ("log_every", "validate_every", "checkpoint_minutes", "tracker", "give_up")  # Settings that change nothing about weights.
+PROMPTS = ("a pencil sketch of a [V] face", "a smiling [V] face", "a [V] face on a blue background")  # Prompts of a hypernetwork's preview.
+NOT_DECISIVE = ("log_every", "validate_every", "checkpoint_minutes", "tracker", "give_up")  # Settings that don't change trained weights.
 
 
 @dataclass
@@ -70,8 +70,8 @@ def run_train_light(args: TrainLight) -> None:
 class Preoptimize(WithEngine, WithCrop):
     """Pre-optimize tokens for every identity of a folder: identity/picture.png, or one picture each.
 
-    Chunks of identities are trained side by side and written row by row; stop it at any moment and start it again.
-    `export` makes a LoRA of any row. Any number of machines that see both folders can share the work, a shard each.
+    Identities are trained in chunks, side by side, and written as a row each. A run can be stopped at any moment and started again.
+    `export` makes a LoRA of any row. Any number of machines that see both folders can share the work, one shard each.
 
         hyperdreambooth preoptimize faces -o table
         hyperdreambooth preoptimize faces -o table --shard 0/2
@@ -81,7 +81,7 @@ class Preoptimize(WithEngine, WithCrop):
 
     folder: tyro.conf.Positional[Path]  # Pictures of identities; also an address such as s3://bucket/faces, with the extra `remote`.
     output: Output  # The table's folder, or its address.
-    shard: str = "0/1"  # i/n: only the i-th of n parts of the identities, from 0 to n-1. Rows are the same however many parts there are.
+    shard: str = "0/1"  # i/n: train only the i-th of n parts of the identities, from 0 to n-1. Rows don't depend on n.
     merge: bool = False  # Train nothing: check that every identity has its row, and pack the rows into a few files.
     config: Annotated[PreoptimizeConfig, Flat] = field(default_factory=PreoptimizeConfig)
 
@@ -98,7 +98,7 @@ def run_preoptimize(args: Preoptimize) -> None:
     args.config.prompt = args.config.prompt.replace(PLACEHOLDER, hdb.identifier)
     rows = opened(args, hdb)
     if (args.output / "config.json").is_file():
-        read_table_config(args.output)  # refuses a damaged one
+        read_table_config(args.output)  # raises InputError for a damaged one
     keep(args.output / "config.json", as_json(args), ("rows", "packed", "chunk"))
     table, chunks = rows.table, chunks_of(rows.data.names, args.config.chunk, shard)
     if args.merge:
@@ -122,7 +122,7 @@ def run_preoptimize(args: Preoptimize) -> None:
 
 
 def opened(args: Preoptimize, hdb: HyperDreamBooth | None = None) -> Rows:
-    """What rows are made with, here or by a worker."""
+    """What trains a chunk of identities and writes their rows, in this process or in a worker."""
     from ..data import FolderOfPeople
     from ..stages.dreambooth import Rows
 
@@ -131,7 +131,7 @@ def opened(args: Preoptimize, hdb: HyperDreamBooth | None = None) -> Rows:
 
 
 def keep(file: Path, now: dict[str, Any], begun: Sequence[str]) -> None:
-    """Writes a command's settings. Raises InputError where others are there, and a folder beside them that work is `begun` with those."""
+    """Writes a command's settings. Raises InputError where `file` has others and a folder of `begun` beside it shows that work began."""
     from ..checkpoint import read_json, write_json
 
     before, wanted = (decisive(values) for values in (read_json(file) if file.is_file() else {}, now))
@@ -143,18 +143,18 @@ def keep(file: Path, now: dict[str, Any], begun: Sequence[str]) -> None:
 
 
 def decisive(values: dict[str, Any]) -> dict[str, Any]:
-    """Of a command's settings those that decide what it makes, by their names as flags."""
+    """The settings of a command that its result depends on, by the names of their flags."""
     found: dict[str, Any] = {name: values[name] for name in ("crop", "data", "people", "held_out", "encoder") if name in values}
     found |= {"base": Path(values["base"]).name} if "base" in values else {}
     for prefix, group in (("", values.get("config")), ("table.", values.get("table"))):
         for name, value in (group or {}).items():
             parts = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
-            found |= {prefix + key: part for key, part in parts.items() if key.split(".")[-1] not in NO_MATTER}
+            found |= {prefix + key: part for key, part in parts.items() if key.split(".")[-1] not in NOT_DECISIVE}
     return found
 
 
 def packed(rows: Rows) -> Table:
-    """The merged table. Raises InputError where somebody has no row whose pictures can be read."""
+    """Merges the table and returns it. Raises InputError where an identity whose pictures can be read has no row."""
     from ..tables import merge
 
     names = rows.data.names
@@ -165,7 +165,7 @@ def packed(rows: Rows) -> Table:
         raise InputError(f"{number} identities have no row yet, such as {unmade}. Run their shards (again), then merge.")
     merged = merge(rows.output, rows.table.fingerprint)
     if isinstance(rows.output, Path):
-        shutil.rmtree(rows.output / "chunk", ignore_errors=True)  # what killed processes left
+        shutil.rmtree(rows.output / "chunk", ignore_errors=True)  # checkpoints of killed processes
     return merged
 
 
@@ -173,29 +173,29 @@ def packed(rows: Rows) -> Table:
 class TrainHypernetwork(WithEngine, WithCrop):
     """Train a hypernetwork: a face photo in, LoRA tokens out.
 
-    pro (default) needs no table: aux matrices are learnt, with the denoising loss. faithful is the paper's: frozen aux,
-    and a weight loss against the table of `preoptimize`. Watch the identity gain (loss with a stranger's photo minus loss
-    with one's own): it must rise; the loss itself hardly moves.
+    pro (default) needs no table: aux matrices are learned, by the denoising loss. faithful is the paper's mode: frozen aux,
+    and a weight loss against the table of `preoptimize`. Watch the identity gain (the loss with another person's photo minus
+    the loss with the person's own): it must rise, while the loss itself hardly changes.
 
         hyperdreambooth train-hypernetwork faces --validation-folder strangers -o hypernetwork
         hyperdreambooth train-hypernetwork faces --table table --mode faithful -o hypernetwork
     """
 
     folder: tyro.conf.Positional[Path]
-    """Pictures of identities: identity/picture.png, or one picture each; also an address such as s3://bucket/faces, with the extra `remote`.
-    With --engine ray its pictures are encoded by workers."""
+    """Pictures of identities: identity/picture.png, or one picture each; also an address such as s3://bucket/faces, with the extra
+    `remote`. With --engine ray its pictures are encoded by workers."""
     output: Output  # The hypernetwork's folder; `personalize --hypernetwork` takes it.
     encoder: str = "auto"  # A vision model of transformers, by directory or hub id (DINOv2, CLIP, ViT). auto: the shipped one for toon.
-    validation_folder: Path | None = None  # Identities for the identity gain; default: the last tenth of the folder's.
+    validation_folder: Path | None = None  # Identities to measure the identity gain on; default: the last tenth of the folder's.
     table: Path | None = None  # faithful: the folder of `preoptimize`.
-    start: str | None = None  # A hypernetwork (directory or hub id) whose weights it begins with: the same layers, encoder and sizes.
-    data: str = ""  # What the pictures are, in words, for the model card.
+    start: str | None = None  # A hypernetwork (directory or hub id) to start from, with the same layers, encoder and sizes.
+    data: str = ""  # Description of the pictures, for the model card.
     license: str = ""  # The license of the weights, for the model card.
     config: Annotated[TrainHypernetworkConfig, Flat] = field(default_factory=TrainHypernetworkConfig)
 
 
 def open_encoder(hdb: HyperDreamBooth, name: str, trained: bool) -> FaceEncoder:
-    """The vision model of that name, or the shipped one for `auto`. Raises InputError where there is none for the base."""
+    """Opens a vision model by name; `auto` is the shipped one. Raises InputError for `auto` where the base isn't toon."""
     from ..assets import toon
     from ..encoder import FaceEncoder
 
@@ -206,7 +206,7 @@ def open_encoder(hdb: HyperDreamBooth, name: str, trained: bool) -> FaceEncoder:
 
 
 def encoder_of(args: TrainHypernetwork) -> Work:
-    """Encodes pieces of the folder's pictures, in a worker."""
+    """What a worker encodes pieces of the folder's pictures with."""
     from ..data import encoding
 
     hdb = args.machine.open(args.base, None)
@@ -265,8 +265,7 @@ def run_train_hypernetwork(args: TrainHypernetwork) -> None:
         trained={"steps": report.steps, "identities": len(data.names), "validation": report.validations[-1:]},
     )
     save_hypernetwork(args.output, source, info)
-    gauge = report.validations[-1] if report.validations else {}
-    gain, half = gauge.get("identity_gain", 0.0), gauge.get("identity_gain_interval", 0.0)
+    gain, half = report.validations[-1]["identity_gain"], report.validations[-1].get("identity_gain_interval", 0.0)
     word = (
         "it tells people apart" if gain > half else "within its interval of 0, so it tells nobody apart yet: train longer, on more people"
     )

@@ -4,7 +4,7 @@
 
 Every variant is trained anew on pictures of the first people of the toon world, 300 steps of 32 pictures, over the shipped base and the shipped
 encoder, which stays frozen (and was trained together with the shipped hypernetwork, on more people: it favors no variant). Then 32 validation people
-are predicted from one photo each and drawn by every second prompt of the protocol. So short a budget shows what is learnt fast, not
+are predicted from one photo each and drawn by every second prompt of the protocol. So short a budget shows what is learned fast, not
 where a variant ends. Rows that are in the output are kept; a training that was stopped goes on. Needs Node.js for the renderer.
 """
 

@@ -631,6 +631,11 @@ def test_durations_are_printed_in_rounded_units(seconds, said):
     assert progress.format_duration(seconds) == said
 
 
+def test_brackets_in_a_message_are_printed(capsys):
+    progress.Progress("training", 1).note("see hyperdreambooth[faces]")
+    assert "training: see hyperdreambooth[faces]" in capsys.readouterr().err
+
+
 def test_a_log_says_the_seconds_of_the_last_minute(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

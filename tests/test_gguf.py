@@ -102,9 +102,9 @@ def test_a_gguf_of_flux_keeps_its_bytes(tmp_path):
 
 def test_gguf_files_that_cant_be_opened_are_one_clear_error(small, tmp_path):
     unet = {key.removeprefix(UNET): value for key, value in small.items() if key.startswith(UNET)}
-    whole = gguf_file(tmp_path / "whole.gguf", unet, "Q8_0").read_bytes()
+    valid = gguf_file(tmp_path / "whole.gguf", unet, "Q8_0").read_bytes()
     path = tmp_path / "model.gguf"
-    for content in (b"", b"GGUF", b"<!DOCTYPE html>" * 99, whole[: len(whole) // 2], whole[:200]):
+    for content in (b"", b"GGUF", b"<!DOCTYPE html>" * 99, valid[: len(valid) // 2], valid[:200]):
         path.write_bytes(content)
         with pytest.raises(InputError, match="not a whole GGUF file"):
             load_backbone(path)
@@ -114,8 +114,14 @@ def test_gguf_files_that_cant_be_opened_are_one_clear_error(small, tmp_path):
         load_backbone(gguf_file(path, {"enc.blk.0.attn_k.weight": (64, 64)}, "Q8_0"))
     texts = {key: value for key, value in small.items() if not key.startswith((UNET, "first_stage"))}
     rest = {key: value for key, value in small.items() if key not in texts}
+    denoiser = checkpoints.save(tmp_path / "b.safetensors", rest)
     with pytest.raises(InputError, match=r"is quantized .* a denoiser may be GGUF"):
-        load_backbone(checkpoints.save(tmp_path / "b.safetensors", rest), parts=[gguf_file(path, texts, "Q8_0")])
+        load_backbone(denoiser, parts=[gguf_file(path, texts, "Q8_0")])
+    half = load_backbone(denoiser, prediction="epsilon", parts=[gguf_file(tmp_path / "half.gguf", texts, "F16")])
+    whole = load_backbone(denoiser, prediction="epsilon", parts=[checkpoints.save(tmp_path / "c.safetensors", texts)])
+    for name in whole.text_components:
+        for one, other in zip(half.components[name].parameters(), whole.components[name].parameters(), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
     with pytest.raises(InputError, match="no such file"):
         load_backbone(tmp_path / "nowhere.gguf")
 

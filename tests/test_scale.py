@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from hyperdreambooth import checkpoint
 from hyperdreambooth.cli import main
+from hyperdreambooth.commands import engines, measure, train
 from hyperdreambooth.data import FolderOfPeople, IdentityData, encoding, load_identities
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.stages.dreambooth import Rows, chunks_of, parse_shard, preoptimize
@@ -463,6 +464,19 @@ def test_pictures_are_encoded_and_methods_compared_on_ray(toon, world, faces, tm
         rows = json.loads(Path(name).read_text())["rows"]
         found.append({method: {key: value for key, value in row.items() if key != "seconds"} for method, row in rows.items()})
     assert found[0] == found[1]
+
+
+def test_a_worker_in_another_folder_gets_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("people", "toon", "vit"):
+        (tmp_path / name).mkdir()
+    judges = ("clip:vit", "dino:ann/vit", "dlib", "vit")
+    given = measure.Evaluate(output=Path("o.json"), base="toon", hypernetwork="vit", people=Path("people"), judges=judges)
+    found = engines.absolute(given)
+    assert (found.output, found.people) == (tmp_path / "o.json", tmp_path / "people")
+    assert (found.base, found.hypernetwork) == ("toon", str(tmp_path / "vit"))
+    assert found.judges == (f"clip:{tmp_path}/vit", "dino:ann/vit", "dlib", f"{tmp_path}/vit")
+    assert engines.absolute(train.Preoptimize(folder=Path("s3://b/faces"), output=Path("t"))).folder == Path("s3://b/faces")
 
 
 def test_ray_is_for_folders_of_people(toon, faces, tmp_path, capsys):

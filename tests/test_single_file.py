@@ -233,7 +233,7 @@ def test_a_denoiser_alone_takes_the_rest_from_parts(family, small, tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """The hub can't be reached, which is found out at once instead of after its retries."""
+    """The hub can't be reached."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 

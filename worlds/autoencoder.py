@@ -1,4 +1,4 @@
-"""A world's autoencoder: an `AutoencoderKL` whose encoder is written down and whose decoder is learnt.
+"""A world's autoencoder: an `AutoencoderKL` whose encoder is written down and whose decoder is learned.
 
 The encoder computes a principal component analysis of square patches, exactly, in the layers of an ordinary AutoencoderKL
 (`Autoencoder.write_encoder`). That makes latents a fixed, known, linear function of the picture: the base, the hypernetworks and the

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from .checkpoint import read_header, read_json, write_json
@@ -86,6 +87,9 @@ def _open_model(source: str | Path) -> Any:
     if Path(source).is_dir():
         _check_depths(Path(source))
     with refusing(f"{source}: it can't be opened as a vision model of transformers", Exception):
+        if not Path(source).is_dir():
+            # without a connection this fails at once, where transformers would retry for most of a minute
+            snapshot_download(str(source), allow_patterns=["config.json"])
         model, found = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     # the pooler isn't used, and a file may also hold a classifier's head; a layer that config or weights lack is an error
     absent = [name for name in found["missing_keys"] if "pooler" not in name]

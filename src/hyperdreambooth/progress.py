@@ -86,4 +86,4 @@ class Progress:
     def note(self, text: str) -> None:
         """Prints a message that stays above the bar."""
         if not self.quiet:
-            console.print(f"{self.name}: {text}", highlight=False)
+            say(f"{self.name}: {text}")

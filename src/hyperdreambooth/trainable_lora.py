@@ -67,6 +67,11 @@ class LightweightLora(nn.Module):
         """A layer's aux matrices: down (a, in) and up (out, b)."""
         return getattr(self, self.name(path, "down")), getattr(self, self.name(path, "up"))
 
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """(layers, width)."""
+        return len(self.targets), self.config.width
+
     def start(self) -> Tensor:
         """The initial tokens of all identities, (layers, width): a random down part, its rows of norm 1 on average, and a zero up part.
 
@@ -76,7 +81,7 @@ class LightweightLora(nn.Module):
         rank, width = self.config.rank, self.config.down_dim
         generator = torch.Generator().manual_seed(self.config.seed + 1)
         down = torch.randn(len(self.targets), rank, width, generator=generator, dtype=torch.float64) / math.sqrt(width)
-        tokens = torch.zeros(len(self.targets), self.config.width)
+        tokens = torch.zeros(self.token_shape)
         tokens[:, : rank * width] = down.flatten(1).float()
         return tokens
 
@@ -99,7 +104,7 @@ class LightweightLora(nn.Module):
         return {"targets": {path: list(shape) for path, shape in self.targets.items()}, **asdict(self.config)}
 
     def fingerprint(self) -> str:
-        """Identifies the aux matrices that tokens belong to: a hash of the recipe and of learnt matrices (in float16, as saved)."""
+        """Identifies the aux matrices that tokens belong to: a hash of the recipe and of learned matrices (in float16, as saved)."""
         digest = hashlib.sha256(json.dumps(self.recipe(), sort_keys=True).encode())
         if self.config.learnable:
             for path in self.targets:
@@ -127,7 +132,7 @@ class HyperNetwork(nn.Module):
 
     Every target layer is one query of a transformer decoder that attends to the features. The head of the up part starts at
     zero, so an untrained hypernetwork predicts updates of zero, yet gradients flow (the down part starts random).
-    `start`: the tokens (layers, width) before the first pass. They are learnt, and shared by all identities.
+    `start`: the tokens (layers, width) before the first pass. They are learned, and shared by all identities.
     """
 
     def __init__(self, start: Tensor, down_width: int, feature_dim: int, config: HyperNetworkConfig):

@@ -110,9 +110,9 @@ def interrupts() -> Iterator[list[int]]:
     received: list[int] = []
 
     def receive(number: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
         received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
 
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, receive) for number in numbers}
@@ -130,8 +130,9 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
         losses: `losses(model, batch)` gives per-sample losses, shape (B,). An attribute `key` identifies the computation (see `replay.py`).
         draw: `draw(i, generator)` gives the i-th batch; n processes take n batches at a time, one each.
 
-    Ctrl-C writes a checkpoint and raises KeyboardInterrupt. Raises TrainingError at the first loss that isn't finite. With `average`,
-    a training that finishes leaves the averaged weights in the model. Under a launcher, call `leave` after the last training.
+    Ctrl-C writes a checkpoint after the current step and raises KeyboardInterrupt; a second one raises it at once, without a checkpoint.
+    Raises TrainingError at the first loss that isn't finite. With `average`, a training that finishes leaves the averaged weights in the
+    model. Under a launcher, call `leave` after the last training.
     """
     run = run or Run()
     accelerator = make_accelerator(config, run)
@@ -173,9 +174,11 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
                 if (run.on_step and run.on_step(done)) or late:
                     break
         except KeyboardInterrupt:
-            if saves:
+            exact = len(received) < 2  # a second signal may have come between an update and its count
+            if saves and exact:
                 state.save()
-            progress.note(f"stopped at step {state.done}; the same command goes on from there")
+            place = "there" if exact else "its last checkpoint"
+            progress.note(f"stopped at step {state.done}; the same command goes on from {place}")
             raise
         report.steps, report.finished = state.done, state.done >= config.steps
         if run.validate and report.finished:

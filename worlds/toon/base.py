@@ -7,5 +7,5 @@ from . import pictures
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Fourteen of its words stay in pieces: the shipped base has learnt them so."""
+    """Fourteen of its words stay in pieces: the shipped base has learned them so."""
     return base.build_tokenizer(pictures.vocabulary(), 32, whole=False)

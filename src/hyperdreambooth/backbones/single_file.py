@@ -16,6 +16,7 @@ import diffusers
 import safetensors
 import torch
 from diffusers.loaders import single_file_utils as diffusers_names
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -283,10 +284,10 @@ def load_single_file(
         # T5's outputs overflow in float16
         own = torch.float32 if part == "t5" and dtype == torch.float16 else dtype
         state = fitted(part, parts[part], model, own)
-        if next(iter(parts[part].values())).path.suffix.lower() == GGUF:
+        if part in FIRST_LAYERS and next(iter(parts[part].values())).path.suffix.lower() == GGUF:
             given[name] = gguf_model(model, state, dtype)
             continue
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict({key: tensor.to(own) for key, tensor in state.items()}, assign=True)  # GGUF's are of other types
         module: Any
         for module in model.modules():
             if "position_ids" in module._buffers:  # CLIP's position ids aren't in every file
@@ -323,7 +324,9 @@ def tokenizers(kind: str, parts: Parts, given: dict[str, Any], folders: Sequence
             found[key] = clip.tokenizer() if part == "clip_l" else clip.tokenizer("!")
             continue
         try:
-            found[key] = AutoTokenizer.from_pretrained((own or [T5_NAME])[0])
+            # without a connection this fails at once, where transformers would retry for most of a minute
+            folder = own[0] if own else snapshot_download(T5_NAME, allow_patterns=["*.json", "spiece.model"])
+            found[key] = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             what = f"T5's tokenizer is neither shipped nor on the hub that can be reached ({T5_NAME}): give its folder as --parts"
             if kind == "flux" or own:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from ..progress import Progress
 from .options import WithBase
 
 MAX_BLOCKS = 4096  # Of Ray Data; where there are more pieces, several share a block.
-NAMES = ("toon", "auto", "none", "dreambooth", "hyperdreambooth")  # Values with a meaning of their own: a folder of that name isn't meant.
-STRING_PATHS = ("base", "hypernetwork", "encoder", "prompts")
+# Values with a meaning of their own: a folder of that name isn't meant.
+NAMES = ("toon", "auto", "none", "dreambooth", "hyperdreambooth", "dlib")
+STRING_PATHS = ("base", "hypernetwork", "encoder", "prompts", "judges")
 """Settings that are strings and may be paths; a setting of type Path always is one."""
 Work = Callable[[list[str]], Any]
 """Does one piece of work, which is a list of strings, and returns a JSON value. A piece that was begun or done may come again."""
@@ -115,10 +117,12 @@ def absolute(args: Args) -> Args:
         if isinstance(value, tuple):
             return tuple(resolved(one, may_be_path) for one in value)
         if isinstance(value, Path):
-            is_path = not ADDRESS.fullmatch(str(value))
-        else:
-            is_path = may_be_path and isinstance(value, str) and value not in NAMES and Path(value).exists()
-        return type(value)(Path(value).resolve()) if is_path else value
+            return value if ADDRESS.fullmatch(str(value)) else value.resolve()
+        if not (may_be_path and isinstance(value, str)):
+            return value
+        kind = "".join(re.findall("^(?:clip|dino):", value))  # of a judge
+        path = value.removeprefix(kind)
+        return f"{kind}{Path(path).resolve()}" if path not in NAMES and Path(path).exists() else value
 
     settings = {name: resolved(value, name in STRING_PATHS) for name, value in vars(args).items()}
     return dataclasses.replace(args, **{**settings, "machine": dataclasses.replace(args.machine, parts=resolved(args.machine.parts))})

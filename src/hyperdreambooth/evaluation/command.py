@@ -87,7 +87,7 @@ def prepare(args: Request, output: Path, open_base: Opener) -> tuple[Bench, dict
         generation, embeddings = hdb.generate_config(**{**evaluate.GUIDANCE, **drawing}, batch=40), {}
         settings |= {"split": args.split, "people": len(atlas.people), "denoising_steps": generation.steps}
         settings |= {"guidance": {name: getattr(generation, name) for name in evaluate.GUIDANCE}}
-        settings |= {"identity_guidance": evaluate.IDENTITY_GUIDANCE}
+        settings |= {"identity_guidance": {"guidance": generation.guidance, **evaluate.IDENTITY_GUIDANCE}}
     settings["weights"] = evaluate.fingerprint(hdb, atlas, judges)
     stamp = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     bench = Bench(hdb, atlas, judges, output.with_suffix(".cache"), stamp, faithful, count=args.pictures)

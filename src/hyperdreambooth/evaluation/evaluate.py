@@ -34,8 +34,8 @@ from .judges import Embedder, Judge
 GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": "off", "context_guidance": 6.0, "context_until": 0.3}
 """How pictures of the embedded world's people are generated: the lowest prompt guidance at which the base adds no context unasked."""
 
-IDENTITY_GUIDANCE: dict[str, Any] = {"guidance": 2.0, "identity_guidance": 1.5, "identity_until": 0.3}
-"""What differs for methods with identity guidance; but the prompt guidance scale stays what it is for the other methods."""
+IDENTITY_GUIDANCE: dict[str, Any] = {"identity_guidance": 1.5, "identity_until": 0.3}
+"""What differs for methods with identity guidance."""
 
 LISTS = read_json(Path(assets.__file__).parent / "prompts.json")
 """The papers' lists of prompts, by the names that --prompts takes."""

@@ -121,7 +121,7 @@ class Bench:
         mine = loras.select(torch.tensor([index for index, _, _ in jobs], device=self.hdb.device)) if loras else None
         texts = [self.prompts[prompt].replace(PLACEHOLDER, self.hdb.identifier) for _, prompt, _ in jobs]
         config = self.generation or self.hdb.generate_config(**GUIDANCE, batch=40)
-        config = dataclasses.replace(config, **{**IDENTITY_GUIDANCE, "guidance": config.guidance}) if guided else config
+        config = dataclasses.replace(config, **IDENTITY_GUIDANCE) if guided else config
         seeds = [who[index] * 1000 + prompt * 10 + number for index, prompt, number in jobs]
         drawn = generate(self.hdb.backbone, texts, seeds, config, personal=mine)
         if not drawn.isfinite().all():

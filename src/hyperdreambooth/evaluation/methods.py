@@ -95,17 +95,17 @@ def trainable(hdb: HyperDreamBooth, method: Method, people: int, predicted: Lora
             denoiser.zero_grad()
         return
     if method.kind == "words":  # the embeddings of the trigger's tokens in every text encoder (textual inversion; Gal et al., 2022)
-        learnt, changed = nn.ParameterList(), dict[str, nn.Module]()
+        learned, changed = nn.ParameterList(), dict[str, nn.Module]()
         paths = {module: path for path, module in canonical_modules(backbone.components).items()}
         with ExitStack() as hooks:
             for name in backbone.text_components:
                 encoder: Any = backbone.components[name]
                 tokenizer = getattr(backbone.pipe, name.replace("text_encoder", "tokenizer"))
                 ids, table = tokenizer(hdb.identifier, add_special_tokens=False).input_ids, encoder.get_input_embeddings()
-                learnt.append(nn.Parameter(table.weight[ids].detach().float().clone()))
-                hooks.callback(replace_embeddings(table, ids, learnt[-1]))
+                learned.append(nn.Parameter(table.weight[ids].detach().float().clone()))
+                hooks.callback(replace_embeddings(table, ids, learned[-1]))
                 changed[paths[table]] = table
-            yield TrainedInPlace(learnt), changed
+            yield TrainedInPlace(learned), changed
         return
     source: nn.Module
     targets = find_targets(backbone.components, backbone.default_targets)

@@ -127,7 +127,7 @@ def train_hypernetwork(
     if start is not None:
         begin_with(source, start)
     if config.context_guidance and start is None:
-        raise InputError("context guidance is learnt from a hypernetwork: name it with --start.")
+        raise InputError("context guidance is learned from a hypernetwork: name it with --start.")
     teacher = start.to(backbone.device).eval().requires_grad_(False) if start is not None and config.context_guidance else None
     prompts = PromptCache(backbone, trains_text=trains_text(targets, backbone))
     draw = draw_people(backbone, data, config, prompts, table if config.mode == "faithful" else None, source.lightweight.start())

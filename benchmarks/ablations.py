@@ -25,8 +25,8 @@ from hyperdreambooth.assets import toon
 from hyperdreambooth.checkpoint import read_json, write_json
 from hyperdreambooth.data import IdentityData
 from hyperdreambooth.encoder import FaceEncoder
-from hyperdreambooth.evaluation.evaluate import load_atlas, world_judges
-from hyperdreambooth.evaluation.harness import Bench
+from hyperdreambooth.evaluation.bench import Bench
+from hyperdreambooth.evaluation.protocol import load_atlas, world_judges
 from hyperdreambooth.stages.dreambooth import preoptimize
 from hyperdreambooth.stages.train_hypernetwork import train_hypernetwork
 from hyperdreambooth.training import Run

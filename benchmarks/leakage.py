@@ -19,9 +19,9 @@ from torch import Tensor
 from hyperdreambooth import HyperDreamBooth
 from hyperdreambooth.checkpoint import read_json, write_json
 from hyperdreambooth.evaluation import comparison, metrics
-from hyperdreambooth.evaluation.evaluate import load_atlas, world_judges
-from hyperdreambooth.evaluation.harness import Bench
+from hyperdreambooth.evaluation.bench import Bench
 from hyperdreambooth.evaluation.methods import METHODS, train
+from hyperdreambooth.evaluation.protocol import load_atlas, world_judges
 from hyperdreambooth.lora import LoraSet
 
 NOBODY = ("a face", "a sks face", "a face of a dark skinned man with long blond hair")

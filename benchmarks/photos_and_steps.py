@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hyperdreambooth import HyperDreamBooth
 from hyperdreambooth.checkpoint import read_json, write_json
-from hyperdreambooth.evaluation.evaluate import load_atlas, world_judges
-from hyperdreambooth.evaluation.harness import Bench
+from hyperdreambooth.evaluation.bench import Bench
+from hyperdreambooth.evaluation.protocol import load_atlas, world_judges
 from hyperdreambooth.lora import LoraSet
 from hyperdreambooth.stages.dreambooth import Subject, personalize
 from worlds.pixels import to_tensor

@@ -22,8 +22,8 @@ from hyperdreambooth import HyperDreamBooth, photos
 from hyperdreambooth.assets import toon
 from hyperdreambooth.checkpoint import write_json
 from hyperdreambooth.evaluation import metrics
-from hyperdreambooth.evaluation.evaluate import load_atlas
 from hyperdreambooth.evaluation.judges import Judge
+from hyperdreambooth.evaluation.protocol import load_atlas
 from hyperdreambooth.sampling import generate
 from hyperdreambooth.stages.dreambooth import Subject, personalize
 from worlds.toon import pictures

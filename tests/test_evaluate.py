@@ -23,12 +23,12 @@ from hyperdreambooth.checkpoint import write_json
 from hyperdreambooth.cli import main
 from hyperdreambooth.commands import engines, measure
 from hyperdreambooth.errors import InputError
-from hyperdreambooth.evaluation import comparison, harness, metrics, report
-from hyperdreambooth.evaluation import evaluate as protocol
+from hyperdreambooth.evaluation import comparison, metrics, protocol, report
+from hyperdreambooth.evaluation.bench import CURVES, Bench
 from hyperdreambooth.evaluation.command import markdown_table
-from hyperdreambooth.evaluation.evaluate import Atlas, load_atlas
 from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.evaluation.methods import GROUPS, METHODS, Method
+from hyperdreambooth.evaluation.protocol import Atlas, load_atlas
 from hyperdreambooth.pretrained import HyperNetworkInfo
 
 from .conftest import picture, random_loras, tiny_source
@@ -67,21 +67,21 @@ def hdb(backbone) -> HyperDreamBooth:
 
 
 @pytest.fixture
-def bench(hdb, atlas, judges, tmp_path) -> harness.Bench:
-    return harness.Bench(hdb, atlas, judges, tmp_path / "cache", "tiny", faithful=hdb)
+def bench(hdb, atlas, judges, tmp_path) -> Bench:
+    return Bench(hdb, atlas, judges, tmp_path / "cache", "tiny", faithful=hdb)
 
 
 @pytest.fixture
-def rows(bench) -> harness.Bench:
+def rows(bench) -> Bench:
     """No more than the prompts are drawn."""
     return dataclasses.replace(bench, extras=False)
 
 
-def drawn_of(bench: harness.Bench, name: str, method: Method, people: int = PEOPLE) -> torch.Tensor:
+def drawn_of(bench: Bench, name: str, method: Method, people: int = PEOPLE) -> torch.Tensor:
     return torch.stack([bench.pictures(name, method, bench.steps(method), person) for person in range(people)])
 
 
-def figures(bench: harness.Bench, name: str, method: Method, people: int = PEOPLE) -> dict:
+def figures(bench: Bench, name: str, method: Method, people: int = PEOPLE) -> dict:
     return bench.figures(bench.measurements(name, method, bench.steps(method), people))
 
 
@@ -114,7 +114,7 @@ def test_a_guided_method_draws_the_updates_of_the_one_before_it(rows, monkeypatc
     alone = dataclasses.replace(rows, cache=tmp_path / "alone", last_updates={})
     alone.make("finetuned+guidance", METHODS["finetuned+guidance"], range(2))
     rows.make("finetuned", METHODS["finetuned"], range(2))
-    monkeypatch.setattr(harness, "train", None)
+    monkeypatch.setattr("hyperdreambooth.evaluation.bench.train", None)
     rows.make("finetuned+guidance", METHODS["finetuned+guidance"], range(2))
     both = [drawn_of(some, "finetuned+guidance", METHODS["finetuned+guidance"], 2) for some in (rows, alone)]
     torch.testing.assert_close(*both, atol=2 / 127.5, rtol=0)
@@ -256,7 +256,7 @@ def test_people_side_by_side_get_what_each_gets_alone(bench, name, tmp_path):
 
 def test_the_comparison_measures_everything_and_goes_on(bench, monkeypatch):
     methods = {name: SHORT[name] for name in ("true render", "base", "DreamBooth-LoRA 4", "hypernetwork", "hypernetwork + fine-tuning")}
-    monkeypatch.setattr(harness, "MARKS", (1, 2))
+    monkeypatch.setattr("hyperdreambooth.evaluation.bench.MARKS", (1, 2))
     timings = comparison.timed(bench, methods, rounds=1, steps=2)
     trained = {"DreamBooth-LoRA 4", "hypernetwork + fine-tuning"}
     assert set(timings) == set(methods)
@@ -273,7 +273,7 @@ def test_the_comparison_measures_everything_and_goes_on(bench, monkeypatch):
     assert "leakage" not in rows["true render"]
     assert [point["steps"] for point in curves["DreamBooth-LoRA 4"]] == [1, 2, 3]
     assert [point["steps"] for point in curves["hypernetwork + fine-tuning"]] == [0, 1, 2]
-    monkeypatch.setattr(harness, "train", None)
+    monkeypatch.setattr("hyperdreambooth.evaluation.bench.train", None)
     assert list(comparison.compare(bench, methods, timings, PEOPLE, together=2)) == saved
     json.dumps(saved, allow_nan=False)
 
@@ -339,7 +339,7 @@ def test_the_quick_form_compares_all_methods_and_reports(tmp_path, evaluated):
     assert evaluated("--quick", "--people", 1, "-o", out) == 0
     found = json.loads(out.read_text())
     assert set(found["rows"]) == set(GROUPS["all"])
-    assert set(found["curves"]) == set(harness.CURVES)
+    assert set(found["curves"]) == set(CURVES)
     table = out.with_suffix(".md").read_text()
     page = out.with_suffix(".html").read_text()
     for name in found["rows"]:
@@ -414,7 +414,7 @@ def test_what_is_measured_with_the_same_settings_on_as_many_people_is_kept(tmp_p
     assert set(second["methods"]) == set(second["rows"])
     shown = out.with_suffix(".md").read_text()
     shutil.rmtree(out.with_suffix(".cache"))  # figures from elsewhere come without their pictures
-    monkeypatch.setattr(harness.Bench, "draw", None)
+    monkeypatch.setattr(Bench, "draw", None)
     assert evaluated("--methods", "hypernetwork", "--people", 2, "-o", out) == 0
     assert json.loads(out.read_text())["rows"] == second["rows"]
     assert out.with_suffix(".md").read_text() == shown

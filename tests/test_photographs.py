@@ -20,11 +20,11 @@ from hyperdreambooth.checkpoint import save_tensors
 from hyperdreambooth.cli import main
 from hyperdreambooth.commands import options
 from hyperdreambooth.errors import InputError
+from hyperdreambooth.evaluation.bench import Bench
 from hyperdreambooth.evaluation.comparison import timed
-from hyperdreambooth.evaluation.evaluate import LISTS, Atlas, Judges, read_people, read_prompts
-from hyperdreambooth.evaluation.harness import Bench
 from hyperdreambooth.evaluation.judges import Dlib, Vision, open_judges
 from hyperdreambooth.evaluation.methods import METHODS
+from hyperdreambooth.evaluation.protocol import LISTS, Atlas, Judges, read_people, read_prompts
 from hyperdreambooth.folders import list_identities
 from worlds.toon.base import build_tokenizer
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.assets import toon
-from hyperdreambooth.evaluation import evaluate, metrics
+from hyperdreambooth.evaluation import metrics, protocol
 from hyperdreambooth.evaluation.judges import Judge
 from hyperdreambooth.lora import find_targets, update_norms
 from hyperdreambooth.photos import to_tensor
@@ -69,9 +69,9 @@ def test_the_shipped_hypernetwork_has_the_recipes_layers_and_settings():
 def test_what_was_measured_is_what_is_drawn_by_default():
     info = HyperDreamBooth.from_pretrained("toon", device="cpu").info
     generate, own = info.generate, info.personalize
-    assert {name: generate[name] for name in evaluate.GUIDANCE} == evaluate.GUIDANCE
+    assert {name: generate[name] for name in protocol.GUIDANCE} == protocol.GUIDANCE
     results = json.loads((ROOT / "benchmarks/results/fidelity.json").read_text(encoding="utf-8"))["settings"]
-    assert results["guidance"] == evaluate.GUIDANCE
+    assert results["guidance"] == protocol.GUIDANCE
     assert results["denoising_steps"] == generate["steps"]
     assert {name: results["personalize"][name] for name in own} == own
 

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from hyperdreambooth import HyperDreamBooth, photos
 from hyperdreambooth.checkpoint import read_json, read_tensors, save_tensors, write_json
-from hyperdreambooth.evaluation import comparison, harness, metrics
-from hyperdreambooth.evaluation.evaluate import Atlas, Judges, fingerprint
+from hyperdreambooth.evaluation import comparison, metrics
+from hyperdreambooth.evaluation.bench import Bench
 from hyperdreambooth.evaluation.judges import Dlib, Judge
 from hyperdreambooth.evaluation.methods import METHODS
+from hyperdreambooth.evaluation.protocol import Atlas, Judges, fingerprint
 from hyperdreambooth.folders import list_identities
 
 from ..pixels import to_tensor
@@ -113,7 +114,7 @@ def test(heads: Heads, count: int, rows: Sequence[str]) -> dict[str, Any]:
     own, classifier = (Judge.from_pretrained(heads.assets / name) for name in ("recogniser", "classifier"))
     judges = Judges({"": own, "dlib": dlib}, classifier)
     plain = Judges({"": own}, classifier)  # whose weights the stamp follows; dlib's stay what they are
-    bench = harness.Bench(hdb, atlas, judges, folder / "pictures", fingerprint(hdb, atlas, plain), faithful)
+    bench = Bench(hdb, atlas, judges, folder / "pictures", fingerprint(hdb, atlas, plain), faithful)
     bench.faithful_stamp = fingerprint(faithful, atlas, plain) if faithful else ""
     methods = {name: METHODS[name] for name in rows if not bench.lacks(METHODS[name])}
     results, _, people = list(comparison.compare(bench, methods, comparison.timed(bench, methods), len(numbers)))[-1]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hyperdreambooth import HyperDreamBooth
 from hyperdreambooth.data import IdentityData
-from hyperdreambooth.evaluation.evaluate import Atlas, load_atlas, world_judges
-from hyperdreambooth.evaluation.harness import Bench
+from hyperdreambooth.evaluation.bench import Bench
+from hyperdreambooth.evaluation.protocol import Atlas, load_atlas, world_judges
 from hyperdreambooth.lora import Hooks, LoraSet
 from hyperdreambooth.stages.dreambooth import PhotoLosses, Subject, draw_photos, preoptimize
 from hyperdreambooth.trainable_lora import IdentityTable, LightweightLora

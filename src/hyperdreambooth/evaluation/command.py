@@ -19,11 +19,11 @@ from ..errors import InputError, in_range
 from ..pretrained import load_hypernetwork
 from ..progress import say
 from ..settings import parsed
-from . import Request, comparison, evaluate, harness, report
-from .evaluate import Atlas, Judges
-from .harness import Bench
+from . import Request, comparison, protocol, report
+from .bench import PIXEL, Bench, named
 from .judges import Vision, open_judges
 from .methods import GROUPS, METHODS, Method
+from .protocol import Atlas, Judges
 
 FAITHFUL = Path("benchmarks/faithful")
 TITLES = read_json(report.ASSETS / "columns.json")
@@ -54,14 +54,14 @@ def prepare(args: Request, output: Path, open_base: Opener) -> tuple[Bench, dict
     in_range(args.pictures, 1, 10, "--pictures")  # a prompt has ten seeds
     names = args.judges or ("dlib",)
     if folder:
-        prompts, files = evaluate.read_prompts(args.prompts or "hyperdreambooth"), evaluate.list_people(folder)
+        prompts, files = protocol.read_prompts(args.prompts or "hyperdreambooth"), protocol.list_people(folder)
         judges = Judges(open_judges(names))
         if args.base != "toon" and not args.settings:
             say("rates and steps are those that suit the embedded world: give your base's own as --settings (docs/evaluation.md).")
     else:
         if args.base != "toon" or args.hypernetwork != "auto" or args.prompts or args.judges:
             raise InputError("--base, --hypernetwork, --prompts and --judges are for people of your own: name their folder with --people.")
-        atlas, judges = evaluate.load_atlas(args.atlas, args.split), evaluate.world_judges(args.atlas)
+        atlas, judges = protocol.load_atlas(args.atlas, args.split), protocol.world_judges(args.atlas)
         in_range(1 if args.people is None else int(str(args.people)), 1, len(atlas.people), "--people")
     needed = any(method.faithful for method in methods.values())
     if needed and not args.faithful and args.base == "toon" and FAITHFUL.is_dir():
@@ -80,20 +80,20 @@ def prepare(args: Request, output: Path, open_base: Opener) -> tuple[Bench, dict
     if folder:
         quick = {"steps": 8} if args.quick else {}
         generation = hdb.generate_config(**{"identity_guidance": "off", **quick, **drawing})  # plain guidance, the same for all methods
-        references, embeddings = evaluate.read_people(files, hdb.backbone.size, judges.embedders)
+        references, embeddings = protocol.read_people(files, hdb.backbone.size, judges.embedders)
         atlas = Atlas(references, torch.zeros(0), torch.zeros(len(embeddings), len(prompts), 0), prompts, [], [], list(embeddings))
         settings |= {"generate": plain(generation), "base": args.base, "hypernetwork": args.hypernetwork}
     else:
-        generation, embeddings = hdb.generate_config(**{**evaluate.GUIDANCE, **drawing}, batch=40), {}
+        generation, embeddings = hdb.generate_config(**{**protocol.GUIDANCE, **drawing}, batch=40), {}
         settings |= {"split": args.split, "people": len(atlas.people), "denoising_steps": generation.steps}
-        settings |= {"guidance": {name: getattr(generation, name) for name in evaluate.GUIDANCE}}
-        settings |= {"identity_guidance": {"guidance": generation.guidance, **evaluate.IDENTITY_GUIDANCE}}
-    settings["weights"] = evaluate.fingerprint(hdb, atlas, judges)
+        settings |= {"guidance": {name: getattr(generation, name) for name in protocol.GUIDANCE}}
+        settings |= {"identity_guidance": {"guidance": generation.guidance, **protocol.IDENTITY_GUIDANCE}}
+    settings["weights"] = protocol.fingerprint(hdb, atlas, judges)
     stamp = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     bench = Bench(hdb, atlas, judges, output.with_suffix(".cache"), stamp, faithful, count=args.pictures)
     bench.generation, bench.photo_embeddings = generation, embeddings
     if faithful is not None:
-        settings["faithful"] = bench.faithful_stamp = evaluate.fingerprint(faithful, atlas, judges)
+        settings["faithful"] = bench.faithful_stamp = protocol.fingerprint(faithful, atlas, judges)
     if folder:  # added after the stamp, since pictures don't depend on these
         counts = {name: len(next(iter(found.values()))) for name, found in embeddings.items()}
         settings |= {"people of": str(folder), "photos": counts, "prompts": prompts, "judges": list(names)}
@@ -107,7 +107,7 @@ def prepare(args: Request, output: Path, open_base: Opener) -> tuple[Bench, dict
     if before and (not old or not agree(old, settings)):
         raise InputError(f"{output} was measured with other settings or weights. Give --overwrite, or another path.")
     command = " ".join(["hyperdreambooth", *sys.argv[1:]])
-    about = {"command": command, **evaluate.environment(hdb), "settings": {**old, **settings}}  # this run may lack some of the old ones
+    about = {"command": command, **protocol.environment(hdb), "settings": {**old, **settings}}  # this run may lack some of the old ones
     return bench, methods, {**before, **about}
 
 
@@ -218,7 +218,7 @@ def compare_methods(
         figures = {**about, "people": people, "rows": rows, "curves": curves, "agreement": bench.agreement(shown, people)}
         write_json(output, figures)
         table, grids = markdown_table(rows), bench.worst(shown, people)
-        main = harness.named(next(iter(bench.judges.embedders)), "similarity")
+        main = named(next(iter(bench.judges.embedders)), "similarity")
         output.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
         page = report.page(figures, table, grids, bench.atlas.prompts, main)
         output.with_suffix(".html").write_text(page, encoding="utf-8")
@@ -260,12 +260,12 @@ def compare(words: Sequence[str]) -> None:
 def markdown_table(rows: Mapping[str, Any], figures: Sequence[str] = tuple(TITLES)) -> str:
     """A Markdown table of rows by figures with 95 % intervals, shares in percent, grouped by judge, without figures that no row has."""
     keys = dict.fromkeys(key for row in rows.values() for key in row)
-    judges = sorted(dict.fromkeys(key.rpartition(".")[0] for key in keys), key=lambda judge: (not judge, judge == harness.PIXEL))
-    columns = [(judge, figure) for judge in judges for figure in figures if harness.named(judge, figure) in keys]
+    judges = sorted(dict.fromkeys(key.rpartition(".")[0] for key in keys), key=lambda judge: (not judge, judge == PIXEL))
+    columns = [(judge, figure) for judge in judges for figure in figures if named(judge, figure) in keys]
     titles = [f"{judge} {TITLES[figure]}".strip() for judge, figure in columns]
     lines = [f"| row | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
     for name in [name for name in dict.fromkeys((*METHODS, *rows)) if name in rows]:
-        cells = [cell(rows[name].get(harness.named(judge, figure)), figure) for judge, figure in columns]
+        cells = [cell(rows[name].get(named(judge, figure)), figure) for judge, figure in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

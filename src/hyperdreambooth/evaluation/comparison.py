@@ -17,7 +17,7 @@ from ..errors import refusing
 from ..lora import LoraSet
 from ..progress import say
 from ..settings import updated
-from .harness import CURVES, Bench
+from .bench import CURVES, Bench
 from .methods import LEVELS, METHODS, Method, train
 
 SCORE = "perceptual_distance"  # What a search minimizes: both a wrong person and a wrong context are far from the true render.

@@ -28,9 +28,9 @@ from ..sampling import generate
 from ..settings import GenerateConfig
 from ..stages.dreambooth import Subject, prior_latents
 from . import metrics
-from .evaluate import GUIDANCE, IDENTITY_GUIDANCE, Atlas, Judges
 from .judges import Dlib, Vision
 from .methods import METHODS, Method, train
+from .protocol import GUIDANCE, IDENTITY_GUIDANCE, Atlas, Judges
 
 PLAIN = "a face"  # A prompt without the trigger: a person whom its pictures resemble has leaked into the class.
 LOOKALIKES = 20  # How many of the gallery, those most like a person, "rank1_lookalikes" has to tell the person from.

@@ -1,7 +1,7 @@
 """The inverse of a world's encoder, written into the decoder of an ordinary `AutoencoderKL` as the initial weights of its training.
 
 A decoder doubles the resolution by repeating every position as 2 x 2 copies and convolving, which by itself can't produce four
-different patches: a copy must first be told which of the four it is. Ramp channels along the rows and columns provide this; they are
+different patches: a copy must first know which of the four it is. Ramp channels along the rows and columns provide this; they are
 made from the zeros that convolutions are padded with. A repeated ramp rises at every second position only, so its differences mark even
 and odd positions. Every copy gets the data of all four patches: the first one, and the differences of the other three to it. The marks
 switch unwanted differences off (SiLU far below zero) and let the right one through (far above zero, where SiLU is the identity), which

@@ -54,7 +54,7 @@ class Components:
         return F.conv2d(pictures, self.matrix.unflatten(1, (3, self.side, self.side)), -self.offset, stride=self.side)
 
     def linear_round_trip(self) -> Callable[[Tensor], Tensor]:
-        """Pictures -> latents -> pictures by the pseudo-inverse: the best linear reconstruction, without a decoder."""
+        """Pictures -> latents -> pictures by the pseudo-inverse: the linear reconstruction, without a decoder."""
         inverse = torch.linalg.pinv(self.matrix)
 
         def apply(pictures: Tensor) -> Tensor:

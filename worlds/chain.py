@@ -384,6 +384,6 @@ def main(world: Callable[[Path], Chain], stages: Sequence[str], others: Sequence
     for name in stages if args.stage == "all" else [args.stage]:
         left = args.minutes - (time.monotonic() - started) / 60 if args.minutes else None
         if not run[name](left, **extra):
-            print(f"{name} isn't finished; the same command goes on from here")
+            print(f"{name} isn't finished; the same command resumes it")
             return 1
     return 0

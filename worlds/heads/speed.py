@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     rate(16, 4, options.size)  # compiles
     for name, each in (("same person, 8 contexts each", 8), ("same person, 4 contexts each", 4), ("new person each", 1)):
-        print(f"{name}: {rate(options.count, each, options.size):.1f} pictures a second of one core's time")
+        print(f"{name}: {rate(options.count, each, options.size):.1f} pictures per second of one core's time")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""A world's autoencoder: an `AutoencoderKL` whose encoder is written down and whose decoder is learned.
+"""A world's autoencoder: an `AutoencoderKL` whose encoder weights are computed in closed form and whose decoder is trained.
 
 The encoder computes a principal component analysis of square patches, exactly, in the layers of an ordinary AutoencoderKL
 (`Autoencoder.write_encoder`). That makes latents a fixed, known, linear function of the picture: the base, the hypernetworks and the
-decoder can be trained at the same time, and a better decoder never asks for a new base.
+decoder can be trained at the same time, and a better decoder never requires a new base.
 
-A patch is halved again and again: the four blocks of 2 x 2 positions are put side by side, and of the numbers that they hold together
-the leading principal components are kept. Where all are kept there is nothing to compute.
+The resolution is halved level by level: the channels of 2 x 2 neighboring positions are concatenated, and the leading principal
+components of the result are kept. A level that keeps all components needs no PCA.
 
-Latents are scaled by the square root of their standard deviation (half-whitened): coarse structure stays stronger than fine detail at
-every noise level, as in pictures, but fine detail isn't lost.
+Each latent channel is divided by the square root of its standard deviation (half-whitened): coarse structure stays stronger than fine
+detail at every noise level, as in pictures, but fine detail isn't lost.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from hyperdreambooth.checkpoint import read_tensors, save_tensors
 
 @dataclass(frozen=True)
 class Components:
-    """Latents = matrix @ patch - offset, a patch being ordered channel, row, column; `bases` are those of the levels that keep less
-    than all (see `Autoencoder.kept`), by level.
+    """Latents = matrix @ patch - offset, where a patch is flattened in the order channel, row, column. `bases` are the principal
+    components of each earlier level that keeps fewer numbers than it gets (see `Autoencoder.kept`), by level.
     """
 
     matrix: Tensor
@@ -46,15 +46,15 @@ class Components:
 
     @property
     def side(self) -> int:
-        """Pixels a patch's side."""
+        """Side of a patch in pixels."""
         return round((self.matrix.shape[1] / 3) ** 0.5)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """What the written encoder computes, as one matrix product: pictures (N, 3, H, W) -> latents (N, C, H / side, W / side)."""
+        """The written encoder's result as one matrix product: pictures (N, 3, H, W) -> latents (N, C, H / side, W / side)."""
         return F.conv2d(pictures, self.matrix.unflatten(1, (3, self.side, self.side)), -self.offset, stride=self.side)
 
     def linear_round_trip(self) -> Callable[[Tensor], Tensor]:
-        """Pictures -> latents -> pictures by the pseudo-inverse: what survives the latents, without a decoder."""
+        """Pictures -> latents -> pictures by the pseudo-inverse: the linear reconstruction, without a decoder."""
         inverse = torch.linalg.pinv(self.matrix)
 
         def apply(pictures: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Components:
 
 
 def _split(out: nn.Conv2d, matrix: Tensor) -> None:
-    """Writes a stride-2 convolution that sees 2 x 2 positions: matrix (out, 4 * in), the blocks of columns in reading order."""
+    """Writes a stride-2 convolution over 2 x 2 positions: matrix (out, 4 * in), one block of columns per position in reading order."""
     out.weight.zero_()
     out.bias.zero_()  # type: ignore[union-attr]
     inputs = matrix.shape[1] // 4
@@ -79,13 +79,13 @@ class Autoencoder:
     """The sizes of a world's autoencoder."""
 
     size: int
-    """Pixels a picture's side."""
+    """Side of a picture in pixels."""
     kept: tuple[int, ...]
-    """How many numbers stay of a patch of 2, 4, 8 ... pixels a side; the last is the number of latent channels."""
+    """How many numbers are kept of a patch with a side of 2, 4, 8 ... pixels; the last is the number of latent channels."""
     widths: tuple[int, ...]
-    """Channels at each resolution, one more than `kept`."""
+    """Channels at each resolution, one entry more than `kept`."""
     groups: int = 8
-    """Of the norms."""
+    """Groups of each GroupNorm."""
 
     @property
     def channels(self) -> int:
@@ -93,7 +93,7 @@ class Autoencoder:
 
     @property
     def side(self) -> int:
-        """Pixels a patch's side."""
+        """Side of a patch in pixels."""
         return 1 << len(self.kept)
 
     def build(self) -> AutoencoderKL:
@@ -115,7 +115,7 @@ class Autoencoder:
         )
 
     def analysis(self, level: int, bases: dict[int, Tensor]) -> Tensor:
-        """What level `level` keeps of a patch of 2^level pixels a side: (kept, 3 * 4^level), orthonormal rows."""
+        """The matrix from a patch with a side of 2^level pixels to the numbers that level keeps: (kept, 3 * 4^level), orthonormal rows."""
         rows = torch.eye(3)
         for k in range(1, level + 1):
             half = 1 << (k - 1)
@@ -128,11 +128,13 @@ class Autoencoder:
         return rows
 
     def halved(self, level: int, bases: dict[int, Tensor]) -> Tensor:
-        """The four blocks of a patch of `level` side by side, each as the level before keeps it: (4 * kept before, 3 * 4^level)."""
+        """The matrix from a patch of `level` to that level's input, the four quarters as the previous level keeps them:
+        (4 * previous kept, 3 * 4^level).
+        """
         return self.analysis(level, {k: v for k, v in bases.items() if k < level})
 
     def principal_components(self, batches: Callable[[], Iterable[Tensor]]) -> Components:
-        """PCA of patches of pictures (N, 3, H, W), of which `batches()` gives all, again at each level.
+        """PCA of patches of pictures (N, 3, H, W); `batches()` is called once per level and yields all pictures each time.
 
         The last level's components are centered and scaled by 1 / sqrt(std); earlier bases are orthonormal.
         """
@@ -150,7 +152,7 @@ class Autoencoder:
             moment, mean = moment / count, mean / count
             values, vectors = torch.linalg.eigh(moment - torch.outer(mean, mean) if level == last else moment)
             values, vectors = values.flip(0)[:kept], vectors.flip(1)[:, :kept]
-            vectors = vectors * vectors[vectors.abs().argmax(0), torch.arange(kept)].sign()  # a sign that every machine agrees on
+            vectors = vectors * vectors[vectors.abs().argmax(0), torch.arange(kept)].sign()  # the same sign on every machine
             if level < last:
                 bases[level] = vectors.mT.float()
         deviations = values.sqrt()
@@ -160,10 +162,10 @@ class Autoencoder:
 
     @torch.no_grad()
     def write_encoder(self, vae: AutoencoderKL, components: Components) -> None:
-        """Writes `components` into the encoder: space-to-depth by strided convolutions, residual branches off.
+        """Writes `components` into the encoder: space-to-depth by strided convolutions, with all residual branches set to zero.
 
-        The last GroupNorm and SiLU are made linear: constants of +-K in every group fix its variance (to one part in K^2), one
-        of them carries the group's mean, which is subtracted again, and a bias of B holds SiLU where it is the identity.
+        The last GroupNorm and SiLU are made linear: constant channels of +-K in every group fix its variance (to one part in K^2), a
+        zero channel carries the group's mean, which is subtracted again, and a bias of B keeps SiLU in the range where it is the identity.
         """
         encoder = vae.encoder
         for module in encoder.modules():
@@ -201,7 +203,7 @@ class Autoencoder:
         encoder.conv_norm_out.bias.fill_(lift)
         encoder.conv_out.weight.zero_()
         encoder.conv_out.bias.zero_()
-        # half of a group's spare channels are +big, half -big; two more stay 0, the first of them carries the mean
+        # of a group's spare channels, two stay 0 (the first of them carries the mean), the others are half +big, half -big
         spread = (width - data - 2) / width * big * big
         deviation = spread**0.5
         for group in range(groups):
@@ -215,11 +217,11 @@ class Autoencoder:
             encoder.conv_norm_out.weight[start + data] = gain
             for spare in range(width - data - 2):
                 shortcut.bias[start + data + 2 + spare] = big if spare % 2 else -big
-        encoder.conv_out.bias[self.channels :] = -30.0  # log variance: the latent distribution is its mode
+        encoder.conv_out.bias[self.channels :] = -30.0  # log variance: samples of the latent distribution equal its mode
 
 
 def reconstruction_losses(decoder: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """L1, L1 of the gradients (crispness) and MSE of a small copy (colors), of latents and pictures."""
+    """Per picture, for a batch of latents and pictures: L1 and MSE, L1 of the image gradients (sharpness) and MSE at 1/8 size (colors)."""
     latents, target = (tensor.to(next(decoder.parameters()).device) for tensor in batch)
     error = decoder(latents) - target
     horizontal, vertical = error.diff(dim=-1), error.diff(dim=-2)

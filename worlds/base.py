@@ -1,7 +1,7 @@
-"""A world's base: a small `StableDiffusionPipeline`, every part of it real.
+"""A world's base: a small but complete `StableDiffusionPipeline`.
 
-CLIPTextModel with a tokenizer of a few hundred words, UNet2DConditionModel on 8 x 8 latents, AutoencoderKL;
-v prediction with zero terminal SNR and trailing time steps.
+It has a CLIPTextModel with a tokenizer of a few hundred words, a UNet2DConditionModel on 8 x 8 latents and an AutoencoderKL, and uses
+v prediction with zero terminal SNR and trailing timesteps.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ IDENTIFIER = "[V]"
 
 
 def byte_alphabet() -> list[str]:
-    """CLIP's printable stand-ins for the 256 bytes."""
+    """The printable characters that CLIP's vocabulary uses for the 256 bytes."""
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     spare = iter(range(256, 512))
     return [chr(byte if byte in kept else next(spare)) for byte in range(256)]
 
 
 def merged(word: str, merges: dict[tuple[str, str], int]) -> list[str]:
-    """A word's tokens: of all neighbors the pair that was merged first is merged, again and again."""
+    """A word's BPE tokens: the known neighboring pair with the lowest rank in `merges` is merged until none is left."""
     parts = [*word[:-1], word[-1] + "</w>"]
     while known := [pair for pair in pairwise(parts) if pair in merges]:
         left, right = min(known, key=merges.__getitem__)
@@ -49,9 +49,9 @@ def merged(word: str, merges: dict[tuple[str, str], int]) -> list[str]:
 
 
 def build_tokenizer(words: Sequence[str], length: int, whole: bool = True) -> CLIPTokenizer:
-    """A CLIP tokenizer that knows these words, and every other word by its bytes; prompts have up to `length` tokens.
+    """A CLIP tokenizer with one token for each of these words, bytes for all others, and prompts of up to `length` tokens.
 
-    Pieces of one word may be merged first in another, which then stays in pieces, unless `whole`.
+    A merge learned for one word can apply inside another, which then stays several tokens; `whole` adds merges that prevent this.
     """
     alphabet = byte_alphabet()
     symbols = [*alphabet, *(letter + "</w>" for letter in alphabet)]
@@ -71,7 +71,7 @@ def build_tokenizer(words: Sequence[str], length: int, whole: bool = True) -> CL
 
 
 def build(vae: AutoencoderKL, tokenizer: CLIPTokenizer, widths: tuple[int, ...]) -> StableDiffusionPipeline:
-    """The pipeline with an untrained text encoder and UNet, whose resolutions have `widths` channels, finest first."""
+    """The pipeline with an untrained text encoder and UNet; `widths` are the UNet's channels at each resolution, finest first."""
     text = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -115,7 +115,7 @@ def build(vae: AutoencoderKL, tokenizer: CLIPTokenizer, widths: tuple[int, ...])
 
 
 class BaseTraining:
-    """Losses and batches for `fit`; `caption(index, draw)` says what a picture shows, anew each time it is seen."""
+    """Losses and batches for `fit`; `caption(index, draw)` gives a new random caption of a picture each time that it is used."""
 
     levels = NoiseLevels(mean=0.4, std=1.3, uniform=0.15)
 
@@ -140,9 +140,9 @@ class BaseTraining:
 
 
 class HeldOutLoss:
-    """Mean denoising loss of strangers' pictures with their captions, a tenth of which is empty; always on the same noise and levels.
+    """Mean denoising loss of held-out people's pictures with their captions, with the same noise and noise levels every time.
 
-    It goes on falling long after the pictures look finished, and whatever a hypernetwork builds on the base gains from it.
+    It keeps falling long after generated pictures look finished, and a lower loss of the base also improves the hypernetworks on it.
     """
 
     def __init__(self, backbone: StableDiffusion, latents: Tensor, captions: Sequence[str]):

@@ -1,6 +1,6 @@
-"""The chain of trainings that makes a world's weights, stage by stage, each resumable; a world says what it is in a `Chain` of its own.
+"""The chain of trainings that makes a world's weights, stage by stage, each resumable; each world is a subclass of `Chain`.
 
-A stage without a checkpoint begins with the weights in its `model` folder, where there are any.
+A stage without a checkpoint starts from the weights in its `model` folder, if there are any.
 """
 
 from __future__ import annotations
@@ -51,89 +51,89 @@ class Chain:
     unet_widths: ClassVar[tuple[int, ...]]
     judge_widths: ClassVar[tuple[int, ...]]
     each: ClassVar[int]
-    """Pictures of each person that stand side by side."""
+    """Number of consecutive pictures of each person."""
     batches: ClassVar[dict[str, int]]
-    """Pictures in every step of a stage; people, in the encoder's and the recognizer's."""
+    """Batch size of each stage: in people for the encoder and the recognizer, in pictures for all others."""
     configs: ClassVar[dict[str, TrainingConfig]]
-    """How each stage is trained but for the hypernetworks."""
+    """Training settings of each stage except the hypernetworks'."""
     steps: ClassVar[dict[str, int]]
-    """Of the hypernetworks."""
+    """Training steps of the hypernetworks' stages."""
     table_people: ClassVar[int] = 512
     faithful_people: ClassVar[int] = 4000
     assets: Path
-    """Where `export` puts what is finished, and the faithful hypernetwork."""
+    """Where `export` puts finished weights; `faithful` is the folder of the faithful hypernetwork."""
     faithful: Path
 
     def __init__(self, runs: Path):
         self.runs = runs
 
-    # what a world says
+    # to be defined by each world
 
     def training_pictures(self) -> Pictures:
-        """The decoder's, the encoder's and the classifier's."""
+        """Training pictures of the decoder, the encoder and the classifier."""
         raise NotImplementedError
 
     def base_pictures(self) -> Pictures:
-        """The base's and the recognizer's."""
+        """Training pictures of the base and the recognizer."""
         raise NotImplementedError
 
     def validation_pictures(self) -> Pictures:
-        """Strangers'."""
+        """Pictures of held-out people."""
         raise NotImplementedError
 
     def tokenizer(self) -> Any:
         raise NotImplementedError
 
     def training_caption(self, data: Pictures, index: int, draw: random.Random) -> str:
-        """A caption for the base: sometimes empty, sometimes with [V], sometimes with the person's looks in words."""
+        """A caption for the base: sometimes empty, sometimes with [V], sometimes with a description of the person."""
         raise NotImplementedError
 
     def held_out_caption(self, data: Pictures, index: int, draw: random.Random) -> str:
-        """A caption that validation uses."""
+        """A caption of a validation picture."""
         raise NotImplementedError
 
     def classes(self) -> dict[str, list[str]]:
-        """The kinds of context that the classifier tells, with the names of their values."""
+        """The kinds of context that the classifier predicts, with the names of their values."""
         raise NotImplementedError
 
     def labels(self, data: Pictures) -> dict[str, Tensor]:
-        """The contexts of pictures, as indices of `classes`."""
+        """The contexts of pictures, as indices into `classes`."""
         raise NotImplementedError
 
     def validation_pairs(self) -> tuple[Tensor, Tensor, list[dict[str, str]]]:
-        """The first and the second picture of validation people, (N, 3, H, W) twice, and all contexts: first, second, first, second ..."""
+        """Two pictures of each validation person, (N, 3, H, W) each, and the 2 N contexts: first, second, first, second ..."""
         raise NotImplementedError
 
     def build_encoder(self) -> FaceEncoder:
-        """What hypernetworks read faces with."""
+        """The untrained face encoder of the hypernetworks."""
         raise NotImplementedError
 
     def album(self, split: str, people: int | None = None) -> Album:
-        """Pictures of "train" or "validation" people for hypernetworks: of the first ones, or of all."""
+        """Pictures of "train" or "validation" people for hypernetworks: of the first `people`, or of all."""
         raise NotImplementedError
 
     def about(self) -> dict[str, Any]:
-        """What a hypernetwork's config says of this world: data, license, phrases, defaults."""
+        """This world's part of a hypernetwork's config: data, license, phrases, defaults."""
         raise NotImplementedError
 
     def build_autoencoder(self) -> AutoencoderKL:
-        """With the written encoder, and the decoder as its training begins with it."""
+        """The autoencoder with the written encoder and the decoder's initial weights."""
         vae = self.autoencoder.build()
         self.autoencoder.write_encoder(vae, self.components)
         return vae
 
     def trainable_decoder(self, vae: AutoencoderKL) -> nn.Module:
-        """What of the decoder is trained."""
+        """The decoder, with `requires_grad` of the parameters that are trained."""
         return vae.decoder
 
-    # what all worlds share
+    # shared by all worlds
 
     def config(self, stage: str, steps: int | None) -> TrainingConfig:
         return replace(self.configs[stage], steps=steps) if steps else self.configs[stage]
 
     @cached_property
     def components(self) -> Components:
-        """The encoder's matrix and offset, computed once from every fifth of the decoder's pictures."""
+        """The encoder's matrix and offset, computed once from every fifth training picture of the decoder."""
         file = self.runs / "components.safetensors"
         if not file.is_file():
             data = self.training_pictures()
@@ -141,7 +141,7 @@ class Chain:
         return Components.load(file)
 
     def latents_of(self, data: Pictures) -> Tensor:
-        """All latents, fp16."""
+        """Latents of all pictures, fp16."""
         return torch.cat([self.components.encode(images).half() for images in every(data, 1)])
 
     def train_decoder(self, minutes: float | None, steps: int | None = None) -> bool:
@@ -159,7 +159,7 @@ class Chain:
             chosen = torch.randint(len(data), (self.batches["decoder"],), generator=torch.Generator().manual_seed(index))
             images = to_tensor(data[chosen.numpy()])
             latents = components.encode(images)
-            return latents + 0.03 * torch.randn(latents.shape, generator=generator), images  # a little noise, as generated ones have
+            return latents + 0.03 * torch.randn(latents.shape, generator=generator), images  # a little noise, as generated latents have
 
         def validate(done: int, model: nn.Module) -> dict[str, Any]:
             device = next(model.parameters()).device
@@ -176,7 +176,7 @@ class Chain:
         return StableDiffusion(base.build(self.build_autoencoder(), self.tokenizer(), self.unet_widths))
 
     def train_base(self, minutes: float | None, steps: int | None = None) -> bool:
-        """Validated by the loss of strangers' pictures."""
+        """Validated by the loss of held-out people's pictures."""
         backbone = self.untrained_backbone()
         if (self.runs / "base" / "model" / "model_index.json").is_file():
             backbone.components.load_state_dict(self.trained_backbone().components.state_dict())
@@ -195,7 +195,10 @@ class Chain:
         return report.finished
 
     def trained_backbone(self, unfinished: bool = False) -> StableDiffusion:
-        """The finished base (averaged weights) with the best decoder so far; or, where `unfinished` will do, what a checkpoint holds."""
+        """The finished base (averaged weights) with the latest decoder; with `unfinished`, the checkpoint's weights if it isn't finished.
+
+        Raises SystemExit if there are no such weights.
+        """
         folder = self.runs / "base"
         if (folder / "model" / "model_index.json").is_file():
             backbone = StableDiffusion(StableDiffusionPipeline.from_pretrained(str(folder / "model")))
@@ -210,13 +213,13 @@ class Chain:
         return backbone
 
     def trained_autoencoder(self) -> AutoencoderKL:
-        """With the best decoder so far, unfinished as it may be."""
+        """The autoencoder with the latest decoder weights, finished or not."""
         vae = self.build_autoencoder()
         vae.decoder.load_state_dict(self.decoder_weights(unfinished=True), strict=False)
         return vae.eval()
 
     def decoder_weights(self, unfinished: bool = False) -> dict[str, Tensor]:
-        """The best decoder's so far; none where nothing was trained."""
+        """The latest decoder weights (from a checkpoint only if `unfinished`); empty if there are none."""
         folder = self.runs / "decoder"
         if (folder / "model.safetensors").is_file():
             return read_tensors(folder / "model.safetensors")[0]
@@ -226,7 +229,7 @@ class Chain:
         return {}
 
     def train_embedder(self, name: str, model: nn.Module, data: Pictures, minutes: float | None, steps: int | None) -> bool:
-        """Contrastive training; validated by rank-1 among strangers, the second picture as it comes through the latents."""
+        """Contrastive training; validated by rank-1 of held-out people's second pictures after the linear round trip."""
         linear, config = self.components.linear_round_trip(), self.config(name, steps)
         first, second, _ = self.validation_pairs()
         second = linear(second)
@@ -236,7 +239,7 @@ class Chain:
             return judges.augmented(torch.cat(batches(index)), generator, linear)
 
         def validate(done: int, model: nn.Module) -> dict[str, Tensor]:
-            return judges.told_apart(model, first, second)
+            return judges.rank_one(model, first, second)
 
         run = Run(directory=self.runs / name, validate=validate, minutes=minutes, name=name)
         return fit(judges.contrastive_losses, model, draw, config, run).finished
@@ -254,7 +257,7 @@ class Chain:
     def train_recogniser(self, minutes: float | None, steps: int | None = None) -> bool:
         torch.manual_seed(4)
         folder = self.runs / "recogniser" / "model"
-        model = judges.go_on(judges.build_judge(self.judge_widths, {"identity": [""] * 128}), folder)
+        model = judges.with_stored_weights(judges.build_judge(self.judge_widths, {"identity": [""] * 128}), folder)
         done = self.train_embedder("recogniser", model, self.base_pictures(), minutes, steps)
         if done:
             model.cpu().save_pretrained(folder)
@@ -266,7 +269,7 @@ class Chain:
         images = torch.stack([first, linear(second)], 1).flatten(0, 1)
         torch.manual_seed(5)
         folder = self.runs / "classifier" / "model"
-        model = judges.go_on(judges.build_judge(self.judge_widths, self.classes()), folder)
+        model = judges.with_stored_weights(judges.build_judge(self.judge_widths, self.classes()), folder)
         batches = judges.labelled(data, self.labels(data), self.batches["classifier"], config.seed)
 
         def draw(index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -283,7 +286,7 @@ class Chain:
         return done
 
     def identity_data(self, encoder: FaceEncoder, split: str, people: int | None = None) -> IdentityData:
-        """Latents and features are kept in memory."""
+        """An album as training data of hypernetworks, with latents and features in memory."""
         return hypernetworks.identity_data(self.album(split, people), encoder, self.components)
 
     def train_pro(self, minutes: float | None, steps: int | None = None) -> bool:
@@ -304,7 +307,7 @@ class Chain:
         return report.finished
 
     def train_table(self, minutes: float | None, steps: int | None = None) -> bool:
-        """Pre-optimized tokens of the first training people."""
+        """Pre-optimizes tokens of the first `table_people` training people."""
         backbone, encoder = self.trained_backbone(), FaceEncoder.from_pretrained(self.runs / "encoder" / "model")
         photos = hypernetworks.photos_of(self.identity_data(encoder, "train", self.table_people))
         table = preoptimize(
@@ -313,9 +316,9 @@ class Chain:
         return len(table) == len(photos.names)
 
     def train_faithful(self, minutes: float | None, steps: int | None = None) -> bool:
-        """With the table's weight loss."""
+        """Trains the faithful hypernetwork, with a weight loss towards the table's tokens."""
         backbone = self.trained_backbone()
-        encoder = FaceEncoder.from_pretrained(self.runs / "pro" / "model" / "encoder")  # one encoder is shipped for both
+        encoder = FaceEncoder.from_pretrained(self.runs / "pro" / "model" / "encoder")  # both hypernetworks ship with the same encoder
         data, validation = self.identity_data(encoder, "train", self.faithful_people), self.identity_data(encoder, "validation")
         config = hypernetworks.faithful_config(steps or self.steps["faithful"], self.batches["faithful"])
         targets = find_targets(backbone.components, config.targets)
@@ -330,7 +333,7 @@ class Chain:
     def describe(
         self, source: PredictedLora, config: TrainHypernetworkConfig, report: TrainingReport, people: int, known: float | None = None
     ) -> HyperNetworkInfo:
-        """What travels with a hypernetwork."""
+        """The config that is saved with a hypernetwork."""
         return HyperNetworkInfo(
             base=self.name,
             targets={path: list(shape) for path, shape in source.lightweight.targets.items()},
@@ -343,7 +346,7 @@ class Chain:
         )
 
     def export(self, minutes: float | None = None) -> bool:
-        """Copies what is finished to `assets`, in fp16."""
+        """Copies the finished weights to `assets` and `faithful`, in fp16."""
         base.save(self.trained_backbone().pipe, self.assets / "base")
         for name in ("recogniser", "classifier"):
             Judge.from_pretrained(self.runs / name / "model").save_pretrained(self.assets / name)
@@ -351,19 +354,19 @@ class Chain:
             if (self.runs / name / "model" / "config.json").is_file():
                 source, info = load_hypernetwork(self.runs / name / "model")
                 source.encoder.model.half()
-                if name == "faithful":  # both read faces with the same encoder
+                if name == "faithful":  # both hypernetworks share pro's encoder
                     info.encoder = Path(os.path.relpath(self.assets / "hypernetwork" / "encoder", folder)).as_posix()
                 save_hypernetwork(folder, source, info)
         return True
 
 
 def interrupt(number: int, frame: object) -> None:
-    """A terminated training checkpoints, as one stopped by Ctrl-C does."""
+    """Signal handler that makes SIGTERM act as Ctrl-C does: a training then writes a checkpoint before it ends."""
     raise KeyboardInterrupt
 
 
 def main(world: Callable[[Path], Chain], stages: Sequence[str], others: Sequence[str], argv: Sequence[str], doc: str) -> int:
-    """The command line of a world: `stages` in their order, `others` by name; a stage's method is `train_` and its name, or its name."""
+    """The command line of a world. "all" runs `stages` in order, `others` run by name only; a stage's method is `train_NAME` or `NAME`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["all", *stages, *others])
     parser.add_argument("--runs", type=Path, help="the folder of checkpoints and pictures")
@@ -381,6 +384,6 @@ def main(world: Callable[[Path], Chain], stages: Sequence[str], others: Sequence
     for name in stages if args.stage == "all" else [args.stage]:
         left = args.minutes - (time.monotonic() - started) / 60 if args.minutes else None
         if not run[name](left, **extra):
-            print(f"{name} isn't finished; the same command goes on from here")
+            print(f"{name} isn't finished; the same command resumes it")
             return 1
     return 0

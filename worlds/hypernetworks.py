@@ -1,4 +1,4 @@
-"""A world's hypernetworks, pro and faithful, on the library's own stages: what they learn from, and their settings."""
+"""A world's hypernetworks, pro and faithful, trained by the library's own stages: their data and their settings."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .autoencoder import Components
 from .pixels import Pictures, to_tensor
 
 TARGETS = tuple(f"unet.*.{layer}" for layer in ("attn1.to_?", "attn?.to_q", "attn?.to_out.0", "ff.net.0.proj", "ff.net.2"))
-"""Not attn2's to_k and to_v, which read the prompt: with them the LoRA pulls contexts that it never saw towards those it did."""
-READING = ("unet.*.attn2.to_k", "unet.*.attn2.to_v")  # What reads the prompt.
+"""Without attn2's to_k and to_v, which read the prompt: with them the LoRA pulls held-out contexts towards those of the training."""
+READING = ("unet.*.attn2.to_k", "unet.*.attn2.to_v")  # The layers that read the prompt.
 TOKENS = LightweightConfig(rank=4, down_dim=64, up_dim=32)
 FAITHFUL_TOKENS = LightweightConfig(rank=1, down_dim=64, up_dim=32)
 DECODER = HyperNetworkConfig(dim=128, blocks=3, heads=4, passes=2)
@@ -33,21 +33,21 @@ FAITHFUL_DECODER = HyperNetworkConfig(dim=128, blocks=2, heads=4, passes=2)
 
 @dataclass
 class Album:
-    """What hypernetworks learn from: of each person the same number of pictures, side by side."""
+    """Training data of hypernetworks: the same number of consecutive pictures for each person."""
 
     pictures: Pictures
     indices: np.ndarray
-    """Which of the pictures, in the order of `people`."""
+    """Which of the pictures are used, grouped by person in the order of `people`."""
     people: list[str]
     reference: tuple[bool, ...]
-    """Which of a person's pictures may be predicted from."""
+    """For each of a person's pictures, whether the hypernetwork may predict from it."""
     prompts: list[str]
-    """Of each picture that `indices` names."""
+    """One for each of `indices`."""
 
 
 @torch.no_grad()
 def identity_data(album: Album, encoder: FaceEncoder, components: Components) -> IdentityData:
-    """Latents, features (pictures, for an encoder that is trained) and captions."""
+    """The album's latents, features (uint8 pictures instead if the encoder is trained too) and captions."""
     latents, features = [], []
     encoder.eval()
     with Progress("encoding pictures", len(album.indices)) as progress:
@@ -64,7 +64,7 @@ def identity_data(album: Album, encoder: FaceEncoder, components: Components) ->
 
 
 def pro_config(steps: int, batch: int = 768) -> TrainHypernetworkConfig:
-    """Learnable aux, the denoising loss alone; the encoder is trained too."""
+    """Pro mode: learnable aux matrices, the denoising loss without a weight loss; the encoder is trained too."""
     training = TrainingConfig(
         steps=steps,
         optimizer="muon",
@@ -92,7 +92,7 @@ def pro_config(steps: int, batch: int = 768) -> TrainHypernetworkConfig:
 
 
 def distilled_config(steps: int, batch: int, written: tuple[str, ...]) -> TrainHypernetworkConfig:
-    """Pro draws by itself what it draws with context guidance: it is its own teacher, and its encoder stays."""
+    """Distills context guidance into pro: the teacher is pro itself with context guidance, and the encoder is frozen."""
     training = TrainingConfig(
         steps=steps, optimizer="muon", learning_rate=3e-4, warmup=20, cooldown=0.6, average=0.98, seed=72, log_every=10, validate_every=200
     )
@@ -108,7 +108,7 @@ def distilled_config(steps: int, batch: int, written: tuple[str, ...]) -> TrainH
 
 
 def preserving_config(steps: int, batch: int) -> TrainHypernetworkConfig:
-    """Pro goes on with the layers that read the prompt, and learns that whom a prompt doesn't name is nobody it knows."""
+    """Continues pro with the layers that read the prompt as targets too, and teaches it to leave prompts without [V] unchanged."""
     training = TrainingConfig(
         steps=steps, optimizer="muon", learning_rate=6e-4, warmup=30, cooldown=0.6, average=0.99, seed=73, log_every=20, validate_every=250
     )
@@ -117,7 +117,7 @@ def preserving_config(steps: int, batch: int) -> TrainHypernetworkConfig:
 
 
 def faithful_config(steps: int, batch: int = 64) -> TrainHypernetworkConfig:
-    """Frozen aux, denoising and weight loss."""
+    """Faithful mode: frozen aux matrices, denoising and weight loss."""
     training = TrainingConfig(
         steps=steps, learning_rate=1e-3, warmup=50, cooldown=0.35, average=0.995, seed=12, log_every=25, validate_every=250
     )
@@ -134,7 +134,7 @@ def faithful_config(steps: int, batch: int = 64) -> TrainHypernetworkConfig:
 
 
 def table_config(steps: int) -> PreoptimizeConfig:
-    """Tokens of one person after another, 32 side by side."""
+    """Pre-optimization of each person's tokens, 32 people in parallel."""
     training = TrainingConfig(steps=steps, learning_rate=2e-2, cooldown=0.3, max_grad_norm=0.0, seed=13)
     return PreoptimizeConfig(
         targets=TARGETS, lightweight=FAITHFUL_TOKENS, levels=NoiseLevels(mean=1.5), chunk=32, copies=2, training=training
@@ -142,7 +142,7 @@ def table_config(steps: int) -> PreoptimizeConfig:
 
 
 def photos_of(data: IdentityData) -> IdentityData:
-    """Only the pictures that may stand for their person."""
+    """Only the reference pictures: those that may be predicted from."""
     kept = data.reference.nonzero().flatten()
     prompts = [data.prompts[index] for index in kept.tolist()]
     return IdentityData(data.latents[kept], data.features[kept], data.people[kept], data.names, prompts, data.reference[kept])

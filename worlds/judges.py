@@ -1,7 +1,7 @@
-"""A world's recognizers and its context classifier: contrastive and plain classification.
+"""Training of a world's recognizers (contrastive) and of its context classifier (cross entropy).
 
-The measuring recognizer (ConvNeXt V2) and the encoder that hypernetworks read faces with (ResNet) are trained by the
-same step and share nothing else: architecture, seed and augmentation stream differ.
+The recognizer that measures identity (ConvNeXt V2) and the hypernetworks' face encoder (ResNet) have the same loss and nothing else
+in common: architecture, seed and stream of augmentations differ.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from .pixels import Pictures, to_tensor
 
 
 def build_judge(hidden: tuple[int, ...], heads: dict[str, list[str]]) -> Judge:
-    """A small ConvNeXt V2 with two blocks at each of its resolutions, a quarter of the picture's first."""
+    """A small ConvNeXt V2 with two blocks at each resolution; the first resolution is a quarter of the picture's."""
     backbone = {"num_channels": 3, "patch_size": 4, "num_stages": len(hidden), "hidden_sizes": list(hidden)}
     return Judge({**backbone, "depths": [2] * len(hidden), "drop_path_rate": 0.0}, heads)
 
 
-def go_on(model: Judge, folder: Path) -> Judge:
-    """The model, with the last weights where there are any."""
+def with_stored_weights(model: Judge, folder: Path) -> Judge:
+    """The model, with the weights of `folder` if it holds any."""
     if (folder / "config.json").is_file():
         model.load_state_dict(Judge.from_pretrained(folder).state_dict())
     return model
 
 
 class Embedder(nn.Module):
-    """An encoder with a projection for contrastive training; the projection is thrown away."""
+    """An encoder with a projection for contrastive training; the projection is discarded afterwards."""
 
     def __init__(self, encoder: FaceEncoder):
         super().__init__()
@@ -44,7 +44,7 @@ class Embedder(nn.Module):
 
 
 def augmented(images: Tensor, generator: torch.Generator, linear: Callable[[Tensor], Tensor]) -> Tensor:
-    """Shifts of up to 2 pixels, some noise and blur, and for half of the pictures the loss that latents cause."""
+    """Augments pictures: shifts of up to 2 pixels, some noise and blur, and for half of them the linear round trip through the latents."""
     count = len(images)
     shifted = F.pad(images, (2, 2, 2, 2), mode="replicate")
     offsets = torch.randint(0, 5, (count, 2), generator=generator).tolist()
@@ -59,7 +59,9 @@ def augmented(images: Tensor, generator: torch.Generator, linear: Callable[[Tens
 
 
 def contrastive_losses(model: nn.Module, pictures: Tensor) -> Tensor:
-    """NT-Xent: two pictures of each person, first all the first ones; everyone else is a stranger. Temperature 0.07."""
+    """NT-Xent loss with temperature 0.07 of two pictures per person: the first half of the batch has each person's first picture, the
+    second half the second, in the same order. All other people's pictures are negatives.
+    """
     device = next(model.parameters()).device
     embedded = F.normalize(model(pictures.to(device))["identity"].float(), dim=-1)
     with torch.autocast(device.type, enabled=False):  # bf16 would round a similarity of 0.9 by up to 0.002, 3 % of the temperature
@@ -69,7 +71,7 @@ def contrastive_losses(model: nn.Module, pictures: Tensor) -> Tensor:
 
 
 def classification_losses(model: nn.Module, batch: tuple[Tensor, dict[str, Tensor]]) -> Tensor:
-    """Cross entropy of pictures and labels, summed over the kinds of context."""
+    """Cross entropy per picture, summed over the kinds of context; a batch is pictures and, for each kind, their labels."""
     images, labels = batch
     device = next(model.parameters()).device
     logits = model(images.to(device))
@@ -78,7 +80,9 @@ def classification_losses(model: nn.Module, batch: tuple[Tensor, dict[str, Tenso
 
 
 def pairs(data: Pictures, each: int, people: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Batches of two different pictures of `people` people, all of them at most; `each` pictures of a person stand together in the data."""
+    """Batches of two different pictures of each of `people` random people (or of all, if there are fewer); the data holds `each`
+    consecutive pictures per person.
+    """
     total = len(data) // each
 
     def batch(index: int) -> tuple[Tensor, Tensor]:
@@ -92,7 +96,7 @@ def pairs(data: Pictures, each: int, people: int, seed: int) -> Callable[[int], 
 
 
 def labelled(data: Pictures, labels: dict[str, Tensor], size: int, seed: int) -> Callable[[int], tuple[Tensor, dict[str, Tensor]]]:
-    """Batches of pictures with their contexts as indices."""
+    """Batches of `size` random pictures with their labels by kind of context."""
 
     def batch(index: int) -> tuple[Tensor, dict[str, Tensor]]:
         chosen = torch.randint(len(data), (size,), generator=torch.Generator().manual_seed(seed * 1_000_003 + index))
@@ -101,8 +105,8 @@ def labelled(data: Pictures, labels: dict[str, Tensor], size: int, seed: int) ->
     return batch
 
 
-def told_apart(model: nn.Module, first: Tensor, second: Tensor) -> dict[str, Tensor]:
-    """Rank-1 of second pictures (N, 3, H, W) among first ones of the same N people."""
+def rank_one(model: nn.Module, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+    """Rank-1 identification: each second picture (N, 3, H, W) is looked up among the first ones of the same N people."""
     model.eval()
     device = next(model.parameters()).device
     a, b = (
@@ -114,7 +118,7 @@ def told_apart(model: nn.Module, first: Tensor, second: Tensor) -> dict[str, Ten
 
 
 def all_right(found: list[dict[str, str]], wanted: list[dict[str, str]]) -> dict[str, float]:
-    """How often each kind of context is classified rightly, and all of them."""
+    """Accuracy for each kind of context, and for all kinds at once ("all_right")."""
     both = list(zip(found, wanted, strict=True))
     return {
         "all_right": sum(a == b for a, b in both) / len(both),

@@ -1,4 +1,4 @@
-"""Pictures as bytes and as tensors."""
+"""Conversion between pictures as uint8 arrays and as tensors."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def every(data: Pictures, step: int, count: int = 250) -> Iterator[Tensor]:
 
 
 def psnr(found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-    """dB of pictures (N, 3, H, W) in -1..1: the mean over pictures, and that of the mean error."""
+    """PSNR (dB) of pictures (N, 3, H, W) in -1..1: its mean over pictures, and the PSNR of the mean squared error."""
     errors = (found.clamp(-1, 1) - wanted).square().mean((1, 2, 3)) / 4
     return {"psnr": (-10 * errors.log10()).mean(), "psnr_of_mean": -10 * errors.mean().log10()}

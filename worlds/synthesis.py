@@ -1,13 +1,14 @@
-"""The inverse of a world's encoder, written into the decoder of an ordinary `AutoencoderKL`: what training begins with.
+"""The inverse of a world's encoder, written into the decoder of an ordinary `AutoencoderKL` as the initial weights of its training.
 
-A decoder enlarges by repeating every position and convolving, which gives the four copies no way to differ: they must first know which
-of the four they are. So ramps, made from the zeros that convolutions are padded with, run along the rows and columns. Where
-a ramp is repeated, it steps at every second position; that step switches three of four differences off (a SiLU far
-below zero) and lets one through (far above zero, where SiLU is the identity). What is repeated are thus all the four patches of 2 x 2,
-and what is left is the right one: exactly the principal components' own reconstruction. Constants in two channels hold the variance that
-norms divide by, so norms do next to nothing.
+A decoder doubles the resolution by repeating every position as 2 x 2 copies and convolving, which by itself can't produce four
+different patches: a copy must first know which of the four it is. Ramp channels along the rows and columns provide this; they are
+made from the zeros that convolutions are padded with. A repeated ramp rises at every second position only, so its differences mark even
+and odd positions. Every copy gets the data of all four patches: the first one, and the differences of the other three to it. The marks
+switch unwanted differences off (SiLU far below zero) and let the right one through (far above zero, where SiLU is the identity), which
+gives exactly the principal components' linear reconstruction. Two channels with large constants fix the variance that the norms
+divide by, so that the norms act as constants.
 
-The residual blocks that this doesn't need begin with nothing to add, and are trained (`trainable`); the rest stays as it is written.
+The residual blocks that this construction doesn't need add zero at first and are trained (`trainable`); all other weights stay fixed.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from torch import Tensor, nn
 from .autoencoder import Autoencoder, Components
 
 BIG, LIFT, SWITCH = 512.0, 32.0, 64.0
-"""The constants, where SiLU is the identity, and by how much a difference is lowered to be switched off."""
+"""The value of the constant channels, a bias at which SiLU is the identity, and how far a difference is lowered to switch it off."""
 PLUS, MINUS, ZERO, LEFT, RIGHT, TOP, BOTTOM = range(-7, 0)
-"""The last channels at every resolution: constants, zero, ramps that rise from each side."""
+"""The last seven channels at every resolution: two constants, a zero, and ramps that rise from each side."""
 EVEN_X, ODD_X, EVEN_Y, ODD_Y = range(-11, -7)
-"""The channels before them, behind an enlargement: switches."""
+"""The four channels before those, after each enlargement: switches, large at even or odd columns and rows."""
 RAMPS = ((LEFT, (1, 0)), (RIGHT, (1, 2)), (TOP, (0, 1)), (BOTTOM, (2, 1)))
-"""Each ramp with the tap of a 3 x 3 kernel that looks where it rises from."""
+"""Each ramp with the tap (row, column) of a 3 x 3 kernel that reads the neighbor on the side where the ramp starts."""
 OFF = ((ODD_Y, EVEN_X), (EVEN_Y, ODD_X), (EVEN_Y, EVEN_X))
-"""What switches off the differences of the second, third and fourth patch (in reading order) to the first."""
+"""The switches that turn off the second, third and fourth patch's difference to the first (patches in reading order)."""
 
 
 def widths(kept: tuple[int, ...]) -> tuple[int, ...]:
-    """The least channels that each resolution needs, finest first: for its data, its switches and what lies behind them."""
+    """The fewest channels that each resolution can have, finest first: for its data, the switches and the last seven channels."""
     levels = (3, *kept)
     return tuple(
         max(4 * levels[k - 1] + 11 if k else 0, 3 * levels[k] + 5 if k < len(kept) else 0, levels[k] + 7) for k in range(len(levels))
@@ -44,7 +45,7 @@ def clear(module: nn.Module) -> None:
 
 
 def linearize(norm: nn.GroupNorm, x: Tensor, ignored: tuple[int, ...]) -> Tensor:
-    """Makes norm and SiLU add `LIFT` and nothing else, for inputs like x; gives what SiLU then gives."""
+    """Makes norm and SiLU together add `LIFT` and change nothing else, for inputs like x (`ignored` channels: 0); returns their output."""
     norm.weight.fill_(x.flatten(1).std(1, correction=0).mean().item())
     norm.bias.fill_(LIFT + x.mean().item())
     norm.weight[list(ignored)] = 0
@@ -53,7 +54,7 @@ def linearize(norm: nn.GroupNorm, x: Tensor, ignored: tuple[int, ...]) -> Tensor
 
 
 def write_ramps(resnet: nn.Module, x: Tensor, first: bool) -> None:
-    """Adds to each ramp what rises over two positions more: `first` from nothing, then from the ramp itself."""
+    """Makes each ramp rise over two more positions: the `first` block starts it from the padding, the second from the ramp so far."""
     clear(resnet)
     linearize(resnet.norm1, x, (PLUS, MINUS))
     for ramp, tap in RAMPS:
@@ -71,9 +72,10 @@ def write_ramps(resnet: nn.Module, x: Tensor, first: bool) -> None:
 
 
 def write_enlargement(conv: nn.Conv2d, depth: int, children: Tensor, offset: Tensor) -> None:
-    """Four patches (4 * kept, channels) from each, as the first one and three differences to it; switches; ramps of twice as many steps.
+    """Writes the convolution after an enlargement: the four patches in which `children` (4 * kept, channels) splits each one, as the
+    first patch and three differences to it; the switches; and ramps of twice as many steps.
 
-    Steps are halved with every enlargement: `depth` counts those before.
+    Each enlargement halves the ramps' steps; `depth` is the number of earlier enlargements.
     """
     clear(conv)
     first = children[: len(children) // 4].repeat(4, 1)
@@ -85,7 +87,7 @@ def write_enlargement(conv: nn.Conv2d, depth: int, children: Tensor, offset: Ten
     opposite = {LEFT: RIGHT, RIGHT: LEFT, TOP: BOTTOM, BOTTOM: TOP}
     switches = {LEFT: EVEN_X, RIGHT: ODD_X, TOP: EVEN_Y, BOTTOM: ODD_Y}
     for ramp, tap in RAMPS:
-        # what the residual blocks left rises at one end alone; minus its opposite it rises everywhere, from 1 on
+        # the residual blocks' ramps rise near one side only; a ramp minus its opposite, plus 7, rises everywhere and starts at 1
         parts = {ramp: 1.0, opposite[ramp]: -1.0, PLUS: 7 / BIG} if depth == 0 else {ramp: 1.0}
         for channel, weight in parts.items():
             conv.weight[ramp, channel, 1, 1] = weight / 2
@@ -97,12 +99,12 @@ def write_enlargement(conv: nn.Conv2d, depth: int, children: Tensor, offset: Ten
 
 
 def write_choice(resnet: nn.Module, kept: int, x: Tensor) -> None:
-    """Of four patches the one that belongs here: the first, and of the three differences the one that isn't switched off."""
+    """Writes the choice among the four patches: the first, plus that of the three differences which isn't switched off."""
     clear(resnet)
     linearize(resnet.norm1, x, (PLUS, MINUS))
     for patch, switches in enumerate(OFF):
         rows = slice(patch * kept, (patch + 1) * kept)
-        carrier = 3 * kept + patch  # the same without data
+        carrier = 3 * kept + patch  # the same pre-activation without data, to be subtracted
         resnet.conv1.weight[rows, kept + patch * kept : 2 * kept + patch * kept, 1, 1] = torch.eye(kept)
         resnet.conv1.weight[rows, ZERO, 1, 1] = 1
         resnet.conv1.weight[carrier, ZERO, 1, 1] = 2
@@ -121,7 +123,7 @@ def write_choice(resnet: nn.Module, kept: int, x: Tensor) -> None:
 
 
 def write_free(resnet: nn.Module, x: Tensor) -> None:
-    """A residual block that adds nothing yet, and sees every data channel at unit deviation."""
+    """Writes a residual block that adds zero at first, and whose first norm scales every data channel to unit standard deviation."""
     clear(resnet.conv2)
     deviation = x.std((0, 2, 3))
     resnet.norm1.weight.copy_(x.flatten(1).std(1, correction=0).mean() / torch.where(deviation > 1e-3, deviation, 1.0))
@@ -129,16 +131,16 @@ def write_free(resnet: nn.Module, x: Tensor) -> None:
 
 
 def half_whitened(children: Tensor, offset: Tensor, x: Tensor) -> Tensor:
-    """What to multiply each channel of patches by, (kept,), to take the root of its deviation, given inputs (N, C, h, w) of `children`."""
+    """Factors (kept,) that half-whiten the patches' channels, 1 / sqrt(std), measured on x (N, C, h, w), the input of `children`."""
     found = torch.einsum("kc,nchw->nkhw", children, x[:, : children.shape[1]]) + offset[:, None, None]
     return found.unflatten(1, (4, -1)).std((0, 1, 3, 4)).rsqrt()
 
 
 @torch.no_grad()
 def write_decoder(autoencoder: Autoencoder, vae: AutoencoderKL, components: Components, latents: Tensor) -> None:
-    """Writes the reconstruction by `components` into the decoder; `latents` are some pictures' own, (N, C, h, w).
+    """Writes the reconstruction by `components` into the decoder; `latents` (N, C, h, w) of some pictures serve to measure scales.
 
-    What each resolution holds of its patches is half-whitened, as latents are: a step of training would otherwise be large for fine detail.
+    Each resolution's data channels are half-whitened, as latents are: otherwise a training step would be too large for fine detail.
     """
     decoder, last, levels = vae.decoder, len(autoencoder.kept), (3, *autoencoder.kept)
     clear(decoder.conv_in)
@@ -177,7 +179,7 @@ def write_decoder(autoencoder: Autoencoder, vae: AutoencoderKL, components: Comp
 
 
 def trainable(decoder: nn.Module) -> nn.Module:
-    """The decoder, such that training changes nothing but its free residual blocks, and these leave ramps and constants alone."""
+    """Freezes the decoder except its free residual blocks, whose output doesn't change the ramps and constants; returns it."""
     decoder.requires_grad_(False)
     for depth, block in enumerate(decoder.up_blocks):
         for resnet in block.resnets[1:] if depth else block.resnets:
@@ -186,6 +188,6 @@ def trainable(decoder: nn.Module) -> nn.Module:
                 mask = torch.ones_like(parameter)
                 mask[-7:] = 0
                 parameter.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient.device))
-    # torch on CPUs crashes in the backward pass of a norm whose weight needs a gradient and whose input doesn't
+    # on CPUs, torch crashes in the backward pass of a norm whose weight needs a gradient and whose input doesn't
     decoder.up_blocks[0].register_forward_pre_hook(lambda module, inputs: (inputs[0].requires_grad_(), *inputs[1:]))
     return decoder

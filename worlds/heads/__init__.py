@@ -1,4 +1,4 @@
-"""The heads world: rendered people, turned, lit and dressed. What others need is `person`, `context`, `render` and `caption`."""
+"""The heads world: rendered people in many poses, lights and clothes. Its interface is `person`, `context`, `render` and `caption`."""
 
 from .contexts import PLAIN, Context, caption, context
 from .people import Person, person

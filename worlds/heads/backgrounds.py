@@ -1,4 +1,4 @@
-"""What lies behind a person, out of focus: plain, a gradient, or a simple scene. Linear color, as a camera would blur it."""
+"""Backgrounds, out of focus: plain, a gradient, or a simple scene. Colors are linear, so that blurring mixes light as a camera does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .kernels import kernel
 from .people import linear
 
 GRID = 48
-"""Scenes are painted this fine and enlarged: what is out of focus has no more detail."""
+"""Side of the grid on which scenes are painted before enlargement: a background out of focus has no finer detail."""
 
 
 @kernel
@@ -41,7 +41,7 @@ def enlarge(small, out):
 
 @lru_cache(maxsize=1)
 def axes() -> tuple[np.ndarray, np.ndarray]:
-    """Across and down, 0 to 1, (GRID, GRID, 1)."""
+    """Horizontal and vertical coordinates from 0 (left, top) to 1, (GRID, GRID, 1) each."""
     t = (np.arange(GRID) + 0.5) / GRID
     down, across = np.meshgrid(t, t, indexing="ij")
     return across[..., None], down[..., None]
@@ -54,7 +54,7 @@ def color(r: int, g: int, b: int) -> np.ndarray:
 def spots(
     g: np.random.Generator, count: int, size: tuple[float, float], low: float = 0.0, high: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Soft discs: how much each covers, (count, GRID, GRID, 1), and a random number for each."""
+    """Soft discs: the coverage of each, (count, GRID, GRID, 1), and a random number from 0 to 1 for each, (count,)."""
     across, down = axes()
     x, y, radius = g.uniform(0, 1, count), g.uniform(low, high, count), g.uniform(*size, count)
     distance = np.sqrt((across[None, ..., 0] - x[:, None, None]) ** 2 + (down[None, ..., 0] - y[:, None, None]) ** 2)
@@ -68,7 +68,7 @@ def blend(base: np.ndarray, covers: np.ndarray, colors: np.ndarray, opacity: flo
 
 
 def edge(at: np.ndarray | float, softness: float) -> np.ndarray:
-    """0 above a height, 1 below it."""
+    """A soft horizontal edge, (GRID, GRID, 1): 0 above the height `at`, 1 below it."""
     return np.clip((axes()[1] - at) / softness + 0.5, 0, 1)
 
 
@@ -160,7 +160,7 @@ EXPOSURE = {"night": 0.22, "lamp": 0.5, "backlight": 1.25}
 
 
 def background(context: Context, size: int) -> np.ndarray:
-    """(size, size, 3) float32, linear; darker in the dark."""
+    """A context's background, (size, size, 3) float32, linear; darker in dark light."""
     small = painted(context.background, context.background_color, context.seed)
     if context.background not in ("city at night", "starry sky"):
         small = small * np.float32(EXPOSURE.get(context.light, 1.0))

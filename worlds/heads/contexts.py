@@ -33,7 +33,7 @@ EXPRESSIONS: dict[str, dict[str, float]] = {
     "wink": {"eyeBlink_L": 1.0, "cheekSquint_L": 0.6, "mouthSmile": 0.55, "mouthSmile_L": 0.25, "mouthDimple": 0.2},
     "kiss": {"mouthPucker": 0.85, "mouthFunnel": 0.2, "eyeSquint": 0.15, "browInnerUp": 0.2},
 }
-"""Amounts of expression shapes; a name without a side means both sides."""
+"""Weights of expression shapes; a name without a side (_L, _R) means both sides."""
 
 LIGHTS: dict[str, dict[str, tuple[float, ...]]] = {
     "studio": {
@@ -77,7 +77,7 @@ LIGHTS: dict[str, dict[str, tuple[float, ...]]] = {
         "ground": (0.22, 0.21, 0.20),
     },
 }
-"""Where light comes from (x to the picture's right, y up, z to the viewer) and its linear color."""
+"""Directions towards the lights (x to the picture's right, y up, z to the viewer) and linear colors of the lights."""
 
 HEADWEAR = ("none", "beanie", "santa hat", "cap", "headband", "straw hat", "top hat", "headscarf", "headphones")
 EYEWEAR = ("none", "glasses", "round glasses", "sunglasses")
@@ -91,14 +91,14 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (228, 226, 222), "gray": (128, 130, 134),
     "black": (30, 30, 33),
 }  # fmt: skip
-"""sRGB of clothes and hats."""
+"""sRGB colors of clothes and hats."""
 LARGEST_YAW, LARGEST_PITCH = 50.0, 20.0
 
 
 @dataclass(frozen=True)
 class Context:
-    """All that isn't the person. `yaw` and `pitch` are in degrees: positive turns to the picture's right and upwards; `seed` varies
-    what has no name.
+    """Everything in a picture except the person. `yaw` and `pitch` are in degrees, positive to the picture's right and upwards; `seed`
+    varies details without a field of their own. Raises InputError for unknown names and for angles that are too large.
     """
 
     expression: str = "neutral"
@@ -131,11 +131,11 @@ class Context:
 
 
 PLAIN = Context()
-"""The plain front picture that a person is known by."""
+"""The plain front picture that serves as a person's gallery picture."""
 
 
 def pick(generator: np.random.Generator, names: Any, common: float = 0.0) -> str:
-    """One of names; the first with probability `common`, otherwise any."""
+    """A random name: the first with probability `common`, otherwise any of them."""
     names = list(names)
     if generator.random() < common:
         return str(names[0])
@@ -143,7 +143,7 @@ def pick(generator: np.random.Generator, names: Any, common: float = 0.0) -> str
 
 
 def context(seed: int, world: int = 0, **fixed: Any) -> Context:
-    """Context `seed` of a world, drawn at random but for what is `fixed`."""
+    """Context `seed` of a world: random except for the fields that are `fixed`."""
     known = {field.name for field in fields(Context)}
     if not set(fixed) <= known:
         raise InputError(f"a context has no {sorted(set(fixed) - known)}; it has {sorted(known)}")
@@ -200,28 +200,28 @@ def a(word: str) -> str:
 
 
 def who(person: Person, generator: np.random.Generator, looks: float) -> str:
-    """A woman or a man, at times with looks in words."""
+    """A phrase for the person: "a woman" or "a man", with probability `looks` described by age, skin, hair and beard."""
     if generator.random() >= looks:
         return a(person.sex)
     age = "young " if person.age < 30 else "middle-aged " if person.age < 55 else "old "
     skin = "fair-skinned " if person.tone < 4 else "brown-skinned " if person.tone < 7 else "dark-skinned "
-    told = a((age if generator.random() < 0.6 else "") + (skin if generator.random() < 0.5 else "") + person.sex)
+    text = a((age if generator.random() < 0.6 else "") + (skin if generator.random() < 0.5 else "") + person.sex)
     hair = HAIR_WORDS[person.style].format(color=person.hair_name)
     if person.style == "bald":
-        return f"a bald {told.split(' ', 1)[1]}"
+        return f"a bald {text.split(' ', 1)[1]}"
     beard = {"mustache": " and a mustache", "goatee": " and a goatee", "short": " and a short beard", "full": " and a full beard"}.get(
         person.beard, ""
     )
-    return f"{told} with {hair}{beard}"
+    return f"{text} with {hair}{beard}"
 
 
 CLOTHES_WORDS = {name: "sweater" if name == "crew neck" else name for name in CLOTHES}
 
 
 def caption(person: Person, context: Context, generator: np.random.Generator, looks: float = 0.5, subject: str | None = None) -> str:
-    """What a picture shows, in words: all of the context, and with probability `looks` what the person looks like.
+    """A picture's caption: the context (clothes with probability 0.4), and with probability `looks` a description of the person.
 
-    `subject` stands for the person where it is given: "a [V] face".
+    `subject`, for example "a [V] face", replaces the description.
     """
     words = [f"{STYLE_WORDS[context.style]} {subject or who(person, generator, looks)}"]
     worn = (
@@ -250,21 +250,21 @@ def caption(person: Person, context: Context, generator: np.random.Generator, lo
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption can hold."""
-    told = [*HAIR_WORDS.values(), *WHERE.values(), *MOODS.values(), *STYLE_WORDS.values(), *LIGHT_WORDS.values()]
-    told += [*HEADWEAR, *EYEWEAR, *CLOTHES_WORDS.values(), *COLORS, *HAIR]
-    told += [
+    """Every word that a caption can contain."""
+    phrases = [*HAIR_WORDS.values(), *WHERE.values(), *MOODS.values(), *STYLE_WORDS.values(), *LIGHT_WORDS.values()]
+    phrases += [*HEADWEAR, *EYEWEAR, *CLOTHES_WORDS.values(), *COLORS, *HAIR]
+    phrases += [
         "woman man person face an young middle-aged old fair-skinned brown-skinned dark-skinned with and mustache goatee short full beard"
     ]
-    told += ["wearing turned far to the right left looking up down bald plain background"]
-    return sorted(set(re.findall("[a-z]+", " ".join(told).replace("{color}", ""))))
+    phrases += ["wearing turned far to the right left looking up down bald plain background"]
+    return sorted(set(re.findall("[a-z]+", " ".join(phrases).replace("{color}", ""))))
 
 
 POSES = ("far left", "left", "front", "right", "far right")
 
 
 def classes() -> dict[str, list[str]]:
-    """The kinds of context that a classifier tells apart, with the names of their values."""
+    """The kinds of context that the classifier predicts, with the names of their values."""
     return {
         "expression": list(EXPRESSIONS),
         "light": list(LIGHTS),
@@ -277,13 +277,13 @@ def classes() -> dict[str, list[str]]:
 
 
 def classified(context: Context) -> dict[str, str]:
-    """The class of a context in each kind; poses as captions tell them apart."""
+    """The class of a context in each kind; yaw becomes one of `POSES`, with the same limits as in captions."""
     pose = POSES[2 + int(np.sign(context.yaw)) * ((abs(context.yaw) >= 12) + (abs(context.yaw) > 32))]
     return {kind: pose if kind == "pose" else getattr(context, kind) for kind in classes()}
 
 
 def slots() -> list[list[str]]:
-    """The alternatives for each part of a photo's caption, as `stages.describe` takes them."""
+    """The alternative phrases for each part of a photo's caption, as `stages.describe` takes them."""
     return [
         ["a photo of a [V] face"],
         ["", *(f", wearing {worn}" for worn in EYEWEAR[1:])],

@@ -1,4 +1,4 @@
-"""Drawing styles: a finished picture (H, W, 3) uint8 as a pencil drawing, in black and white, as an oil painting."""
+"""Drawing styles as filters of a finished picture (H, W, 3) uint8: pencil drawing, black and white, oil painting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .kernels import kernel
 
 @kernel
 def box(gray, radius, out):
-    """The mean over a square of 2 radius + 1, edges repeated; rows first, then columns."""
+    """Box filter: the mean over a square with a side of 2 radius + 1 pixels, edges repeated; rows first, then columns."""
     height, width = gray.shape
     middle = np.empty_like(gray)
     scale = np.float32(1) / np.float32(2 * radius + 1)
@@ -62,7 +62,7 @@ def black_and_white(picture: np.ndarray, seed: int) -> np.ndarray:
 
 @kernel
 def kuwahara(picture, radius, out):
-    """Each pixel becomes the mean of that of its four quarters which varies least: flat strokes with firm edges."""
+    """Kuwahara filter: each pixel becomes the mean of the one of its four neighboring quadrants with the least variance."""
     height, width, _ = picture.shape
     mean = np.empty(3, np.float32)
     for y in range(height):
@@ -87,7 +87,7 @@ def kuwahara(picture, radius, out):
 
 
 def oil(picture: np.ndarray, seed: int) -> np.ndarray:
-    """Flat strokes of stronger color, with a canvas's light grain."""
+    """Flat strokes with more saturated colors and a light canvas grain."""
     flat = np.empty(picture.shape, np.float32)
     kuwahara(picture, max(round(3 * len(picture) / 128), 1), flat)
     gray = flat.mean(-1, keepdims=True)

@@ -1,9 +1,10 @@
-"""What must hold before anything is trained: `python -m worlds.heads.gates ceiling`, and what is easy to reconstruct: `... reconstruction`;
-what the autoencoder of runs/heads (HEADS_RUNS) keeps: `... autoencoder`.
+"""Measurements of the heads world before its base is trained: `python -m worlds.heads.gates GATE`.
 
-The ceiling's judge is dlib's face recognizer, which has seen real people alone. One plain front picture a person is the gallery; the
-same person in other
-contexts is looked up in it, always among 100 people. A face that dlib doesn't find counts as not recognized.
+`ceiling` measures how well dlib recognizes people in true renders, an upper bound for generated pictures; `reconstruction` the PSNR of
+principal components at several latent sizes; `autoencoder` PSNR and dlib's recognition after the autoencoder of runs/heads (HEADS_RUNS).
+
+dlib's face recognizer was trained on real people only. The gallery has one plain front picture per person; pictures of the same people
+in other contexts are looked up in it, always among 100 people. A face that dlib doesn't find counts as not recognized.
 Needs `pip install hyperdreambooth[heads,judges]`.
 """
 
@@ -24,7 +25,7 @@ from . import PLAIN, Context, Person, context, person, render
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "heads-gates.json"
 FIRST = 2_000_000
-"""The first person who is measured; training counts from 0."""
+"""Number of the first test person; training people count from 0."""
 CROWD = 100
 QUERIES: dict[str, dict[str, Any]] = {
     "smile": {"expression": "smile", "yaw": 0.0, "pitch": 0.0, "light": "studio", "headwear": "none", "eyewear": "none"},
@@ -36,8 +37,8 @@ QUERIES: dict[str, dict[str, Any]] = {
     "glasses": {"expression": "neutral", "light": "studio", "headwear": "none", "eyewear": "glasses"},
     "anything": {},
 }
-"""What is asked for in each query; the rest is drawn at random, with yaw at most 20 degrees where it isn't said. "anything" is a random
-context, all told.
+"""The fixed fields of each query's context; all others are random, with yaw limited to 20 degrees unless it is fixed. "anything" is a
+fully random context in the photo style.
 """
 
 
@@ -49,7 +50,7 @@ def query(kind: str, seed: int) -> Context:
 
 
 def rank_one(gallery: list[np.ndarray | None], found: list[np.ndarray | None]) -> list[bool]:
-    """For each person: is the nearest of their crowd's plain pictures their own? Crowds are the people 0 to 99, 100 to 199 and so on."""
+    """For each person, whether the nearest plain picture within their crowd is their own. Crowds are people 0 to 99, 100 to 199 ..."""
     right = []
     for k, one in enumerate(found):
         start = k // CROWD * CROWD
@@ -62,7 +63,7 @@ def rank_one(gallery: list[np.ndarray | None], found: list[np.ndarray | None]) -
 
 
 def groups(people: list[Person]) -> dict[str, list[int]]:
-    """Who belongs to which group, by sex, age and skin tone."""
+    """Indices of the people in each group by sex, age and skin tone."""
     of: dict[str, list[int]] = {}
     for k, one in enumerate(people):
         age = "18 to 34" if one.age < 35 else "35 to 54" if one.age < 55 else "55 to 80"
@@ -73,7 +74,7 @@ def groups(people: list[Person]) -> dict[str, list[int]]:
 
 
 def ceiling(count: int, size: int = 128, through: Callable[[np.ndarray], np.ndarray] | None = None) -> dict[str, Any]:
-    """dlib's figures on true renders of `count` people; the gallery is plain pictures, all others go `through` something first."""
+    """dlib's figures on true renders of `count` people. `through` is applied to every query picture first, but not to the gallery."""
     judge = Dlib()
     people = [person(FIRST + k) for k in range(count)]
     gallery: list[np.ndarray | None] = []
@@ -107,18 +108,20 @@ def ceiling(count: int, size: int = 128, through: Callable[[np.ndarray], np.ndar
 
 
 LATENTS = {"8 x 8 x 64": (16, 64), "8 x 8 x 96": (16, 96), "8 x 8 x 128": (16, 128), "16 x 16 x 16": (8, 16)}
-"""Latent sizes that an autoencoder could have: pixels a patch's side, numbers a patch."""
+"""Latent sizes to compare: a patch's side in pixels, and numbers per patch."""
 
 
 def patches(pictures: np.ndarray, side: int) -> np.ndarray:
-    """(N, H, W, 3) uint8 as rows of side x side patches, float32 from 0 to 1."""
+    """(N, H, W, 3) uint8 -> flattened side x side patches, one per row, float32 from 0 to 1."""
     n, h, w, _ = pictures.shape
     grid = pictures.reshape(n, h // side, side, w // side, side, 3).transpose(0, 1, 3, 2, 4, 5)
     return grid.reshape(-1, side * side * 3).astype(np.float32) / 255
 
 
 def linear_reconstruction(pictures: np.ndarray, held_out: int) -> dict[str, float]:
-    """PSNR (dB) of held-out pictures, the last ones, after principal components of the others' patches: what an autoencoder must beat."""
+    """PSNR (dB) of the last `held_out` pictures, reconstructed from principal components of the other pictures' patches: what an
+    autoencoder must beat.
+    """
     out = {}
     for name, (side, kept) in LATENTS.items():
         mean, moment, count = 0.0, 0.0, 0
@@ -136,16 +139,16 @@ def linear_reconstruction(pictures: np.ndarray, held_out: int) -> dict[str, floa
 
 
 def reconstruction(count: int, size: int = 128) -> dict[str, Any]:
-    """Principal components of `count` pictures of all kinds, four a person, an eighth of them held out."""
+    """PSNR of principal components for `count` pictures in random contexts, four per person, an eighth of them held out."""
     pictures = np.stack([render(person(k // 4), context(k), size) for k in range(count)])
     return {"pictures": count, "size": size, "PSNR of principal components": linear_reconstruction(pictures, max(count // 8 // 4 * 4, 4))}
 
 
 def autoencoder(count: int, sheet: Path | None = None) -> dict[str, Any]:
-    """What the autoencoder keeps: PSNR (dB) of the queries, and dlib's figures on what it makes of them.
+    """PSNR (dB) of the queries after the autoencoder, and dlib's figures on these reconstructions.
 
     Args:
-        sheet: a picture file that shows a few people's queries, each another one, and what is made of them.
+        sheet: a picture file to write, with a different query of each of a few people above its reconstruction.
     """
     import torch
 
@@ -171,7 +174,7 @@ def autoencoder(count: int, sheet: Path | None = None) -> dict[str, Any]:
 
 
 def write(name: str, figures: dict[str, Any]) -> None:
-    """Adds a gate's figures to the results' file."""
+    """Adds a gate's figures to the results file."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     results[name] = figures
     temporary = RESULTS.with_suffix(".partial")

@@ -1,7 +1,8 @@
-"""Hair and long beards: some hundred locks, each a ribbon that grows from the scalp along its style's flow, falls, and never enters the
-head.
+"""Hair and full beards: several hundred locks, each a ribbon that grows from the scalp in the direction of its style, falls with
+gravity, and stays outside the head.
 
-Locks grow around the mean head and follow the person's skull by an affine map. Under them lies the painted scalp, raised a little (`cap`).
+Locks are grown around the mean head and fitted to the person's skull by an affine map. Below them is the painted scalp, slightly raised
+(`cap`).
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ ROOTS, BEARD_ROOTS, SEGMENTS = 640, 170, 8
 
 @dataclass(frozen=True)
 class Style:
-    """How locks grow. Lengths in cm; `end` is the height at which locks are cut."""
+    """How locks grow. Lengths are in cm; `end` is the height (y) at which locks are cut."""
 
     flow: str  # crown, part, back, up, forward, target
     top: float  # length on top
-    sides: float  # and on the sides and the back
+    sides: float  # length on the sides and the back
     end: float = -30.0
     lift: float = 0.2  # how steeply locks leave the scalp, on top
     gravity: float = 0.25
@@ -36,10 +37,10 @@ class Style:
     volume: float = 0.7  # how far above the scalp the outer locks lie
     wave: float = 0.0  # amplitude
     turns: float = 0.0  # radians a cm
-    width: float = 0.62  # half a lock's
+    width: float = 0.62  # half a lock's width
     fringe: float = 0.0  # length of locks that fall over the forehead
     cap: float = 0.3
-    part: float = 2.0  # where the parting is, x
+    part: float = 2.0  # x of the parting
     target: tuple[float, float, float] = (0.0, 11.0, -8.0)
 
 
@@ -64,7 +65,7 @@ STYLES: dict[str, Style | None] = {
 
 @lru_cache(maxsize=1)
 def radii() -> np.ndarray:
-    """How far the mean head's surface is from `CENTER` in each direction: rows from the feet up, columns around."""
+    """Distance of the mean head's surface from `CENTER` by direction, (ROWS, COLUMNS): elevation from straight down to up, azimuth."""
     from scipy.ndimage import gaussian_filter
 
     p = load().positions[2:-2].reshape(-1, 3) - CENTER
@@ -83,7 +84,7 @@ def radii() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def roots() -> tuple[np.ndarray, np.ndarray]:
-    """Where locks can grow, (ROOTS, 3), evenly spread over the scalp, and the beard's (BEARD_ROOTS, 3)."""
+    """Roots of locks, (ROOTS, 3), spread evenly over the scalp, and roots of the beard, (BEARD_ROOTS, 3)."""
     positions = load().positions
     across, down = np.gradient(positions, axis=1), np.gradient(positions, axis=0)
     area = np.linalg.norm(np.cross(across, down), axis=-1)
@@ -97,7 +98,7 @@ def roots() -> tuple[np.ndarray, np.ndarray]:
         weight = np.where(mask, np.minimum(area, 0.05), 0).ravel()
         total = weight.cumsum()
         candidates = positions.reshape(-1, 3)[np.searchsorted(total, generator.random(count * 8) * total[-1])]
-        # of eight times as many, those that lie farthest from each other
+        # farthest-point sampling from eight times as many candidates
         chosen = [0]
         distance = np.full(len(candidates), np.inf)
         for _ in range(count - 1):
@@ -125,7 +126,7 @@ def skull_map(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def flows(style: Style, root: np.ndarray, normal: np.ndarray, top: np.ndarray, g: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """First directions of locks (K, 3), and how much of a fringe each is (K,)."""
+    """Initial directions of locks (K, 3), and whether each belongs to the fringe (K,), 0 or 1."""
     x, _, z = root.T
     down = np.array([0, -1.0, 0])
     fringe = np.zeros(len(root))
@@ -149,8 +150,8 @@ def flows(style: Style, root: np.ndarray, normal: np.ndarray, top: np.ndarray, g
     flow -= normal * (flow * normal).sum(1, keepdims=True)
     flow /= np.maximum(np.linalg.norm(flow, axis=1, keepdims=True), 1e-6)
     lift = style.lift * (0.35 + 0.65 * top) * (1 - 0.6 * fringe)
-    lift = lift * smooth(-1, 4, far[:, 0]) if style.flow == "crown" else lift  # at the whorl locks would stand on end
-    lift = lift * smooth(-8, 7, z) * (0.3 + 0.7 * top) if style.flow == "up" else lift  # a quiff stands in front alone
+    lift = lift * smooth(-1, 4, far[:, 0]) if style.flow == "crown" else lift  # otherwise locks at the whorl would stand straight up
+    lift = lift * smooth(-8, 7, z) * (0.3 + 0.7 * top) if style.flow == "up" else lift  # a quiff rises only in front
     out = flow + normal * (lift * np.exp(g.normal(0, 0.25, len(root))))[:, None]
     return out / np.linalg.norm(out, axis=1, keepdims=True), fringe
 
@@ -169,7 +170,7 @@ def beard_vertices() -> np.ndarray:
 
 
 def shifted_hairline(person: Person, points: np.ndarray, height: np.ndarray) -> np.ndarray:
-    """`above_hairline` of points (its values are `height`) with the person's own forehead and temples, as `skin.paint` has it."""
+    """`above_hairline` of points (given as `height`), minus how far the person's hairline recedes; the same as in `skin.paint`."""
     angle = np.arctan2(points[:, 0], points[:, 2] - 0.5)
     t = np.abs(angle) / np.pi
     u = t * (1.5 - 0.5 * t)
@@ -179,7 +180,7 @@ def shifted_hairline(person: Person, points: np.ndarray, height: np.ndarray) -> 
 
 @dataclass(frozen=True)
 class Locks:
-    """Ribbons in the person's neutral head; `vertices` (K,) is the vertex of the head whose motion each lock takes, -1 for none."""
+    """Ribbons on the person's neutral head; `vertices` (K,) is the head vertex whose motion each lock follows, -1 for none."""
 
     mesh: Mesh
     vertices: np.ndarray
@@ -207,7 +208,7 @@ def locks_mesh(
     t = np.linspace(0, 1, paths.shape[1])
     tone = np.exp(g.normal(0, 0.16, len(paths)))[:, None] * (0.72 + 0.40 * t)[None]
     colors = (color[None, None] * np.repeat(tone, 2, 1)[..., None]).reshape(-1, 3)
-    # across a lock, and which lock: strands are drawn along it
+    # u: position across the lock plus an offset for each lock; shading draws strands from it
     uv = np.column_stack(
         [np.tile([0.0, 1.0], count // 2) + np.repeat(np.arange(len(paths)) * 1.37 % 40, paths.shape[1] * 2), np.zeros(count)]
     )
@@ -216,7 +217,7 @@ def locks_mesh(
 
 
 def tie(style: Style, count: int, g: np.random.Generator) -> np.ndarray:
-    """What hangs or sits where hair is bound, (K, count, 3): a bun of locks around a ball, or a tail."""
+    """Paths of locks beyond the point where hair is tied, (K, count, 3): a bun of locks around a ball, or a ponytail."""
     t = np.linspace(0, 1, count)[None, :, None]
     target = np.array(style.target)
     if target[1] > 12:
@@ -235,7 +236,7 @@ def tie(style: Style, count: int, g: np.random.Generator) -> np.ndarray:
 
 
 def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
-    """The person's hair on a neutral head (N, 3); it lies flat under a hat whose edge is `hat` high above the ears."""
+    """The person's hair on a neutral head (N, 3), or None without locks; it lies flat above the height `hat` (cm) of a hat's edge."""
     style = STYLES[person.style]
     if style is None:
         return None
@@ -250,7 +251,7 @@ def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
     )
     root = roots()[0] + g.normal(0, 0.12, (ROOTS, 3)).astype(np.float32)
     inside = shifted_hairline(person, root, hairlines()[1])
-    if style.end < -29:  # short hair leaves the ears alone
+    if style.end < -29:  # short hair keeps off the ears
         ear = (np.abs(root[:, 0]) > 7) & (np.abs(root[:, 1] - 1) < 3.4) & (root[:, 2] > -4)
         inside = np.where(ear, -1, inside)
     root, inside = root[inside > 0.1], inside[inside > 0.1]
@@ -265,7 +266,7 @@ def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
     length = length * np.exp(g.normal(0, 0.10, len(root)))
     if (
         style.flow in ("crown", "up", "part") and style.end < -29
-    ) or style.flow == "target":  # short or bound hair follows the hairline closely
+    ) or style.flow == "target":  # short or tied hair follows the hairline closely
         length = length * (0.45 + 0.55 * smooth(0, 2.0, inside)) * (0.4 + 0.6 * smooth(2, 6, root[:, 1]))
     if style.flow == "target":
         length = np.minimum(length, np.linalg.norm(root - np.array(style.target), axis=1) * 1.12)
@@ -302,7 +303,7 @@ def hair(person: Person, points: np.ndarray, hat: float = 99.0) -> Locks | None:
 
 
 def beard(person: Person, points: np.ndarray) -> Locks | None:
-    """Locks of a full beard; shorter ones are painted."""
+    """Locks of a full beard; None otherwise, since shorter beards are painted."""
     if person.beard != "full":
         return None
     g = np.random.default_rng([person.seed_hair, 4])
@@ -324,7 +325,7 @@ def beard(person: Person, points: np.ndarray) -> Locks | None:
 
 
 def cap(person: Person) -> np.ndarray:
-    """How far the painted scalp and beard are raised, (N,) cm."""
+    """How far each vertex under the painted scalp and beard is raised, (N,) cm."""
     head = load()
     style = STYLES[person.style]
     height = 0.0 if person.style == "bald" else 0.14 if style is None else style.cap

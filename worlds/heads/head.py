@@ -1,4 +1,4 @@
-"""The mean head, its 100 identity modes and 57 expression shapes, and the coordinates that skin is painted in."""
+"""The mean head, its 100 identity modes and 57 expression shapes, and the texture coordinates of its skin."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from .raster import EMPTY, rasterize
 
 SKIN, MOUTH, TEETH, TONGUE, EYE, LASH = range(6)
 WIDTH, HEIGHT = 512, 384
-"""Texels of the skin's atlas: around the head and, downwards, from the crown to the neck."""
+"""Size in texels of the skin's atlas: columns run around the head, rows from the crown down to the neck."""
 TOP, BEND, BOTTOM = 19.0, 5.0, -17.0
 EYE_CENTER = np.array([3.094, 3.614, 7.995], np.float32)
 
 
 @dataclass(frozen=True)
 class Head:
-    """Arrays of the model; lengths are in centimeters, roughly: y up, z to the front, x to the head's left."""
+    """Arrays of the model; lengths are roughly in centimeters, with y up, z to the front and x to the head's left."""
 
     mean: np.ndarray  # (N, 3) float32
     kind: np.ndarray  # (N,) uint8
     triangles: np.ndarray  # (T, 3) int32
-    closed: int  # so many triangles, from the first on, are of closed surfaces: skin and eyeballs
+    closed: int  # number of triangles, from the first on, of closed surfaces: skin and eyeballs
     identities: np.ndarray  # (100, N, 3) float32, offsets of one standard deviation
     expressions: dict[str, tuple[np.ndarray, np.ndarray]]  # name -> vertices (K,), offsets (K, 3)
     rims: np.ndarray  # (52, 3) float32, points on the edges of the lids
-    openness: np.ndarray  # (N,) float32, 0 to 1
+    openness: np.ndarray  # (N,) float32, 0 to 1: the visible part of the sky (ambient occlusion)
     uv: np.ndarray  # (N, 2) float32, columns and rows of the atlas
-    positions: np.ndarray  # (HEIGHT, WIDTH, 3) float32: the point of the mean head that a texel paints
+    positions: np.ndarray  # (HEIGHT, WIDTH, 3) float32: each texel's point on the mean head
 
 
 def azimuth(points: np.ndarray) -> np.ndarray:
-    """0 in front, pi at the back; the same for both sides."""
+    """The angle of points (..., 3) around the head: 0 in front, pi at the back, the same for both sides."""
     return np.arctan2(np.abs(points[..., 0]), points[..., 2] - 0.5)
 
 
 def atlas_coordinates(points: np.ndarray) -> np.ndarray:
-    """Where points (..., 3) of the mean head lie in the atlas (columns, rows): around the neck a cylinder, over the crown a sphere,
-    wider in front.
+    """Atlas coordinates (column, row) of points (..., 3) of the mean head: a cylindrical projection at the neck, a spherical one over the
+    crown, with more texels in front.
     """
     t = azimuth(points) / np.pi
     u = 0.5 + np.where(points[..., 0] < 0, -0.5, 0.5) * t * (1.5 - 0.5 * t)
@@ -53,7 +53,7 @@ def atlas_coordinates(points: np.ndarray) -> np.ndarray:
 
 
 def texel_positions(mean: np.ndarray, triangles: np.ndarray, uv: np.ndarray) -> np.ndarray:
-    """The mean head drawn into its atlas; texels that no triangle covers take the nearest one's point."""
+    """Each texel's point on the mean head, (HEIGHT, WIDTH, 3); texels that no triangle covers take the nearest covered texel's point."""
     from scipy.ndimage import distance_transform_edt
 
     faces = triangles[np.ptp(uv[triangles][..., 0], axis=1) < WIDTH / 2]
@@ -73,8 +73,8 @@ def texel_positions(mean: np.ndarray, triangles: np.ndarray, uv: np.ndarray) -> 
 
 
 def closing(mean: np.ndarray, kind: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a lid that closes moves besides itself: lashes turn down in front of the fold, and the eyeball, whose cornea would pierce it,
-    draws back.
+    """Vertices (K,) and offsets (K, 3) that a closing lid moves besides itself: lashes turn down in front of the fold, and the eyeball
+    moves back, because its cornea would pierce the lid.
     """
     lash, eye = (np.flatnonzero((kind == which) & (mean[:, 0] * side > 0)) for which in (LASH, EYE))
     offsets = np.array([[0, 0, 0.22], [0, -0.36, 0.22], [0, 0, -0.25]], np.float32)

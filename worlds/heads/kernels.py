@@ -1,4 +1,4 @@
-"""How everything here is compiled: no fast math and no threads, so that the order of every addition is the one written down."""
+"""How all kernels are compiled: without fast math and threads, so that additions keep the order of the source code."""
 
 from __future__ import annotations
 

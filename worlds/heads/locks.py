@@ -1,4 +1,4 @@
-"""How locks of hair grow, and the ribbons that they are drawn as: compiled kernels."""
+"""Compiled kernels that grow locks of hair and turn them into ribbons."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from .kernels import kernel
 
 ROWS, COLUMNS = 64, 96
-"""Directions in which the head's radius is known: from the feet up, and around."""
+"""Size of the table of the head's radius by direction: elevation from straight down to up, and azimuth."""
 TILT = 0.2
 """How fast a hat's edge rises towards the front."""
 
@@ -29,12 +29,11 @@ def height_of(radius, x, y, z):
 
 @kernel
 def grow(root, direction, length, clearance, aside, gravity, back, end, tight, hat, wave, turns, phase, center, radius, out):
-    """Paths of locks, (K, SEGMENTS + 1, 3), from steps of a quarter cm: they fall and blow `back`, keep their distance to the head, and are
-    cut at `end`.
+    """Writes the paths of K locks to `out` (K, S, 3). They grow in steps of 0.25 cm, fall with `gravity`, bend to the `back`, keep a
+    distance of at least `clearance` to the head, and are cut at the height `end`.
 
-    Under a hat (whose edge is `hat` high above the ears) locks stay close to the head; where `tight` (K,) isn't 0 they never leave the
-    surface by more than their clearance.
-    `aside` (K,), -1 or 1, is the side to which a lock leaves the face free; 0 lets it fall over the face.
+    Under a hat (above the height `hat` of its edge) locks stay close to the head; where `tight` (K,) isn't 0 they stay within 0.1 cm of
+    their clearance. `aside` (K,), -1 or 1, is the side to which a lock is pushed off the face; 0 lets it fall over the face.
     """
     path = np.empty((160, 3), np.float32)
     stride = 0.25
@@ -58,7 +57,7 @@ def grow(root, direction, length, clearance, aside, gravity, back, end, tight, h
                 if inward < 0 or r > most:
                     dx, dy, dz = dx - nx * inward, dy - ny * inward, dz - nz * inward
             if aside[k] != 0.0 and y < 9.5 and z > 2:
-                # as a curtain that is drawn aside and behind the cheek: the lower the farther
+                # pushed aside and behind the cheek as a curtain, farther the lower it hangs
                 push = min(9.5 - y, 3) * 0.085
                 if x * aside[k] < 6.6:
                     x += aside[k] * push
@@ -88,8 +87,8 @@ def grow(root, direction, length, clearance, aside, gravity, back, end, tight, h
 
 @kernel
 def ribbons(paths, widths, rolls, center, points, normals, tangents):
-    """Two vertices for each of a path's points: across the lock, flat on the head but for `rolls` (K, S), rounded by their normals and
-    narrowing to the tip.
+    """Writes two vertices, left and right, for each point of a path: ribbons lie flat on the head except for `rolls` (K, S, radians), look
+    round because of their normals, and narrow to the tip.
     """
     count = paths.shape[1]
     for k in range(len(paths)):
@@ -99,17 +98,17 @@ def ribbons(paths, widths, rolls, center, points, normals, tangents):
             scale = 1 / max(np.sqrt(tx * tx + ty * ty + tz * tz), 1e-5)
             tx, ty, tz = tx * scale, ty * scale, tz * scale
             x, y, z = paths[k, j, 0], paths[k, j, 1], paths[k, j, 2]
-            # below the chin locks hang: there the way out is level
+            # locks below the chin hang: there the outward direction is horizontal
             nx, ny, nz = x - center[0], max(y - center[1], 0), z - center[2]
             scale = 1 / max(np.sqrt(nx * nx + ny * ny + nz * nz), 1e-5)
             nx, ny, nz = nx * scale, ny * scale, nz * scale
             sx, sy, sz = ty * nz - tz * ny, tz * nx - tx * nz, tx * ny - ty * nx
             length = np.sqrt(sx * sx + sy * sy + sz * sz)
-            if length < 0.15:  # a lock that points outwards lies across the view
+            if length < 0.15:  # a lock that points straight outwards is spread along x
                 sx, sy, sz = 1, 0, 0
                 length = 1
             sx, sy, sz = sx / length, sy / length, sz / length
-            c, s = np.cos(rolls[k, j]), np.sin(rolls[k, j])  # not all lie flat: some are seen from the side too
+            c, s = np.cos(rolls[k, j]), np.sin(rolls[k, j])  # some locks don't lie flat, so that hair has thickness seen from the side too
             sx, sy, sz, nx, ny, nz = c * sx + s * nx, c * sy + s * ny, c * sz + s * nz, c * nx - s * sx, c * ny - s * sy, c * nz - s * sz
             t = j / (count - 1)
             w = widths[k] * (0.75 + 0.5 * t * (1 - t)) * (1 - 0.8 * t**4)

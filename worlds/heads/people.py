@@ -1,4 +1,4 @@
-"""Who is drawn: a person is a number of a world, and everything about them follows from it."""
+"""People: a person is a number of a world, and all attributes follow from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TONES = np.array(
         (82, 56, 45),
     ]
 )
-"""sRGB of skin in plain light, one for each step of the Monk scale."""
+"""sRGB skin colors in plain light, one for each step of the Monk scale."""
 HAIR = {
     "black": (0.012, 0.010, 0.009),
     "dark brown": (0.032, 0.019, 0.012),
@@ -72,7 +72,7 @@ STYLES_MEN = {
     "bun": 2,
 }
 TEXTURED = {"afro": 3.0, "curly": 1.8, "buzz": 1.6, "bald": 1.3}
-"""Styles that very dark-skinned people wear more often here."""
+"""Factors of hair styles' weights for people with a tone above 6.5 on the Monk scale; all other styles get 0.7."""
 BEARDS = {"none": 38, "stubble": 22, "mustache": 8, "goatee": 8, "short": 14, "full": 10}
 
 
@@ -84,7 +84,7 @@ def linear(rgb: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Person:
-    """One of a world's people. Colors are linear; amounts run from 0 to 1 unless said otherwise. People are compared by identity."""
+    """A person of a world. Colors are linear; amounts are from 0 to 1 unless noted. People are compared by object identity."""
 
     seed: int
     world: int
@@ -103,8 +103,8 @@ class Person:
     eyes: str
     style: str
     curl: float
-    hairline: float  # cm that the hairline lies farther back, in front
-    temples: float  # and over the temples
+    hairline: float  # cm by which the hairline recedes above the forehead
+    temples: float  # cm by which it recedes at the temples
     scalp_cover: float
     beard: str
     beard_cover: tuple[float, float, float]  # cheeks and jaw, mustache, goatee
@@ -125,7 +125,7 @@ class Person:
 
 @lru_cache(maxsize=1)
 def masculine() -> np.ndarray:
-    """The direction among the identity modes that broadens jaw, brow, nose and neck (100,)."""
+    """Weights of the identity modes (100,) that broaden jaw, brow, nose and neck."""
     with np.load(Path(__file__).with_name("head.npz"), allow_pickle=False) as data:
         return data["masculine"]
 
@@ -137,7 +137,7 @@ def choose(generator: np.random.Generator, weights: dict[str, float]) -> str:
 
 
 def hair_of(generator: np.random.Generator, tone: float, age: int) -> tuple[str, np.ndarray]:
-    """Name and color of hair: fair hair with fair skin only, gray with age."""
+    """Name and linear color of hair: fair colors occur with fair skin only, gray with age."""
     light = float(np.clip((5.0 - tone) / 3.0, 0, 1))
     weights = {
         "black": 22 + 60 * (1 - light),
@@ -158,7 +158,7 @@ def hair_of(generator: np.random.Generator, tone: float, age: int) -> tuple[str,
 
 @lru_cache(maxsize=64)
 def person(seed: int, world: int = 0) -> Person:
-    """Person `seed` of a world: the same for ever. Half are women; skin tones are spread evenly over the Monk scale, ages from 18 to 80."""
+    """Person `seed` of a world, always the same. Half are women; skin tones are uniform over the Monk scale, ages are from 18 to 80."""
     g = np.random.default_rng([world, seed, 7])
     man = bool(g.random() < 0.5)
     age = int(18 + 62 * g.beta(1.15, 1.7))

@@ -1,8 +1,8 @@
-"""The pictures that the heads world trains on, drawn to disk in shards of uint8: `draw` once, `Pictures` ever after.
+"""Training pictures of the heads world: `draw` writes them to disk once, in shards of uint8, and `Pictures` reads them.
 
-A person is a number and so is a context, so a shard needs no labels: its name and `EACH` tell who and what every picture shows.
-Of each person there are two photos to be predicted from, one picture in a context that hypernetworks may train on (`is_seen`), and two
-in any context at all.
+People and contexts are numbers, so a shard needs no labels: its name and `EACH` determine the person and context of every picture.
+Each person has two photos to be predicted from, one picture in a context that hypernetworks may train on (`is_seen`), and two in any
+context.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from . import Context, Person, context, person, render
 
 SIZE = 128
 EACH = 5
-"""Pictures a person: two photos, a seen context, two of any kind."""
+"""Pictures per person: two photos, one in a seen context, two in any context."""
 PEOPLE = 800
-"""People a shard."""
+"""People per shard."""
 FIRST = {"train": 0, "validation": 1_000_000, "test": 2_000_000}
-"""First person of each split: a split is a range, and nothing can leak."""
+"""First person of each split: splits are separate ranges, so nothing can leak between them."""
 HELD_OUT = {
     "headwear": {"santa hat", "top hat", "headphones"},
     "light": {"backlight"},
@@ -29,7 +29,7 @@ HELD_OUT = {
     "style": {"oil"},
     "expression": {"wink", "kiss"},
 }
-"""What hypernetworks never train on; the base knows all of it."""
+"""Contexts that hypernetworks never train on; the base is trained on all contexts."""
 
 
 def is_seen(where: Context) -> bool:
@@ -38,7 +38,7 @@ def is_seen(where: Context) -> bool:
 
 
 def photo(seed: int) -> Context:
-    """What somebody's photo shows: a face from the front in a friendly light, no hat, seldom glasses."""
+    """The context of a photo: a roughly frontal view in a seen context, not at night, without a hat and mostly without glasses."""
     seed *= 1000
     while True:
         drawn = context(seed, style="photo", headwear="none")
@@ -50,7 +50,7 @@ def photo(seed: int) -> Context:
 
 
 def seen(seed: int) -> Context:
-    """The first seen context from `seed` on."""
+    """The first seen context whose number is at least 1,000 times `seed`."""
     seed *= 1000
     while not is_seen(context(seed)):
         seed += 1
@@ -59,7 +59,7 @@ def seen(seed: int) -> Context:
 
 @lru_cache(maxsize=1 << 16)
 def context_of(index: int) -> Context:
-    """The context of picture `index` of the world: person `index // EACH`, picture `index % EACH`."""
+    """The context of picture `index` of the world, which is picture `index % EACH` of person `index // EACH`."""
     kind = index % EACH
     return photo(index) if kind < 2 else seen(index) if kind == 2 else context(index)
 
@@ -69,7 +69,7 @@ def shard_file(folder: Path, split: str, shard: int) -> Path:
 
 
 def draw(folder: Path, split: str, shard: int) -> Path:
-    """Draws a shard, if it isn't there."""
+    """Draws a shard unless its file exists; returns the file."""
     file = shard_file(folder, split, shard)
     if not file.is_file():
         first = FIRST[split] + shard * PEOPLE
@@ -86,7 +86,7 @@ def draw(folder: Path, split: str, shard: int) -> Path:
 
 @dataclass
 class Pictures:
-    """A split's pictures, (N, 128, 128, 3) uint8 each shard, read from disk as they are asked for."""
+    """A split's pictures, one (N, 128, 128, 3) uint8 array per shard, memory-mapped and read from disk on access."""
 
     shards: list[np.ndarray]
     split: str
@@ -98,7 +98,7 @@ class Pictures:
 
     @staticmethod
     def load(folder: Path, split: str) -> Pictures:
-        """All shards that are there, from the first on."""
+        """Opens all consecutive shards that exist, from the first on; raises SystemExit if there are none."""
         shards = []
         while (file := shard_file(folder, split, len(shards))).is_file():
             shards.append(np.load(file, mmap_mode="r"))

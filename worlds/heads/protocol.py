@@ -1,11 +1,11 @@
-"""What the heads world's weights are worth, for whoever has trained them: `python -m worlds.heads.protocol test`, after `make weights WORLD=heads`.
+"""Evaluation of the heads world's trained weights: `python -m worlds.heads.protocol test`, after `make weights WORLD=heads`.
 
-test       100 people whom nobody trained on, one photo each: every way to draw them, by eight prompts with pose, light and things worn, beside
-           the right answers. Judged by dlib, which has seen real people alone, and by the world's own judges.
-portraits  real photographs, a folder with one of each person: does dlib find the person among them again in what is drawn?
+test       100 held-out people with one photo each, drawn by every method for eight prompts with pose, light, headwear and eyewear, and
+           compared with true renders. Judged by dlib, which was trained on real people only, and by the world's own judges.
+portraits  a folder of real photographs, one per person: whether dlib finds the right person among them for the generated pictures.
 
-Both read runs/heads/export (HEADS_RUNS) and add to benchmarks/results/heads-protocol.json. Pictures are kept in runs/heads/protocol, so that a run that was
-stopped goes on. Needs `pip install -e ".[heads,judges]"`.
+Both read runs/heads/export (HEADS_RUNS) and add to benchmarks/results/heads-protocol.json. Pictures are kept in runs/heads/protocol, so
+that an interrupted run can resume. Needs `pip install -e ".[heads,judges]"`.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ ASKED: tuple[dict[str, Any], ...] = (
     {"light": "night", "background": "city at night", "yaw": 15.0},
     {"style": "pencil", "expression": "smile"},
 )
-"""What the eight prompts ask for; the rest of each right answer is as in `PLAIN`."""
+"""The contexts of the eight prompts; true renders take all other fields from `PLAIN`."""
 CROWD = 1000
-TRIES = 4  # Pictures of each portrait that are drawn and looked up.
+TRIES = 4  # Pictures that are generated and looked up for each portrait.
 
 
 def kept(file: Path, draw: Callable[[], list[Any]]) -> np.ndarray:
-    """Pictures that are drawn once: uint8."""
+    """Pictures (uint8) from `file`; if it doesn't exist, they are drawn and saved first."""
     if not file.is_file():
         save_tensors(file, {"pictures": torch.from_numpy(np.array(draw()))})
     found: np.ndarray = read_tensors(file)[0]["pictures"].numpy()
@@ -60,7 +60,7 @@ def kept(file: Path, draw: Callable[[], list[Any]]) -> np.ndarray:
 
 
 def test_people(folder: Path, dlib: Dlib, count: int) -> tuple[Atlas, list[int]]:
-    """The first test people in whose plain picture dlib finds a face, and their numbers."""
+    """Those of the first `count` test people in whose plain picture dlib finds a face, and their numbers."""
     where = [replace(PLAIN, **asked) for asked in ASKED]
     numbers = [pictures.FIRST["test"] + k for k in range(count)]
 
@@ -73,13 +73,13 @@ def test_people(folder: Path, dlib: Dlib, count: int) -> tuple[Atlas, list[int]]
     known = [k for k in range(count) if dlib(pixels[k, 1]) is not None]
     images = to_tensor(pixels[known].reshape(-1, *pixels.shape[2:])).unflatten(0, (len(known), -1))
     prompts = [caption(person(numbers[0]), look, np.random.default_rng(k), subject="a [V] face") for k, look in enumerate(where)]
-    told, seen = [contexts.classified(look) for look in where], [pictures.is_seen(look) for look in where]
+    classes, seen = [contexts.classified(look) for look in where], [pictures.is_seen(look) for look in where]
     people = [numbers[k] for k in known]
-    return Atlas(images[:, 0], images[:, 1], images[:, 2:], prompts, told, seen, people), people
+    return Atlas(images[:, 0], images[:, 1], images[:, 2:], prompts, classes, seen, people), people
 
 
 def strangers(folder: Path, first: int) -> np.ndarray:
-    """Plain pictures of the test people after the first, who make a crowd of the gallery: (M, 128, 128, 3)."""
+    """Plain pictures of the test people from `first` to `CROWD`, which enlarge the gallery to a crowd: (M, 128, 128, 3)."""
     numbers = [pictures.FIRST["test"] + k for k in range(first, CROWD)]
     return kept(folder / f"crowd-{first}.safetensors", lambda: [render(person(number), PLAIN) for number in numbers])
 
@@ -95,7 +95,9 @@ def marks(dlib: Dlib, picture: np.ndarray) -> np.ndarray | None:
 
 
 def nose(dlib: Dlib, images: Tensor) -> np.ndarray:
-    """Where the nose is between the eyes, (N,): 0 in the middle, 1 at the one to the picture's right. It tells the yaw; NaN without a face."""
+    """Position of the nose between the eyes, (N,), from which yaw is estimated: 0 in the middle, 1 at the eye on the picture's right. NaN
+    without a face.
+    """
     found = []
     for image in photos.to_images(images):
         if (points := marks(dlib, np.asarray(image))) is None:
@@ -113,7 +115,7 @@ def test(heads: Heads, count: int, rows: Sequence[str]) -> dict[str, Any]:
     atlas, numbers = test_people(folder, dlib, count)
     own, classifier = (Judge.from_pretrained(heads.assets / name) for name in ("recogniser", "classifier"))
     judges = Judges({"": own, "dlib": dlib}, classifier)
-    plain = Judges({"": own}, classifier)  # whose weights the stamp follows; dlib's stay what they are
+    plain = Judges({"": own}, classifier)  # the stamp depends on these judges' weights; dlib's never change
     bench = Bench(hdb, atlas, judges, folder / "pictures", fingerprint(hdb, atlas, plain), faithful)
     bench.faithful_stamp = fingerprint(faithful, atlas, plain) if faithful else ""
     methods = {name: METHODS[name] for name in rows if not bench.lacks(METHODS[name])}
@@ -129,8 +131,8 @@ def test(heads: Heads, count: int, rows: Sequence[str]) -> dict[str, Any]:
         right = (metrics.ranks(vectors, bench.known["dlib"][1]) == 0).float()
         among = (metrics.ranks(vectors, crowd) == 0).float().flatten(1).mean(1)
         drawn = torch.cat([bench.pictures(name, method, bench.steps(method), k)[: len(ASKED), 0] for k in range(people)])
-        told = np.polyval(line, nose(dlib, drawn))
-        close = np.abs(told - yaws)[np.isfinite(told)] <= 10
+        estimated = np.polyval(line, nose(dlib, drawn))
+        close = np.abs(estimated - yaws)[np.isfinite(estimated)] <= 10
         results[name]["dlib.rank1_crowd"] = [round(float(figure), 4) for figure in metrics.interval(among)]
         results[name]["yaw within 10 degrees"] = round(float(close.mean()), 4) if len(close) else None
         results[name]["dlib.rank1 by group"] = {group: round(float(right[of].mean()), 4) for group, of in sorted(groups.items())}
@@ -143,7 +145,7 @@ def test(heads: Heads, count: int, rows: Sequence[str]) -> dict[str, Any]:
 
 
 def portraits(heads: Heads, folder: Path) -> dict[str, Any]:
-    """dlib's rank-1 of what is drawn of real people, among their own photos; chance is one over their number."""
+    """dlib's rank-1 of pictures generated from real people's photos, looked up among these photos; chance is one over their number."""
     hdb, dlib, named = opened(heads, "hypernetwork"), Dlib(), list_identities(folder)
     mine = dict(hdb.personalize_all(named))
     photo = torch.cat([hdb.read_photos(named[name])[0][:1] for name in mine])

@@ -1,6 +1,6 @@
-"""A small rasterizer: triangles into a depth buffer, and which triangle every pixel shows.
+"""A small rasterizer: draws triangles into a depth buffer and records the visible triangle of every pixel.
 
-Compiled by numba without fast math and without threads, so that the order of every addition is the one written here.
+Compiled by numba without fast math and threads, so that additions keep the order of the source code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NOBODY, NO_WEIGHTS = np.zeros((0, 0), np.int32), np.zeros((0, 0, 2), np.float32)
 
 @kernel
 def span(wb, wc, step_b, step_c, count):
-    """The part of a row of pixels in which all three weights can be positive: first and end. A pixel more at each side, for rounding."""
+    """First and end of the pixels in a row where all three barycentric weights can be positive, with a margin of a pixel for rounding."""
     low, high = np.float32(0), np.float32(count)
     wa, step_a = np.float32(1) - wb - wc, -step_b - step_c
     for w, step in ((wa, step_a), (wb, step_b), (wc, step_c)):
@@ -32,12 +32,12 @@ def span(wb, wc, step_b, step_c, count):
 
 @kernel
 def rasterize(screen, triangles, count, closed, depth, owner, weights):
-    """Draws triangles into buffers that hold what is nearest so far.
+    """Draws triangles into a depth buffer and the buffers that belong to it.
 
     `screen` (N, 3) float32: column, row (pixels, pixel centers at .5) and distance. `triangles` (T, 3) int32, of which the first
-    `count` are drawn; the first `closed` are parts of closed surfaces, whose back is never seen. `depth` (H, W) float32 and `owner`
+    `count` are drawn; the first `closed` are parts of closed surfaces, whose back faces are culled. `depth` (H, W) float32 and `owner`
     (H, W) int32 (a triangle's index, -1 for none) are updated; `weights` (H, W, 2) are the second and third corner's barycentric weights.
-    An empty `owner` leaves both out.
+    If `owner` is empty, only `depth` is written.
     """
     height, width = depth.shape
     owned = owner.size > 0
@@ -78,7 +78,7 @@ def rasterize(screen, triangles, count, closed, depth, owner, weights):
 
 
 def rasterize_depth(screen, triangles, count, closed, depth):
-    """Like `rasterize`, the depth alone: shadow maps."""
+    """Like `rasterize`, but only the depth, for shadow maps."""
     rasterize(screen, triangles, count, closed, depth, NOBODY, NO_WEIGHTS)
 
 
@@ -104,7 +104,9 @@ def vertex_normals(points, triangles, out):
 
 @kernel
 def light_screen(points, count, direction, center, half, size, out):
-    """Orthographic view from a light: `direction` (3,) points to it, the map of `size` pixels spans 2 `half` around `center`."""
+    """Orthographic projection from a light into `out` (N, 3): `direction` (3,) points to the light, and a map with a side of `size` pixels
+    spans 2 `half` cm around `center`.
+    """
     dx, dy, dz = direction[0], direction[1], direction[2]
     length = max(np.sqrt(dx * dx + dz * dz), np.float32(1e-3))
     rx, rz = dz / length, -dx / length
@@ -119,7 +121,9 @@ def light_screen(points, count, direction, center, half, size, out):
 
 @kernel
 def camera_screen(points, count, distance, focal, center, size, out):
-    """Perspective view from (0, center y, distance) towards -z; `focal` is in pictures' heights."""
+    """Perspective projection into `out` (N, 3) from `distance` cm in front of `center`, towards -z; `focal` is in units of the picture's
+    height.
+    """
     for i in range(count):
         x, y, z = points[i, 0] - center[0], points[i, 1] - center[1], distance - (points[i, 2] - center[2])
         scale = np.float32(size) * focal / z

@@ -1,9 +1,10 @@
 """Makes `head.npz` from the ICT-FaceKit model: `python -m worlds.heads.reduce SOURCE.npz`.
 
 SOURCE holds ICT-FaceKit's mean head, identity modes, expression shapes, triangles and parts as arrays (`mean`, `identities`,
-`expression_names`, `expression_vertices`, `expression_offsets`, `expression_starts`, `triangles`, `part`). What 128 pixels never show goes:
-tear films, sockets, gums, inner eyeballs, the back of the mouth. Teeth, tongue and lashes become smooth strips that move as the source's
-vertices near them do. Offsets are kept as float16; how open to the sky each vertex is (ambient occlusion) is measured on the mean head.
+`expression_names`, `expression_vertices`, `expression_offsets`, `expression_starts`, `triangles`, `part`). Parts that 128 pixels never
+show are removed: tear films, sockets, gums, inner eyeballs, the back of the mouth. Teeth, tongue and lashes become smooth strips that move
+as the source's vertices near them do. Offsets are kept as float16; each vertex's openness to the sky (ambient occlusion) is computed on
+the mean head.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from .raster import EMPTY, light_screen, rasterize, rasterize_depth, vertex_normals
 
 SKIN, MOUTH, TEETH, TONGUE, EYE, LASH = range(6)
-"""What a vertex of the reduced head belongs to."""
+"""The parts of the reduced head: the kind of each vertex."""
 TARGET = Path(__file__).with_name("head.npz")
 
 
@@ -35,7 +36,7 @@ def arch(low: float, high: float, depth: float, half: float, rows: int = 4) -> n
 
 
 def lid_edges(mean: np.ndarray, part: np.ndarray, triangles: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the upper and the lower lid end as seen from the front: points (13, 3) each, from the nose outwards."""
+    """The edges of the upper and the lower lid as seen from the front: points (13, 3) each, from the nose outwards."""
     faces = triangles[np.isin(part[triangles], (0, 5, 7)).all(1)].astype(np.int32)
     scale, x0, y0 = 100, 1.4, 5.6  # pixels a centimeter; the window's corner
     screen = np.column_stack([(mean[:, 0] * side - x0) * scale, (y0 - mean[:, 1]) * scale, -mean[:, 2]]).astype(np.float32)
@@ -52,13 +53,13 @@ def lid_edges(mean: np.ndarray, part: np.ndarray, triangles: np.ndarray, side: i
 
 
 def lashes(root: np.ndarray, side: int) -> np.ndarray:
-    """From the upper lid's edge (13, 3) outwards: points (2 x 13, 3)."""
+    """A strip of lashes from the upper lid's edge (13, 3) outwards: points (2 x 13, 3)."""
     length = np.interp(np.linspace(0, 1, 13), [0, 0.3, 0.8, 1], [0.03, 0.16, 0.34, 0.22])[:, None]
     return np.concatenate([root + np.array([0, -0.03, 0.02]), root + length * np.array([0.45 * side, 0.35, 0.9])])
 
 
 def openness(points: np.ndarray, triangles: np.ndarray, directions: int = 160) -> np.ndarray:
-    """The part of the sky that each vertex sees, weighted by the cosine: (N,) from 0 to 1."""
+    """The cosine-weighted part of the directions around each vertex that nothing occludes (ambient occlusion): (N,) from 0 to 1."""
     points = points.astype(np.float32)
     normals = np.zeros_like(points)
     vertex_normals(points, triangles, normals)
@@ -81,7 +82,7 @@ def openness(points: np.ndarray, triangles: np.ndarray, directions: int = 160) -
 
 
 def masculine(points: np.ndarray, modes: np.ndarray) -> np.ndarray:
-    """Weights of the identity modes (100,) that come nearest to a wider jaw and neck, a longer chin, a stronger brow and a larger nose."""
+    """Weights of the identity modes (100,) that best approximate a wider jaw and neck, a longer chin, a stronger brow and a larger nose."""
     x, y, z = points.T
     side = np.sign(x)
 
@@ -140,7 +141,7 @@ def reduce(source: Path) -> dict[str, np.ndarray]:
     ]
     for grid, rows, kind, follow in strips:
         candidates = np.flatnonzero(follow)
-        # lashes move as the lid's edge does, all along their length
+        # the whole length of a lash moves as the lid's edge does
         near = np.concatenate([grid[: len(grid) // 2]] * 2) if kind == LASH else grid
         distance = np.square(near[:, None] - mean[candidates][None]).sum(-1)
         groups.append(candidates[np.argsort(distance, axis=1)[:, :8]])
@@ -152,7 +153,7 @@ def reduce(source: Path) -> dict[str, np.ndarray]:
     points_all = np.concatenate(points)
     faces_all = np.concatenate(new_faces).astype(np.int32)
     kinds_all = np.concatenate(new_kinds)
-    # closed surfaces come first, so that a renderer can leave out their backs
+    # closed surfaces come first, so that a renderer can cull their back faces
     inside = ~np.isin(kinds_all[faces_all], (SKIN, EYE)).all(1)
     faces_all = faces_all[np.argsort(inside, kind="stable")]
     moved = expressions[:, group].mean(2)

@@ -1,4 +1,4 @@
-"""From a person and a context to a picture."""
+"""Renders a picture of a person in a context."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .shade import develop, film, shade
 from .skin import texture
 
 DISTANCE, SPAN = 75.0, 35.5
-"""How far away the camera is, and how many centimeters a picture is high."""
+"""The camera's distance, and the height in cm that a picture shows at the distance of `CENTER`."""
 CENTER = np.array([0.0, 2.3, 0.0], np.float32)
 SHADOW_SIZE, SHADOW_HALF = 176, np.float32(22)
 
 
 @lru_cache(maxsize=4)
 def prepared(person: Person) -> tuple[np.ndarray, np.ndarray]:
-    """What stays with a person: the head without expression (N, 3), the painted skin."""
+    """The parts of a person that don't depend on the context: the head without expression (N, 3) and the skin's texture."""
     points = neutral(person)
     normals = np.empty_like(points)
     vertex_normals(points, load().triangles, normals)
@@ -40,7 +40,7 @@ def grown(person: Person, hat: float) -> list[hair.Locks]:
 
 
 def lights_of(context: Context) -> np.ndarray:
-    """(6, 3) float32, in the order of `shade`; the seed moves the key light a little and chooses its side."""
+    """Lights (6, 3) float32 in the order of `shade`; a seed other than 0 varies the key light a little and chooses its side."""
     light = LIGHTS[context.light]
     rows = np.array([light[name] for name in ("key", "key_color", "fill", "fill_color", "sky", "ground")], np.float64)
     g = np.random.default_rng([context.seed, 13])
@@ -73,7 +73,7 @@ def build(person: Person, context: Context) -> Scene:
 
 
 def draw(scene: Scene, person: Person, context: Context, size: int) -> np.ndarray:
-    """Linear color and coverage, (size, size, 4) float32."""
+    """Renders a scene: linear color and coverage, (size, size, 4) float32."""
     _, skin = prepared(person)
     lights = lights_of(context)
     count = len(scene.points)

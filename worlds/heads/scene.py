@@ -1,4 +1,4 @@
-"""A scene: the person's head in a pose with all that belongs to it, as one list of triangles."""
+"""A scene: the person's posed head with hair, clothes and everything worn, as one list of triangles."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .people import Person
 from .raster import vertex_normals
 
 PIVOT = np.array([0.0, -4.5, -1.0], np.float32)
-"""What the head turns about."""
+"""The point about which the head turns."""
 
 
 @dataclass
 class Mesh:
-    """Triangles with everything that shading asks for; `material` is one for all, or one a triangle."""
+    """Triangles with all inputs of shading; `material` is one for the whole mesh or one per triangle."""
 
     points: np.ndarray  # (N, 3) float32
     triangles: np.ndarray  # (T, 3) int32
     material: int | np.ndarray
     colors: np.ndarray  # (3,) or (N, 3) linear
     normals: np.ndarray | None = None  # computed where None
-    tangents: np.ndarray | None = None  # hair alone has them
+    tangents: np.ndarray | None = None  # only hair has them
     uv: np.ndarray | None = None
     openness: np.ndarray | float = 1.0
 
@@ -39,11 +39,11 @@ class Scene:
     tangents: np.ndarray
     colors: np.ndarray
     uv: np.ndarray
-    closed: int = 0  # so many triangles, from the first on, have a back that is never seen
+    closed: int = 0  # number of triangles, from the first on, whose back faces are culled
 
 
 def merge(meshes: list[Mesh]) -> Scene:
-    """One list of triangles; the head's mesh comes first."""
+    """Joins meshes into one list of triangles; the head's mesh must come first."""
     count, faces = sum(len(m.points) for m in meshes), sum(len(m.triangles) for m in meshes)
     scene = Scene(
         np.empty((count, 3), np.float32), np.empty((faces, 3), np.int32), np.empty(faces, np.uint8), np.empty((count, 3), np.float32),
@@ -69,7 +69,7 @@ def merge(meshes: list[Mesh]) -> Scene:
 
 @kernel
 def turn(points, weights, yaw, pitch, body, pivot):
-    """Turns points in place: those of weight 1 as the head does (radians), those of weight 0 as the body does."""
+    """Rotates points in place (angles in radians): points of weight 1 as the head, points of weight 0 as the body."""
     last = np.float32(-1)
     ca = sa = ct = st = np.float32(0)
     for i in range(len(points)):
@@ -91,7 +91,7 @@ def smooth(low: float, high: float, x: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Pose:
-    """Turns of head and body, applied to points in the head's own frame."""
+    """Rotations of head and body (degrees), applied to points in the head's own frame."""
 
     yaw: float
     pitch: float
@@ -107,14 +107,14 @@ class Pose:
         return points
 
     def mesh(self, mesh: Mesh, points: np.ndarray | None = None) -> Mesh:
-        """A mesh of the head's frame, turned; what lies lower follows the head less."""
+        """A mesh of the head's frame, rotated; lower points follow the head less."""
         points = mesh.points if points is None else points
         weights = self.neck(points[:, 1])
         normals, tangents = (None if a is None else self(a + PIVOT, weights) - PIVOT for a in (mesh.normals, mesh.tangents))
         return replace(mesh, points=self(points, weights), normals=normals, tangents=tangents)
 
     def neck(self, height: np.ndarray) -> np.ndarray:
-        """How far what is at a height (cm) follows the head."""
+        """How much points at a height (cm) follow the head's rotation, 0 to 1."""
         return smooth(-13.5, -7.0, height)
 
 
@@ -125,11 +125,11 @@ def neutral(person: Person) -> np.ndarray:
     add_modes(points, head.identities, person.modes)
     blink, squint = person.lids
     express(points, {"eyeBlink": blink, "eyeSquint": squint})
-    # the same scale for all, but for the neck's end: shoulders stay where they are
+    # the head is scaled as a whole, but not the lower end of the neck, because the shoulders stay where they are
     weight = smooth(-16, -9, head.mean[:, 1])[:, None]
     center = np.array([0, 0, 2], np.float32)
     points += (points - center) * (person.stretch - 1) * weight
-    # clothes have shoulders of their own
+    # narrows the lower end of the neck to fit inside the clothes, which have shoulders of their own
     low = 1 - smooth(-11.6, -8.8, head.mean[:, 1])
     reach = np.hypot(points[:, 0] / 6.3, (points[:, 2] + 0.9) / 6.5)
     inwards = (1 / np.maximum(reach, 1) - 1) * low
@@ -147,7 +147,7 @@ def express(points: np.ndarray, amounts: dict[str, float]) -> None:
 
 
 def expression(person: Person, context: Context) -> dict[str, float]:
-    """The shapes of a context, and eyes that turn half of the way back to the viewer."""
+    """Weights of a context's expression shapes, with the eyes turned about half of the way back to the viewer."""
     amounts = dict(EXPRESSIONS[context.expression])
     gaze = float(np.clip(context.yaw / 30 * 0.45, -0.6, 0.6))
     for name, amount in (("eyeLookIn_L", -gaze), ("eyeLookOut_R", -gaze), ("eyeLookOut_L", gaze), ("eyeLookIn_R", gaze)):
@@ -166,11 +166,13 @@ TINT = {
     4: (0.7, 0.7, 0.7),
     5: (0.015, 0.012, 0.010),
 }
-"""Linear colors of the head's parts (skin and eyes have better ones)."""
+"""Linear colors of the head's parts (those of skin and eyes are replaced by the texture and the iris)."""
 
 
 def head_uv(head: Head) -> np.ndarray:
-    """Atlas coordinates of skin, offsets from the pupil for eyes, teeth counted along their arch."""
+    """Texture coordinates (N, 2): atlas coordinates of skin, offsets (cm) from the pupil for eyes, the tooth's position along the arch for
+    teeth.
+    """
     uv = head.uv.copy()
     eye = head.kind == EYE
     side = np.where(head.mean[eye, 0] > 0, 1, -1)
@@ -185,7 +187,7 @@ _fixed: dict[str, np.ndarray] = {}
 
 
 def head_mesh(points: np.ndarray) -> Mesh:
-    """The head's mesh at given points (N, 3), shaded by how open to the sky each vertex is."""
+    """The head's mesh at given points (N, 3), with each vertex's openness to the sky for shading."""
     head = load()
     if not _fixed:
         first = head.kind[head.triangles[:, 0]]

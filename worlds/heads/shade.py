@@ -1,4 +1,4 @@
-"""Color of every pixel whose triangle is known: soft wrapped diffuse light, a soft highlight, sky and ground, shadow from a depth map."""
+"""Shading of every pixel after rasterization: soft wrapped diffuse light, a soft highlight, sky and ground light, a shadow map."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from .kernels import kernel
 
 SKIN, MOUTH, TEETH, TONGUE, EYE, LASH, HAIR, CLOTH, GLOSS = range(9)
 """Materials; the first six are also the parts of the head."""
-LEVELS = 8192
+LEVELS = 8192  # Steps per unit of linear light in the table of `film`.
 KEY, KEY_COLOR, FILL, FILL_COLOR, SKY, GROUND = range(6)
 """Rows of the array of lights."""
 SCATTER = np.array([1.0, 0.45, 0.30], np.float32)
-"""Red light travels farther under the skin than blue light does."""
+"""Factors of `wrap` by channel: red light scatters farther under the skin than blue light does."""
 LEAK = np.array([0.25, 0.0, 0.0], np.float32)
-"""And a little of it reaches into shadows."""
+"""Part of the key light that reaches into cast shadows per unit of `wrap`, by channel."""
 
 
 @kernel
 def texel(texture, u, v, out):
-    """Bilinear look-up of a texture (H, W, 4)."""
+    """Bilinear lookup in a texture (H, W, 4)."""
     height, width, _ = texture.shape
     u, v = min(max(u - 0.5, 0.0), width - 1.001), min(max(v - 0.5, 0.0), height - 1.001)
     c, r = int(u), int(v)
@@ -34,14 +34,14 @@ def texel(texture, u, v, out):
 
 @kernel
 def lit(shadow, column, row, z):
-    """How much of the light arrives, 0 to 1: the mean of nine comparisons, weighted so that it changes smoothly."""
+    """The part of the key light that arrives, 0 to 1: a weighted mean of nine shadow map comparisons, which changes smoothly."""
     size = shadow.shape[0]
     column, row = column - 1.0, row - 1.0
     c, r = int(np.floor(column)), int(np.floor(row))
     if c < 0 or r < 0 or c + 3 > size or r + 3 > size:
         return 1.0
     fu, fv = column - c, row - r
-    near = 1.0 - z * 4.0  # a difference of a quarter cm is half a shadow
+    near = 1.0 - z * 4.0  # comparisons are soft over a depth difference of 0.25 cm
     total = 0.0
     for j in range(3):
         line = (1.0 - fu) * min(max(shadow[r + j, c] * 4.0 + near, 0.0), 1.0) + min(max(shadow[r + j, c + 1] * 4.0 + near, 0.0), 1.0)
@@ -58,7 +58,7 @@ def step(low, high, x):
 
 @kernel
 def eye_color(dx, dy, iris, out):
-    """Sclera, iris and pupil at a point of the eyeball, given relative to where it looks (cm)."""
+    """The color of sclera, iris or pupil at an offset (cm) from the pupil's center."""
     d = np.sqrt(dx * dx + dy * dy)
     shade = 1 - 0.25 * step(0.7, 1.4, abs(dx))
     red, green, blue = 0.70 * shade, 0.655 * shade, 0.63 * shade
@@ -72,13 +72,13 @@ def eye_color(dx, dy, iris, out):
 
 @kernel
 def blend(values, a, b, c, wb, wc, k):
-    """A vertex's value between a triangle's corners."""
+    """Interpolates column `k` of per-vertex values between a triangle's corners."""
     return values[a, k] + wb * (values[b, k] - values[a, k]) + wc * (values[c, k] - values[a, k])
 
 
 @kernel
 def surface(material, u, v, texture, iris, gloss, color):
-    """Fills in `color` where it isn't the vertices' own; returns wrap, shine, its sharpness, sheen, and how much of the sky is hidden."""
+    """Changes `color` where the material has a texture; returns wrap, highlight strength and exponent, sheen, hidden part of the sky."""
     if material == SKIN:
         texel(texture, u, v, color)
         bare = 1.0 - color[3]
@@ -105,7 +105,7 @@ def surface(material, u, v, texture, iris, gloss, color):
 
 @kernel
 def hair_light(along, nk, gloss):
-    """Highlight and glow of hair whose tangent has the cosine `along` to the half vector (Kajiya and Kay's model)."""
+    """Highlight and glow of hair by the Kajiya-Kay model; `along` is the cosine between tangent and half vector."""
     across = max(1.0 - along * along, 0.0)
     return (across**12 * 0.045 * max(nk + 0.3, 0.0) + across**60 * 0.04) * gloss, across**5 * 0.8 * max(nk + 0.2, 0.0)
 
@@ -117,7 +117,7 @@ def shade(owner, weights, triangles, materials, normals, tangents, colors, uv, t
     color = np.zeros(4, np.float32)
     n = np.zeros(3, np.float32)
     key, fill = lights[KEY], lights[FILL]
-    h = key + np.array([0, 0, 1], np.float32)  # between the light and the viewer
+    h = key + np.array([0, 0, 1], np.float32)  # half vector between the light and the viewer
     h /= max(np.sqrt(h[0] * h[0] + h[1] * h[1] + h[2] * h[2]), 1e-3)
     for y in range(height):
         for x in range(width):
@@ -132,7 +132,7 @@ def shade(owner, weights, triangles, materials, normals, tangents, colors, uv, t
                 n[k] = blend(normals, a, b, c, wb, wc, k)
                 color[k] = blend(colors, a, b, c, wb, wc, k)
             scale = 1.0 / max(np.sqrt(n[0] * n[0] + n[1] * n[1] + n[2] * n[2]), 1e-6)
-            if n[2] < 0 and material >= HAIR:  # thin things have two sides
+            if n[2] < 0 and material >= HAIR:  # thin surfaces are two-sided
                 scale = -scale
             nx, ny, nz = n[0] * scale, n[1] * scale, n[2] * scale
             u, v = blend(uv, a, b, c, wb, wc, 0), blend(uv, a, b, c, wb, wc, 1)
@@ -169,7 +169,7 @@ def shade(owner, weights, triangles, materials, normals, tangents, colors, uv, t
 
 @lru_cache(maxsize=1)
 def film() -> np.ndarray:
-    """sRGB from 0 to 255 of linear light from 0 to 3 in `LEVELS` steps a unit: a soft shoulder, so that nothing burns out at once."""
+    """A table from linear light (0 to 3, `LEVELS` steps per unit) to sRGB (0 to 255), with a soft shoulder so that highlights clip late."""
     x = np.arange(3 * LEVELS + 1) / LEVELS
     x = np.where(x > 0.6, 1 - 0.4 * np.exp(-(x - 0.6) / 0.4), x)
     return np.round(np.where(x <= 0.0031308, x * 12.92, 1.055 * x ** (1 / 2.4) - 0.055) * 255).astype(np.uint8)
@@ -177,7 +177,7 @@ def film() -> np.ndarray:
 
 @kernel
 def develop(linear, background, factor, table, out):
-    """Averages `factor` x `factor` samples over a background (H, W, 3) and writes sRGB as uint8; `table` is that of `film`."""
+    """Averages `factor` x `factor` samples over a background (H, W, 3) and writes sRGB as uint8; `table` is the result of `film`."""
     height, width, _ = out.shape
     scale = 1.0 / (factor * factor)
     for y in range(height):

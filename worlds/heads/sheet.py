@@ -1,4 +1,4 @@
-"""Pictures to look at: `python -m worlds.heads.sheet -o people.png` draws 40 people, and beside it one person's contexts."""
+"""Sheets for visual inspection: `python -m worlds.heads.sheet -o people.png` draws 40 people, and a second sheet of two in 20 contexts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SHOWN = [
     Context(style="oil", yaw=22, background="forest", light="lamp", seed=18),
     Context(headwear="headphones", headwear_color="pink", background="starry sky", light="night", expression="smile", seed=19),
 ]
-"""Twenty contexts that show all kinds of choices."""
+"""Twenty contexts with examples of every kind of choice."""
 
 
 def tiled(pictures: list[np.ndarray], columns: int) -> Image.Image:
@@ -54,7 +54,7 @@ def tiled(pictures: list[np.ndarray], columns: int) -> Image.Image:
 
 
 def people_sheet(first: int, count: int, size: int, world: int = 0) -> Image.Image:
-    """`count` people, each in an everyday context: clothes and background of all kinds, friendly light, no hats."""
+    """`count` people with random clothes and backgrounds, studio light or sun, and no hats or glasses."""
     pictures = []
     for k in range(first, first + count):
         drawn = context(k, world, headwear="none", eyewear="none", style="photo", light="studio" if k % 3 else "sun")
@@ -65,7 +65,7 @@ def people_sheet(first: int, count: int, size: int, world: int = 0) -> Image.Ima
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the people's PNG; the contexts' gets -contexts behind its name")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="PNG of the people; the other's name gets -contexts appended")
     parser.add_argument("--first", type=int, default=0, help="the first person")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--summary", action="store_true", help="one sheet: 30 people, then one of them in 10 contexts")

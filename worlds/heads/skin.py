@@ -1,7 +1,7 @@
-"""Skin as a texture, painted once a person: color, lips, brows, stubble, scalp, freckles, moles, wrinkles.
+"""The skin's texture, painted once per person: color, lips, brows, stubble, scalp, freckles, moles, wrinkles.
 
-Where things are on a face is the same for everybody, in the coordinates of the mean head, and computed once a process
-(`regions`); a person's own texture mixes them with noise that is shifted by the person's own offset.
+The regions of the face are the same for everybody in the coordinates of the mean head, and computed once per process (`regions`);
+a person's texture combines them with noise that is shifted by an offset of that person.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 (LIP, LIP_LINE, CHEEK, NOSE, UNDER_EYE, LID, RIM, ALONG_BROW, ACROSS_BROW) = range(9)
 (BEARD, MUSTACHE, GOATEE, FOREHEAD, NASOLABIAL, CROW, SCALP, FRECKLE, NOSTRIL) = range(9, 18)
-"""Rows of `regions`."""
+"""Indices of the maps in `regions`."""
 HAIRLINE = np.array(
     [
         *[(0, 9.9), (0.4, 10.1), (0.72, 9.6), (0.92, 7.9), (1.08, 5.6), (1.2, 3.6), (1.26, 1.2), (1.42, 1.2), (1.47, 4.4), (1.7, 5.5)],
         *[(1.9, 4.6), (2.05, 1.0), (2.25, -2.5), (2.7, -4.6), (3.1416, -5.2)],
     ]
 )
-"""Azimuth and height of where hair begins: over the forehead, down to the ear, around it, to the nape."""
+"""Azimuth (radians) and height (cm) of the hairline: over the forehead, down to the ear, around it, to the nape."""
 BROW = np.array([(1.15, 5.55), (2.6, 6.12), (4.1, 6.2), (5.75, 5.25)])
 NOISE_CELLS = (28.0, 11.0, 5.0, 2.4, 1.3)
 
@@ -42,8 +42,8 @@ def smooth(low: float, high: float, x: np.ndarray) -> np.ndarray:
 
 
 def polyline(points: np.ndarray, line: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For points (..., 2): the distance to a polyline, how far along it (0 to 1) that is, and the signed offset across it (left is
-    positive).
+    """For points (..., 2): the distance to a polyline, the position of the nearest point along it (0 to 1), and the distance with a sign
+    (positive to the left of the line).
     """
     lengths = np.linalg.norm(np.diff(line, axis=0), axis=1)
     starts = np.concatenate([[0], lengths.cumsum()])
@@ -71,8 +71,8 @@ def above_hairline(points: np.ndarray) -> np.ndarray:
 
 
 def beard_line(ax: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Signed distance-like height below a beard's upper edge: from the sideburn over the cheek to the corner of the mouth, ending on
-    the neck.
+    """Approximate signed distance (cm) into the beard's area, positive inside: its upper edge runs from the sideburn over the cheek to the
+    corner of the mouth, its lower edge on the neck.
     """
     edge = np.interp(ax, [0, 1.6, 2.6, 4.0, 5.5, 6.8, 7.6, 9], [-4.9, -4.7, -3.4, -3.0, -2.3, -0.8, 1.6, 3.6])
     return np.minimum(np.minimum(edge - y, y + 7.9 + 0.32 * np.maximum(z - 2, 0)), (z - 0.6) * 0.8)
@@ -80,7 +80,7 @@ def beard_line(ax: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def regions() -> np.ndarray:
-    """Where everything is, (18, HEIGHT, WIDTH) float32: mostly 0 to 1, but distances in cm for RIM, ACROSS_BROW and SCALP."""
+    """Maps of the face's regions, (18, HEIGHT, WIDTH) float32: mostly 0 to 1, but distances in cm for RIM, ACROSS_BROW and SCALP."""
     p = load().positions.astype(np.float64)
     x, y, z = np.moveaxis(p, -1, 0)
     ax, front = np.abs(x), z > 4
@@ -120,7 +120,7 @@ def regions() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def busy() -> np.ndarray:
-    """Where more than bare skin or the scalp's hair is painted, (HEIGHT, WIDTH)."""
+    """Texels with more than bare skin or the scalp's hair, (HEIGHT, WIDTH) bool: `paint` takes a shortcut for all others."""
     maps = regions()
     found = (maps[RIM] < 0.4) | (np.abs(maps[ACROSS_BROW]) < 1.3)
     for region in set(range(len(maps))) - {RIM, ALONG_BROW, ACROSS_BROW, SCALP}:
@@ -130,7 +130,7 @@ def busy() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def noises() -> tuple[np.ndarray, np.ndarray]:
-    """Smooth noise of several grain sizes (5, 2 HEIGHT, 2 WIDTH), zero mean, unit deviation; and a field of freckles, 0 to 1."""
+    """Smooth noise at five scales (5, 2 HEIGHT, 2 WIDTH), with zero mean and unit standard deviation; and a map of freckles, 0 to 1."""
     from scipy.ndimage import gaussian_filter
 
     generator = np.random.default_rng(20)
@@ -147,7 +147,7 @@ def noises() -> tuple[np.ndarray, np.ndarray]:
 
 
 FLUSHED = np.array([0.05, -0.20, -0.19], np.float32)
-"""What a blush adds to each channel of skin; below, what tiredness, wrinkles and spots take away."""
+"""Relative change of each skin channel by a blush; the next three are relative reductions by tiredness, wrinkles and spots."""
 TIRED = np.array([0.12, 0.22, 0.17], np.float32)
 WRINKLED = np.array([0.30, 0.38, 0.38], np.float32)
 SPOTTED = np.array([0.28, 0.45, 0.52], np.float32)
@@ -161,7 +161,7 @@ def step(low, high, x):
 
 @kernel
 def brow_cover(along, across, brow, arch, density, grain):
-    """How much of a brow covers a point: wide at the nose, narrow at the temple."""
+    """A brow's coverage of a point, 0 to `density`; brows are wide at the nose and narrow at the temple."""
     offset = across - arch * 1.2 * along * (1 - along)
     width = brow * (1.05 - 0.75 * along * along) * step(-0.05, 0.12, along)
     return step(width * 1.25, width * 0.3, abs(offset) + grain) * density
@@ -169,13 +169,13 @@ def brow_cover(along, across, brow, arch, density, grain):
 
 @kernel
 def receded(azimuth, front, temples):
-    """How far the hairline lies back (cm) at a part of the way around the head (0 in front, 1 behind)."""
+    """How far the hairline recedes (cm) at an azimuth from 0 (front) to 1 (back)."""
     return front * step(0.42, 0.2, azimuth) + temples * step(0.1, 0.3, azimuth) * step(0.55, 0.4, azimuth)
 
 
 @kernel
 def paint(maps, busy, noise, spots, corner, values, colors, out):
-    """The texture (HEIGHT, WIDTH, 4) float32: linear color, and how much of it is hair. `values` and `colors` are those of `texture`."""
+    """Writes the texture (HEIGHT, WIDTH, 4) float32: linear color and hair coverage. `values` and `colors` are built in `texture`."""
     blush, lips, freckles, age, brow, arch, stubble, mustache, goatee, cover, front, temples, ruddy, makeup, density = values
     skin, hair, lip_color, brow_color = colors[0], colors[1], colors[2], colors[3]
     for r in range(out.shape[0]):
@@ -219,7 +219,7 @@ def paint(maps, busy, noise, spots, corner, values, colors, out):
 
 @kernel
 def speck(positions, x, y, radius, color, out):
-    """A mole of a radius (cm) at a place of the mean head's face."""
+    """Paints a mole of a radius (cm) at a point (x, y) of the mean head's face."""
     for r in range(out.shape[0]):
         if abs(positions[r, out.shape[1] // 2, 1] - y) > 3:
             continue
@@ -233,7 +233,7 @@ def speck(positions, x, y, radius, color, out):
 
 
 def texture(person: Person) -> np.ndarray:
-    """The person's skin, (HEIGHT, WIDTH, 4) float32: linear color, and how much of it is hair."""
+    """The texture of the person's skin, (HEIGHT, WIDTH, 4) float32: linear color and hair coverage."""
     noise, spots = noises()
     marks = [person.blush, person.lips, person.freckles, person.wrinkles, person.brow, person.brow_arch]
     grown = [*person.beard_cover, person.scalp_cover, person.hairline, person.temples]

@@ -1,6 +1,6 @@
-"""How many finished pictures a second one core draws: `python -m worlds.heads.speed`.
+"""Measures how many finished pictures one core draws per second: `python -m worlds.heads.speed`.
 
-"same" draws many contexts of few people, as a training set of several pictures a person does; "new" has a new person in every picture.
+"same" draws several contexts per person, as a training set does; "new" draws a new person in every picture.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from . import context, person, render
 
 
 def rate(count: int, each: int, size: int) -> float:
-    """Pictures a second: `count` of them, `each` of the same person, in contexts of all kinds."""
+    """Pictures per second of process time: `count` pictures, `each` per person, in random contexts."""
     start = time.process_time()
     for k in range(count):
         render(person(1000 + k // each), context(k), size)
@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     rate(16, 4, options.size)  # compiles
     for name, each in (("same person, 8 contexts each", 8), ("same person, 4 contexts each", 4), ("new person each", 1)):
-        print(f"{name}: {rate(options.count, each, options.size):.1f} pictures a second of one core's time")
+        print(f"{name}: {rate(options.count, each, options.size):.1f} pictures per second of one core's time")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Trains the heads world, stage by stage, each resumable.
 
-python -m worlds.heads.train pictures           draws what all stages learn from
+python -m worlds.heads.train pictures           draws the training pictures of all stages
 python -m worlds.heads.train base               one stage
-python -m worlds.heads.train all --minutes 170  whatever is unfinished first, until the time is up
-python -m worlds.heads.train sample             what the base draws by now, and what the decoder rebuilds: two sheets in the runs' folder
+python -m worlds.heads.train all --minutes 170  every unfinished stage in order, until the time is up
+python -m worlds.heads.train sample             two sheets in runs/heads: pictures by the current base, reconstructions by the decoder
 
-Everything is kept in runs/heads, or in the folder that HEADS_RUNS or --runs names. HEADS_SHARDS says how many shards of training people
-there are, HEADS_WORKERS how many processes draw them.
+Everything is kept in runs/heads, or in the folder that HEADS_RUNS or --runs names. HEADS_SHARDS is the number of shards of training
+people, HEADS_WORKERS the number of processes that draw them.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Heads(Chain):
         self.assets, self.faithful = self.runs / "export", self.runs / "export" / "faithful"
 
     def pictures(self, minutes: float | None) -> bool:
-        """Draws what is missing; a shard takes two minutes of a quiet core."""
+        """Draws missing shards; a shard takes two minutes of an otherwise idle core. Returns False if the time runs out first."""
         folder, started = self.runs / "pictures", time.monotonic()
         jobs = [(split, shard) for split, shards in (("validation", 1), ("test", 1), ("train", SHARDS)) for shard in range(shards)]
         jobs = [(folder, *job) for job in jobs if not pictures.shard_file(folder, *job).is_file()]
@@ -135,24 +135,24 @@ class Heads(Chain):
         return contexts.classes()
 
     def labels(self, data: Any) -> dict[str, Tensor]:
-        told = [contexts.classified(data.context(index)) for index in range(len(data))]
-        return {kind: torch.tensor([names.index(one[kind]) for one in told]) for kind, names in self.classes().items()}
+        classified = [contexts.classified(data.context(index)) for index in range(len(data))]
+        return {kind: torch.tensor([names.index(one[kind]) for one in classified]) for kind, names in self.classes().items()}
 
     def validation_pairs(self, people: int = 300) -> tuple[Tensor, Tensor, list[dict[str, str]]]:
-        """A photo, and a picture of any kind."""
+        """A photo and a picture in any context of each validation person."""
         data = self.validation_pictures()
         rows = np.arange(min(people, len(data) // self.each)) * self.each
         first, second = (to_tensor(data[rows + k]) for k in (0, self.each - 1))
-        told = [contexts.classified(data.context(index)) for row in rows.tolist() for index in (row, row + self.each - 1)]
-        return first, second, told
+        classified = [contexts.classified(data.context(index)) for row in rows.tolist() for index in (row, row + self.each - 1)]
+        return first, second, classified
 
     def build_encoder(self) -> FaceEncoder:
-        """Pictures of 128 x 128 -> 16 features of 256 numbers."""
+        """An encoder from pictures of 128 x 128 pixels to 16 features of 256 numbers."""
         config = ResNetConfig(embedding_size=32, hidden_sizes=[48, 96, 160, 256], depths=[1, 1, 2, 2], layer_type="basic")
         return FaceEncoder(ResNetModel(config), size=pictures.SIZE, trained=True)
 
     def album(self, split: str, people: int | None = None) -> Album:
-        """Of each person two photos and a picture in a seen context."""
+        """Two photos and a picture in a seen context of each person."""
         data = self.load(split)
         whole = len(data) // self.each
         count = min(people or (whole if split == "train" else 150), whole)
@@ -162,7 +162,7 @@ class Heads(Chain):
         return Album(data, indices, names, (True, True, False), prompts)
 
     def about(self) -> dict[str, Any]:
-        """The defaults are toon's: nobody has chosen any on validation people of this world."""
+        """The defaults were not chosen on validation people of this world, but taken over from the toon world."""
         return {
             "describe": contexts.slots(),
             "personalize": {"steps": 25, "rank": 8, "learning_rate": 6e-3, "copies": 8},
@@ -172,7 +172,7 @@ class Heads(Chain):
         }
 
     def latents_of(self, data: Any) -> Tensor:
-        """Kept on disk beside the pictures, for the components that they were computed by."""
+        """Latents of all pictures, fp16, cached on disk per shard; computed anew if the encoder's components have changed."""
         mark = hashlib.sha256(self.components.matrix.numpy().tobytes()).hexdigest()
         parts = []
         for shard, pixels in enumerate(data.shards):
@@ -194,7 +194,7 @@ class Heads(Chain):
 
     @torch.no_grad()
     def sample(self, minutes: float | None = None) -> bool:
-        """What the base draws by now, beside nothing that it saw, and what the decoder rebuilds of test people."""
+        """Draws two sheets of test people: pictures by the current base from their captions, and reconstructions by the decoder."""
         backbone = self.trained_backbone(unfinished=True)
         data = self.load("test")
         people = min(6, len(data) // self.each)

@@ -1,4 +1,4 @@
-"""What people wear: clothes, things on the head, glasses. Small meshes that fit the person's own head and neck."""
+"""Clothes, headwear and glasses: small meshes that fit the person's own head and neck."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ WHITE = linear(np.array([236, 234, 228]))
 
 
 def grid(rows: int, columns: int, wrap: bool) -> np.ndarray:
-    """Triangles of rows x columns vertices; `wrap` joins the last column to the first."""
+    """Triangles of a grid of rows x columns vertices; `wrap` joins the last column to the first."""
     r, c = np.meshgrid(np.arange(rows - 1), np.arange(columns if wrap else columns - 1), indexing="ij")
     a, b = (r * columns + c).ravel(), (r * columns + (c + 1) % columns).ravel()
     return np.concatenate([np.stack([a, a + columns, b], 1), np.stack([b, a + columns, b + columns], 1)]).astype(np.int32)
 
 
 def sheet(points: np.ndarray, color: np.ndarray, wrap: bool = True, material: int = CLOTH) -> Mesh:
-    """A mesh of a grid of points (rows, columns, 3): seen from outside, columns run clockwise where rows run outwards or up."""
+    """A mesh of a grid of points (rows, columns, 3). So that normals point outwards, columns must run clockwise seen from outside where
+    rows run outwards or up.
+    """
     rows, columns, _ = points.shape
     return Mesh(points.reshape(-1, 3).astype(np.float32), grid(rows, columns, wrap), material, np.asarray(color, np.float32))
 
@@ -69,8 +71,8 @@ def skull(direction: np.ndarray) -> np.ndarray:
 def dome(
     edge: Callable[[np.ndarray], np.ndarray], out: Callable[[np.ndarray, np.ndarray], np.ndarray], rows: int = 12, columns: int = 48
 ) -> np.ndarray:
-    """A surface over the skull, (rows, columns, 3), from an edge (elevation by azimuth) to the crown, `out` cm above it by (how far up,
-    azimuth).
+    """A surface over the skull, (rows, columns, 3), from an edge to the crown. `edge` gives the edge's elevation (radians) by azimuth,
+    `out` the distance from the skull (cm) by height (0 at the edge, 1 at the crown) and azimuth.
     """
     azimuth = np.linspace(np.pi, -np.pi, columns, endpoint=False)[None]
     up = np.linspace(0, 1, rows)[:, None]
@@ -80,12 +82,12 @@ def dome(
 
 
 def brim_edge(azimuth: np.ndarray) -> np.ndarray:
-    """The elevation of a hat's edge: above the brows in front, lower at the back."""
+    """The elevation (radians) of a hat's edge by azimuth: above the brows in front, lower at the back."""
     return 0.36 + 0.24 * np.cos(azimuth) - 0.02 * np.cos(2 * azimuth)
 
 
 def soft_hat(context: Context, extra: float, color: np.ndarray) -> list[Mesh]:
-    """Beanie and santa hat: a dome, a thick edge, and for the latter a tip that hangs to a side."""
+    """Beanie and santa hat: a dome with a thick edge, and for the santa hat a tip that hangs to one side."""
     santa = context.headwear == "santa hat"
     ribs = 0.0 if santa else 0.10
     points = dome(brim_edge, lambda up, a: 0.7 + extra + ribs * np.cos(30 * a) * (1 - up) + (0.9 if not santa else 1.5) * up**2, 14)
@@ -116,7 +118,8 @@ def stiff_hat(context: Context, extra: float, color: np.ndarray) -> list[Mesh]:
         along, t = np.linspace(-np.pi / 2, np.pi / 2, 25), np.linspace(0, 1, 5)[:, None]
         base = dome(brim_edge, lambda up, a: 0.45 + extra + 0 * up * a, 3, 360)[0][(180 - 58 * np.sin(along)).astype(int)]
         reach, x = 6.8 * np.cos(along)[None], base[None, :, 0]
-        # over 58 degrees to each side, bent as a part of a wide cylinder; of some thickness, so that one sees its edge and, from below, a side in the shade
+        # the visor spans 58 degrees to each side and is bent like a part of a wide cylinder; it has some thickness, so that its edge and,
+        # from below, its shaded side are visible
         top = base + np.stack([0.08 * x * t, 0.25 - 0.29 * reach * t - 0.014 * x**2 * t, reach * t], -1)
         visor = np.concatenate([top, (top - [0, 0.35, 0])[::-1]])
         return [sheet(points, color), sheet(visor, color * 0.7, wrap=False), ball(points[-1].mean(0), (0.7, 0.35, 0.7), color)]
@@ -149,16 +152,16 @@ def stiff_hat(context: Context, extra: float, color: np.ndarray) -> list[Mesh]:
 
 
 def headscarf(extra: float, color: np.ndarray, neck: float) -> list[Mesh]:
-    """Cloth around the face's oval, over head and neck."""
+    """Cloth over head and neck that leaves the oval of the face free."""
     angle, t = np.linspace(0, 2 * np.pi, 48, endpoint=False)[None], np.linspace(0, 1, 14)[:, None]
     start = 0.84 - 0.20 * np.sin(angle) + 0.06 * np.cos(2 * angle)
     polar = start + (np.pi - start) * t
     direction = np.stack([np.sin(polar) * np.cos(angle), np.sin(polar) * np.sin(angle), np.cos(polar) + 0 * angle], -1)
     radius = np.minimum(skull(direction), 12.0)
-    # cloth spans the hollows around ears and jaw
+    # cloth bridges the hollows around ears and jaw
     spanned = np.mean([np.roll(np.max([np.roll(radius, k, 1) for k in range(-3, 4)], 0), k, 1) for k in range(-3, 4)], 0)
     radius += (spanned - radius) * np.sqrt(t) + 0.35 + extra * np.minimum(8 * t, 1)
-    radius += 0.9 * np.sin(np.pi * np.minimum(1.2 * t, 1)) ** 2 + 0.12 * np.cos(9 * angle + 9 * t) * np.sqrt(t)  # hair under it, and folds
+    radius += 0.9 * np.sin(np.pi * np.minimum(1.2 * t, 1)) ** 2 + 0.12 * np.cos(9 * angle + 9 * t) * np.sqrt(t)  # room for hair, and folds
     around = CENTER + direction * radius[..., None]
     rows = np.linspace(0, 1, 12)[:, None]
     a = np.linspace(0, 2 * np.pi, 64, endpoint=False)[None]
@@ -171,7 +174,7 @@ def headscarf(extra: float, color: np.ndarray, neck: float) -> list[Mesh]:
 
 
 def headwear(person: Person, context: Context, points: np.ndarray) -> list[Mesh]:
-    """What is worn on the head, on the person's head without expression (N, 3)."""
+    """The context's headwear, fitted to the person's head without expression (N, 3)."""
     name = context.headwear
     if name == "none":
         return []
@@ -181,7 +184,7 @@ def headwear(person: Person, context: Context, points: np.ndarray) -> list[Mesh]
     fitted = load().mean[upper] @ matrix + offset
     outwards = fitted - fitted.mean(0)
     outwards /= np.linalg.norm(outwards, axis=1, keepdims=True)
-    # a skull has bumps that the map doesn't know, and a raised scalp
+    # the person's raised scalp and bumps of the skull that the affine map misses raise the hat
     extra = max(float(((points[upper] - fitted) * outwards).sum(1).max()) - 0.3, 0.0)
     color = linear(np.array(COLORS[context.headwear_color]))
     if name in ("beanie", "santa hat"):
@@ -210,7 +213,7 @@ def headwear(person: Person, context: Context, points: np.ndarray) -> list[Mesh]
 
 
 def eyewear(context: Context, points: np.ndarray) -> list[Mesh]:
-    """Glasses on the person's nose: rims, bridge, temples, dark lenses."""
+    """The context's glasses on the person's nose: rims, bridge, temples, and dark lenses of sunglasses."""
     if context.eyewear == "none":
         return []
     head = load()
@@ -265,13 +268,13 @@ def eyewear(context: Context, points: np.ndarray) -> list[Mesh]:
 
 
 def neck_scale(points: np.ndarray) -> float:
-    """How much wider than the mean the person's neck is."""
+    """Width of the person's neck relative to the mean head's, limited to 0.85 to 1.25."""
     band = np.abs(load().mean[:, 1] + 10) < 0.7
     return float(np.clip(np.abs(points[band, 0]).max() / np.abs(load().mean[band, 0]).max(), 0.85, 1.25))
 
 
 def shoulders(person: Person, neckline: Callable[[np.ndarray], np.ndarray], start: float, scale: float, out: float = 0.0) -> np.ndarray:
-    """From a neckline (height by azimuth) over the shoulders down: points (rows, columns, 3)."""
+    """The surface of clothes from a neckline (height by azimuth) down over the shoulders: points (rows, columns, 3)."""
     a = np.linspace(-np.pi, np.pi, 56, endpoint=False)[None]
     t = np.concatenate([np.linspace(0, 1, 11), [1.15, 1.6]])[:, None]
     reach = (21.0 if person.sex == "man" else 18.0) + out
@@ -283,7 +286,7 @@ def shoulders(person: Person, neckline: Callable[[np.ndarray], np.ndarray], star
 
 
 def collar(color: np.ndarray, scale: float) -> Mesh:
-    """A shirt's collar: stands up around the neck, folds, is open in front."""
+    """A shirt's collar, which stands up around the neck, folds over and is open in front."""
     a = np.linspace(0.20, 2 * np.pi - 0.20, 40)[None]
     front = np.exp(-np.square(np.minimum(a, 2 * np.pi - a) / 0.55))
     rows = []
@@ -337,10 +340,10 @@ def clothes(person: Person, context: Context, points: np.ndarray) -> list[Mesh]:
 
 
 def dress(person: Person, context: Context, points: np.ndarray) -> tuple[list[Mesh], list[Mesh]]:
-    """What turns with the head and what stays with the body."""
+    """Meshes that turn with the head (headwear, glasses), and meshes that stay with the body (clothes)."""
     return headwear(person, context, points) + eyewear(context, points), clothes(person, context, points)
 
 
 def hat_line(context: Context) -> float:
-    """The height above the ears from which on hair lies flat; 99 without a hat."""
+    """The height (cm) above which hair lies flat under a hat; 99 without a hat."""
     return HAT_LINE if context.headwear in HAIR_LIES_FLAT else 99.0

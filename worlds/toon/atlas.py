@@ -1,10 +1,10 @@
-"""The evaluation's pictures: references, a gallery, and the right answer to every prompt.
+"""The evaluation's pictures: references, a gallery, and the true render for every prompt.
 
     python -m worlds.toon.atlas                  renders benchmarks/atlas and the example faces
-    python -m worlds.toon.atlas --embed          embeds training people, to tell who was copied, and 900 strangers for a
+    python -m worlds.toon.atlas --embed          embeds training people, to detect copies of them, and 900 more people for a
                                                  gallery of 1,000
 
-One lossless sheet a split: a row a person; columns: reference, gallery, then one true render for each prompt.
+Each split is one lossless sheet with one row per person; columns: reference, gallery, then one true render for each prompt.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RECOGNISER = Path("src/hyperdreambooth/assets/toon/recogniser")
 
 
 def plain_pair(person: int) -> tuple[dict[str, str], dict[str, str]]:
-    """The contexts of a person's reference and gallery picture: one of them smiles."""
+    """The contexts of a person's reference and gallery picture: the person smiles in one of them."""
     draw = random.Random(person)
     smiles = draw.random() < 0.5
     background = draw.choice([name for name, choice in pictures.CONTEXTS["background"].items() if choice["seen"]])
@@ -60,7 +60,7 @@ def plan(first: int, people: int) -> list[dict[str, Any]]:
 
 
 def embed(runs: Path, judge: Judge) -> None:
-    """Embeddings of 3,000 training people, and of strangers as the gallery shows people."""
+    """Saves embeddings of 3,000 training people, and of `STRANGERS` other people's gallery pictures."""
     data = pictures.training_pictures(runs / "data")
     plain = [i for i, row in enumerate(data.rows) if row["context"]["style"] == "plain" and row["context"]["headwear"] == "none"]
     first = list({data.rows[i]["person"]: i for i in reversed(plain)}.values())[:3000]
@@ -79,14 +79,14 @@ def sheet(split: str, people: int, runs: Path) -> np.ndarray:
 
 
 def save_sheet(cells: np.ndarray, path: Path) -> None:
-    """A picture of all cells, lossless WebP."""
+    """Writes all cells (people, roles, side, side, 3) as one lossless WebP."""
     people, roles, side = cells.shape[:3]
     image = Image.fromarray(cells.transpose(0, 2, 1, 3, 4).reshape(people * side, roles * side, 3))
     write_atomically(path, lambda file: image.save(file, format="WEBP", lossless=True, method=6))
 
 
 def about(split: str, people: int) -> dict[str, Any]:
-    """The JSON beside a sheet."""
+    """The contents of a sheet's JSON file."""
     contexts = [{**PLAIN, **context} for context in PROMPTS]
     return {
         "size": pictures.SIZE,

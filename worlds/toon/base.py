@@ -1,4 +1,4 @@
-"""The toon base's words."""
+"""The toon base's tokenizer."""
 
 from transformers import CLIPTokenizer
 
@@ -7,5 +7,5 @@ from . import pictures
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Fourteen of its words stay in pieces: the shipped base has learned them so."""
+    """Splits fourteen of its words into several tokens (`whole=False`), because the shipped base was trained that way."""
     return base.build_tokenizer(pictures.vocabulary(), 32, whole=False)

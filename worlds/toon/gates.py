@@ -1,11 +1,11 @@
-"""Gates before hours are spent on a hypernetwork: the ceilings of whatever it builds on.
+"""Upper bounds to measure before hours are spent on training a hypernetwork.
 
     python -m worlds.toon.gates --people 20
     python -m worlds.toon.gates --people 20 --faithful    how well faithful tokens are predicted, and how well they could be
 
-On validation people: rank-1 and contexts of true renders, of reconstructions, of the prediction, and of pictures made with
-tokens that were optimized for that very person (from the prediction on, on the one photo, same layers, width and aux). If
-the last is low, no hypernetwork can pass it: widen targets or tokens, or train the base longer.
+Measures rank-1 and contexts on validation people: of true renders, of reconstructions, of the prediction, and of pictures made with
+tokens that were optimized for that person (starting from the prediction, on the one photo, with the same layers, width and aux).
+No hypernetwork can exceed the last: if it is low, add targets, widen the tokens, or train the base longer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .. import hypernetworks
 
 
 def optimized(hdb: HyperDreamBooth, atlas: Atlas, steps: int) -> LoraSet:
-    """Each person's own tokens, all people side by side."""
+    """LoRAs from tokens optimized for each person, all people in one batch."""
     assert hdb.source is not None
     latents = hdb.backbone.encode_images(atlas.references).float()
     with torch.no_grad():
@@ -50,18 +50,18 @@ def optimized(hdb: HyperDreamBooth, atlas: Atlas, steps: int) -> LoraSet:
 
 
 def updates(lightweight: LightweightLora, tokens: Tensor) -> Tensor:
-    """Tokens (N, layers, width) -> what they mean, (N, numbers): with orthonormal aux, up @ down in their space is the update."""
+    """Tokens (N, layers, width) -> flattened up @ down (N, numbers): the update in the coordinates of the aux matrices (orthonormal)."""
     down, up = lightweight.split(tokens)
     return (up @ down).flatten(1)
 
 
 def explained(found: Tensor, wanted: Tensor) -> float:
-    """R2 of updates (N, numbers): 1 is exact, 0 no better than everyone's mean."""
+    """R2 of updates (N, numbers): 1 is exact, 0 is no better than the mean over people."""
     return (1 - (found - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()).item()
 
 
 def faithful(atlas: Atlas, steps: int = 50) -> None:
-    """R2 of predicted tokens on validation people, beside two pre-optimizations of the same people with different seeds."""
+    """Prints the R2 of predicted tokens on validation people, and of a second pre-optimization with another seed as an upper bound."""
     hdb = HyperDreamBooth.from_pretrained("toon", hypernetwork="benchmarks/faithful")
     assert hdb.source is not None
     latents = hdb.backbone.encode_images(atlas.references).float()

@@ -1,8 +1,8 @@
 """The pictures that the toon world's hypernetworks learn from.
 
-They are the training people again, in contexts that are "seen" alone: the base knows all contexts, and what a
-hypernetwork makes of the held-out half is measured. Each person has two plain photos to be predicted from, and two
-pictures in any seen context.
+They show training people in "seen" contexts only: the base is trained on all contexts, and the held-out half measures how
+well a hypernetwork generalizes. Each person has two plain photos to be predicted from, and two pictures in any seen
+context.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import pictures
 
 
 def photo_context(draw: random.Random) -> dict[str, str]:
-    """What a photo shows: a plain drawing, no hat, seldom glasses."""
+    """The context of a photo: a plain drawing, no hat, rarely glasses."""
     seen = {kind: [name for name, choice in choices.items() if choice["seen"]] for kind, choices in pictures.CONTEXTS.items()}
     return {
         "style": "plain",
@@ -59,7 +59,7 @@ def load_pictures(out: Path, first: int, people: int) -> pictures.Pictures:
 
 
 def album(data: pictures.Pictures, people: int) -> Album:
-    """The first people of the plan's pictures."""
+    """The album of the plan's first `people`."""
     shown = data.rows[: 4 * people]
     names = list(dict.fromkeys(str(row["person"]) for row in shown))
     prompts = [pictures.caption(row["context"]) for row in shown]

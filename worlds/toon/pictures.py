@@ -1,8 +1,8 @@
 """The pictures of the toon world: rendered people, style filters, captions.
 
-A person is a number: training people count from 0, validation and test people have ranges of their own, so a split is
-a range and nothing can leak. A context is a dict of five choices (see contexts.json); "seen" contexts are those that
-hypernetworks may train on, the base knows them all.
+A person is a number: training people count from 0, and validation and test people have separate ranges, so nothing can leak
+between splits. A context is a dict of five choices (see contexts.json); "seen" contexts are those that hypernetworks may
+train on, while the base is trained on all of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIZE = 64
 TRAIN_PEOPLE = 12_000
 BASE_PEOPLE = 80_000
 HYPER_PEOPLE = 130_000
-"""The base and the recognizer see more people than the classifier and the decoder do, hypernetworks more still."""
+"""The base and the recognizer train on more people than the classifier and the decoder do, hypernetworks on still more."""
 CONTEXTS_EACH = 4
 FIRST = {"train": 0, "validation": 1_000_000, "test": 2_000_000, "faces": 3_000_000, "gallery": 4_000_000}
 """First person of each split."""
@@ -48,7 +48,7 @@ BROWN_SKINS = {"#bb876f", "#a67358"}
 
 
 def render(out: Path, arguments: list[str]) -> None:
-    """Runs the renderer (Node.js), once: `out`.rgb and `out`.jsonl."""
+    """Runs the renderer (Node.js) unless its output, `out`.rgb and `out`.jsonl, exists."""
     if out.with_suffix(".jsonl").is_file() and out.with_suffix(".rgb").is_file():
         return
     if not (HERE / "node_modules").is_dir():
@@ -72,7 +72,7 @@ def render_plan(out: Path, plan: list[dict[str, Any]]) -> Pictures:
 
 @dataclass
 class Pictures:
-    """Pictures (N, 64, 64, 3) uint8, with who and what each shows; filters are applied."""
+    """Pictures (N, 64, 64, 3) uint8 after the style filters, and a row for each: person, context and identity."""
 
     pixels: np.ndarray
     rows: list[dict[str, Any]]
@@ -101,7 +101,7 @@ class Pictures:
 
 
 def training_pictures(folder: Path) -> Pictures:
-    """The encoder's, the classifier's and the decoder's people, rendered on first use: some 5 minutes."""
+    """Training pictures of the encoder, the classifier and the decoder, rendered on first use (about 5 minutes)."""
     parts = []
     half = TRAIN_PEOPLE // 2
     for name, first in (("a", 0), ("b", half)):
@@ -148,7 +148,7 @@ def is_seen(context: dict[str, str]) -> bool:
 
 
 def identity_words(identity: dict[str, str], draw: random.Random) -> str:
-    """Some of a person's looks in words, as captions of real data sets do: "bald man with a beard"."""
+    """A random partial description of a person, as in captions of real data sets: "bald man with a beard"."""
     adjectives = []
     hair = identity["hair"]
     if hair in ("bald", "short-bald"):
@@ -191,7 +191,7 @@ def caption(
     identity: dict[str, str] | None = None,
     subject: str = "[V] face",
 ) -> str:
-    """A context, or a part of one, in words: "a pencil sketch of a smiling [V] face wearing a cap on a blue background".
+    """The caption of a context or of a part of one: "a pencil sketch of a smiling [V] face wearing a cap on a blue background".
 
     Every choice is mentioned with probability `mention`; with `identity`, the person is described too.
     """
@@ -208,7 +208,7 @@ def caption(
 
 
 def written_prompts() -> list[str]:
-    """Seen contexts as people ask for them: one thing and nothing else, twice each, and two things."""
+    """Prompts of seen contexts as users write them: one choice alone (each prompt twice), and pairs of choices."""
     seen = [(kind, value) for kind, values in CONTEXTS.items() for value, choice in values.items() if choice["seen"] and choice["words"]]
     pairs = [dict(pair) for pair in itertools.combinations(seen, 2) if {kind for kind, _ in pair} != {"background", "style"}]
     alone = [{kind: value} for kind, value in seen]
@@ -216,13 +216,13 @@ def written_prompts() -> list[str]:
 
 
 def slots() -> list[list[str]]:
-    """The alternatives for each part of a photo's caption, as `stages.describe` takes them. Photos are plain drawings."""
+    """The alternative phrases for each part of a photo's caption, as `stages.describe` takes them. Photos are plain drawings."""
     words = {kind: list(dict.fromkeys(choice["words"] for choice in choices.values())) for kind, choices in CONTEXTS.items()}
     return [["a"], words["expression"], ["[V] face"], words["headwear"], words["eyewear"], words["background"]]
 
 
 def training_caption(row: dict[str, Any], draw: random.Random) -> str:
-    """A caption for the base: sometimes empty, sometimes with [V], sometimes with the person's looks in words."""
+    """A caption for the base: sometimes empty, sometimes with [V], sometimes with a description of the person."""
     roll = draw.random()
     if roll < 0.1:
         return ""
@@ -234,7 +234,7 @@ def training_caption(row: dict[str, Any], draw: random.Random) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption can hold."""
+    """Every word that a caption can contain."""
     fixed = "a an of the and with on in wearing face picture drawing portrait person man woman photo cartoon bald hair short long black brown blond red gray dark light skinned beard mustache goatee sideburns"
     words = set(fixed.split())
     for kind in CONTEXTS.values():

@@ -1,10 +1,10 @@
 // Renders people of the toon world: raw RGB pictures and one JSON line for each.
 //
 //   node render.mjs --first 0 --people 12000 --contexts 4 --out FILE   a random context for each picture
-//   node render.mjs --plan PLAN.jsonl --out FILE                        {"person": n, "context": {...}} a line
+//   node render.mjs --plan PLAN.jsonl --out FILE                        one {"person": n, "context": {...}} per line
 //
-// Writes FILE.rgb (64 x 64 x 3 bytes a picture) and FILE.jsonl. A person is a pure function of its number, and so is
-// its n-th random context: the same call gives the same bytes. Styles are filters that are applied later, in Python.
+// Writes FILE.rgb (64 x 64 x 3 bytes per picture) and FILE.jsonl. A person is a pure function of its number, and so is
+// a person's n-th random context: the same call gives the same bytes. Styles are filters that are applied later, in Python.
 import { createWriteStream, readFileSync } from "node:fs";
 import { parseArgs } from "node:util";
 import { Resvg } from "@resvg/resvg-js";
@@ -22,7 +22,7 @@ const { values: args } = parseArgs({
   },
 });
 
-// mulberry32: facesjs draws from Math.random, so that is what gets a seed
+// mulberry32, a seeded generator that replaces Math.random, which facesjs draws from
 function seeded(seed) {
   let a = seed >>> 0;
   return () => {
@@ -83,7 +83,7 @@ function picture(face, context) {
   return halve(big.pixels);
 }
 
-// [1 3 3 1] / 8 over both axes, stride 2: a little softer than a box, which an autoencoder of 8 x 8 latents thanks us for
+// [1 3 3 1] / 8 over both axes, stride 2: a little softer than a box filter, so that 8 x 8 latents reconstruct the pictures better
 function halve(rgba) {
   const n = 2 * SIZE, taps = [1, 3, 3, 1], rgb = Buffer.alloc(SIZE * SIZE * 3);
   for (let y = 0; y < SIZE; y++)

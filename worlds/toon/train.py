@@ -1,8 +1,8 @@
 """Trains the toon world, stage by stage, each resumable: the recipe of what is shipped.
 
 python -m worlds.toon.train base            one stage
-python -m worlds.toon.train all --minutes 170   whatever is unfinished first, until the time is up
-python -m worlds.toon.train adopt           takes what is shipped as finished: a stage that is trained again goes on from it
+python -m worlds.toon.train all --minutes 170   every unfinished stage in order, until the time is up
+python -m worlds.toon.train adopt           takes the shipped weights as finished, so that another training starts from them
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PRECISION = "bf16" if torch.cuda.is_available() else "no"
 
 
 class Toon(Chain):
-    """The base's batches of 2,048, the recognizer's of 512 people and pro's of 768 ask for a GPU."""
+    """The batches of the base (2,048 pictures), the recognizer (512 people) and pro (768 pictures) need a GPU."""
 
     name = "toon"
     autoencoder = Autoencoder(size=pictures.SIZE, kept=(12, 48, 32), widths=(16, 48, 96, 128))
@@ -113,7 +113,7 @@ class Toon(Chain):
         return {kind: torch.tensor([names.index(row["context"][kind]) for row in data.rows]) for kind, names in self.classes().items()}
 
     def build_encoder(self) -> FaceEncoder:
-        """Pictures of 64 x 64 -> 16 features of 256 numbers."""
+        """An encoder from pictures of 64 x 64 pixels to 16 features of 256 numbers."""
         config = ResNetConfig(embedding_size=48, hidden_sizes=[64, 128, 256], depths=[1, 2, 2], layer_type="basic")
         return FaceEncoder(ResNetModel(config), size=pictures.SIZE, trained=True)
 
@@ -122,17 +122,17 @@ class Toon(Chain):
         return hypernetworks.album(hypernetworks.load_pictures(self.runs / "data" / name, first, whole), people or whole)
 
     def train_distilled(self, minutes: float | None, steps: int | None = None) -> bool:
-        """Pro learns to draw by plain guidance what it draws with context guidance."""
+        """Trains pro to draw with plain guidance what it draws with context guidance."""
         config = distilled_config(steps or self.steps["distilled"], self.batches["distilled"], tuple(pictures.written_prompts()))
-        return self.goes_on("distilled", config, minutes)
+        return self.continue_pro("distilled", config, minutes)
 
     def train_preserving(self, minutes: float | None, steps: int | None = None) -> bool:
-        """Pro learns to leave people alone whom a prompt doesn't name."""
+        """Trains pro to leave the base's predictions unchanged for prompts without [V]."""
         config = preserving_config(steps or self.steps["preserving"], self.batches["preserving"])
-        return self.goes_on("preserving", config, minutes)
+        return self.continue_pro("preserving", config, minutes)
 
-    def goes_on(self, name: str, config: TrainHypernetworkConfig, minutes: float | None) -> bool:
-        """Another training of pro, from what it is and over its own encoder."""
+    def continue_pro(self, name: str, config: TrainHypernetworkConfig, minutes: float | None) -> bool:
+        """Another training of pro, from its finished weights and with its own encoder."""
         backbone = self.trained_backbone()
         if torch.cuda.is_available():
             backbone.components.cuda()
@@ -162,7 +162,7 @@ class Toon(Chain):
     def adopt(self, minutes: float | None = None) -> bool:
         """Takes the shipped weights as if they had been trained here."""
         backbone = load_backbone("toon")
-        assert self.components  # the shipped encoder's own: they follow from the pictures alone
+        assert self.components  # equal to the shipped encoder's, since they depend on the training pictures only
         backbone.pipe.save_pretrained(str(self.runs / "base" / "model"))
         save_tensors(self.runs / "decoder" / "model.safetensors", backbone.pipe.vae.decoder.state_dict())
         for name in ("recogniser", "classifier"):

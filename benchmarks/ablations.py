@@ -1,11 +1,11 @@
-"""Ablations of the hypernetwork at one short budget: each changes one thing of one common setting, from the same start and people.
+"""Ablations of the hypernetwork at one short training budget: each variant changes one setting, or a few, of a common configuration.
 
     python -m benchmarks.ablations -o benchmarks/results/ablations.json
 
-Every variant is trained anew on pictures of the first people of the toon world, 300 steps of 32 pictures, over the shipped base and the shipped
-encoder, which stays frozen (and was trained together with the shipped hypernetwork, on more people: it favors no variant). Then 32 validation people
-are predicted from one photo each and drawn by every second prompt of the protocol. So short a budget shows what is learned fast, not
-where a variant ends. Rows that are in the output are kept; a training that was stopped goes on. Needs Node.js for the renderer.
+Every variant is trained from scratch on pictures of the first people of the toon world, for 300 steps of 32 pictures, with the shipped base and the
+shipped encoder. The encoder stays frozen; it was trained together with the shipped hypernetwork, on more people, so it favors no variant. Then LoRAs of
+32 validation people are predicted from one photo each, and pictures are generated for every second prompt of the protocol. Such a short budget shows
+how fast a variant learns, not its final quality. Rows already in the output are kept; an interrupted training resumes. Needs Node.js for the renderer.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ FIGURES = ("rank1", "similarity", "context", "perceptual_distance", "leakage")
 
 
 def config_of(changes: Mapping[str, Any], steps: int) -> TrainHypernetworkConfig:
-    """The common setting with a variant's changes."""
+    """The common configuration with a variant's changes."""
     common = shared.pro_config(steps, batch=32)
     training = dataclasses.replace(common.training, optimizer="adamw", learning_rate=1e-3, warmup=20, cooldown=0.5, validate_every=0)
     size = dataclasses.replace(common.hypernetwork, passes=changes.get("passes", common.hypernetwork.passes))
@@ -81,7 +81,7 @@ def config_of(changes: Mapping[str, Any], steps: int) -> TrainHypernetworkConfig
 
 
 def everyone_alone(data: IdentityData) -> IdentityData:
-    """Every picture as a person of its own, so that it is predicted from itself."""
+    """The same pictures, each labeled as a different person, so that every update is predicted from the picture that it denoises."""
     count = len(data.people)
     return dataclasses.replace(data, people=torch.arange(count), names=[str(i) for i in range(count)], reference=torch.ones(count) > 0)
 
@@ -96,11 +96,11 @@ def drawing_with(hdb: HyperDreamBooth, source: Any) -> Iterator[None]:
 
 
 def judged(hdb: HyperDreamBooth, count: int) -> Callable[[Any], dict[str, Any]]:
-    """What gives the figures of a hypernetwork on the first validation people."""
+    """A function from a hypernetwork to its figures on the first `count` validation people."""
     whole = load_atlas("benchmarks/atlas", "validation")
     atlas = whole.part(prompts=slice(None, None, 2))
     bench, who = Bench(hdb, atlas, world_judges("benchmarks/atlas"), Path(), ""), range(count)
-    base = bench.draw(who, range(len(atlas.prompts), len(atlas.prompts) + 2), None)  # nobody's faces
+    base = bench.draw(who, range(len(atlas.prompts), len(atlas.prompts) + 2), None)  # for two prompts that name no person
 
     def figures(source: Any) -> dict[str, Any]:
         with drawing_with(hdb, source), torch.no_grad():
@@ -115,9 +115,9 @@ def judged(hdb: HyperDreamBooth, count: int) -> Callable[[Any], dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help=f"variants to run, of {', '.join(VARIANTS)}")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--people", type=int, default=32, help="validation people who are drawn")
+    parser.add_argument("--people", type=int, default=32, help="number of validation people")
     parser.add_argument("--runs", type=Path, default=Path("runs/toon"))
     args = parser.parse_args()
     hdb, chain, runs = HyperDreamBooth.from_pretrained("toon", device="cpu"), Toon(args.runs), args.runs / "ablations"

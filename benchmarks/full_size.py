@@ -1,10 +1,10 @@
-"""A full-size Stable Diffusion 1.5 (random weights: none can be shipped) through `personalize` on a CPU: seconds and peak memory.
+"""Seconds and peak memory of `personalize` on a CPU with a full-size Stable Diffusion 1.5 (random weights, as trained ones can't be shipped).
 
     python -m benchmarks.full_size -o benchmarks/results/full-size.json
 
-The base is written twice, as a diffusers directory and as a single checkpoint (2 GB each, deleted at the end), and opened
-from each in a process of its own, so that the peak is that of loading, training and export alone. Two steps, no hypernetwork,
-float32, gradient checkpointing, at 512 x 512: four noised copies of the photo a step from the directory (the default), one from the file.
+The base is written twice, as a diffusers directory and as a single-file checkpoint (2 GB each, deleted at the end). Each is opened in a
+separate process, so that the peak memory is that of loading, training and export only. Training takes two steps at 512 x 512 without a hypernetwork,
+in float32 with gradient checkpointing: each step has four noised copies of the photo for the directory (the default), and one for the file.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def write_base(folder: Path) -> None:
     found = architectures.architecture("sd15", vae=True)
     tensors = {}
     for component, model in found.items():
-        # made on the meta device; a small normal keeps every layer's output finite
+        # models are built on the meta device; normal weights of small deviation keep every layer's output finite
         model.to_empty(device="cpu").half()
         for name, tensor in model.state_dict().items():
             tensor.copy_(
                 torch.randn(tensor.shape) * 0.02 if name.endswith("weight") and tensor.ndim > 1 else torch.tensor(name.endswith("weight"))
             )
             key = original_name(component, name, model.config, xl=False)
-            matrix = component == "vae" and ".attn_1." in key and tensor.ndim == 2  # a 1 x 1 convolution there
+            matrix = component == "vae" and ".attn_1." in key and tensor.ndim == 2  # a 1 x 1 convolution in the file
             tensors[key] = tensor[..., None, None] if matrix else tensor
     save_file(tensors, folder / "model.safetensors")
     models: dict[str, Any] = dict(found.items())
@@ -64,7 +64,7 @@ def write_base(folder: Path) -> None:
 
 
 def measure(base: str, output: Path) -> dict[str, float]:
-    """What `hyperdreambooth personalize photo --base BASE --hypernetwork none --steps 2 --gradient-checkpointing` does, but the preview."""
+    """Measures `hyperdreambooth personalize photo --base BASE --hypernetwork none --steps 2 --gradient-checkpointing`, except the preview."""
     from hyperdreambooth import HyperDreamBooth
     from hyperdreambooth.assets import toon
 
@@ -89,7 +89,7 @@ def measure(base: str, output: Path) -> dict[str, float]:
 
 
 def same_weights(folder: Path) -> bool:
-    """Whether both forms of the base open as the very same numbers."""
+    """Whether both forms of the base load with identical weights."""
     import torch
 
     from hyperdreambooth.backbones import load_backbone

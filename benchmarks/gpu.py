@@ -1,9 +1,10 @@
-"""Everything that a CUDA card is needed for, in one command of under eight minutes: correctness first, then speed and memory.
+"""All benchmarks that need a CUDA GPU, in one command of under eight minutes: correctness first, then speed and memory.
 
     python benchmarks/gpu.py -o benchmarks/results/gpu.json
 
-Full-size architectures with random weights in bf16 (none can be shipped; time and memory don't depend on what weights say). Every row
-stands beside its peer in the same run: PEFT for training, diffusers' own pipeline for drawing (see peers.py). Medians of what is given as `times`.
+The models are full-size architectures in bf16 with random weights: trained ones can't be shipped, and time and memory don't depend on the weights'
+values. Every row is compared with a peer in the same run: PEFT for training, diffusers' pipeline for image generation (see peers.py). Repeated
+timings are reported as medians.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from hyperdreambooth.settings import GenerateConfig
 
 
 def distance(found: LoraSet, wanted: LoraSet) -> float:
-    """Of two sets of updates: the norm of their difference over the norm."""
+    """Relative distance of two sets of updates: the norm of their difference over the norm of `wanted`."""
     ours, theirs = (torch.cat([lora.delta().flatten().float() for lora in s.values()]) for s in (found, wanted))
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def checks(backbone: Backbone) -> dict[str, Any]:
-    """What must be equal: recorded and plain steps, merged and hooked updates, weights before and after drawing."""
+    """Compares results that must be equal: recorded and plain steps, merged and hooked updates, weights before and after sampling."""
     results: dict[str, Any] = {}
     start = person(backbone, batch=1).scaled(0.1)
     fresh()
@@ -69,7 +70,7 @@ def checks(backbone: Backbone) -> dict[str, Any]:
     size = (latents["merged"] - latents["base"]).norm()
     for name, other in (("hooked", "merged"), ("merged_recorded", "merged"), ("hooked_recorded", "hooked")):
         results[f"{name}_over_effect"] = ((latents[name] - latents[other]).norm() / size).item()
-    with torch.no_grad(), Hooks(backbone.components, mine) as hooks:  # one forward pass, where rounding can't add up
+    with torch.no_grad(), Hooks(backbone.components, mine) as hooks:  # one forward pass, so that rounding errors don't accumulate
         arguments = noise, torch.full((1,), 500, device=noise.device), prompts.positive
         hooks.set(mine)
         hooked = backbone.predict(*arguments)
@@ -83,7 +84,7 @@ def checks(backbone: Backbone) -> dict[str, Any]:
 
 
 def training(backbone: Backbone, copies: tuple[int, ...]) -> list[dict[str, Any]]:
-    """A fine-tuning step: recorded, plain, and PEFT's."""
+    """Time and memory of a fine-tuning step: recorded as a CUDA graph, plain, and with PEFT."""
     rows = []
     for count in copies:
         fresh()
@@ -121,7 +122,7 @@ def people_side_by_side(backbone: Backbone, counts: tuple[int, ...]) -> list[dic
 
 
 def whole_commands(hdb: HyperDreamBooth) -> dict[str, Any]:
-    """`personalize` after loading, first and second in a process; the prediction beside one forward pass."""
+    """Seconds of the first three `personalize` calls of a process after loading; the prediction's time beside one forward pass."""
     fresh()
     photo = torch.zeros(1, 3, hdb.backbone.size, hdb.backbone.size)
     results: dict[str, Any] = {}
@@ -156,7 +157,7 @@ def main() -> None:
             started = time.perf_counter()
             try:
                 found = jobs[job]()
-            except Exception as error:  # one part's failure must not cost the others their time on the card
+            except Exception as error:  # a failed part must not keep the other parts from running
                 import traceback
 
                 traceback.print_exc()

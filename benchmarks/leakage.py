@@ -1,9 +1,10 @@
-"""Whom a LoRA turns into its person: pictures of nobody, of another trigger, and of somebody else in words, with a person's LoRA loaded.
+"""How much a person's LoRA leaks into other prompts: those that name no person, another trigger word, or another person's description.
 
     python -m benchmarks.leakage -o benchmarks/results/leakage.json
 
-*leakage* is how much nearer to the person such pictures come than the base's own of the same seeds: a difference of cosines of the recognizer's
-embeddings. Beside it the similarity that the person's own prompt has, which is what there is to leak. Rows that are in the output are kept.
+*leakage* is how much closer pictures of such prompts are to the person with the LoRA than without it, for the same seeds: a difference of cosine
+similarities of the recognizer's embeddings. For comparison, the similarity of pictures of the person's own prompt is given: it is the likeness
+that can leak. Rows already in the output are kept.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main() -> None:
     embedder, shown = bench.judges.embedders[""], range(len(atlas.prompts))
 
     def near(who: range, loras: LoraSet | None) -> Tensor:
-        """How near pictures of every prompt come to the person: (people, prompts)."""
+        """Mean cosine similarity of each prompt's pictures to the person: (people, prompts)."""
         seen = embedder.embed(bench.draw(who, shown, loras).flatten(0, 2)).unflatten(0, (len(who), -1, bench.count))
         return torch.einsum("npcd,nd->np", seen, bench.known[""][1][list(who)]) / bench.count
 

@@ -1,9 +1,10 @@
 """GPU memory of training, computed without a GPU: `python benchmarks/memory.py -o benchmarks/results/memory.json`.
 
-Weights are counted from the published architectures, gradients and optimizer state from what is trained. Activations are
-what autograd saves in a forward pass of the full-size denoiser under our hooks, on fake tensors (shapes without memory), for one
-sample, times the batch; with gradient checkpointing: the inputs of all blocks and the largest block's own. Not counted: the CUDA context (some 0.5 GB), the
-allocator's fragmentation, workspaces, temporaries of the backward pass, and the averaged weights of a hypernetwork. So read the figures as lower bounds.
+Weights are counted from the published architectures, gradients and optimizer state from the trained parameters. Activations are the
+tensors that autograd saves in a forward pass of the full-size denoiser with LoRA hooks, measured on fake tensors (shapes without memory) for one
+sample and multiplied by the batch size; with gradient checkpointing they are the inputs of all blocks plus the largest block's inner activations. Not
+counted are the CUDA context (about 0.5 GB), allocator fragmentation, workspaces, temporaries of the backward pass, and the averaged weights of a
+hypernetwork. The figures are therefore lower bounds.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ CLASSES: dict[str, Any] = {
     "flux": backbones.Flux,
 }
 LATENTS = {"sd15": (4, 64), "sdxl": (4, 128), "sd3": (16, 128), "flux": (16, 128)}
-T5 = 4_762_310_656  # T5 v1.1 XXL's encoder, which SD 3 and Flux read
-# bytes of optimizer state for each trained number: two float32, two 8-bit (in blocks with their own scale), a row and a column
+T5 = 4_762_310_656  # Parameters of T5 v1.1 XXL's encoder, a text encoder of SD 3 and Flux.
+# Bytes of optimizer state for each trained parameter: two float32 moments; two 8-bit moments (quantized in blocks); for Adafactor 0, as it keeps
+# one float32 for each row and column of a matrix instead.
 OPTIMIZERS = {"AdamW": 8.0, "8-bit AdamW": 2.0, "Adafactor": 0.0}
 
 
 class Saved:
-    """Bytes that autograd keeps, each storage once; weights don't count."""
+    """Bytes that autograd saves for the backward pass; each storage is counted once, weights aren't counted."""
 
     def __init__(self, weights: nn.Module):
         self.weights = {p.untyped_storage()._cdata for p in weights.parameters()}
@@ -49,7 +51,7 @@ class Saved:
     def add(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.weights:
-            self.seen[storage._cdata] = (storage.nbytes(), tensor)  # held, so that its address stays its own
+            self.seen[storage._cdata] = (storage.nbytes(), tensor)  # keeps the tensor alive, so that its address isn't reused
         return tensor
 
     @contextmanager
@@ -63,7 +65,7 @@ class Saved:
 
 
 def conditioning(family: str, batch: int, denoiser: Any) -> dict[str, Tensor]:
-    """A prompt's conditioning, of the published shapes."""
+    """Zero tensors with the shapes of a prompt's conditioning in the published models."""
     if family == "sd":
         return {"encoder_hidden_states": torch.zeros(batch, 77, denoiser.config.cross_attention_dim)}
     if family == "sdxl":
@@ -75,7 +77,7 @@ def conditioning(family: str, batch: int, denoiser: Any) -> dict[str, Tensor]:
 
 
 def activations(name: str, dtype: torch.dtype, *, checkpointing: bool, batch: int = 1, rank: int = 4) -> int:
-    """Bytes that a forward pass of the denoiser keeps for the backward pass, each sample under its own float32 LoRA."""
+    """Bytes that a forward pass of the denoiser saves for the backward pass, where each sample has its own float32 LoRA."""
     family = FAMILIES[name]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -123,7 +125,7 @@ def activations(name: str, dtype: torch.dtype, *, checkpointing: bool, batch: in
 
 
 def forward_tflop(name: str) -> float:
-    """10^12 operations of a forward pass of the denoiser for one sample, without its LoRA (a multiplication and an addition are two)."""
+    """TFLOP (10^12 operations) of a forward pass of the denoiser for one sample, without a LoRA; a multiply-add counts as two."""
     family = FAMILIES[name]
     components = architecture(name)
     denoiser: Any = components["unet" if "unet" in components else "transformer"]
@@ -136,7 +138,7 @@ def forward_tflop(name: str) -> float:
 
 
 def trained(shapes: dict[str, Shape], what: str) -> tuple[int, int]:
-    """Numbers that are trained, and the rows and columns that Adafactor keeps of them."""
+    """The number of trained parameters, and the number of row and column statistics that Adafactor keeps of them."""
     if what.startswith("personalize"):
         matrices = [side for shape in shapes.values() for side in ((4, shape.inputs), (shape.outputs, 4))]
     else:
@@ -157,7 +159,7 @@ def row(name: str, what: str, batch: int, dtype: torch.dtype, *, checkpointing: 
     if key not in cache:
         cache[key] = activations(name, dtype, checkpointing=checkpointing)
     kept = batch * cache[key]
-    fixed = weights * dtype.itemsize + kept + 8 * numbers  # float32 weights and gradients of what is trained
+    fixed = weights * dtype.itemsize + kept + 8 * numbers  # float32 copies of the trained parameters and their gradients
     gigabyte = 1e9
     return {
         "base": name,

@@ -1,6 +1,6 @@
-"""Names of a Stable Diffusion's tensors in single-file checkpoints: the layout of the code that it was first published with.
+"""Tensor names of Stable Diffusion in single-file checkpoints, which use the layout of the original (pre-diffusers) code.
 
-diffusers' name -> the file's. With it a file can be checked layer by layer before it is opened, and written.
+The functions map a tensor's name in diffusers to its name in the file, in order to write such files and to check them layer by layer.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ OPENCLIP = {
 
 
 def unet_name(name: str, config: Any) -> str:
-    """A tensor of the UNet. `config`: the UNet's own."""
+    """The file's name of a tensor of the UNet. `config`: the UNet's configuration."""
     layers = int(config.layers_per_block) + 1
     found = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name)
     if found:
@@ -79,7 +79,7 @@ def _resnet(rest: str) -> str:
 
 
 def vae_name(name: str) -> str:
-    """A tensor of the autoencoder; its attention's matrices are 1 x 1 convolutions there."""
+    """The file's name of a tensor of the autoencoder; the matrices of its attention are 1 x 1 convolutions in the file."""
     name = re.sub(r"down_blocks\.(\d)\.", r"down.\1.", name)
     name = re.sub(r"up_blocks\.(\d)\.", lambda found: f"up.{3 - int(found[1])}.", name)
     for part, there in VAE_PARTS.items():
@@ -88,12 +88,12 @@ def vae_name(name: str) -> str:
 
 
 def clip_name(name: str, prefix: str) -> str:
-    """A tensor of OpenAI's CLIP text encoder."""
+    """The file's name of a tensor of OpenAI's CLIP text encoder."""
     return f"{prefix}transformer.text_model.{name.removeprefix('text_model.')}"
 
 
 def openclip_name(name: str, prefix: str) -> str:
-    """A tensor of an OpenCLIP text encoder; query, key and value lie in one there, in that order."""
+    """The file's name of a tensor of an OpenCLIP text encoder; the file concatenates query, key and value, in that order, in one tensor."""
     name = name.removeprefix("text_model.")
     outside = {
         "embeddings.token_embedding.weight": "token_embedding.weight",

@@ -1,7 +1,7 @@
-"""What both speed benchmarks share, on a GPU and on a CPU: bases with random weights, our work, and the same work by its peers.
+"""Shared code of the GPU and CPU speed benchmarks: base models with random weights, this library's tasks, and the same tasks in peer libraries.
 
-The peers are written as their own examples do it, with latents and prompts encoded once: PEFT trains as diffusers' DreamBooth example for LoRA does,
-and diffusers' pipeline draws with its LoRA loaded. Times are seconds of `timed`, which waits for the GPU where there is one.
+The peers follow their own examples, with latents and prompts encoded once: PEFT trains like diffusers' DreamBooth LoRA example, and diffusers'
+pipeline generates with its LoRA loaded. Times are measured by `timed` in seconds; it synchronizes with the GPU if there is one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RANK = 4
 
 
 def published(name: str) -> dict[str, nn.Module]:
-    """The models of sd15 or sdxl on the meta device; "mid": SD 1.5 at half its width, for pictures of 128 pixels."""
+    """The models of sd15 or sdxl on the meta device. "mid" is SD 1.5 at half its width, for pictures of 128 x 128 pixels."""
     if name != "mid":
         return dict(architectures.architecture(name, vae=True).items())
     with torch.device("meta"):
@@ -54,12 +54,12 @@ def published(name: str) -> dict[str, nn.Module]:
 
 
 def base(name: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Backbone:
-    """sd15, sdxl or mid with random weights."""
+    """The base sd15, sdxl or mid with random weights."""
     models: dict[str, Any] = published(name)
     torch.manual_seed(0)
     for model in models.values():
         model.to_empty(device=device).to(dtype)
-        # buffers that aren't saved, too: a text encoder's positions are such
+        # also fills buffers that aren't in the state dict, such as a text encoder's position ids
         for key, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
             tensor = tensor.detach()
             if tensor.is_floating_point():
@@ -75,7 +75,7 @@ def base(name: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -
 
 
 def with_hypernetwork(backbone: Backbone) -> HyperDreamBooth:
-    """A hypernetwork of the size that suits such bases: a small DINOv2, four blocks of width 512, four passes; random weights."""
+    """The base with a random hypernetwork of a suitable size: the encoder is a DINOv2 small; the decoder has four blocks of width 512, four passes."""
     targets = find_targets(backbone.components, backbone.default_targets)
     model = transformers.Dinov2Model(
         transformers.Dinov2Config(hidden_size=384, num_attention_heads=6, num_hidden_layers=12, image_size=224)
@@ -86,7 +86,7 @@ def with_hypernetwork(backbone: Backbone) -> HyperDreamBooth:
 
 
 def person(backbone: Backbone, seed: int = 0, batch: int | None = None, patterns: tuple[str, ...] = ()) -> LoraSet:
-    """Random updates of some size, of one person or a batch, of the default layers or those that match `patterns`."""
+    """Random updates for one person or a batch, for the base's default layers or those that match `patterns`."""
     generator = torch.Generator(backbone.device).manual_seed(seed)
     lead = () if batch is None else (batch,)
 
@@ -111,7 +111,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def fresh() -> None:
-    """Forgets recordings and gives memory back."""
+    """Discards recorded CUDA graphs, frees cached GPU memory, and resets the peak memory counter."""
     replay.forget()
     gc.collect()
     if torch.cuda.is_available():
@@ -120,7 +120,7 @@ def fresh() -> None:
 
 
 def gigabytes() -> float:
-    """The most that was allocated on the GPU since `fresh`; 0 without one."""
+    """Peak GPU memory in GB that was allocated since `fresh`; 0 without a GPU."""
     return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
 
 
@@ -135,10 +135,15 @@ def steps(
     side: int = 0,
     patterns: tuple[str, ...] = (),
 ) -> tuple[LoraSet, list[float], float]:
-    """Fine-tunes `people` people from a prediction: the updates, milliseconds of the steps after the first few, peak GB.
+    """Fine-tunes random updates of `people` people; returns the updates, milliseconds of each step after the first few, and peak GB.
 
     Args:
-        side: of the latents; default: the base's own. patterns: of the layers; default: the base's own.
+        copies: noised copies of each photo in a step.
+        count: number of steps.
+        off: whether steps run without recorded CUDA graphs.
+        first: index of the step after which timing starts.
+        side: side of the latents; 0: the base's default.
+        patterns: patterns of the trained layers; none: the base's default layers.
     """
     channels, height, width = backbone.latent_shape()
     shape = people, 1, channels, side or height, side or width
@@ -158,7 +163,7 @@ def steps(
 
 
 def peft_steps(backbone: Backbone, copies: int, count: int = 12, *, first: int = 4) -> tuple[list[float], float]:
-    """The same by PEFT, as diffusers' DreamBooth example trains a LoRA, with latents and prompts encoded once: milliseconds, peak GB."""
+    """Trains with PEFT like diffusers' DreamBooth LoRA example, with latents and prompts encoded once; returns milliseconds and peak GB."""
     denoiser, on_gpu = backbone.denoiser, backbone.device.type == "cuda"
     targets = [path.partition(".")[2] for path in find_targets(backbone.components, backbone.default_targets)]
     inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets), denoiser)
@@ -185,7 +190,7 @@ def peft_steps(backbone: Backbone, copies: int, count: int = 12, *, first: int =
 
 
 def unwrap(model: nn.Module) -> None:
-    """Takes PEFT's layers out again."""
+    """Removes PEFT's adapter layers from a model."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "base_layer"):
             parent, _, last = name.rpartition(".")
@@ -196,7 +201,7 @@ def unwrap(model: nn.Module) -> None:
 
 
 def prediction(hdb: HyperDreamBooth) -> dict[str, float]:
-    """A person's prediction from a photo, beside one forward pass of the denoiser."""
+    """Time of predicting a LoRA from a photo, beside one forward pass of the denoiser."""
     photo = torch.zeros(1, 3, hdb.backbone.size, hdb.backbone.size)
     noise = torch.randn(1, *hdb.backbone.latent_shape(), device=hdb.device)
     times: tuple[list[float], list[float]] = [], []
@@ -214,12 +219,12 @@ def prediction(hdb: HyperDreamBooth) -> dict[str, float]:
 
 
 def drawing(hdb: HyperDreamBooth, folder: Path, *, steps: int = 25, rounds: int = 4) -> dict[str, Any]:
-    """One picture with a person, beside diffusers' pipeline: bare, and with its LoRA loaded; and the switch from one person to another."""
+    """Times generating one picture of a person, beside diffusers' pipeline without and with a LoRA; and the switch from one person to another."""
     fresh()
     pipe, backbone = hdb.backbone.pipe, hdb.backbone
     me, other = (hdb.person(finish(person(backbone, seed))) for seed in (1, 2))
     file = me.save(folder / "me.safetensors", overwrite=True)
-    # plain guidance: what diffusers does, too
+    # plain classifier-free guidance, as in diffusers
     settings, prompt = GenerateConfig(steps=steps, guidance=5.0), hdb.prompt.replace("[V]", hdb.identifier)
 
     def ours(who: Any) -> Callable[[], object]:

@@ -1,9 +1,9 @@
-"""How many photos, and how many steps of fine-tuning: the shipped hypernetwork on validation people, one photo or three, no step to a hundred.
+"""Quality by number of photos (1 or 3) and of fine-tuning steps (0 to 100): the shipped hypernetwork on validation people.
 
     python -m benchmarks.photos_and_steps -o benchmarks/results/photos-and-steps.json
 
-Each number of steps is a fine-tuning of its own, with the shipped settings otherwise. The two further photos are plain ones with other
-backgrounds and expressions, at times with glasses. Rows that are in the output are kept. Needs Node.js for the renderer.
+Each number of steps is a separate fine-tuning, otherwise with the shipped settings. The two additional photos are plain ones with other
+backgrounds and expressions, sometimes with glasses. Rows already in the output are kept. Needs Node.js for the renderer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from worlds.toon.pictures import FIRST
 
 STEPS = (0, 5, 10, 25, 50, 100)
 FIGURES = ("rank1", "rank1_crowd", "similarity", "context_seen", "context_held_out", "perceptual_distance", "copied")
-TOGETHER = 8  # People who are fine-tuned side by side.
+TOGETHER = 8  # People who are fine-tuned in one batch.
 
 
 def photos_of(references: Tensor, count: int, runs: Path) -> Tensor:
@@ -40,7 +40,7 @@ def photos_of(references: Tensor, count: int, runs: Path) -> Tensor:
 
 @torch.no_grad()
 def read(hdb: HyperDreamBooth, photos: Tensor) -> tuple[Subject, LoraSet]:
-    """People's photos (P, n, 3, H, W) as fine-tuning takes them, and what is predicted of each from all of theirs."""
+    """Photos (P, n, 3, H, W) as input for fine-tuning, and the updates that are predicted for each person from all their photos."""
     assert hdb.source is not None
     predicted = hdb.source.lightweight(torch.stack([hdb.predict(mine) for mine in photos])).detach()
     latents = torch.stack([hdb.backbone.encode_images(mine).float() for mine in photos])

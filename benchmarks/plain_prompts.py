@@ -1,10 +1,10 @@
-"""Prompts as people write them: one thing asked for, no background; two things; another word order; a style.
+"""Prompts as users write them: one attribute without a background, two attributes, another word order, or a style.
 
     python -m benchmarks.plain_prompts --split validation
 
-The protocol's prompts name a background with every hat. Here each prompt is judged by the color and shape of what it asks for: where the
-true render with it differs from the true render without it, the picture must be as the true render is. *right* is the share of
-pictures whose mean difference there is under a quarter of that of the render without it. Needs Node.js for the renderer.
+The protocol's prompts name a background with every hat. Here each prompt is judged by the color and shape of its attributes, in the pixels where the
+ground-truth renders with and without them differ. *right* is the fraction of pictures whose mean error in these pixels, against the render with the
+attributes, is under a quarter of the error of the render without them. Needs Node.js for the renderer.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ PROMPTS: dict[str, dict[str, str]] = {
 
 
 def truths(people: list[int], context: dict[str, str], runs: Path, name: str) -> Tensor:
-    """The right answers: (N, 3, 64, 64) in -1..1."""
+    """Ground-truth renders of people in a context: (N, 3, 64, 64) in -1..1."""
     plan = [{"person": person, "context": {**PLAIN, **context}} for person in people]
     return pictures.to_tensor(pictures.render_plan(runs / "data" / f"plain-{name}", plan).pixels)
 
 
 def right(images: Tensor, true: Tensor, without: Tensor) -> Tensor:
-    """Whether what was asked for is there, by color and shape: (N,) of 0 and 1."""
+    """Whether the prompt's attributes are in each picture with the right color and shape: (N,) of 0 and 1."""
     changed = ((true - without).abs().amax(1, keepdim=True) > 0.2).float()
     area = changed.sum((1, 2, 3)).clamp(min=1) * 3
     off, nothing = (((picture - true).abs() * changed).sum((1, 2, 3)) / area for picture in (images, without))
@@ -60,9 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", choices=["validation", "test"], default="validation")
     parser.add_argument("--people", type=int, default=40)
-    parser.add_argument("--protocol", action="store_true", help="the protocol's own prompts too, as the protocol judges them")
-    parser.add_argument("--finetuned", action="store_true", help="25 steps on each person too")
-    parser.add_argument("--settings", type=json.loads, default={}, help='drawing settings as JSON, such as {"context_until": 0}')
+    parser.add_argument("--protocol", action="store_true", help="also measure the protocol's prompts, with the protocol's metrics")
+    parser.add_argument("--finetuned", action="store_true", help="also measure each person after 25 steps of fine-tuning")
+    parser.add_argument("--settings", type=json.loads, default={}, help='generation settings as JSON, such as {"context_until": 0}')
     parser.add_argument("--runs", type=Path, default=Path("runs/toon"))
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""LoRA files against the readers of others: `python -m benchmarks.readers` writes the table in docs/files.md.
+"""Checks LoRA files against the readers of other libraries: `python -m benchmarks.readers` writes the table in docs/files.md.
 
-A random LoRA of mixed ranks on the attention and feed-forward layers of the denoiser and on every text encoder's attention,
-written by `formats.save_lora`, is opened by each reader in turn, and the same prompts are drawn from the same noise.
-The error is the largest difference of any pixel (0..1) from the pictures that the hooks of `lora.applied` give; the effect is how
-far the LoRA moves the pictures at all. The pipelines are tiny and random, of the real classes.
+A random LoRA of mixed ranks on the attention and feed-forward layers of the denoiser and on every text encoder's attention is
+written by `formats.save_lora` and opened by each reader in turn; then the same prompts are sampled from the same noise. The error is
+the largest difference of any pixel (0..1) from the pictures that the hooks of `lora.applied` give; the effect is the largest difference
+of any pixel between pictures with and without the LoRA. The pipelines are tiny random models of diffusers' real classes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TARGETS = ["unet.*attn?.to_[qkv]", "unet.*attn?.to_out.0", "unet.*ff.net.0.proj"
 
 
 def parts() -> tuple[Any, CLIPTextConfig, AutoencoderKL, EulerDiscreteScheduler]:
-    """What both families have: a tokenizer, a text encoder's config, an autoencoder, a scheduler."""
+    """The parts that both families share: a tokenizer, a text encoder's config, an autoencoder, a scheduler."""
     tokenizer = build_tokenizer()
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -62,7 +62,7 @@ UNET = {"sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 2,
 
 
 def sd() -> StableDiffusionPipeline:
-    """Stable Diffusion 1.x, very small: its projections are 1 x 1 convolutions."""
+    """A tiny Stable Diffusion 1.x, whose transformer projections (proj_in, proj_out) are 1 x 1 convolutions."""
     torch.manual_seed(0)
     tokenizer, text, vae, scheduler = parts()
     unet = UNet2DConditionModel(
@@ -75,7 +75,7 @@ def sd() -> StableDiffusionPipeline:
 
 
 def sdxl() -> StableDiffusionXLPipeline:
-    """Stable Diffusion XL, very small: two text encoders, size conditioning, several transformer blocks in a layer."""
+    """A tiny Stable Diffusion XL: two text encoders, size conditioning, several transformer blocks in a layer."""
     torch.manual_seed(0)
     tokenizer, text, vae, scheduler = parts()
     unet = UNet2DConditionModel(
@@ -97,12 +97,12 @@ FAMILIES: dict[str, Callable[[], Any]] = {"SD 1.x": sd, "SDXL": sdxl}
 
 
 def components(pipe: Any) -> nn.ModuleDict:
-    """What can carry a LoRA, under the pipeline's own names."""
+    """The models of a pipeline that can have a LoRA, by their names in the pipeline."""
     return nn.ModuleDict({name: getattr(pipe, name) for name in ("unet", "text_encoder", "text_encoder_2") if hasattr(pipe, name)})
 
 
 def random_lora(pipe: Any, seed: int) -> LoraSet:
-    """An update of ranks 1 to 3, large enough to see."""
+    """A random LoRA of ranks 1 to 3, large enough to change the pictures visibly."""
     generator = torch.Generator().manual_seed(seed)
     loras = LoraSet()
     for index, (path, shape) in enumerate(find_targets(components(pipe), TARGETS).items()):
@@ -122,24 +122,24 @@ def draw(pipe: Any) -> Tensor:
 
 
 def by_diffusers(pipe: Any, file: Path) -> None:
-    """`load_lora_weights`; a kohya file goes through diffusers' own converter."""
+    """Loads with `load_lora_weights`, which converts a kohya file itself."""
     pipe.load_lora_weights(str(file))
 
 
 def by_fusing(pipe: Any, file: Path) -> None:
-    """`load_lora_weights`, then `fuse_lora`: the weights themselves are changed."""
+    """Loads with `load_lora_weights`, then merges the update into the weights with `fuse_lora`."""
     pipe.load_lora_weights(str(file))
     pipe.fuse_lora(components=list(components(pipe)))
     pipe.unload_lora_weights()
 
 
 def by_peft(pipe: Any, file: Path) -> None:
-    """PEFT alone: an adapter injected into every component, filled by `set_peft_model_state_dict`."""
+    """Loads with PEFT only: injects an adapter into every component and fills it by `set_peft_model_state_dict`."""
     tensors = load_file(file)
     for name, model in components(pipe).items():
-        live = {canonical(f"{name}.{path}"): path for path, _ in model.named_modules()}  # PEFT knows no canonical paths
+        live = {canonical(f"{name}.{path}"): path for path, _ in model.named_modules()}  # PEFT needs the modules' actual paths
         mine = {re.sub(r"\.lora_[AB]\.weight$", "", key): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        ranks = {live[path]: value.shape[1] for path, value in mine.items()}  # lora_B, the later one: (out, rank)
+        ranks = {live[path]: value.shape[1] for path, value in mine.items()}  # lora_B comes last and has shape (out, rank)
         config = LoraConfig(r=1, lora_alpha=1, rank_pattern=ranks, alpha_pattern=ranks, target_modules=list(ranks))
         inject_adapter_in_model(config, model)
         state = {f"{live[path]}.lora_{side}.weight": tensors[f"{path}.lora_{side}.weight"] for path in mine for side in "AB"}
@@ -156,7 +156,7 @@ READERS: list[tuple[formats.Layout, str, Callable[[Any, Path], None]]] = [
 
 
 def measure(make: Callable[[], Any], folder: Path) -> Iterator[tuple[str, str, float, float]]:
-    """(layout, reader, largest error, effect) of every reader, float32 files."""
+    """Yields (layout, reader, largest error, effect) for every reader, with float32 files."""
     pipe = make()
     me, style = random_lora(pipe, 1), random_lora(pipe, 2)
     plain = draw(pipe)
@@ -187,7 +187,7 @@ def table() -> str:
     """Markdown: a row for each family, layout and reader."""
     lines = ["| base | layout | reader | largest error | effect of the LoRA |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's, of a second adapter
+        warnings.simplefilter("ignore")  # PEFT warns about a second adapter
         for family, make in FAMILIES.items():
             for layout, reader, error, effect in measure(make, Path(folder)):
                 lines.append(f"| {family} | {layout} | {reader} | {error:.1e} | {effect:.2f} |")

@@ -1,12 +1,12 @@
-"""Scaling, measured: tables by one process, by shards, and by Ray, with workers killed; and pictures encoded one by one and in batches.
+"""Measures scaling: tables made by one process, by shards, and by Ray while workers are killed; and encoding pictures singly or in batches.
 
     python benchmarks/scale.py encoding
     python benchmarks/scale.py engine --people 1000
     python benchmarks/scale.py engine --people 10000 --ways plain again ray-killed
     python benchmarks/scale.py engine --people 100000 --ways hundredth
 
-The base is `toon`, and so are the people (rendered with Node.js); a process that makes a table computes with one thread. Every table is
-compared, byte for byte, with the first. Results are added to benchmarks/results/scale.json.
+The base is `toon`, and the people are rendered toon faces (needs Node.js). Each process that makes a table computes with one thread. Every
+table is compared, byte for byte, with the first one. Results are added to benchmarks/results/scale.json.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/scale.json"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
-WAYS = {  # the commands of each: all at once
+WAYS = {  # the additional arguments of each way's commands, which run at the same time
     "plain": [[]],
-    "again": [[]],  # what is left of it where all rows are there: starting, listing, and drawing the preview
+    "again": [[]],  # a rerun when all rows exist: starting, listing people, and drawing the preview
     "shards": [["--shard", "0/2"], ["--shard", "1/2"]],
-    "hundredth": [["--shard", "0/100"]],  # lists all people
+    "hundredth": [["--shard", "0/100"]],  # it lists all people but makes only its shard's rows
     "ray": [["--engine", "ray"]],
     "ray-killed": [["--engine", "ray"]],
 }
 
 
 def make_pictures(folder: Path, count: int) -> list[Path]:
-    """Made photos of 256 x 256 pixels."""
+    """Writes `count` synthetic photos of 256 x 256 pixels."""
     folder.mkdir(parents=True)
     files = [folder / f"{index}.jpg" for index in range(count)]
     for index, file in enumerate(files):
@@ -53,7 +53,7 @@ def make_pictures(folder: Path, count: int) -> list[Path]:
 
 
 def make_people(folder: Path, count: int) -> None:
-    """People of the toon world, a picture each; beyond the first 10,000 the same pictures again, by other names."""
+    """Writes one picture for each of `count` people of the toon world; beyond 10,000 the same pictures are linked under other names."""
     sys.path.insert(0, str(ROOT))
     from worlds.toon import pictures
 
@@ -67,7 +67,7 @@ def make_people(folder: Path, count: int) -> None:
 
 
 def noted(log: str, words: list[str]) -> int:
-    """Runs a command of the package; whoever begins to train a chunk, here or as a worker of Ray, adds a line to `log`."""
+    """Runs a command of the package; every process that starts to train a chunk, this one or a Ray worker, adds a line to `log`."""
     from hyperdreambooth.cli import main
     from hyperdreambooth.commands import train
 
@@ -90,7 +90,7 @@ def noted(log: str, words: list[str]) -> int:
 
 
 class Watch:
-    """Processor seconds and memory of processes and all that they start, looked at every second; what was used after the last look is lost."""
+    """CPU seconds and memory of processes and their children, polled every second; CPU time after a process's last poll is missed."""
 
     def __init__(self, processes: list[subprocess.Popen[bytes]]):
         self.roots = [psutil.Process(process.pid) for process in processes]
@@ -98,7 +98,7 @@ class Watch:
         self.largest: dict[str, int] = {}
 
     def look(self) -> list[psutil.Process]:
-        """Looks, and gives Ray's workers."""
+        """Polls all processes, and returns Ray's workers."""
         workers = []
         for root in self.roots:
             try:
@@ -118,7 +118,7 @@ class Watch:
 
 
 def made(way: str, folder: Path, table: Path, more: list[str], every: float) -> dict[str, Any]:
-    """Makes a table. `ray-killed`: a random worker is killed `every` so many seconds."""
+    """Makes a table and measures its cost. For `ray-killed`, a random worker is killed every `every` seconds."""
     rng, log, begun = random.Random(0), table.with_suffix(".log"), time.monotonic()
     log.write_text("")
     start = [sys.executable, __file__, "noted", str(log), "preoptimize", str(folder), "-o", str(table), *more]
@@ -172,7 +172,7 @@ def engine(args: argparse.Namespace) -> None:
 
 
 def encoding(args: argparse.Namespace) -> None:
-    """Milliseconds a picture, of the clock and of the processor: one at a time, and as `load_identities` does; in turns, medians."""
+    """Wall-clock and CPU milliseconds per picture, encoded one at a time and by `load_identities`: medians over alternating turns."""
     import torch
 
     from hyperdreambooth import photos
@@ -207,7 +207,7 @@ def encoding(args: argparse.Namespace) -> None:
                 "batches": lambda: timed(lambda: load_identities(files[0].parent, backbone, encoder, "a face"), len(files)),
             }
             times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-            for _ in range(args.turns + 1):  # the first one warms up
+            for _ in range(args.turns + 1):  # the first turn is a warm-up
                 for way, work in ways.items():
                     times[way].append(work())
             middle = {way: [statistics.median(values) for values in zip(*each[1:], strict=True)] for way, each in times.items()}

@@ -1,10 +1,10 @@
-"""Speed and memory on a CPU, each row beside a named peer in the same run (machines are noisy: read the ratios).
+"""Speed and memory on a CPU, each row beside a named peer in the same run. Machines are noisy, so compare the ratios.
 
     python benchmarks/speed.py -o benchmarks/results/speed.json
 
-Two bases: `toon`, and `mid`, Stable Diffusion 1.5 at half its width with random weights, for pictures of 128 pixels. Ours and the peer take turns;
-a ratio is the median over turns, and `spread` its quartiles. What the floor is: floating-point operations of a step (counted on PEFT's) over what this machine does in a
-large matrix product. On a machine with a GPU, benchmarks/gpu.py is the one to run.
+There are two bases: `toon`, and `mid`, which is Stable Diffusion 1.5 at half its width with random weights, for pictures of 128 x 128 pixels. The library
+and its peer run in turns; a ratio is the median over turns, and `spread` its quartiles. The floor is a lower bound on a step's time: its floating-point
+operations (counted in PEFT's step) divided by the machine's rate in a large matrix product. On a machine with a GPU, run benchmarks/gpu.py instead.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from hyperdreambooth.assets import toon
 from hyperdreambooth.backbones import Backbone
 from hyperdreambooth.checkpoint import read_json, write_json
 
-SIDES = {"toon": (128, 256, 384), "mid": (64, 128, 256)}  # Of the pictures in `growth`, in pixels.
+SIDES = {"toon": (128, 256, 384), "mid": (64, 128, 256)}  # Sides of the pictures in `growth`, in pixels.
 ATTENTION = ("unet.*attn?.to_[qkv]", "unet.*attn?.to_out.0")
-STARTS = {  # what a person may type, without a model
+STARTS = {  # command lines that load no model
     "--help": ["--help"],
     "personalize --help": ["personalize", "--help"],
     "info FILE": ["info", "FILE"],
@@ -56,13 +56,13 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 def matrix_rate() -> float:
-    """Floating-point operations a second of a matrix product of 2,048 x 2,048, the best of eight."""
+    """Floating-point operations per second in a product of two 2,048 x 2,048 matrices, the best of eight runs."""
     a, b = torch.randn(2, 2048, 2048)
     return 2 * 2048**3 / min(timed(lambda: a @ b) for _ in range(8))
 
 
 def fine_tuning(backbone: Backbone, copies: int, rate: float, turns: int) -> dict[str, Any]:
-    """A fine-tuning step and PEFT's, in turns of a few steps each."""
+    """Time of a fine-tuning step of this library and of PEFT, in turns of a few steps each."""
     ours, peer = list[float](), list[float]()
     for _ in range(turns):
         ours.append(statistics.median(steps(backbone, copies, 6, first=1)[1]))
@@ -77,7 +77,7 @@ def fine_tuning(backbone: Backbone, copies: int, rate: float, turns: int) -> dic
 
 
 def growth(backbone: Backbone, sides: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Milliseconds of a step by copies, people in a batch, layers, and side of the pictures: the least of four steps."""
+    """Milliseconds of a step by number of copies, people in a batch, trained layers, and picture side: the minimum of four steps."""
     least = lambda *args, **more: round(min(steps(backbone, *args, 5, first=1, **more)[1]), 1)  # noqa: E731
     return {
         "copies": {str(count): least(count) for count in (1, 2, 4, 8)},
@@ -96,10 +96,10 @@ print(json.dumps(speed.peak(*sys.argv[2:])))
 
 
 def peak(who: str, name: str, copies: str) -> dict[str, float]:
-    """In a process of its own: the most memory it had, in MB, after loading and after a few steps of `who`."""
+    """Peak memory of this process in MB after loading, and after a few steps of `who` ("ours" or "peft"). Call it in a new process."""
     backbone = opened(name)
 
-    def most() -> float:  # getrusage would count what the parent had at the fork
+    def most() -> float:  # getrusage would include the parent's memory at the fork
         status = Path("/proc/self/status")
         if status.is_file():
             return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
@@ -125,7 +125,7 @@ def memory(name: str, copies: int) -> dict[str, float]:
 
 
 def processor_seconds(arguments: list[str]) -> float:
-    """What a command and all that it starts took of the processor; the clock would count the machine's other work."""
+    """CPU seconds of a command and its child processes. Wall-clock time would also include the machine's other work."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(arguments, capture_output=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -133,7 +133,7 @@ def processor_seconds(arguments: list[str]) -> float:
 
 
 def starting(file: Path, turns: int = 5) -> dict[str, Any]:
-    """Commands without a model, beside importing diffusers' pipeline."""
+    """CPU seconds of commands that load no model, beside importing diffusers' pipeline."""
     works = {"diffusers": [sys.executable, "-c", "from diffusers import StableDiffusionPipeline"]}
     for name, words in STARTS.items():
         works[name] = [sys.executable, "-m", "hyperdreambooth", *(str(file) if word == "FILE" else word for word in words)]
@@ -149,7 +149,7 @@ def starting(file: Path, turns: int = 5) -> dict[str, Any]:
 
 
 def command(folder: Path) -> dict[str, float]:
-    """`personalize` on toon: after loading, in this process; and the whole command by the clock, beside one that only loads the base."""
+    """Seconds of `personalize` on toon: after loading, in this process; and as a whole command, beside a command that only loads the base."""
     hdb, face = HyperDreamBooth.from_pretrained("toon", device="cpu"), toon.directory("faces") / "face-01.png"
     first, second = (timed(lambda: hdb.personalize(face, quiet=True)) for _ in range(2))
     program = [sys.executable, "-m", "hyperdreambooth"]
@@ -164,7 +164,7 @@ def command(folder: Path) -> dict[str, float]:
 
 
 def jobs(title: str, folder: Path, rate: float) -> dict[str, Callable[[], Any]]:
-    """What is measured of a base, in its order; toon is small, so it takes more turns, and is what commands are tried on."""
+    """The measurements of a base, in order. toon is small, so it is measured in more turns, and whole commands are measured on it."""
     backbone, small = opened(title), title == "toon"
     hdb = HyperDreamBooth.from_pretrained("toon", device="cpu") if small else HyperDreamBooth(backbone, title)
     turns = 9 if small else 3
@@ -183,7 +183,7 @@ def jobs(title: str, folder: Path, rate: float) -> dict[str, Callable[[], Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/speed.json"))
-    parser.add_argument("--bases", nargs="+", default=["toon", "mid"], choices=["toon", "mid"], help="those that are measured; others stay")
+    parser.add_argument("--bases", nargs="+", default=["toon", "mid"], choices=["toon", "mid"], help="bases to measure; others stay")
     args = parser.parse_args()
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()

@@ -1,4 +1,7 @@
-"""Writes the tables of the README and of docs from benchmarks/results: `python benchmarks/tables.py` (with --check: only compares)."""
+"""Writes the tables of the README and the docs from benchmarks/results: `python benchmarks/tables.py`.
+
+With --check it only compares them: exit status 1 if a table is out of date.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def measured(name: str) -> dict[str, Any]:
-    """A file of benchmarks/results."""
+    """The contents of benchmarks/results/`name`.json."""
     return read_json(ROOT / f"benchmarks/results/{name}.json")
 
 
@@ -25,7 +28,7 @@ def fidelity() -> str:
 
 
 def short() -> str:
-    """What the README shows of `fidelity`."""
+    """The rows and columns of `fidelity` that the README shows."""
     rows = measured("fidelity")["rows"]
     lines = [
         "| | found among 100 | among 1,000 | context, seen | context, held out | copies of training people |",
@@ -44,13 +47,13 @@ def short() -> str:
 
 
 def baselines() -> str:
-    """Methods side by side."""
+    """The comparison of methods."""
     names = ("rank1", "rank1_crowd", "auc", "similarity", "context", "perceptual_distance", "leakage", "prior_drift", "diversity")
     return markdown_table(measured("baselines")["rows"], (*names, "people", "steps", "seconds", "numbers"))
 
 
 def searched() -> str:
-    """What the search tried: the best of each rate and kind of noise levels."""
+    """All settings that the search tried, one row for each learning rate and kind of noise levels; the best rate is bold."""
     results = measured("search")
     lines = ["| method | rate | noise levels | perceptual distance after steps | similarity at the last |", "|---|---|---|---|---|"]
     for name, found in results["search"].items():
@@ -65,7 +68,7 @@ def searched() -> str:
 
 
 def plain() -> str:
-    """Prompts as people write them: the share that is right by color and shape, and rank-1 of the fine-tuned."""
+    """Prompts as users write them: the fraction of pictures with the right color and shape, and rank-1 after fine-tuning."""
     rows = measured("plain-prompts")["rows"]
     lines = ["| prompt | right: base | prediction | + 25 steps | found among 100, + 25 steps |", "|---|---|---|---|---|"]
     for prompt in rows["base"]:
@@ -77,7 +80,7 @@ def plain() -> str:
 
 
 def ablations() -> str:
-    """One thing changed at a time, at one short budget."""
+    """Variants of the hypernetwork's training at one short budget."""
     rows = measured("ablations")["rows"]
     lines = [
         "| variant | what differs | identity gain | rank-1 | similarity | perceptual distance | leakage |",
@@ -90,13 +93,13 @@ def ablations() -> str:
 
 
 def photos_and_steps() -> str:
-    """One photo or three, by steps of fine-tuning."""
+    """Quality with one photo or three, by number of fine-tuning steps."""
     figures = ("rank1", "rank1_crowd", "similarity", "context_seen", "context_held_out", "perceptual_distance", "copied")
     return markdown_table(measured("photos-and-steps")["rows"], figures)
 
 
 def leakage() -> str:
-    """How near pictures of others come to a person whose LoRA is loaded."""
+    """How close pictures of other prompts come to the person whose LoRA is loaded."""
     rows = measured("leakage")["rows"]
     prompts = list(next(iter(rows.values())))
     lines = [f"| leakage of | {' | '.join(prompts[:-1])} | similarity of {prompts[-1]} |", "|---" * (len(prompts) + 1) + "|"]
@@ -140,7 +143,7 @@ def speed() -> str:
 
 
 def growth() -> str:
-    """How a step's milliseconds grow."""
+    """Milliseconds of a fine-tuning step by problem size."""
     results = measured("speed")
     lines = ["| a step's milliseconds by | toon | half of SD 1.5 |", "|---|---|---|"]
     for what in results["toon"]["growth"]:
@@ -176,7 +179,7 @@ def gpu() -> str:
 
 
 def scaling() -> str:
-    """Tables of toon people by every way, and pictures that are encoded."""
+    """The costs of making tables of toon people in every way, and of encoding pictures."""
     results = measured("scale")
     titles = {
         "plain": "one process",

@@ -1,4 +1,4 @@
-"""Draws the strip that greets on the page, an example face and what is drawn of it: `python docs/greeting.py`."""
+"""Draws the welcome picture of the web page, an example face beside pictures generated of it: `python docs/greeting.py`."""
 
 from pathlib import Path
 

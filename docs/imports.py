@@ -1,6 +1,6 @@
-"""Draws docs/imports.svg from the imports: every room on a floor of its own, above all that it imports.
+"""Draws docs/imports.svg, the import graph in layers: every top-level module or package stands above all others that it imports.
 
-python docs/imports.py      (with --check: only compares)
+python docs/imports.py      (with --check it only compares the file: exit status 1 if it is out of date)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LEFT_OUT = {"__init__", "__main__", "assets"}
 
 
 def rooms() -> dict[str, set[str]]:
-    """Files and packages of the first level, and which others each imports."""
+    """The top-level modules and packages of hyperdreambooth, each with the others that it imports."""
     found: dict[str, set[str]] = {}
     for file in sorted(ROOT.rglob("*.py")):
         parts = file.relative_to(ROOT).parts
@@ -29,7 +29,7 @@ def rooms() -> dict[str, set[str]]:
 
 
 def floors() -> list[list[str]]:
-    """The rooms by the longest way down to one that imports nothing of ours."""
+    """The modules and packages by layer, the lowest first: the length of the longest import chain down to one that imports no other."""
     imports = rooms()
 
     @cache

@@ -1,4 +1,4 @@
-"""Checkpoint files as they are published: their tensors' names and shapes, and files of zeros or of given tensors."""
+"""Tensor names and shapes of published checkpoints, and checkpoint files of zeros or of given tensors with these names."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def written(models: Mapping[str, Any], *, xl: bool = False) -> dict[str, torch.T
     for component, model in models.items():
         for name, tensor in model.state_dict().items():
             key = original_name(component, name, model.config, xl=xl)
-            if "in_proj_" in key:  # query, key and value come in this order
+            if "in_proj_" in key:  # concatenates query, key and value in this order
                 order = ["q_proj", "k_proj", "v_proj"]
                 other = [model.state_dict()[name.replace("q_proj", part)] for part in order] if "q_proj" in name else []
                 if other:

@@ -1,4 +1,4 @@
-"""A tiny random Stable Diffusion, of the real classes: every test runs on a CPU in moments."""
+"""Fixtures: a tiny random Stable Diffusion of diffusers' real classes, so that every test runs on a CPU in moments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the same bits everywhere, and so that tests beside one another don't stall
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for bit-identical sums, and so that concurrent tests don't oversubscribe the CPU
 
 import numpy as np
 import pytest
@@ -114,7 +114,7 @@ def tiny_source(backbone: StableDiffusion) -> PredictedLora:
     torch.manual_seed(5)
     encoder = FaceEncoder(ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")), size=64)
     source = build(find_targets(backbone.components, backbone.default_targets), encoder, TOKENS, DECODER)
-    with torch.no_grad():  # an untrained head predicts nothing: give it something to say
+    with torch.no_grad():  # an untrained head predicts zero updates; random weights make them nonzero
         source.hypernetwork.head.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
     return source.eval()
 
@@ -127,7 +127,7 @@ def _backbone() -> StableDiffusion:
 @pytest.fixture
 def backbone(_backbone: StableDiffusion) -> StableDiffusion:
     for module in _backbone.components.modules():
-        assert not module._forward_hooks, "a test before this one left hooks behind"
+        assert not module._forward_hooks, "an earlier test left forward hooks on the model"
     return _backbone
 
 

@@ -1,4 +1,4 @@
-"""A tiny random pipeline of each family, of the real classes: what they compute is what the large ones compute."""
+"""A tiny random pipeline of each family, of diffusers' real classes: it computes the same as a full-size one, with smaller tensors."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def flux(distilled: bool = True) -> FluxPipeline:
         use_dynamic_shifting=distilled, base_image_seq_len=4, max_image_seq_len=64, shift=3.0 if distilled else 1.0
     )
     pipe = FluxPipeline(flow, autoencoder(4, scaling_factor=0.3611, shift_factor=0.1159), text, tokenizer, text_2, tokenizer_2, model)
-    pipe.default_sample_size = 8  # a constant of the class: pictures of 1024 pixels
+    pipe.default_sample_size = 8  # the class has a fixed default, for pictures of 1024 pixels
     return pipe
 
 

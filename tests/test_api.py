@@ -1,4 +1,4 @@
-"""The Python face: what a stopped personalization, a mix and a picture's metadata are."""
+"""The Python API: stopped personalizations, mixes of LoRAs, and the metadata of generated pictures."""
 
 from __future__ import annotations
 

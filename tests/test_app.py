@@ -1,4 +1,4 @@
-"""The page's actions through Gradio's own client on a real server on loopback: what they give, refuse and keep apart."""
+"""The web page's actions through Gradio's client, on a real server on loopback: results, refused inputs, and isolation of visitors."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ def test_the_whole_way(connect, face, tmp_path, world):
     status, previews = job.result()
     assert names(previews) == ["prediction", "step 1", "fine-tuned"]
     assert "2 steps" in status
-    assert any(len(shown) == 1 and "prediction" in words for words, shown in job.outputs()), "the prediction is shown first"
+    assert any(len(shown) == 1 and "prediction" in words for words, shown in job.outputs()), "the prediction must be shown first"
 
     draw = client.submit("a [V] face\na pencil sketch of a [V] face\n", **{**DRAW, "count": 2}, api_name="/draw")
     _, drawn = draw.result()
     assert len(drawn) == 4
-    assert sorted({len(shown) for _, shown in draw.outputs()}) == [0, 1, 2, 3, 4], "pictures arrive as they are made"
+    assert sorted({len(shown) for _, shown in draw.outputs()}) == [0, 1, 2, 3, 4], "pictures must arrive one by one"
     made = photos.read_png_metadata(drawn[3]["image"])
     assert made["ai_generated"] == "true"
     settings = json.loads(made["hyperdreambooth"])
@@ -117,14 +117,14 @@ def test_the_whole_way(connect, face, tmp_path, world):
         assert len(archive.namelist()) == 1 + 3 + 4 + 3  # the contact sheet, previews, pictures, comparison
         assert archive.namelist()[0] == "contact-sheet.png"
 
-    other = connect()  # another day: goes on from the files
+    other = connect()  # a new visitor who continues from the downloaded files
     assert "rank 3" in other.predict(handle_file(files["person.safetensors"]), api_name="/load")[0]
     assert "rank 1" in other.predict(handle_file(files["person.tokens"]), api_name="/load")[0]
     _, mixed = other.predict(None, 2, 0.25, False, api_name="/mix")
     assert names(mixed) == ["25 % the second person"]
     assert any(file.endswith(".tokens") for file in other.predict(api_name="/take"))
     other.predict(handle_file(files["person.safetensors"]), 0, 0.5, False, api_name="/mix")
-    assert not any(file.endswith(".tokens") for file in other.predict(api_name="/take")), "a LoRA has none, so the updates are added up"
+    assert not any(file.endswith(".tokens") for file in other.predict(api_name="/take")), "a mix with a LoRA file has no tokens"
 
 
 def test_where_there_are_several_faces_one_is_chosen(connect, tmp_path):
@@ -199,12 +199,12 @@ def test_a_visit_chooses_its_base(world, face):
             refused(first, "There is nobody to draw yet", "a [V] face", **DRAW, api_name="/draw")
             first.predict(1, api_name="/example")
             assert names(first.predict(2, False, api_name="/personalize")[1]) == ["step 1", "fine-tuned"]
-            assert any(file.endswith(".tokens") for file in second.predict(api_name="/take")), "the others keep theirs"
+            assert any(file.endswith(".tokens") for file in second.predict(api_name="/take")), "other visitors must keep their person"
             assert names(second.predict(0, False, api_name="/personalize")[1]) == ["prediction"]
             refused(first, "there.safetensors", "not/there.safetensors", api_name="/choose")
-            assert names(first.predict(2, False, api_name="/personalize")[1]) == ["step 1", "fine-tuned"], "the last base stays"
+            assert names(first.predict(2, False, api_name="/personalize")[1]) == ["step 1", "fine-tuned"], "the open base must stay open"
             assert len(in_memory) > 4
-            assert not any(in_memory), "a base goes before the next one comes"
+            assert not any(in_memory), "a base must be freed before the next one is loaded"
         finally:
             running.close()
 
@@ -267,7 +267,7 @@ def test_stop_keeps_what_there_is(connect):
     assert 2 <= done < 400
     assert names(previews)[-1] == "fine-tuned"
     assert len(client.predict(api_name="/take")) == 4
-    assert "2 steps" in client.predict(2, False, api_name="/personalize")[0], "the stop is forgotten"
+    assert "2 steps" in client.predict(2, False, api_name="/personalize")[0], "a stop must not affect the next job"
 
 
 def test_a_closed_tab_cancels_its_job_and_its_files_go(connect, server):
@@ -281,7 +281,7 @@ def test_a_closed_tab_cancels_its_job_and_its_files_go(connect, server):
     wait_for(job.done)
     assert len(job.outputs()) < 100
     assert not visit.folder.exists()
-    again = connect()  # the model is free again
+    again = connect()  # the canceled job must have released the model
     again.predict(1, api_name="/example")
     assert again.predict(0, False, api_name="/personalize")[1]
 
@@ -293,7 +293,7 @@ def test_several_visitors_wait_for_one_another_and_lose_nothing(connect):
     jobs = [client.submit(1, False, api_name="/personalize") for client in clients]
     assert all(names(job.result()[1]) == ["prediction", "fine-tuned"] for job in jobs)
     tokens = [next(file for file in client.predict(api_name="/take") if file.endswith(".tokens")) for client in clients]
-    assert len({Path(file).read_bytes() for file in tokens}) == 4, "everyone got their own person"
+    assert len({Path(file).read_bytes() for file in tokens}) == 4, "every visitor must get their own person"
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_what_is_missing_is_one_sentence(connect, face, tmp_path):
     client.predict(photo(face), 1, api_name="/look")
     refused(client, "Tick that you are", 1, False, api_name="/personalize")
     client.predict(1, api_name="/example")
-    client.predict([], 2, api_name="/look")  # the face's number was changed, which is nothing to an example
+    client.predict([], 2, api_name="/look")  # the face number changes, which has no effect on an example
     assert client.predict(0, False, api_name="/personalize")
     refused(client, "9 photos", photo(face) * 9, 1, api_name="/look")
     refused(client, "no prompt", " \n ", **DRAW, api_name="/compare")
@@ -365,7 +365,7 @@ def test_one_visitors_files_are_nobody_elses(connect, server, face, world):
         assert httpx.get(f"{server.url}gradio_api/file/{path}", cookies=theirs.cookies).status_code == 403
     for path in ("/etc/passwd", f"{toon.directory('faces')}/../palette.json", str(server.visits.root), "http://127.0.0.1:1/x", "../app.py"):
         assert httpx.get(f"{server.url}gradio_api/file={path}", cookies=mine.cookies).status_code == 403, path
-    for path in (uploaded[0], "http://127.0.0.1:1/x.png", "/etc/passwd"):  # nor as an input
+    for path in (uploaded[0], "http://127.0.0.1:1/x.png", "/etc/passwd"):  # nor may such a file be the input of an action
         stolen = {"path": path, "meta": {"_type": "gradio.FileData"}}
         body = {"data": [[{"image": stolen, "caption": None}], 1], "session_hash": "abcdefghij"}
         for route in ("call/look", "run/look", "queue/join"):
@@ -452,7 +452,7 @@ def test_the_palette_is_what_the_base_knows():
     every = {
         pictures.caption({**known, kind: name}, draw=None, mention=1.0) for kind, choices in pictures.CONTEXTS.items() for name in choices
     }
-    every |= {  # hats want a background
+    every |= {  # captions of hats also name a background
         pictures.caption({**known, "headwear": hat, "background": background}, draw=None, mention=1.0)
         for hat in pictures.CONTEXTS["headwear"]
         for background in pictures.CONTEXTS["background"]
@@ -485,13 +485,13 @@ def test_visits_end_with_their_last_tab_or_after_an_hour(tmp_path, monkeypatch):
     assert [file.exists() for file in files] == [False, True, True]
     visits.end("s2")
     assert not visits.may_read("ann", str(upload))
-    assert upload.exists(), "bob has uploaded the same"
+    assert upload.exists(), "the file must stay, as bob uploaded it too"
     now[0] = 3000
     visits.sweep()
     assert files[2].exists()
     other.busy, now[0] = True, 4000
     visits.sweep()
-    assert files[2].exists(), "a running job isn't idle"
+    assert files[2].exists(), "files must stay while the visitor's job runs"
     assert not upload.exists()
     other.busy = False
     visits.sweep()

@@ -1,4 +1,4 @@
-"""Who may import whom, and how large a room may be."""
+"""Which modules may import which, and how large a module may be."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "src" / "hyperdreambooth"
 BASE = {"errors", "checkpoint", "progress"}
-MAY = {  # module (or package) -> the modules of ours that it may import
+MAY = {  # module or package -> the modules of this library that it may import
     "lora": {"errors"},
     "settings": {"errors"},
     "training_settings": {"errors"},
@@ -50,10 +50,10 @@ def test_data_flows_one_way():
         if top in MAY:
             assert found <= MAY[top], f"{file.name} imports {found - MAY[top]}"
         if top not in ("api", "cli", "commands", "stages", "evaluation"):
-            assert "stages" not in found, f"{file.name}: stages are for api and the commands"
+            assert "stages" not in found, f"{file.name}: only api, cli, commands and evaluation may import stages"
         if top not in ("__main__", "cli", "commands"):
             assert not found & {"cli", "commands"} or "TYPE_CHECKING" in file.read_text(), (
-                f"{file.name}: nothing imports the product's faces"
+                f"{file.name}: only __main__, cli and commands may import cli or commands"
             )
         if top not in ("app", "cli", "commands", "evaluation", "__init__"):
             assert "api" not in found, file.name
@@ -62,7 +62,7 @@ def test_data_flows_one_way():
 def test_rooms_stay_small_and_nothing_unpickles():
     for file in files():
         text = file.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 400, f"{file.name} has grown too large to know"
+        assert len(text.splitlines()) <= 400, f"{file.name} has more than 400 lines"
         assert "torch.load(" not in text
         assert "import pickle" not in text
 
@@ -81,7 +81,7 @@ def imported(file: Path) -> set[Path]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             package = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
-            for alias in node.names:  # a submodule, or something in the module or package itself
+            for alias in node.names:  # a submodule, or a name that is defined in the module or package itself
                 paths = [
                     package / f"{alias.name}.py",
                     package / alias.name / "__init__.py",
@@ -89,7 +89,7 @@ def imported(file: Path) -> set[Path]:
                     package / "__init__.py",
                 ]
                 found |= set([path for path in paths if path in ALL][:1])
-    return found - {file, ROOT / "__init__.py"}  # which imports the public names when they are asked for, not before
+    return found - {file, ROOT / "__init__.py"}  # __init__.py imports the public names lazily
 
 
 ALL = set(files())

@@ -1,4 +1,4 @@
-"""Every family on a tiny random model of its real architecture: against diffusers' own pipeline, and through all five stages."""
+"""Every family on a tiny random model of its real architecture, compared with diffusers' pipeline, and through all five stages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .conftest import DECODER, picture, random_loras, sampled, tiny_source
 
 PROMPT, NEGATIVE = "a pencil sketch of a [V] face", "a hat"
 TOKENS = LightweightConfig(down_dim=12, up_dim=8)
-GUIDANCE = {"flux-dev": 1.0, "flux-schnell": 1.0}  # the others get plain guidance
+GUIDANCE = {"flux-dev": 1.0, "flux-schnell": 1.0}  # all other families use classifier-free guidance
 
 
 @pytest.fixture(scope="module", params=list(families.FAMILIES))
@@ -90,7 +90,7 @@ def test_sampler_equals_the_pipeline(family, base, negative):
     torch.testing.assert_close(ours(base, noise, guidance, negative or ""), expected, atol=1e-4, rtol=1e-4)
 
 
-CHUNK = " ".join(["face"] * 30)  # the tiny tokenizer and encoders take 32 tokens at once, two of which are start and end
+CHUNK = " ".join(["face"] * 30)  # the tiny tokenizer and encoders take 32 tokens at once, including the start and end tokens
 
 
 def test_long_prompts_are_read_in_chunks(family, base):
@@ -99,12 +99,12 @@ def test_long_prompts_are_read_in_chunks(family, base):
     t5 = base.family in ("sd3", "flux")
     clip = 0 if base.family == "flux" else 32
     for name, value in first.items():
-        if name != key:  # what is pooled is the first chunk's
+        if name != key:  # pooled embeddings come from the first chunk
             torch.testing.assert_close(long[name], value)
     torch.testing.assert_close(long[key][:, :clip], first[key][:, :clip])
     torch.testing.assert_close(long[key][:, clip : 2 * clip], rest[key][:, :clip])
     assert long[key].shape[1] == 2 * clip + (first[key].shape[1] - clip if t5 else 0)
-    # beside a long prompt a short one gets an empty chunk
+    # in a batch with a long prompt, a short prompt is padded with an empty chunk
     both = base.encode_prompts(["a hat", f"{CHUNK} a hat"])[key]
     torch.testing.assert_close(both[1:], long[key], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(both[:1], base.encode_prompts(["a hat"], 2)[key], atol=1e-5, rtol=1e-4)
@@ -115,7 +115,7 @@ def test_text_encoders_leave_the_device_once_prompts_are_encoded_where_memory_is
     base, moves = wrap(families.make(family), family), []
     texts = [model for name, model in base.pipe.components.items() if name.startswith("text_encoder") and model is not None]
     here, there = torch.device("cuda", 0), torch.device("cpu")
-    for model in texts:  # they only say where they are: there may be no card
+    for model in texts:  # the device is only simulated, as there may be no GPU
         monkeypatch.setattr(type(model), "device", property(lambda self: getattr(self, "at", here)))
         monkeypatch.setattr(model, "to", lambda device, model=model: (moves.append(device), setattr(model, "at", device)))
     monkeypatch.setattr(type(base), "device", property(lambda _: here))
@@ -135,7 +135,7 @@ def test_text_encoders_leave_the_device_once_prompts_are_encoded_where_memory_is
     base.device_memory, free[0] = "auto", weigh // 2
     assert base.encode_prompts(["a"])["at"] == [here] * len(texts)
     assert moves == [here] * len(texts) + [there] * len(texts)
-    cached = weigh  # what torch holds without using it counts as free
+    cached = weigh  # memory that torch has cached but doesn't use counts as free
     moves.clear()
     base.encode_prompts(["a"])
     assert moves == [here] * len(texts)
@@ -148,7 +148,7 @@ def test_text_encoders_leave_the_device_once_prompts_are_encoded_where_memory_is
 def test_a_long_prompt_draws_and_trains_beside_short_ones(base):
     hdb = HyperDreamBooth(base, "x")
     hat, beard = (hdb.generate([f"{CHUNK} a {word}", "a face"], steps=1, seed=1, guidance=2.0) for word in ("hat", "beard"))
-    if base.family != "flux":  # whose tiny T5 reads letters
+    if base.family != "flux":  # Flux's tiny T5 tokenizes single letters
         assert hat[0].tobytes() != beard[0].tobytes()
     for trains_text in (False, True):
         cache = PromptCache(base, trains_text=trains_text)
@@ -264,7 +264,7 @@ def test_all_five_stages(base, tmp_path):
     short = TrainingConfig(steps=2, learning_rate=1e-2, max_grad_norm=0.0)
     levels = NoiseLevels(mean=0.5)
     latents = noise_for(base, [1, 2])
-    # 1. lightweight DreamBooth, with a text encoder where there is one
+    # 1. lightweight DreamBooth, with text encoder layers if the family has any
     targets = (*base.default_targets, "text_encoder*.q_proj")
     config = TrainLightConfig(targets=targets, lightweight=TOKENS, levels=levels, copies=2, training=short)
     table, report = train_light(base, Subject(latents[None], "a face"), config, quiet=True)
@@ -275,7 +275,7 @@ def test_all_five_stages(base, tmp_path):
     settings = PreoptimizeConfig(lightweight=TOKENS, chunk=4, copies=1, training=short)
     rows = preoptimize(base, data, settings, tmp_path)
     assert len(rows) == 6
-    # 3. a hypernetwork of it, faithful, and one without a table
+    # 3. a faithful hypernetwork trained with that table, and a pro one without a table
     source = tiny_source(base)
     for mode in ("faithful", "pro"):
         training = TrainHypernetworkConfig(
@@ -285,7 +285,7 @@ def test_all_five_stages(base, tmp_path):
         source, report = train_hypernetwork(base, source.encoder, data, training, validation=data, table=known)
         assert report.finished
         assert torch.isfinite(torch.tensor(report.validations[-1]["identity_gain"]))
-    # 4. a person of it, 5. and pictures
+    # 4. a person's LoRA from the hypernetwork, and 5. pictures of the person
     info = HyperNetworkInfo("tiny", {}, {}, {})
     hdb = HyperDreamBooth(base, "tiny", source.eval(), info)
     me = hdb.personalize(picture(), steps=2, rank=2, copies=1, quiet=True)

@@ -1,4 +1,4 @@
-"""The commands from end to end on a tiny world: what they write, what they say, what they refuse."""
+"""The commands from end to end on a tiny world: their files, their output, and the inputs that they refuse."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def me(tmp_path, face):
 def test_personalize_writes_a_lora_a_preview_its_tokens_and_its_config(me):
     file = formats.read_lora(me)
     assert file.metadata["modelspec.trigger_phrase"] == "a [V] face"
-    assert max(lora.rank for lora in file.loras.values()) == 3  # predicted 1 + residual 2
+    assert max(lora.rank for lora in file.loras.values()) == 3  # rank 1 of the prediction + rank 2 of the residual
     assert photos.read_png_metadata(me.with_suffix(".png"))["ai_generated"] == "true"
     assert formats.is_tokens(me.with_suffix(".tokens"))
     assert json.loads(me.with_suffix(".json").read_text())["base"] == "toon"
@@ -151,7 +151,7 @@ def test_an_interrupted_personalize_goes_on_and_leaves_nothing(tmp_path, face, m
     from hyperdreambooth.stages import dreambooth
 
     out = tmp_path / "out"
-    common = ["personalize", face, "--steps", 4, "--device", "cpu"]  # bit for bit
+    common = ["personalize", face, "--steps", 4, "--device", "cpu"]  # results must be bit-identical, so all runs use the CPU
     assert run(*common, "-o", out / "whole.safetensors") == 0
     real, calls = dreambooth.denoising_loss, []
 
@@ -165,7 +165,7 @@ def test_an_interrupted_personalize_goes_on_and_leaves_nothing(tmp_path, face, m
     assert run(*common, "-o", out / "me.safetensors") == 130
     assert not (out / "me.safetensors").exists()
     assert run(*common, "-o", out / "me.safetensors") == 0
-    assert len(calls) == 3 + 2  # the third step again, and the fourth
+    assert len(calls) == 3 + 2  # the resumed run repeats the third step and does the fourth
     assert not [file for file in out.iterdir() if file.name.startswith(".")]
     whole, resumed = (formats.read_lora(out / f"{name}.safetensors").loras for name in ("whole", "me"))
     assert all(torch.equal(whole[path].up, resumed[path].up) for path in whole)
@@ -194,7 +194,7 @@ def test_a_config_file_gives_the_flags(tmp_path, face, capsys):
         (tmp_path / "bad.yaml").write_text(text)
         assert run("personalize", face, "-o", tmp_path / "b.safetensors", "--config", tmp_path / "bad.yaml") == 2
         assert says in capsys.readouterr().err
-    assert run("personalize", "--config", tmp_path / "a.json", "--overwrite") == 0  # what was saved is a config again
+    assert run("personalize", "--config", tmp_path / "a.json", "--overwrite") == 0  # saved settings are valid as --config
 
 
 def test_generate_makes_pictures_that_say_what_they_are(tmp_path, me):
@@ -217,7 +217,7 @@ def test_generate_makes_pictures_that_say_what_they_are(tmp_path, me):
     assert settings["seed"] == 6
     assert settings["loras"][0] == [str(me), 0.9]
     assert "trainedAlgorithmicMedia" in metadata["XML:com.adobe.xmp"]
-    # the same seed gives the same picture
+    # the same seed must give the same picture
     assert (
         run(
             "generate",
@@ -236,7 +236,7 @@ def test_generate_makes_pictures_that_say_what_they_are(tmp_path, me):
         == 0
     )
     again, before = (np.asarray(Image.open(folder / "01-6.png")).astype(int) for folder in (tmp_path / "again", out))
-    assert np.abs(again - before).max() <= 1  # a batch of another size rounds differently
+    assert np.abs(again - before).max() <= 1  # rounding depends on the batch size
 
 
 def test_generate_takes_token_files_and_no_lora_at_all(tmp_path, me):
@@ -270,11 +270,11 @@ def test_info_targets_export_and_mix(tmp_path, me, capsys):
     )
     assert run("mix", me.with_suffix(".tokens"), me.with_suffix(".tokens"), "-o", tmp_path / "equal.safetensors") == 0
     again = formats.read_lora(tmp_path / "k.safetensors").metadata
-    assert again["modelspec.title"] == "k"  # a copy speaks of itself
+    assert again["modelspec.title"] == "k"  # the title is the copy's own file name
     one, both, equal = (formats.read_lora(tmp_path / f"{name}.safetensors").loras for name in ("e", "m", "equal"))
     path = next(iter(one))
     torch.testing.assert_close(one[path].delta(), both[path].delta(), atol=1e-2, rtol=1e-2)
-    torch.testing.assert_close(one[path].delta(), equal[path].delta(), atol=1e-2, rtol=1e-2)  # without weights, equal shares
+    torch.testing.assert_close(one[path].delta(), equal[path].delta(), atol=1e-2, rtol=1e-2)  # default: equal weights
 
 
 def test_the_papers_numbers_come_out_of_the_published_architecture(capsys):
@@ -501,7 +501,7 @@ def test_ctrl_c_says_so(monkeypatch, face, tmp_path, capsys):
 def test_settings_say_where_they_came_from_and_can_be_given_back(me, face, tmp_path, capsys):
     saved = me.with_suffix(".json")
     said = json.loads(saved.read_text())["resolved"]
-    assert "steps = 3 (hypernetwork)" in said  # the tiny world's own
+    assert "steps = 3 (hypernetwork)" in said  # the default of the tiny world's hypernetwork
     assert "copies = 4 (default)" in said
     more = ["--tokens", tmp_path / "again.tokens", "--copies", 2, "--verbose"]
     assert run("personalize", face, "--config", saved, "-o", tmp_path / "again.safetensors", *more) == 0

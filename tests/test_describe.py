@@ -1,4 +1,4 @@
-"""What a photo shows, told by the denoiser alone."""
+"""Descriptions of a photo, chosen by the denoiser's loss alone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_photos_are_described_as_if_alone_each_under_its_own_lora(backbone, late
     small = describe(backbone, latents, SLOTS, predicted, batch=1)
     assert together == alone == small
     assert all(text.startswith("a") and "[V] face" in text for text in together)
-    with applied(backbone.components, predicted):  # the hooks are gone afterwards
+    with applied(backbone.components, predicted):  # raises if hooks of `describe` were left on the model
         pass
     assert not any(module._forward_hooks for module in backbone.components.modules())
 

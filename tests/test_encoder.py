@@ -1,4 +1,4 @@
-"""Vision models of transformers as encoders: tiny random ones, from a folder as they are saved."""
+"""Vision models of transformers as encoders: tiny random ones, loaded from folders in the published format."""
 
 from __future__ import annotations
 

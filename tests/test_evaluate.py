@@ -1,4 +1,4 @@
-"""The protocol on a tiny random base, random judges and three people."""
+"""The evaluation protocol on a tiny random base, random judges and three people."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_every_way_of_ours_is_measured(rows):
     assert results["reconstruction"]["pixel_distance"][0] > 0
     drawn = {name: drawn_of(rows, name, method) for name, method in OURS.items()}
     assert all(pictures.shape == (PEOPLE, 2, 1, 3, 64, 64) for pictures in drawn.values())
-    # the same network as "faithful" is the same row, drawn again: the rows share their seeds
+    # here "faithful" has the same network as "prediction", and rows share seeds, so its pictures must be equal
     assert torch.equal(drawn["faithful"], drawn["prediction"])
     different = [drawn[name] for name in DRAWN]
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(different, 2))
@@ -118,7 +118,7 @@ def test_a_guided_method_draws_the_updates_of_the_one_before_it(rows, monkeypatc
     rows.make("finetuned+guidance", METHODS["finetuned+guidance"], range(2))
     both = [drawn_of(some, "finetuned+guidance", METHODS["finetuned+guidance"], 2) for some in (rows, alone)]
     torch.testing.assert_close(*both, atol=2 / 127.5, rtol=0)
-    with pytest.raises(TypeError):  # others' updates aren't theirs
+    with pytest.raises(TypeError):  # updates of other people must not be reused
         rows.make("finetuned+guidance", METHODS["finetuned+guidance"], range(2, PEOPLE))
 
 
@@ -239,7 +239,7 @@ def test_every_method_changes_its_person_and_leaves_the_base_as_it_was(bench, na
     drawn, base = bench.pictures(name, SHORT[name], 3, 0), bench.pictures("base", METHODS["base"], 0, 0)
     named = [index for index, prompt in enumerate(bench.prompts) if "[V]" in prompt]
     assert all(not torch.equal(drawn[index], base[index]) for index in named)
-    if SHORT[name].kind == "words":  # it learns a word: who doesn't say it never meets the person
+    if SHORT[name].kind == "words":  # textual inversion: prompts without the learned word must not change
         assert all(torch.equal(drawn[index], base[index]) for index in range(len(bench.prompts)) if index not in named)
 
 
@@ -307,7 +307,7 @@ def test_a_search_finds_the_settings_with_the_least_distance(bench, tmp_path, ca
     own = {"DreamBooth-LoRA 4": {"best": {**best, "rate": 0.25, "steps": 9}}, "DreamBoth": {"best": best}}
     write_json(file, {"search": {"no hypernetwork, 25 steps": {"best": best}, **own}})
     changed = comparison.with_settings(METHODS, file)
-    assert (changed["DreamBooth-LoRA 4"].rate, changed["DreamBooth-LoRA 4"].steps) == (0.25, 9), "its own entry goes first"
+    assert (changed["DreamBooth-LoRA 4"].rate, changed["DreamBooth-LoRA 4"].steps) == (0.25, 9), "a method's own entry must take precedence"
     assert (changed["DreamBooth-LoRA 16"].rate, changed["DreamBooth-LoRA 16"].steps) == (0.5, 60)
     assert "'DreamBoth' is left out" in capsys.readouterr().err
     for best, said in (
@@ -344,7 +344,7 @@ def test_the_quick_form_compares_all_methods_and_reports(tmp_path, evaluated):
     page = out.with_suffix(".html").read_text()
     for name in found["rows"]:
         assert f"| {name} |" in table
-        assert page.count(f"<td>{name}</td>") >= 2  # in the table, and beside its pictures
+        assert page.count(f"<td>{name}</td>") >= 2  # in the table, and next to its pictures
     assert "http" not in page.replace("http://www.w3.org", "")
     ElementTree.fromstring(out.with_suffix(".svg").read_text())
     drawn = sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors"))
@@ -413,7 +413,7 @@ def test_what_is_measured_with_the_same_settings_on_as_many_people_is_kept(tmp_p
     assert {name: second["rows"][name] for name in first["rows"]} == first["rows"]
     assert set(second["methods"]) == set(second["rows"])
     shown = out.with_suffix(".md").read_text()
-    shutil.rmtree(out.with_suffix(".cache"))  # figures from elsewhere come without their pictures
+    shutil.rmtree(out.with_suffix(".cache"))  # figures may come from another machine, without the pictures
     monkeypatch.setattr(Bench, "draw", None)
     assert evaluated("--methods", "hypernetwork", "--people", 2, "-o", out) == 0
     assert json.loads(out.read_text())["rows"] == second["rows"]
@@ -468,7 +468,7 @@ def test_a_plot_shows_every_line_and_takes_zeros():
     assert {"a <b>", "c", "100"} <= set(texts)
     assert sum(element.tag.endswith("circle") for element in drawn.iter()) == 4
     assert report.plot({"one": [(5, 0.0)]}, "steps", "similarity")
-    faceless = {"one": [{"steps": 5, "dlib.rank1": [0, 0, 0]}]}  # no picture shows a face, so that there is no likeness
+    faceless = {"one": [{"steps": 5, "dlib.rank1": [0, 0, 0]}]}  # no picture shows a face, so there is no similarity
     assert ElementTree.fromstring(report.curves(faceless, "steps", "dlib.similarity")) is not None
 
 

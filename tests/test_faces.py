@@ -1,4 +1,4 @@
-"""Faces of a real photograph: found at any tilt, turned upright, chosen by size."""
+"""Face detection in a real photograph: at any tilt, with upright crops, the largest face first."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def upright(astronaut) -> faces.Face:
 
 
 def test_a_real_face_is_found(upright):
-    assert math.dist((upright.x, upright.y), (225, 106)) < 8  # just below the middle between the eyes
+    assert math.dist((upright.x, upright.y), (225, 106)) < 8  # just below the midpoint between the eyes
     assert 80 < upright.side < 120
     assert upright.score > faces.SURE
     assert abs(upright.roll) < 5  # she holds her head nearly straight
@@ -45,7 +45,7 @@ def test_tilted_faces_are_turned_upright(astronaut, upright, angle):
     x, y = upright.x - 256, upright.y - 256
     where = x * math.cos(turn) - y * math.sin(turn) + tilted.width / 2, x * math.sin(turn) + y * math.cos(turn) + tilted.height / 2
     assert math.dist((found[0].x, found[0].y), where) < 0.1 * upright.side
-    # the crop is the upright photo's crop, nearly: far nearer than the tilted photo's own pixels are
+    # the crop is nearly that of the upright photo, much closer than an unrotated crop of the tilted photo
     reference, aligned, as_it_is = (
         np.asarray(faces.crop_face(image, face).resize((64, 64)).convert("L"), float)[16:48, 16:48]
         for image, face in ((astronaut, upright), (tilted, found[0]), (tilted, found[0]._replace(roll=0.0)))
@@ -89,7 +89,7 @@ def test_a_crop_that_leaves_the_picture_is_moved_inside_or_cut(astronaut):
     assert faces.crop_face(astronaut, edge).size == (194, 194)
     assert faces.crop_face(astronaut, edge._replace(side=900)).size == (512, 512)
     turned = faces.crop_face(astronaut, edge._replace(side=900, roll=45.0))
-    assert turned.width == turned.height == pytest.approx(512 / math.sqrt(2), abs=1)  # no corner from outside
+    assert turned.width == turned.height == pytest.approx(512 / math.sqrt(2), abs=1)  # the crop must not reach outside the photo
 
 
 def test_several_faces_and_none(tmp_path, astronaut):
@@ -106,7 +106,7 @@ def test_several_faces_and_none(tmp_path, astronaut):
     first, none = photos.prepare(tmp_path / "two.png", 64, "face", 1)
     assert none == ""
     assert np.array_equal(np.asarray(large), np.asarray(first))
-    second, _ = photos.prepare(tmp_path / "two.png", 64, "center", 2)  # naming a face is asking for a crop
+    second, _ = photos.prepare(tmp_path / "two.png", 64, "center", 2)  # a face number implies a face crop
     assert not np.array_equal(np.asarray(second), np.asarray(first))
     with pytest.raises(InputError, match=r"no face 3; 2 were found"):
         photos.prepare(tmp_path / "two.png", 64, "face", 3)

@@ -1,4 +1,4 @@
-"""LoRA files against the readers of others, and the token file."""
+"""LoRA files in the readers of other libraries, and the token file."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_is_in_a_file_is_the_same_with_torch_and_without(backbone, tmp_path
     loras = random_loras(backbone, rank=2, patterns=(TEXT, *backbone.default_targets))
     path = formats.save_lora(tmp_path / "a.safetensors", loras, {"modelspec.trigger_phrase": "a [V] face"}, dtype=dtype)
     quick = header.describe(path)
-    assert (quick is None) == (dtype == torch.bfloat16)  # which numpy lacks
+    assert (quick is None) == (dtype == torch.bfloat16)  # numpy has no bfloat16
     monkeypatch.setattr(header, "describe", lambda _: None)
     whole = formats.describe(path)
     assert whole["components"].startswith("text_encoder ")
@@ -72,7 +72,7 @@ def test_what_is_in_a_file_is_the_same_with_torch_and_without(backbone, tmp_path
     tensors = load_file(path)
     damaged = {**tensors, next(iter(tensors)): next(iter(tensors.values())) * torch.nan}, dict(list(tensors.items())[1:])
     monkeypatch.undo()
-    for content in damaged:  # left to those who say what is wrong
+    for content in damaged:  # the quick reader returns None, and the full reader reports the error
         save_file(content, path)
         assert header.describe(path) is None
         with pytest.raises(InputError):
@@ -240,7 +240,7 @@ def test_alphas_in_the_header_are_folded_in_as_diffusers_does(backbone, tmp_path
         torch.testing.assert_close(lora.delta(), theirs[layer.removeprefix("unet.")].get_delta_weight("default_0"), atol=1e-5, rtol=1e-4)
     raw = state[f"{MID}.lora_B.weight"] @ state[f"{MID}.lora_A.weight"]
     torch.testing.assert_close(file.loras[f"unet.{MID}"].delta(), raw * scale)
-    # a copy is the same update, whoever reads it
+    # a saved copy must be the same update in every reader
     copy = formats.save_lora(tmp_path / "copy.safetensors", file.loras, file.metadata, dtype=torch.float32)
     same(formats.read_lora(copy, backbone.components).loras, file.loras)
 

@@ -1,4 +1,4 @@
-"""GGUF files: a quantized denoiser, the rest from other files."""
+"""GGUF files: a quantized denoiser, with the other models from separate files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_gguf_denoiser_trains_and_draws_with_the_rest_from_parts(small, tmp_pa
         torch.testing.assert_close(value, plain.denoiser.get_parameter(key), atol=0.02, rtol=0.01)
     kinds = [type(layer).__name__ for layer in packed.denoiser.modules() if isinstance(layer, nn.Linear)]
     assert kinds.count("GGUFLinear") > len(kinds) / 2
-    for name in packed.text_components:  # the tiny ones know 64 words
+    for name in packed.text_components:  # the tiny text encoders have a vocabulary of 64 tokens
         getattr(packed.pipe, name).resize_token_embeddings(49408)
     hdb = HyperDreamBooth(packed, "base")
     me = hdb.personalize(picture(3), steps=20, crop="center", quiet=True, learning_rate=1e-2, copies=2)

@@ -1,6 +1,4 @@
-"""The heads world: the same bits for the same names, what contexts do to pictures, the rasterizer against its definition, the gate's
-arithmetic.
-"""
+"""The heads world: reproducible renders, the effect of contexts, the rasterizer against its definition, and the gates' arithmetic."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ def seen(scene, without: int = 255) -> np.ndarray:
     screen = np.empty((len(scene.points), 3), np.float32)
     lens = np.float32(renderer.DISTANCE), np.float32(renderer.DISTANCE / renderer.SPAN)
     raster.camera_screen(scene.points, len(screen), *lens, renderer.CENTER, 128, screen)
-    kept = np.flatnonzero(scene.materials != without)  # all that goes lies behind the closed part of the head
+    kept = np.flatnonzero(scene.materials != without)  # the removed triangles are behind the closed part of the head
     depth, owner = np.full((128, 128), raster.EMPTY), np.full((128, 128), -1, np.int32)
     faces = np.ascontiguousarray(scene.triangles[kept])
     raster.rasterize(screen, faces, len(kept), scene.closed, depth, owner, np.empty((128, 128, 2), np.float32))
@@ -104,7 +102,7 @@ def test_light_has_a_side_and_a_strength():
     means = {light: picture[face].mean() for light, picture in pictures.items()}
     assert means["night"] < 0.75 * means["studio"]
     sun = pictures["sun"][face].mean((0, 2))
-    assert sun[-8:].mean() > sun[:8].mean() + 15  # the sun comes from the picture's right
+    assert sun[-8:].mean() > sun[:8].mean() + 15  # the sun shines from the right side of the picture
     lamp = pictures["lamp"][face].mean((0, 1))
     assert lamp[0] - lamp[2] > 15 + pictures["studio"][face].mean((0, 1))[0] - pictures["studio"][face].mean((0, 1))[2]
 
@@ -122,7 +120,7 @@ def test_things_on_the_head_change_the_top_of_the_picture_alone(name):
     changed = np.abs(small(one, replace(PLAIN, headwear=name, headwear_color="teal")) - small(one, PLAIN)).mean(-1)
     assert changed[:26].mean() > 3 or name == "headphones"
     assert changed.max() > 30
-    if name != "headscarf":  # that one covers the neck too
+    if name != "headscarf":  # a headscarf also covers the neck
         assert changed[48:, 24:40].mean() < 4
 
 
@@ -170,7 +168,7 @@ def test_a_cap_covers_hair():
         assert (scene.materials[full[cap]] == HAIR).mean() < 0.02
 
 
-@pytest.mark.parametrize("k", [5, 315])  # an afro, an uneven skull
+@pytest.mark.parametrize("k", [5, 315])  # an afro; an asymmetric skull
 def test_heads_stay_inside_their_caps(k):
     scene = renderer.build(person(k), replace(PLAIN, headwear="cap"))
     shown = scene.materials[seen(scene)[20:64, 64]]
@@ -263,7 +261,7 @@ def test_the_rasterizer_covers_what_triangles_cover():
         inside = (solved.min(-1) >= 0) & (solved.sum(-1) <= 1) & (z < nearest)
         nearest, who = np.where(inside, z, nearest), np.where(inside, t, who)
     assert (who >= 0).sum() > 200
-    assert (who == owner).mean() > 0.99  # edges may round either way
+    assert (who == owner).mean() > 0.99  # pixels at edges may differ by rounding
     same = who == owner
     np.testing.assert_allclose(depth[same & (who >= 0)], nearest[same & (who >= 0)], atol=1e-3)
     shadow = np.full((24, 24), raster.EMPTY)
@@ -294,7 +292,7 @@ def test_a_crowd_is_a_hundred_and_a_missing_face_is_a_miss():
     assert all(gates.rank_one(gallery, found))
     found[3], found[4] = None, gallery[5]
     gallery[7] = None
-    found[150] = gallery[20]  # the same face in the other crowd is no mistake of this one's
+    found[150] = gallery[20]  # an identical face in another crowd must not count as an error
     gallery[150] = gallery[20]
     right = gates.rank_one(gallery, found)
     assert [k for k, yes in enumerate(right) if not yes] == [3, 4, 7]
@@ -309,7 +307,7 @@ def test_principal_components_rebuild_what_lies_in_their_span():
     weights = generator.uniform(0, 0.4, (24, 8, 8, 10))
     pictures = np.einsum("nijk,kabc->niajbc", weights, basis).reshape(24, 128, 128, 3).round().astype(np.uint8)
     psnr = gates.linear_reconstruction(pictures, 4)
-    assert psnr["8 x 8 x 64"] > 50  # ten directions and rounding
+    assert psnr["8 x 8 x 64"] > 50  # ten directions span these pictures, except for rounding
     noise = generator.integers(0, 256, (24, 128, 128, 3)).astype(np.uint8)
     assert gates.linear_reconstruction(noise, 4)["8 x 8 x 64"] < 15
 
@@ -327,7 +325,7 @@ def test_shards_hold_what_their_names_say(few):
     file = pictures.shard_file(few / "pictures", "test", 0)
     before = file.stat().st_mtime_ns
     assert pictures.draw(few / "pictures", "test", 0) == file
-    assert file.stat().st_mtime_ns == before  # it was there
+    assert file.stat().st_mtime_ns == before  # the existing file must be kept
     data = pictures.Pictures.load(few / "pictures", "test")
     assert len(data) == 4 * pictures.EACH
     index = 2 * pictures.EACH + 3
@@ -397,7 +395,7 @@ def test_the_chain_runs_from_pictures_to_a_hypernetwork_that_draws(few, capsys):
     latents = hdb.backbone.encode_images(train.to_tensor(data[np.arange(8)]))
     assert latents.shape == (8, 24, 8, 8)
     rebuilt = hdb.backbone.decode_images(latents)
-    assert train.psnr(rebuilt, train.to_tensor(data[np.arange(8)]))["psnr"] > 17  # twenty training pictures made its components
+    assert train.psnr(rebuilt, train.to_tensor(data[np.arange(8)]))["psnr"] > 17  # low, as only twenty pictures were trained on
     assert hdb.describe(latents[:1])[0].startswith("a photo of a [V] face")
 
 
@@ -412,7 +410,7 @@ def test_the_protocol_asks_for_what_it_draws(tmp_path):
     assert all("[V]" in prompt for prompt in atlas.prompts)
     assert "santa hat" in atlas.prompts[5]
     assert not atlas.seen[5]
-    again, _ = protocol.test_people(tmp_path, dlib, 2)  # from what was kept
+    again, _ = protocol.test_people(tmp_path, dlib, 2)  # from the cached results
     assert torch.equal(again.truths, atlas.truths)
     right, left = (protocol.nose(dlib, atlas.truths[:1, index])[0] for index in (1, 2))
-    assert right > 0 > left, "a head that turns to the picture's right has its nose there"
+    assert right > 0 > left, "the nose must be on the side to which the head turns"

@@ -1,4 +1,4 @@
-"""Uploading and fetching against a hub on loopback that speaks the real one's HTTP; cards."""
+"""Uploads to and downloads from a hub on loopback with the real hub's HTTP API, and model cards."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_hypernetwork_goes_up_and_comes_down(server, tiny_world, tmp_path):
     assert run("push", folder, "ann/hyper") == 0
     assert server.made["ann/hyper"]["visibility"] == "private"
     encoder = {f"encoder/{name}" for name in ("config.json", "model.safetensors", "preprocessor_config.json")}
-    assert set(server.files) == {"README.md", "config.json", "model.safetensors", *encoder}  # neither photos nor paths of this machine
+    assert set(server.files) == {"README.md", "config.json", "model.safetensors", *encoder}  # neither photos nor files with local paths
     source, info = load_hypernetwork("ann/hyper")
     assert info.base == "toon"
     expected, _ = load_hypernetwork(folder)
@@ -137,7 +137,7 @@ def test_a_lora_goes_up_with_consent_alone_and_with_a_card(server, me, capsys):
     assert not server.made
     assert not server.files
     assert run("push", me, "ann/face", "--yes") == 0
-    assert set(server.files) == {"README.md", "me.safetensors", "me.png"}  # not me.json, which has paths of this machine
+    assert set(server.files) == {"README.md", "me.safetensors", "me.png"}  # not me.json, which has local paths
     assert server.files["me.safetensors"] == me.read_bytes()
     card = server.files["README.md"].decode()
     front = yaml.safe_load(card.split("---")[1])
@@ -148,7 +148,7 @@ def test_a_lora_goes_up_with_consent_alone_and_with_a_card(server, me, capsys):
 
 
 def test_a_photo_is_never_uploaded(server, me, tmp_path):
-    picture(4).save(tmp_path / "me.png")  # in place of the preview
+    picture(4).save(tmp_path / "me.png")  # an ordinary picture that replaces the generated preview
     assert run("push", me, "ann/face", "--yes") == 0
     assert set(server.files) == {"README.md", "me.safetensors"}
     assert "![" not in server.files["README.md"].decode()
@@ -165,7 +165,7 @@ def test_what_cant_be_uploaded_is_one_line(server, tmp_path, capsys, me):
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch, tmp_path, capsys, me, face):
-    point(monkeypatch, "http://127.0.0.1:9", tmp_path)  # the discard port: nobody listens
+    point(monkeypatch, "http://127.0.0.1:9", tmp_path)  # the discard port, where nothing listens
     refused(capsys, "Check the network", "push", me, "ann/face", "--yes")
     refused(capsys, "ann/hyper is neither a folder nor a model on the hub that can be reached", "personalize", face, "--hypernetwork", "ann/hyper", "-o", tmp_path / "x.safetensors")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Names of layers in other people's files, against the converters of diffusers."""
+"""Layer names in LoRA files of other tools, compared with diffusers' converters."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_one_by_one_convolutions_are_linear_layers(tmp_path, layout):
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-3)
     assert (found - plain).abs().max() > 1e-2
     again = formats.save_lora(tmp_path / "b.safetensors", file.loras, {}, dtype=torch.float32, convolutions=file.convolutions)
-    sd().load_lora_weights(str(again))  # a matrix in a convolution's place would raise
+    sd().load_lora_weights(str(again))  # would raise if a convolution's update were a matrix
 
 
 def test_larger_convolutions_are_one_error(tmp_path):

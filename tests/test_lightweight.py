@@ -1,4 +1,4 @@
-"""Tokens: aux matrices from their recipe, gauges, fingerprints; and the sources built on them."""
+"""Tokens: aux matrices from their recipe, gauge fixing, fingerprints; and the sources of updates built on them."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_aux_matrices_are_orthonormal_and_follow_from_the_recipe():
         down, up = a.aux(path)
         torch.testing.assert_close(down @ down.mT, torch.eye(10), atol=1e-5, rtol=0)
         torch.testing.assert_close(up.mT @ up, torch.eye(8), atol=1e-5, rtol=0)
-        assert torch.equal(down, b.aux(path)[0])  # by path, never by position
+        assert torch.equal(down, b.aux(path)[0])  # aux matrices depend on the layer's path, not its index
     assert not torch.equal(a.aux("unet.a")[0], LightweightLora(TARGETS, LightweightConfig(1, 10, 8, seed=1)).aux("unet.a")[0])
-    # pinned: other machines and versions must draw the same numbers
+    # pinned values: all machines and versions must generate the same numbers
     torch.testing.assert_close(orthonormal(2, 3, "key"), torch.tensor(PINNED), atol=1e-5, rtol=0)
 
 
@@ -105,7 +105,7 @@ def test_identities_start_alike_with_a_gradient():
     assert torch.equal(table.tokens[0], table.tokens[2])
     sum(lora.delta().sum() for lora in loras.values()).backward()
     assert table.tokens.grad[0].abs().max() > 0
-    assert table.tokens.grad[1].abs().max() == 0  # not in the batch
+    assert table.tokens.grad[1].abs().max() == 0  # this identity isn't in the batch
 
 
 def test_an_untrained_hypernetwork_predicts_no_update_but_learns():

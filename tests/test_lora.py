@@ -1,4 +1,4 @@
-"""The hooks against references that don't use them: PEFT, and weights merged by hand."""
+"""The LoRA hooks compared with PEFT and with manually merged weights."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_gradients_equal_merged_weights_with_and_without_checkpointing(checkpoin
         denoise(backbone, x).square().sum().backward()
     path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     found = loras[path].down.grad.clone()
-    # the same by functional merging, one sample at a time
+    # the same gradients by functional merging, one sample at a time
     for index in range(2):
         single = loras.select(index).map(lambda t: t.detach().clone().requires_grad_())
         plain = StableDiffusion(tiny_pipe())

@@ -1,6 +1,6 @@
-"""LoRA files of every spelling, family and kind through one door: what each does to the base's weights, and what is refused.
+"""LoRA files of every spelling, family and kind through one reader: their effect on the base's weights, and the files that are refused.
 
-The right value is PEFT's or diffusers' own, or, of a spelling that they don't read, what the names say.
+The expected values come from PEFT or diffusers, or, for a spelling that neither reads, from the meaning of the tensor names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hyperdreambooth.formats.lora_file import CARRIERS
 from .families import make
 from .test_hub import server
 
-assert server  # a fixture: a hub on loopback
+assert server  # `server` is a fixture, a hub on loopback
 
 PIPES = {}
 
@@ -71,7 +71,7 @@ def written(tmp_path, tensors, name="a.safetensors", **metadata):
     return tmp_path / name
 
 
-# --- key style x family x content: layers by the base's own names
+# --- key style x family x content: layers with diffusers' names
 
 UNET = ("sd1", "sd2", "sdxl")
 ATTENTION = {
@@ -127,7 +127,7 @@ def spelled(spelling, path, down, up, alpha=None):
 )
 def test_any_spelling_of_any_family_means_the_same(tmp_path, family, spelling, layers, rank, alpha, dtype, strength):
     pipe = pipeline(family)
-    alpha = None if SPELLINGS[spelling][1] == "older" else alpha  # it had none
+    alpha = None if SPELLINGS[spelling][1] == "older" else alpha  # the older format has no alpha
     tensors, expected = {}, {}
     width = 64 if family in UNET else 32
     for layer in layers:
@@ -169,11 +169,11 @@ def test_t5_is_found_wherever_a_family_has_it(tmp_path, family, component, prefi
     down, up = torch.randn(2, 32), torch.randn(16, 2)
     path = written(tmp_path, {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up})
     same(effect(pipeline(family), path), {f"{component}.{layer}": up @ down})
-    with pytest.raises(InputError, match=r"one with T5.*lacks"):  # and a base without T5 says so
+    with pytest.raises(InputError, match=r"one with T5.*lacks"):  # a base without T5 is refused with this reason
         effect(pipeline("sd3-no-t5"), path)
 
 
-# --- names by the original code
+# --- names of the original code
 
 
 @pytest.mark.parametrize("family", UNET)
@@ -231,7 +231,7 @@ def test_layers_that_are_several_in_one_are_taken_apart(tmp_path, family, origin
     prefix = "lora_unet_" + original.replace(".", "_")
     tensors = {f"{prefix}.lora_down.weight": down, f"{prefix}.lora_up.weight": up, f"{prefix}.alpha": torch.tensor(1.5)}
     change, whole = 0.5 * up @ down, torch.cat([module.weight.detach() for module in modules])
-    if swapped:  # the original has shift before scale
+    if swapped:  # the original code has shift before scale
         whole = whole.roll(outputs // 2, 0)
     if dora:
         tensors[f"{prefix}.dora_scale"] = scale
@@ -250,7 +250,7 @@ def test_every_original_name_of_sd3_is_a_layer(family):
     assert {path for path in layers if "blocks.1." not in path} == found | {"transformer.context_embedder"}
 
 
-# --- kinds: PEFT makes the content, and says what it does to a layer
+# --- kinds: PEFT makes the tensors, and the expected effect on a layer
 
 LINEAR, CONVOLUTION = "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj", "down_blocks.1.resnets.0.conv1"
 LORA = {"r": 3, "lora_alpha": 6, "init_lora_weights": False, "target_modules": ["layer"]}
@@ -302,7 +302,7 @@ def test_a_kind_does_what_peft_does(tmp_path, kind, strength):
         expected[f"unet.{layer} bias"] = base.bias.detach() - before[f"unet.{layer} bias"]
     path = written(tmp_path, tensors)
     same(effect(pipe, (path, strength)), expected)
-    if kind != "LoRA":  # nobody's person, and it says which kind it is
+    if kind != "LoRA":  # other kinds can't be a person; the error names the kind
         with pytest.raises(InputError, match=f"is a {kind.split()[0]}.*generate --style"):
             formats.read_lora(path, root(pipe))
         assert kind.split()[0] in formats.describe(path)["kind"]
@@ -339,7 +339,7 @@ def test_full_differences_kohyas_cores_and_doras_of_inputs(tmp_path):
     )
 
 
-# --- against diffusers as a whole
+# --- whole files against diffusers
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "flux-dev"])
@@ -398,7 +398,7 @@ def test_the_second_of_two_doras_is_of_the_untouched_weights(tmp_path):
     same(both, {LAYER: one[LAYER] + other[LAYER]})
 
 
-# --- what isn't opened
+# --- files that are refused
 
 
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -513,7 +513,7 @@ def test_a_file_that_was_cut_off(tmp_path):
         effect(pipeline("sd1"), path)
 
 
-# --- where a LoRA is
+# --- locations of LoRA files
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "my-style.safetensors"])

@@ -1,4 +1,4 @@
-"""The header of a LoRA file: what UIs group by, list and look up."""
+"""The header of a LoRA file: the metadata by which UIs group, list and look up LoRAs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def flux(guidance: bool):
 def test_the_base_is_named_by_what_it_is(make, architecture, version, second):
     about = formats.base_metadata(make(), "my/base", 512)
     assert about["modelspec.architecture"] == f"{architecture}/lora"
-    assert about["ss_base_model_version"] == version  # A1111 groups by these two
+    assert about["ss_base_model_version"] == version  # A1111 groups LoRAs by these two fields
     assert about["ss_v2"] == second
     assert about["modelspec.resolution"] == "512x512"
     assert about["ss_sd_model_name"] == "my/base"
@@ -84,11 +84,11 @@ def test_whatever_the_standard_demands_is_there(backbone, tmp_path):
     assert kind == "data:image/jpeg"
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (256, 128)
     assert len(data) < 40_000
-    assert len(formats.describe(path)["metadata"]["modelspec.thumbnail"]) < 60  # people don't read base64
+    assert len(formats.describe(path)["metadata"]["modelspec.thumbnail"]) < 60  # `describe` shortens the base64 data
 
 
 def test_hashes_are_of_the_tensors_as_they_lie_in_the_file(backbone, tmp_path):
-    loras = random_loras(backbone, rank=160)  # over 1 MB, where kohya's older hash begins
+    loras = random_loras(backbone, rank=160)  # the file must exceed 1 MB, the offset at which kohya's older hash starts
     about = formats.base_metadata(backbone.pipe, "toon", 64)
     path = formats.save_lora(tmp_path / "a.safetensors", loras, about, layout="kohya")
     content = path.read_bytes()
@@ -101,7 +101,7 @@ def test_hashes_are_of_the_tensors_as_they_lie_in_the_file(backbone, tmp_path):
     bare = safetensors.torch.save(tensors, {key: value for key, value in header.items() if key.startswith("ss_")})
     assert len(bare) > 0x110000
     assert header["sshs_legacy_hash"] == hashlib.sha256(bare[0x100000:0x110000]).hexdigest()[:8]
-    # what a user edits in the header changes neither
+    # a user's edits in the header must change neither hash
     again = formats.save_lora(tmp_path / "b.safetensors", loras, about | {"modelspec.author": "bob"}, layout="kohya")
     with safe_open(str(again), framework="pt") as file:
         assert file.metadata()["sshs_legacy_hash"] == header["sshs_legacy_hash"]

@@ -1,4 +1,4 @@
-"""Metrics by hand."""
+"""Metrics compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ EYE = torch.eye(3)
 
 
 def test_ranks_count_who_is_nearer_than_oneself():
-    embedded = torch.stack([EYE, EYE.roll(1, 0)], 1)  # each person: once as oneself, once as a neighbor
-    # both strangers: one is nearer, and the other is no further away than oneself
+    embedded = torch.stack([EYE, EYE.roll(1, 0)], 1)  # two pictures of each person: one like that person, one like the neighbor
+    # for the second picture both others count: one is closer, and the other is tied with the person
     assert metrics.ranks(embedded, EYE).tolist() == [[0, 2], [0, 2], [0, 2]]
     assert metrics.similarity(embedded, EYE).tolist() == [[1, 0], [1, 0], [1, 0]]
 
@@ -61,7 +61,7 @@ def test_who_is_not_told_apart_is_not_recognized():
 def test_strangers_fill_the_gallery_up():
     mine, strangers = torch.eye(6)[:3], torch.eye(6)[3:]
     pictures = torch.stack([mine[0], strangers[1], mine[2]])[:, None]
-    assert metrics.ranks(pictures, mine)[:, 0].tolist() == [0, 2, 0]  # a tie with everyone counts against
+    assert metrics.ranks(pictures, mine)[:, 0].tolist() == [0, 2, 0]  # ties count as wrong
     assert metrics.ranks(pictures, torch.cat([mine, strangers]))[:, 0].tolist() == [0, 5, 0]
     nearly = torch.nn.functional.normalize(mine + 0.9 * strangers, dim=-1)[:, None]
     assert metrics.ranks(nearly, torch.cat([mine, strangers]))[:, 0].tolist() == [0, 0, 0]
@@ -69,7 +69,7 @@ def test_strangers_fill_the_gallery_up():
 
 def test_lookalikes_are_each_persons_nearest():
     gallery = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0], [-1, 0, 0]]), dim=-1)
-    # person 0's look-alike is number 3; a picture of just that one is wrong, one of person 1 meets nobody else
+    # person 0's look-alike is number 3: a picture that equals the look-alike is wrong, and one that equals person 1 has rank 0
     pictures = torch.stack([gallery[3], gallery[1]])[:, None]
     assert metrics.lookalike_ranks(pictures, gallery, 1)[:, 0].tolist() == [1, 0]
     assert metrics.lookalike_ranks(torch.stack([gallery[2], gallery[1]])[:, None], gallery, 1)[0, 0] == 1
@@ -103,7 +103,7 @@ def test_spearman_goes_by_order_alone():
     assert metrics.spearman(values, -values) == -1
     nan = torch.tensor(torch.nan)
     assert metrics.spearman(torch.cat([values, nan[None]]), torch.cat([values**3, nan[None]])) == 1
-    # by hand: ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4
+    # computed by hand from the ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4
     tied = metrics.spearman(torch.tensor([0.0, 1, 1, 2]), torch.tensor([0.0, 2, 1, 3]))
     assert tied == pytest.approx(4.5 / (4.5 * 5) ** 0.5, abs=1e-3)
     assert metrics.spearman(torch.ones(4), values[:4]) is None

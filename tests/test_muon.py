@@ -1,4 +1,4 @@
-"""Muon against torch's own, which knows single matrices alone, and AdamW for vectors."""
+"""Muon compared with torch's Muon, which supports single matrices only, and with AdamW for vectors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_matrix_gets_the_update_of_torch_s_muon(shape):
     mine, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     descend(Muon([mine], lr=0.1, weight_decay=0.2), [mine])
     descend(torch.optim.Muon([theirs], lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"), [theirs])
-    torch.testing.assert_close(mine, theirs, atol=5e-3, rtol=0.05)  # torch's iterates in bfloat16
+    torch.testing.assert_close(mine, theirs, atol=5e-3, rtol=0.05)  # torch's Muon iterates in bfloat16
     assert (mine - start).abs().max() > 0.1
 
 
@@ -59,7 +59,7 @@ def test_a_kernel_gets_the_update_of_one_matrix():
     start = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(4))
     kernel, matrix = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.flatten(1).clone())
     optimizers = Muon([kernel], lr=0.1), Muon([matrix], lr=0.1)
-    for seed in (5, 6):  # the second step meets the first one's momentum
+    for seed in (5, 6):  # the second step uses the momentum of the first
         kernel.grad = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
         matrix.grad = kernel.grad.flatten(1)
         for optimizer in optimizers:
@@ -75,7 +75,7 @@ def test_parameters_of_one_matrix_size_do_not_affect_one_another():
     optimizer = Muon(together, lr=0.1, weight_decay=0.2)
     alone = [torch.nn.Parameter(start.clone()) for start in starts]
     others = [Muon([parameter], lr=0.1, weight_decay=0.2) for parameter in alone]
-    for seed in (5, 6):  # the second step meets the first one's state
+    for seed in (5, 6):  # the second step uses the optimizer state of the first
         for index, (one, other) in enumerate(zip(together, alone, strict=True)):
             one.grad = torch.randn(one.shape, generator=torch.Generator().manual_seed(10 * seed + index))
             other.grad = one.grad.clone()

@@ -1,4 +1,4 @@
-"""One loader: every source and container gives the same picture; folders name what they don't take."""
+"""The photo loader: every source and container gives the same picture; skipped files of a folder are named."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .conftest import picture
 def test_all_sources_of_a_file_give_one_picture(tmp_path_factory, container, orientation, mode, bad_profile):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path_factory.mktemp("sources") / "photo.txt"  # the suffix says nothing
+    path = tmp_path_factory.mktemp("sources") / "photo.txt"  # the wrong suffix must not matter
     extra = {"icc_profile": b"no profile"} if bad_profile and container == "PNG" else {}
     picture(size=(48, 32)).convert(mode).save(path, container, exif=exif, **extra)
     loaded, note = photos.read_photo(path)
@@ -53,7 +53,7 @@ RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
     "values",
     [
         RAMP.astype(np.float16),
-        RAMP * 1.0001 - 0.00005,  # a resize leaves the range a little
+        RAMP * 1.0001 - 0.00005,  # resizing can exceed the range slightly
         RAMP * 255,
         RAMP * 2 - 1,
         (RAMP * 255).astype(np.uint16),
@@ -77,7 +77,7 @@ def test_numbers_are_read_by_the_range_they_have(values):
         (RAMP * 2, "0..2"),
         (RAMP * 5000 - 2000, "-2000..3000"),
         (np.where(RAMP > 0.5, np.nan, RAMP), "nan"),
-        (Image.fromarray((RAMP * 9).astype(np.float32)), "0..9"),  # light without an upper end: it was nearly black
+        (Image.fromarray((RAMP * 9).astype(np.float32)), "0..9"),  # unbounded linear light, which would be shown nearly black
         ((RAMP * 300).astype(int), "0..300"),
         (RAMP.astype(complex), "complex128"),
         (RAMP.astype(object), "object"),
@@ -128,7 +128,7 @@ def test_photos_come_in_every_form(tmp_path, wrap):
     picture(size=(64, 48)).save(path := tmp_path / "a.png")
     photo = wrap(path)
     assert photos.read_photos(photo, 32)[0].shape == (1, 3, 32, 32)
-    assert photos.read_photos(photo, 32)[0].shape == (1, 3, 32, 32)  # once more, from its start
+    assert photos.read_photos(photo, 32)[0].shape == (1, 3, 32, 32)  # again, to check that the stream is rewound
     pixels = np.asarray(picture(size=(64, 48)))
     assert photos.read_photos(np.stack([pixels, pixels]), 32)[0].shape == (2, 3, 32, 32)
     for wrong in (None, 3):
@@ -192,10 +192,10 @@ def test_auto_takes_the_face_or_says_that_it_took_the_middle(tmp_path):
     assert photos.prepare(tall, 64, "face")[0].tobytes() == found.tobytes() != photos.prepare(tall, 64, "center")[0].tobytes()
     for turn in (90, 180):
         turned, _ = photos.prepare(tall.rotate(turn, expand=True), 64)
-        assert np.abs(np.asarray(turned, float) - np.asarray(found, float)).mean() < 25  # the same face, upright again
+        assert np.abs(np.asarray(turned, float) - np.asarray(found, float)).mean() < 25  # the crop must be the same upright face
     _, note = photos.prepare(Image.new("RGB", (400, 300), "gray"), 64)
     assert "took the middle" in note
-    crop = astronaut.resize((250, 250))  # small pictures are crops already
+    crop = astronaut.resize((250, 250))  # small pictures are assumed to be cropped
     assert photos.prepare(crop, 64) == photos.prepare(crop, 64, "center")
 
 
@@ -211,7 +211,7 @@ def test_a_phones_heic_is_upright_and_whole(tmp_path):
     def read(write) -> tuple[Image.Image, str]:
         buffer = io.BytesIO()
         write(buffer)
-        (tmp_path / "photo").write_bytes(buffer.getvalue())  # told by its content
+        (tmp_path / "photo").write_bytes(buffer.getvalue())  # the format is detected from the content
         return photos.read_photo(tmp_path / "photo")
 
     upright, _ = read(lambda file: image.save(file, "HEIF", quality=95, exif=turned.tobytes()))

@@ -1,4 +1,4 @@
-"""The comparison on people of a folder: any base, any judges, no right answers."""
+"""The comparison of methods on a folder of people, for any base and any judges, without ground truth."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def folk(tmp_path: Path) -> Path:
     for person, name in enumerate(("ann", "bob", "cyd", "dan")):
         (folder / name).mkdir(parents=True)
         for number in range(3 if name == "ann" else 2):
-            picture(10 * person + number).save(folder / name / f"{number + 9}.png")  # 9, 10, 11: in this order
+            picture(10 * person + number).save(folder / name / f"{number + 9}.png")  # 9, 10, 11 must be sorted as numbers
     (folder / "dan" / "10.png").write_bytes(b"no picture")
     picture(50).save(folder / "eve.png")
     return folder
@@ -107,12 +107,12 @@ def test_any_base_is_measured_on_a_folder_of_people(family, folk, models, tmp_pa
     assert "<h2>ann, similarity" in page
     assert "dino:dino / resnet" in page
     assert "clip:clip prompt" in out.with_suffix(".md").read_text()
-    # again, and with another judge: nothing is drawn twice
+    # a second run, also with another judge, must reuse all pictures
     drawn = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*-*/*.safetensors"))
     assert measured(tmp_path / family, folk, out, *words) == 0
     assert json.loads(out.read_text())["rows"] == rows
     words[words.index(models / "resnet")] = "toon"
-    assert measured(tmp_path / family, folk, out, *words) == 2  # figures of other judges stand there
+    assert measured(tmp_path / family, folk, out, *words) == 2  # the output has figures of other judges
     assert measured(tmp_path / family, folk, out, *words, "--overwrite") == 0
     assert "toon.rank1" in json.loads(out.read_text())["rows"]["base"]
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*-*/*.safetensors")) == drawn
@@ -139,7 +139,7 @@ def test_people_are_read_by_name_and_who_shows_no_face_is_left_out(folk, capsys)
         expected = photos.read_photos([folk / name / "9.png"], 64)[0]
         torch.testing.assert_close(first[person : person + 1], expected)
         torch.testing.assert_close(seen[name]["colors"][:1], Colors().embed(expected))
-    Image.new("RGB", (64, 64)).save(folk / "ann" / "10.png")  # one of two others will do
+    Image.new("RGB", (64, 64)).save(folk / "ann" / "10.png")  # ann still has another readable photo
     Image.new("RGB", (64, 64)).save(folk / "bob" / "10.png")
     assert list(read_people(list_identities(folk), 64, {"colors": Colors()})[1]) == ["ann", "cyd"]
     assert "bob is left out, with 2 that can be read: colors finds no face" in capsys.readouterr().err
@@ -172,7 +172,7 @@ def test_figures_by_hand(bench, folk):
     for person in range(3):
         keep(bench, "base", person, torch.stack([own[(person + 1) % 3][1]] * 6))
     name, method = "DreamBooth-LoRA 4", METHODS["DreamBooth-LoRA 4"]
-    # ann: her other photo, and her reference; bob: cyd, and a black picture; cyd: his other photo twice
+    # pictures of ann: her other photo and her reference; of bob: cyd's and a black one; of cyd: his other photo twice
     black = -torch.ones(3, 64, 64)
     for person, asked in enumerate(([own[0][1], own[0][0]], [own[2][1], black], [own[2][1], own[2][1]])):
         keep(bench, name, person, torch.stack([*asked, own[person][1], own[(person + 1) % 3][1], own[0][0], own[0][0]]))
@@ -181,15 +181,15 @@ def test_figures_by_hand(bench, folk):
     gallery = [torch.nn.functional.normalize(seen["colors"][1:].mean(0), dim=-1) for seen in bench.photo_embeddings.values()]
     ann, cyd = [float(vectors[0][number] @ gallery[0]) for number in (1, 0)], float(vectors[2][1] @ gallery[2])
     similar = [sum(ann) / 2, float(vectors[2][1] @ gallery[1]), cyd]
-    assert found["colors.similarity"] == pytest.approx(sum(similar) / 3, abs=1e-3)  # the black one isn't in bob's mean
+    assert found["colors.similarity"] == pytest.approx(sum(similar) / 3, abs=1e-3)  # bob's mean leaves out the black picture
     alike = [[float(vectors[0][number] @ one) for one in gallery] for number in (1, 0)]
     right = sum(max(row) == row[0] for row in alike)
-    assert found["colors.rank1"] == pytest.approx((right + 0 + 2) / 6, abs=1e-3)  # it counts as wrong
+    assert found["colors.rank1"] == pytest.approx((right + 0 + 2) / 6, abs=1e-3)  # the black picture counts as wrong
     copies = [float(vectors[2][1] @ vectors[1][0]), float(vectors[2][1] @ vectors[2][0])]
     beyond = [float((seen["colors"][1:] @ seen["colors"][0]).mean()) for seen in bench.photo_embeddings.values()]
     own_copy = (float(vectors[0][1] @ vectors[0][0]) + 1) / 2 - beyond[0]
     assert found["colors.copying"] == pytest.approx((own_copy + copies[0] - beyond[1] + copies[1] - beyond[2]) / 3, abs=1e-3)
-    # the first of nobody's two pictures became the person, the second is the base's own
+    # of the two prompts that name nobody, the first gives the person, and the second the base's picture
     leaked = [float(vectors[p][1] @ gallery[p] - vectors[(p + 1) % 3][1] @ gallery[p]) / 2 for p in range(3)]
     assert found["colors.leakage"] == pytest.approx(sum(leaked) / 3, abs=1e-3)
     drifts = [1 - float(vectors[p][1] @ vectors[(p + 1) % 3][1]) for p in range(3)]
@@ -226,7 +226,7 @@ def test_costs_are_those_of_one_person_in_every_family(family, tmp_path, folk):
     costs = timed(bench, methods, rounds=1, steps=2)
     assert {name: cost["bytes"] > 0 for name, cost in costs.items()} == {name: name != "base" for name in methods}
     assert costs["DreamBooth"]["bytes"] == 2 * sum(weight.numel() for weight in hdb.backbone.denoiser.parameters())
-    assert costs["lightweight DreamBooth"]["bytes"] > 2 * costs["lightweight DreamBooth"]["numbers"]  # the LoRA, not its tokens
+    assert costs["lightweight DreamBooth"]["bytes"] > 2 * costs["lightweight DreamBooth"]["numbers"]  # the LoRA's size, not the tokens'
 
 
 def test_prompt_lists_and_files(tmp_path):
@@ -305,7 +305,7 @@ def test_what_cannot_be_measured_is_refused_before_a_base_is_loaded(folk, tmp_pa
     families.make("sd1").save_pretrained(tmp_path / "sd1")
     words = [str(word) for word in ("evaluate", "--base", tmp_path / "sd1", "-o", tmp_path / "e.json")]
     judge = ["--judges", f"dino:{models / 'dino'}"]
-    monkeypatch.setattr(options.Machine, "open", None)  # none of these loads a base
+    monkeypatch.setattr(options.Machine, "open", None)  # these errors must come before a base is loaded
     (tmp_path / "searched.json").write_text('{"search": {"DreamBooth": {"best": {"rate": "fast"}}}}', encoding="utf-8")
     (tmp_path / "alone" / "ann").mkdir(parents=True)
     for number in range(2):

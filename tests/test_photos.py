@@ -1,4 +1,4 @@
-"""Pictures from outside: every mode, every kind of damage."""
+"""Loading of user pictures: all color modes, and all kinds of damaged files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_what_is_no_photo_is_one_error_that_names_the_file(tmp_path, content, sa
         path.write_bytes(content)
     with pytest.raises(InputError, match=says) as caught:
         photos.load_photo(path)
-    assert str(caught.value).count("photo.png") == 1  # no message inside another
+    assert str(caught.value).count("photo.png") == 1  # the message isn't nested in another
     assert "\n" not in str(caught.value)
 
 
@@ -67,7 +67,7 @@ def test_folders_and_truncated_photos(tmp_path):
 
 def test_limits_before_decoding_are_messages_of_their_own(tmp_path, monkeypatch):
     path = tmp_path / "large.png"
-    path.write_bytes(png_header(9000, 9000))  # between our limit and the one at which Pillow itself refuses
+    path.write_bytes(png_header(9000, 9000))  # between the library's limit and Pillow's own
     with pytest.raises(InputError, match=r"large\.png has 9000 x 9000 pixels.*megapixels") as caught:
         photos.load_photo(path)
     assert "damaged" not in str(caught.value)
@@ -106,7 +106,7 @@ def test_damaged_bytes_are_a_picture_or_one_error(tmp_path_factory, format, chan
         data[position % len(data)] = value
     path.write_bytes(data)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # none may leak either
+        warnings.simplefilter("error")  # no warning may reach the user
         try:
             message, mode = "", photos.load_photo(path).mode
         except InputError as error:
@@ -118,7 +118,7 @@ def test_exif_rotation_is_applied(tmp_path):
     image = Image.new("RGB", (40, 20), "black")
     image.paste("white", (0, 0, 20, 20))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to view
+    exif[0x0112] = 6  # orientation tag: rotate by 90 degrees clockwise
     image.save(tmp_path / "turned.jpg", exif=exif)
     upright = photos.load_photo(tmp_path / "turned.jpg")
     assert upright.size == (20, 40)
@@ -136,7 +136,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert loaded.mode == "RGB"
     assert loaded.size == (32, 32)
     if mode == "I;16":
-        assert abs(np.asarray(loaded).mean() - 40_000 / 257) < 1  # scaled, not clipped
+        assert abs(np.asarray(loaded).mean() - 40_000 / 257) < 1  # values must be scaled, not clipped
 
 
 @settings(max_examples=40, deadline=None)

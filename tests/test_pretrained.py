@@ -1,4 +1,4 @@
-"""A hypernetwork's folder and token files are input like any other: whatever is wrong with them is one InputError."""
+"""Invalid hypernetwork folders and token files: any error in them must be raised as one InputError."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 def mutants(file: Path) -> st.SearchStrategy[str]:
     """A JSON file with something in it changed, left out, or added."""
     values = json.loads(file.read_text())
-    top = [place for place in places(values) if len(place) < 3]  # targets are many: else hardly anything but them would change
+    top = [place for place in places(values) if len(place) < 3]  # the many targets would otherwise get almost all changes
     one = st.builds(changed, st.just(values), st.sampled_from([*top, *places(values), ("unknown",)]), WRONG)
     less = st.sampled_from(list(values)).map(lambda gone: {key: value for key, value in values.items() if key != gone})
     broken = st.integers(0, 200).map(lambda end: file.read_text()[:end])

@@ -1,4 +1,4 @@
-"""Quantized bases: what they weigh, that they compute nearly the same, and that all stages work on them."""
+"""Quantized bases: their size, their accuracy, and that all stages work on them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def hdb(folder: Path, kind: str | None) -> HyperDreamBooth:
     made = HyperDreamBooth.from_pretrained(folder, device="cpu", quantize=kind)
     if made.backbone.family == "flux":
-        made.backbone.size = 64  # as tests/families.py has it
+        made.backbone.size = 64  # the picture size of tests/families.py
     return made
 
 
@@ -101,7 +101,7 @@ def test_personalize_generate_and_export_on_a_quantized_base(folder, kind, tmp_p
     assert drawn[0] == drawn[3]
     assert len(set(drawn[:2])) == 2
     assert all(torch.equal(layer.weight, old) for layer, old in zip(linear(mine.backbone.denoiser), before, strict=True))
-    # the file is the ecosystem's: the same base in full precision takes it
+    # the file is an ordinary LoRA, which the same base in full precision can load
     assert hdb(folder, None).load(tmp_path / "me.safetensors").loras.shapes() == me.loras.shapes()
 
 
@@ -138,7 +138,7 @@ def test_a_base_that_was_saved_quantized_opens_as_it_is(folder, kind, monkeypatc
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="A GPU is needed"):
             load_backbone(folder)
-    for quantizer in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer):  # diffusers asks for a GPU, bitsandbytes doesn't need one
+    for quantizer in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer):  # diffusers requires a GPU, although bitsandbytes doesn't
         monkeypatch.setattr(quantizer, "validate_environment", lambda *_, **__: None)
         monkeypatch.setattr(quantizer, "update_device_map", lambda *_: {"": "cpu"})
     opened = hdb(folder, None).backbone

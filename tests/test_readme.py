@@ -1,4 +1,4 @@
-"""The README's own words: its commands run, its code runs, its tree exists, its figures are the measured ones."""
+"""The README's claims: its commands and code run, its file tree exists, its figures are the measured ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = ["--lightweight.down-dim", "12", "--lightweight.up-dim", "8"]
 DECODER = ["--training.steps", "2", "--batch", "2", "--hypernetwork.dim", "16", "--hypernetwork.heads", "2"]
-FASTER = {  # what keeps a command to seconds on the tiny world; the words before stay the README's
+FASTER = {  # arguments added to the README's commands, so that they take seconds on the tiny world
     "train-light": ["--training.steps", "2", *SMALL],
     "preoptimize": ["--training.steps", "2", *SMALL],
     "train-hypernetwork": [*DECODER, *SMALL],
@@ -58,7 +58,7 @@ def test_every_command_runs(newcomer):
     ran = 0
     for line in commands():
         words = shlex.split(line)[1:]
-        if words[0] in ("app", "evaluate"):  # runs on, or takes half an hour: tests/test_app.py and test_cli.py have them
+        if words[0] in ("app", "evaluate"):  # too long here: tests/test_app.py and test_cli.py test them
             continue
         more = next((flags for key, flags in FASTER.items() if key in line), [])
         written = [words[i + 1] for i, word in enumerate(words) if word == "-o"]

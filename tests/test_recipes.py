@@ -1,4 +1,4 @@
-"""Recipes: those that are shipped parse and run when everything large about them is made small; killed ones go on; refusals say why."""
+"""Recipes: the shipped ones parse, and run with reduced sizes; killed runs resume; refusals name the reason."""
 
 from __future__ import annotations
 
@@ -121,21 +121,21 @@ def test_a_recipe_says_what_it_takes_and_holds_the_last_people_out(tiny_world, p
     assert {file.stem for file in (run / "table/rows").iterdir()} == {"ann", "bob"}
     _, info = load_hypernetwork(run / "hypernetwork")
     assert info.trained["validation"][-1]["identity_gain_interval"] > 0
-    with Image.open(run / "hypernetwork/preview.png") as sheet:  # a photo, and what four prompts draw, of two people
+    with Image.open(run / "hypernetwork/preview.png") as sheet:  # for each of two people, a photo and the pictures of four prompts
         assert sheet.height > 5 * 64
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
-    assert recipe("toon-faithful", "--data", people, "--price", "9", *SMALL, *SHORT, "-o", run) == 0  # all is done, and stays
+    assert recipe("toon-faithful", "--data", people, "--price", "9", *SMALL, *SHORT, "-o", run) == 0  # all is done: nothing changes
     after = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
     assert after == before
     for command, settings in (("preoptimize", "table/config.json"), ("train-hypernetwork", "hypernetwork/training.json")):
-        assert main([command, "--config", str(run / settings)]) == 0  # how other processes share a stage
-    assert recipe("toon-faithful", "--data", people, *SMALL, *SHORT, "--people", "4", "-o", run) == 2  # another run needs another folder
+        assert main([command, "--config", str(run / settings)]) == 0  # as other processes would share a stage
+    assert recipe("toon-faithful", "--data", people, *SMALL, *SHORT, "--people", "4", "-o", run) == 2  # other settings need another folder
     assert "people None, not 4" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
 def test_a_recipe_that_is_killed_goes_on_and_ends_the_same(terminal, faces, tmp_path):
-    if KILLS > 3:  # large pictures, so that a kill meets the aligning too
+    if KILLS > 3:  # large pictures, so that some kills interrupt the face alignment
         for index in range(24):
             picture(index).resize((3000, 3000)).save(faces / f"{index}.png", compress_level=1)
     words = ("recipe", "toon-faithful", "--data", faces, *SMALL, *SHORT, *OFTEN, "-o")
@@ -157,7 +157,7 @@ def test_a_recipe_that_is_killed_goes_on_and_ends_the_same(terminal, faces, tmp_
             assert outcome(run) == whole
             shutil.rmtree(run)
             ended += 1
-            seconds = min(seconds, time.monotonic() - begun) if fresh else seconds  # the machine was busier before
+            seconds = min(seconds, time.monotonic() - begun) if fresh else seconds  # earlier runs may have been slower
         else:
             kills[next((stage for stage in stages if not (run / f"{stage}.json").is_file()), "its end")] += 1
         print(f"kills by stage: {kills}; recipes that ended, byte for byte the same: {ended}", flush=True)
@@ -173,7 +173,7 @@ def test_a_training_that_tells_nobody_apart_stops(tiny_world, faces, tmp_path, c
     assert "identity gain is 0 ± 0 after 2 of 4 steps" in said
     assert "--give-up 0" in said
     assert not (tmp_path / "run/hypernetwork/config.json").exists()
-    assert recipe(*words, "--give-up", "0") == 0  # by the same folder
+    assert recipe(*words, "--give-up", "0") == 0  # resumes in the same folder
 
 
 def test_a_yaml_file_of_ones_own_is_a_recipe(tiny_world, faces, tmp_path):
@@ -214,7 +214,7 @@ def test_people_of_a_data_set_on_the_hub(hub_server, tiny_world, faces, tmp_path
     run = tmp_path / "run"
     assert recipe("toon-pro", "--data", "hf:ann/faces", "--push", "ann/hyper", *SMALL, *SHORT, "-o", run) == 0
     assert {file.name for file in (run / "people").iterdir()} == set("0123")
-    assert "model.safetensors" in hub_server.files  # pushed
+    assert "model.safetensors" in hub_server.files  # the hypernetwork was uploaded by --push
     assert not any(name.startswith("people") for name in hub_server.files)
     assert "hf:ann/faces" in (run / "hypernetwork/README.md").read_text()
 
@@ -228,7 +228,7 @@ def test_people_of_parquet_files(hub_server, tiny_world, faces, tmp_path, capsys
     files = sorted(faces.iterdir())
     pictures = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
     whose = ["ann", "../ann", ".bob", "ann", None, "cyd"]
-    for number in (0, 1):  # two shards
+    for number in (0, 1):  # two parquet shards
         rows = slice(3 * number, 3 * number + 3)
         parquet.write_table(pyarrow.table({"image": pictures[rows], "celeb_id": whose[rows]}), tmp_path / f"train-{number}.parquet")
         hub_server.files[f"data/train-{number}.parquet"] = (tmp_path / f"train-{number}.parquet").read_bytes()
@@ -241,7 +241,7 @@ def test_people_of_parquet_files(hub_server, tiny_world, faces, tmp_path, capsys
     assert recipe("toon-pro", "--data", "hf:ann/tables/data", *SMALL, *SHORT, "-o", run) == 0
     known = {file.name for part in ("people", "held-out") for file in (run / part).iterdir()}
     assert known == {"ann", "%2E.%2Fann", "%2Ebob", "0000004", "cyd"}
-    assert not (run / "unpacked").exists(), "nobody's photos are kept twice"
+    assert not (run / "unpacked").exists(), "the unpacked copy must be removed"
     parquet.write_table(pyarrow.table({"text": ["none"]}), tmp_path / "text.parquet")
     with pytest.raises(InputError, match="no column of pictures, only text"):
         unpack([tmp_path / "text.parquet"], tmp_path / "other")
@@ -261,7 +261,7 @@ def test_a_data_set_that_cant_be_read_is_refused(hub_server, tiny_world, faces, 
     hub_server.files.pop("data/train.parquet")
     for file in faces.iterdir():
         hub_server.files |= {f"{split}/{file.name}": file.read_bytes() for split in ("train", "test")}
-    assert recipe("toon-pro", "--data", "hf:ann/faces", *SMALL, *SHORT, "-o", tmp_path / "run") == 2  # two splits, not two people
+    assert recipe("toon-pro", "--data", "hf:ann/faces", *SMALL, *SHORT, "-o", tmp_path / "run") == 2  # two splits, not people
     assert "in a folder below" in capsys.readouterr().err
     assert {file.name for file in hub.download_pictures("ann/faces/train").iterdir()} == {f"{index}.png" for index in range(6)}
     hub_server.files.clear()

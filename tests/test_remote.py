@@ -1,4 +1,4 @@
-"""Pictures on file systems elsewhere, by fsspec; its own `memory://` stands for those of the cloud."""
+"""Pictures on remote file systems through fsspec; its `memory://` stands in for cloud storage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recordings of CUDA graphs: how they are told apart and let go; on a machine with a card, that they give what plain work gives."""
+"""Recorded CUDA graphs: how they are identified and released; with a GPU, also that they give the results of plain execution."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_recording_of_another_state_of_the_base_is_another_recording():
     base = StableDiffusion(tiny_pipe())
     plain = replay.fingerprint(base.denoiser)
     with torch.no_grad():
-        next(base.denoiser.parameters()).add_(1)  # in place, as merging does
+        next(base.denoiser.parameters()).add_(1)  # in place, like merging
     assert replay.fingerprint(base.denoiser) == plain
     base.denoiser.add_adapter(LoraConfig(r=1, lora_alpha=1, target_modules=["to_q"]), "style")
     loaded = replay.fingerprint(base.denoiser)
@@ -83,7 +83,7 @@ def test_the_next_training_goes_on_with_its_own_values_in_the_memory_of_the_last
     first, second, third = begun(0, 2), begun(1, 1), begun(2, 0)
     recorded = first.tensors()
     assert first.kind() == second.kind()
-    for memory in (second, third):  # a training that hasn't begun has no moments yet
+    for memory in (second, third):  # before its first step a training has no optimizer moments
         before = {name: tensor.clone() for name, tensor in memory.tensors().items()}
         memory.move_to(recorded)
         after = memory.tensors()
@@ -108,7 +108,7 @@ def test_recorded_work_gives_what_plain_work_gives():
     with mock.patch.object(replay, "OFF", True):
         plain, _ = personalize(base, subject, predicted, config, quiet=True)
         picture = generate(base, ["a [V] face"], [1], drawing, personal=plain.select(0))
-    for _ in range(2):  # the second time by the same recording
+    for _ in range(2):  # the second run reuses the recording
         found, _ = personalize(base, subject, predicted, config, quiet=True)
         for path in plain:
             torch.testing.assert_close(found[path].delta(), plain[path].delta(), atol=1e-4, rtol=1e-2)

@@ -1,6 +1,6 @@
-"""Commands that are killed and run again end with the very bits of commands that were left alone.
+"""Commands that are killed and run again end with bit-identical results to uninterrupted commands.
 
-Every command runs in a process of its own and is killed with SIGKILL, as the kernel does when memory runs out.
+Every command runs in a separate process and is killed with SIGKILL, as by the kernel when memory runs out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def server():
     """Forks processes that have torch and diffusers imported already: a test would else spend most of its time on that."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.test_resume", *(f"hyperdreambooth.commands.{file}" for file in ("make", "train"))])
-    with pytest.MonkeyPatch.context() as patch:  # the server looks for modules by PYTHONPATH alone
+    with pytest.MonkeyPatch.context() as patch:  # the fork server finds modules only through PYTHONPATH
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT)]))
         patch.setenv("OMP_NUM_THREADS", "1")
         yield context
@@ -67,7 +67,7 @@ class Terminal:
         process = self.start(arguments)
         while not when() and process.is_alive():
             time.sleep(0.002)
-        assert process.is_alive(), f"it was over before the signal came: {self.log.read_text()}"
+        assert process.is_alive(), f"the command ended before the signal arrived: {self.log.read_text()}"
         os.kill(process.pid, number)
         process.join()
 
@@ -124,7 +124,7 @@ def test_a_table_goes_on_within_a_chunk(terminal, faces, tmp_path, when):
     terminal.kill(lambda: any((tmp_path / "killed").glob(when)), *killed)
     assert not (tmp_path / "killed/rows/5.safetensors").exists()
     (tmp_path / "killed/rows").mkdir(exist_ok=True)
-    (tmp_path / "killed/rows/.2.abcd1234.safetensors").touch()  # what a kill in the middle of writing leaves
+    (tmp_path / "killed/rows/.2.abcd1234.safetensors").touch()  # a temporary file, as left by a kill during writing
     terminal.run(*killed)
     for index in range(6):
         assert_same(tmp_path / f"whole/rows/{index}.safetensors", tmp_path / f"killed/rows/{index}.safetensors")

@@ -1,4 +1,4 @@
-"""Our sampler against diffusers' pipeline, and what identity guidance means."""
+"""The sampler compared with diffusers' pipeline, and the definition of identity guidance."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_identity_guidance_ends_where_it_is_told(backbone, monkeypatch):
         return sampled(backbone, cond, empty, noise, personal=loras, steps=4, guidance=3.0, **settings)
 
     part = run(identity_guidance=3.0, identity_until=0.5)
-    assert sizes == [4, 4, 6, 6]  # two branches while both scales are the same, then three
+    assert sizes == [4, 4, 6, 6]  # two branches per sample while both scales are equal, then three
     whole, weak = run(identity_guidance=3.0), run(identity_guidance=1.0)
     torch.testing.assert_close(run(identity_guidance=3.0, identity_until=0.0), weak)
     torch.testing.assert_close(run(identity_guidance=0.5, identity_until=0.5), run(identity_guidance=0.5))
@@ -168,7 +168,7 @@ def test_schedulers_by_name(backbone, scheduler):
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
 def test_another_scheduler_ends_at_the_same_latents(backbone, scheduler):
     noise, prompts = noise_for(backbone, [1]), backbone.encode_prompts(["a face"])
-    assert "clip_sample" not in backbone.pipe.scheduler.config  # DDIM's default would cut the latents to [-1, 1]
+    assert "clip_sample" not in backbone.pipe.scheduler.config  # DDIM's default would clip the latents to [-1, 1]
     fine = sampled(backbone, prompts, prompts, noise, steps=60, guidance=1.0)
     other = sampled(backbone, prompts, prompts, noise, steps=60, guidance=1.0, scheduler=scheduler)
     assert fine.abs().max() > 1
@@ -219,7 +219,7 @@ def test_merging_gives_what_hooks_give_and_puts_the_weights_back(backbone):
     person = random_loras(backbone)
     before = {name: tensor.clone() for name, tensor in backbone.components.state_dict().items()}
     config = GenerateConfig(steps=2, guidance=2.0)
-    one = generate(backbone, [PROMPT], [1], config, personal=person)  # merged: one person in the batch
+    one = generate(backbone, [PROMPT], [1], config, personal=person)  # with one person in the batch, the LoRA is merged into the weights
     batch = random_loras(backbone, seed=9).map(lambda tensor: tensor[None])
     two = LoraSet(
         {

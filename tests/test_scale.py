@@ -1,4 +1,4 @@
-"""A table made by many processes, whole or killed, is the table of one; packed it is the same; pictures in batches are pictures."""
+"""Scaling: tables of many processes, killed or not, and packed tables equal that of one process; batches encode like single pictures."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_shards_in_any_order_make_the_table_of_one_process(backbone, tmp_path):
     for count in (2, 3, 7):
         order = list(range(count))
         random.Random(count).shuffle(order)
-        for index in [*order, *order[:2]]:  # some of them twice
+        for index in [*order, *order[:2]]:  # two shards are made twice
             preoptimize(backbone, people(), config(), tmp_path / f"{count}", shard=(index, count))
         assert rows(tmp_path / f"{count}") == rows(tmp_path / "whole")
 
@@ -154,7 +154,7 @@ def test_the_command_makes_shards_merges_them_and_names_who_is_missing(toon, fac
     assert run("preoptimize", faces, "-o", tmp_path / "t", "--shard", "1/3", *SMALL) == 0
     assert rows(tmp_path / "t") == rows(tmp_path / "whole")
     assert run("export", tmp_path / "t", "--identity", "person 1", "-o", tmp_path / "before.safetensors") == 0
-    for _ in range(2):  # merging what is merged changes nothing
+    for _ in range(2):  # a second merge must change nothing
         assert run("preoptimize", faces, "-o", tmp_path / "t", "--merge", *SMALL) == 0
     assert rows(tmp_path / "t") == {}
     assert len(list((tmp_path / "t" / "packed").glob("*.safetensors"))) == 1
@@ -162,7 +162,7 @@ def test_the_command_makes_shards_merges_them_and_names_who_is_missing(toon, fac
     assert run("export", tmp_path / "t", "--identity", "person 1", "-o", tmp_path / "after.safetensors") == 0
     one, other = load_file(tmp_path / "before.safetensors"), load_file(tmp_path / "after.safetensors")
     assert all(torch.equal(one[key], other[key]) for key in one)
-    # a packed table is complete: nothing is trained, and a newcomer gets a row of his own
+    # a packed table is complete, so nothing is trained; only a new person gets a new row
     assert run("preoptimize", faces, "-o", tmp_path / "t", *SMALL) == 0
     assert rows(tmp_path / "t") == {}
     shutil.copytree(faces / "person 1", faces / "person 9")
@@ -173,7 +173,7 @@ def test_the_command_makes_shards_merges_them_and_names_who_is_missing(toon, fac
 
 
 def test_a_table_of_other_settings_is_not_continued(toon, faces, tmp_path, capsys):
-    # nothing was made yet: settings that memory was short for may be changed
+    # before any row exists, settings may be changed, for example because memory was short
     assert run("preoptimize", faces, "-o", tmp_path / "t", "--shard", "8/9", *SMALL[:-1], 9) == 0
     assert run("preoptimize", faces, "-o", tmp_path / "t", "--shard", "0/9", *SMALL) == 0
     for more, says in (
@@ -324,7 +324,7 @@ def test_pictures_are_in_memory_once(backbone, tmp_path, monkeypatch):
     assert torch.equal(data.latents, torch.cat([latents for batch in batches for latents in batch.values()]))
     first, last = data.split(5)
     for whole, part, rest in ((data.latents, first.latents, last.latents), (data.features, first.features, last.features)):
-        assert whole.untyped_storage().nbytes() == 96 * whole[0].nbytes  # room for all pictures, and one of them is broken
+        assert whole.untyped_storage().nbytes() == 96 * whole[0].nbytes  # space for all 96 pictures, one of which is broken
         assert part.data_ptr() == whole.data_ptr()
         assert torch.equal(torch.cat([part, rest]), whole)
     again = load_identities(tmp_path, backbone, tiny_source(backbone).encoder, "a face", cache=tmp_path / "cache")
@@ -345,21 +345,21 @@ def test_pictures_are_in_memory_once(backbone, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         read()
     again = read()
-    assert done == ["72", "48", "24", "0"], "what was encoded before isn't encoded again"
+    assert done == ["72", "48", "24", "0"], "pieces that were encoded must not be encoded again"
     assert again.names == data.names
     assert torch.equal(again.latents, data.latents)
     assert torch.equal(again.features, data.features)
     assert [file.suffix for file in (tmp_path / "by others").iterdir()] == [".safetensors"]
     order = torch.randperm(95, generator=torch.Generator().manual_seed(0))
     mixed = IdentityData(data.latents[order], data.features[order], order, data.names, [f"{i}" for i in order.tolist()], data.reference)
-    some, others = mixed.split(5)  # people in no order
+    some, others = mixed.split(5)  # the people are in random order
     assert others.names == data.names[90:]
     for part, names in ((some, data.names[:90]), (others, data.names[90:])):
         assert all(torch.equal(latents, data.latents_of([name])[name]) for name, latents in part.latents_of(names).items())
         assert all(data.names[int(prompt)] == part.names[person] for prompt, person in zip(part.prompts, part.people.tolist(), strict=True))
     for index in range(24, 48):
         (tmp_path / f"{index}.png").write_bytes(b"\x89PNG\r\n\x1a\n cut off")
-    assert read().names == data.names[:24] + data.names[48:], "a piece may have no picture that can be read"
+    assert read().names == data.names[:24] + data.names[48:], "a piece without any readable picture must be skipped"
 
 
 @contextlib.contextmanager
@@ -428,7 +428,7 @@ def test_a_folder_of_people_on_ray_gives_the_very_loras(toon, faces, tmp_path, c
     assert len(whole) == 19
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "toon").mkdir()  # isn't the base
+    (tmp_path / "toon").mkdir()  # a folder of this name must not be taken for the base
     with a_worker_is_killed(lambda: any((tmp_path / "ray").glob("[!.]*.safetensors"))):
         assert run("personalize", faces.relative_to(tmp_path), "-o", "ray", "--engine", "ray") == 0
     said = capsys.readouterr().err

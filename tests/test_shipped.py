@@ -1,4 +1,4 @@
-"""What the wheel ships: that it is small enough, and that it does what the README says of it."""
+"""The shipped models: the repository is small enough, and they do what the README says."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_shipped_data_and_checkout_stay_small():
         pytest.skip("not a git checkout")
     assert (
         sum((ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()) <= 80e6
-    )  # two hypernetworks, and the mean head of the heads world
+    )  # includes two hypernetworks, and the mean head of the heads world
 
 
 def test_the_prediction_is_the_person_in_the_asked_context():
@@ -59,7 +59,7 @@ def test_the_shipped_hypernetwork_has_the_recipes_layers_and_settings():
 
     hdb = HyperDreamBooth.from_pretrained("toon", device="cpu")
     assert set(hdb.info.targets) == set(find_targets(hdb.backbone.components, hypernetworks.TARGETS))
-    assert not any(path.endswith(("attn2.to_k", "attn2.to_v")) for path in hdb.info.targets)  # they read the prompt
+    assert not any(path.endswith(("attn2.to_k", "attn2.to_v")) for path in hdb.info.targets)  # these layers read the prompt
     recipe = train.Toon().describe(hdb.source, hypernetworks.pro_config(1), TrainingReport(), 1)
     for name in ("personalize", "generate", "describe"):
         assert getattr(hdb.info, name) == getattr(recipe, name), name

@@ -1,4 +1,4 @@
-"""Single-file checkpoints: what their tensors tell, what opens as what, and what is refused by its name."""
+"""Single-file checkpoints: detecting the family from the tensors, loading, and files that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The five stages on a tiny base: they learn, resume, and hold what they promise."""
+"""The five stages on a tiny base: they learn, resume, and have their documented properties."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_short_memory_is_for_the_caller_where_people_can_part_or_processes_would
 
     def predict(self, *args, **kwargs):
         assert not self.denoiser.is_gradient_checkpointing
-        monkeypatch.setenv("WORLD_SIZE", processes)  # from the start it would open a process group
+        monkeypatch.setenv("WORLD_SIZE", processes)  # set earlier, it would start a process group
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(StableDiffusion, "predict", predict)
@@ -238,7 +238,7 @@ def test_preoptimized_rows_are_kept_and_independent_of_the_chunk(backbone, tmp_p
     config.chunk = 3
     other = preoptimize(backbone, data, config, tmp_path / "c")
     for name in whole:
-        # Adam's first steps amplify rounding where a gradient is nearly zero: the mean tells
+        # Adam's first steps amplify rounding errors of tiny gradients, so only the mean is compared
         assert (whole[name] - other[name]).abs().mean() < 5e-3 * whole[name].abs().mean()
 
 
@@ -257,7 +257,7 @@ def test_a_hypernetwork_learns_who_is_who(mode, tmp_path):
 
     backbone = StableDiffusion(tiny_pipe())
     data = identity_data()
-    # at 1e-2 without warm-up so small a training may die, by rounding alone
+    # at 1e-2 without warm-up, rounding alone can make such a small training diverge
     training = TrainingConfig(steps=50, learning_rate=3e-3, warmup=10, cooldown=0.2, log_every=10)
     config = TrainHypernetworkConfig(
         mode=mode, lightweight=FROZEN, hypernetwork=DECODER, levels=NoiseLevels(mean=1.5), batch=8, penalty=0.0, training=training
@@ -328,11 +328,11 @@ def test_prompts_that_lose_the_name_keep_what_the_base_draws(backbone):
         return train_hypernetwork(backbone, source.encoder, data, config, start=start)[1].losses[-1][1]
 
     source = tiny_source(backbone)
-    assert last_loss(prior=1.0) < 1e-9, "an update of nothing is right for nobody"
+    assert last_loss(prior=1.0) < 1e-9, "a zero update must have no loss for prompts that name nobody"
     assert last_loss(prior=1.0, text="an ohwx face") < 1e-9
     assert 1e-9 < last_loss(prior=0.5) < last_loss()
-    assert last_loss(prior=1.0, dropout=1.0) == last_loss(dropout=1.0), "an empty prompt is anybody's"
-    assert last_loss(prior=1.0, start=source, steps=2) > 1e-3, "an update that is drawn without the name isn't"
+    assert last_loss(prior=1.0, dropout=1.0) == last_loss(dropout=1.0), "empty prompts must be exempt from prior preservation"
+    assert last_loss(prior=1.0, start=source, steps=2) > 1e-3, "an update that changes prompts without the name must have a loss"
     with pytest.raises(InputError, match="prior must lie in 0 to 1"):
         TrainHypernetworkConfig(prior=2.0)
 
@@ -378,10 +378,10 @@ def test_a_teacher_is_the_start_and_stays_as_it_is(backbone):
     )
     late = dataclasses.replace(config, context_until=0.0)
     _, same = train_hypernetwork(backbone, teacher.encoder, identity_data(), late, start=teacher)
-    assert same.losses[0][1] < 1e-9, "with little noise the start is right"
+    assert same.losses[0][1] < 1e-9, "at low noise the starting hypernetwork must have no loss"
     nobody = dataclasses.replace(late, written=("a face",))
     _, other = train_hypernetwork(backbone, teacher.encoder, identity_data(), nobody, start=teacher)
-    assert other.losses[0][1] > 1e-6, "nobody is drawn as by the base"
+    assert other.losses[0][1] > 1e-6, "for prompts that name nobody, the base's prediction must be the target"
     student, report = train_hypernetwork(backbone, teacher.encoder, identity_data(), config, start=teacher)
     assert report.losses[0][1] > 1e-6
     assert not torch.equal(student.hypernetwork.head, teacher.hypernetwork.head)
@@ -426,9 +426,9 @@ def test_a_hypernetwork_goes_on_from_another_ones_weights(backbone):
     few = build(dict(list(source.lightweight.targets.items())[2:5]), start.encoder, TOKENS, DECODER)
     few.hypernetwork.head.data.normal_(generator=torch.Generator().manual_seed(3))
     more, _ = train_hypernetwork(backbone, start.encoder, identity_data(), dataclasses.replace(nothing, lightweight=TOKENS), start=few)
-    assert torch.equal(more.hypernetwork.head[2:5], few.hypernetwork.head), "a layer takes its own weights, wherever it stands"
+    assert torch.equal(more.hypernetwork.head[2:5], few.hypernetwork.head), "a layer must get its own weights, whatever its index"
     told = {path for path, lora in more(identity_data().features[:2]).items() if lora.up.any()}
-    assert told == set(few.lightweight.targets), "layers that are new begin with nothing to say"
+    assert told == set(few.lightweight.targets), "new layers must start with zero updates"
     with pytest.raises(InputError, match="other layers or sizes"):
         train_hypernetwork(backbone, start.encoder, identity_data(), dataclasses.replace(nothing, targets=("*attn1.to_q",)), start=start)
     nothing.lightweight = LightweightConfig(down_dim=11, up_dim=8, learnable=True)
@@ -445,7 +445,7 @@ def test_fine_tuning_draws_its_noise_as_it_was_told(backbone, monkeypatch):
         config = PersonalizeConfig(steps=4, **told)
         personalize(backbone, Subject(latents(1, 1), "a [V] face"), predicted, config, quiet=True)
     general, low, narrow = (torch.cat(drawn[i : i + 4]).logit() for i in (0, 4, 8))
-    assert general.mean() - low.mean() == pytest.approx(4.5, abs=1e-3)  # 1.5 unless told otherwise
+    assert general.mean() - low.mean() == pytest.approx(4.5, abs=1e-3)  # the default mean is 1.5
     torch.testing.assert_close(narrow - 1.5, (general - 1.5) / 4, atol=1e-3, rtol=1e-3)
     assert resolve(PersonalizeConfig, ("hypernetwork", {"noise_mean": 0.5})).noise_mean == 0.5
 
@@ -461,7 +461,7 @@ def test_a_step_sees_as_many_copies_as_it_was_told(backbone, monkeypatch):
         resolve(PersonalizeConfig, ("given", PersonalizeChoices(steps=1)), ("hypernetwork", {"copies": 8})),
     ):
         personalize(backbone, Subject(latents(1, 1), "a [V] face"), predicted, config, quiet=True)
-    assert drawn == [4, 3, 8]  # 4 unless told otherwise, or the hypernetwork's own
+    assert drawn == [4, 3, 8]  # the default is 4; explicit settings and the hypernetwork's default override it
     with pytest.raises(InputError, match="copies must be at least 1"):
         PersonalizeConfig(copies=0)
 
@@ -513,7 +513,7 @@ def test_a_trained_encoder_gets_the_pictures_of_a_folder(backbone, people, tmp_p
     assert data.features.dtype == torch.uint8
     with torch.no_grad():
         seen = encoder(data.inputs(torch.arange(5)))
-    torch.testing.assert_close(seen, frozen.inputs(torch.arange(5)), atol=0.05, rtol=0.05)  # 8-bit pictures
+    torch.testing.assert_close(seen, frozen.inputs(torch.arange(5)), atol=0.05, rtol=0.05)  # tolerance for rounding of 8-bit pictures
 
 
 def test_folders_are_encoded_once_and_broken_pictures_skipped(backbone, people, tmp_path, capsys):
@@ -589,7 +589,7 @@ def test_checkpointing_a_frozen_model_changes_nothing():
         predicted = random_loras(backbone, batch=1, rank=1)
         found, _ = personalize(backbone, Subject(latents(1, 1), "a [V] face"), predicted, PersonalizeConfig(steps=2), quiet=True)
         results.append(found)
-    assert len(calls) == 4  # two steps, each forward ran twice
+    assert len(calls) == 4  # two steps, each with its forward pass computed twice
     for path in results[0]:
         torch.testing.assert_close(results[0][path].up, results[1][path].up, atol=1e-6, rtol=1e-5)
 
@@ -618,5 +618,5 @@ def test_several_photos_are_averaged_as_tokens_and_all_fine_tuned_on(backbone, t
     hdb.personalize(files, steps=3, copies=1, quiet=True)
     photos = backbone.encode_images(pixels)
     distances = torch.cdist(torch.cat(seen).flatten(1), photos.flatten(1))
-    assert sorted(distances.argmin(1).tolist()) == [0, 1, 2]  # in as many steps as there are photos, each once
+    assert sorted(distances.argmin(1).tolist()) == [0, 1, 2]  # in as many steps as there are photos, each photo is used once
     assert distances.min(1).values.max() < 1e-4

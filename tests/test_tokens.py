@@ -1,4 +1,4 @@
-"""The token file against its specification, docs/token-file.md: a reader written from that page alone."""
+"""The token file against its specification, docs/token-file.md, with a reader that was written from that page alone."""
 
 from __future__ import annotations
 

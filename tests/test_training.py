@@ -1,4 +1,4 @@
-"""The loop: resume is exact, whatever ended the run; bad losses stop it."""
+"""The training loop: resuming is exact, however the run ended; invalid losses stop it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_training_learns_and_resuming_is_exact(tmp_path):
     for a, b in zip(weights(whole), weights(fresh), strict=True):
         assert torch.equal(a, b)
     assert again.losses == report.losses or len(again.losses) == len(report.losses)
-    # a finished training stays as it is
+    # running a finished training again changes nothing
     done = model()
     fit(step, done, batches, CONFIG, Run(directory=tmp_path, quiet=True, device="cpu"))
     for a, b in zip(weights(whole), weights(done), strict=True):

@@ -1,4 +1,4 @@
-"""Commands that make and use a personal LoRA: headers, strips (the rest is in test_cli.py)."""
+"""Commands that make and use a personal LoRA: file headers and picture strips (further tests are in test_cli.py)."""
 
 from __future__ import annotations
 

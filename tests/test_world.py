@@ -1,4 +1,4 @@
-"""The embedded world: the written encoder, the tokenizer, the captions, the filters, the judges."""
+"""The embedded toon world: the autoencoder with computed weights, the tokenizer, the captions, the filters, the judges."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_written_decoder_is_the_inverse():
     rebuilt = vae.decode(vae.encode(x).latent_dist.mode()).sample
     assert (rebuilt - expected).abs().max() < 0.02
     torch.testing.assert_close(vae.decode(found.encode(x)).sample, expected, atol=5e-3, rtol=0)
-    torch.testing.assert_close(vae.half().float().decode(found.encode(x)).sample, expected, atol=3e-2, rtol=0)  # as it is shipped
+    torch.testing.assert_close(vae.half().float().decode(found.encode(x)).sample, expected, atol=3e-2, rtol=0)  # shipped in fp16
 
 
 def test_the_written_decoder_gets_better_and_keeps_what_is_written():
@@ -106,7 +106,7 @@ def test_the_tokenizer_knows_its_words_and_survives_the_disk(tmp_path):
     tokenizer.save_pretrained(str(tmp_path))
     for one in (tokenizer, CLIPTokenizer.from_pretrained(str(tmp_path))):
         ids = one("a pencil sketch of a [V] face").input_ids
-        assert len(ids) == 9  # a word is one token, and so is [V]
+        assert len(ids) == 9  # every word is one token, including [V]
         assert one.convert_ids_to_tokens(ids)[6] == "[V]"
         assert one.unk_token_id not in one("zebra").input_ids[1:-1]
 

@@ -1,12 +1,12 @@
 #!/bin/bash
-# A table of pre-optimized tokens on a Slurm cluster: an array of shards, one card each, then one job that merges.
+# Makes a table of pre-optimized tokens on a Slurm cluster: a job array with one shard and one GPU for each task, then one job that merges.
 #
 #   export FACES=/shared/faces TABLE=/shared/table
 #   array=$(sbatch --parsable --array=0-31 recipes/launchers/slurm.sh --base /shared/sd15)
 #   sbatch --dependency=afterok:$array recipes/launchers/slurm.sh --base /shared/sd15 --merge
 #
-# FACES and TABLE lie on a file system that all nodes share. A task that is preempted is requeued and goes on from its chunk's checkpoint;
-# a task more or less changes nothing about the rows. Written for Slurm 20.11 or later; it was never run on a cluster by the authors.
+# FACES and TABLE must be on a file system that all nodes share. A preempted task is requeued and resumes from its chunk's checkpoint.
+# The rows don't depend on the number of tasks. Written for Slurm 20.11 or later; the authors haven't run it on a cluster.
 #SBATCH --job-name=preoptimize
 #SBATCH --gpus=1
 #SBATCH --cpus-per-task=8

@@ -111,6 +111,20 @@ def test_long_prompts_are_read_in_chunks(family, base):
     torch.testing.assert_close(both[:1, :clip], rest[key][:, :clip], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
+def test_every_chunk_of_a_long_prompt_gets_the_update_of_its_own_person(name):
+    base = wrap(families.make(name), name)
+    people = random_loras(base, 2, patterns=("text_encoder*_proj",))
+    prompts = [f"{CHUNK} a hat", f"{CHUNK} a smiling [V] face"]
+    with torch.no_grad(), applied(base.components, people):
+        together = base.encode_prompts(prompts)
+    for index, prompt in enumerate(prompts):
+        with torch.no_grad(), applied(base.components, people.select(index)):
+            alone = base.encode_prompts([prompt])
+        for key, value in alone.items():
+            torch.testing.assert_close(together[key][index : index + 1], value, atol=1e-4, rtol=1e-3)
+
+
 def test_text_encoders_leave_the_device_once_prompts_are_encoded_where_memory_is_short(family, monkeypatch):
     base, moves = wrap(families.make(family), family), []
     texts = [model for name, model in base.pipe.components.items() if name.startswith("text_encoder") and model is not None]

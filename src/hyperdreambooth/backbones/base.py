@@ -184,12 +184,20 @@ def t5_ids(tokenizer: Any, prompts: list[str], length: int) -> Tensor:
     return cast(Tensor, tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids)
 
 
+def by_chunk(ids: Tensor) -> Tensor:
+    """Token ids (B, chunks, 77) as a batch for CLIP, (chunks * B, 77): the first chunks of all prompts, then the second ones, and so on.
+
+    In this order a batch of LoRA updates, which `Lora.added` tiles over the samples, gives every chunk the update of its prompt's person.
+    """
+    return ids.transpose(0, 1).flatten(0, 1)
+
+
 def joined(hidden: Tensor, ids: Tensor) -> Tensor:
-    """Hidden states of chunks (B * chunks, 77, width), concatenated along each prompt's sequence: (B, chunks * 77, width)."""
-    return hidden.unflatten(0, ids.shape[:2]).flatten(1, 2)
+    """Hidden states (chunks * B, 77, width) of `by_chunk(ids)`, concatenated along each prompt's sequence: (B, chunks * 77, width)."""
+    return hidden.unflatten(0, (ids.shape[1], ids.shape[0])).transpose(0, 1).flatten(1, 2)
 
 
 def clip_embeddings(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """CLIP's penultimate hidden states (B, chunks * 77, width), as SDXL and SD 3 use them, and the first chunk's projected pooled text."""
-    output = encoder(ids.flatten(0, 1), output_hidden_states=True)
-    return joined(output.hidden_states[-2], ids), output[0].unflatten(0, ids.shape[:2])[:, 0]
+    output = encoder(by_chunk(ids), output_hidden_states=True)
+    return joined(output.hidden_states[-2], ids), output[0][: len(ids)]

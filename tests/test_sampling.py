@@ -8,7 +8,7 @@ import torch
 from hyperdreambooth import formats, photos
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import Lora, LoraSet, applied, merged
-from hyperdreambooth.sampling import branches, generate, noise_for
+from hyperdreambooth.sampling import branches, generate, noise_for, schedulers
 from hyperdreambooth.settings import GenerateConfig
 
 from .conftest import conditioning, random_loras, sampled, tiny_pipe
@@ -140,6 +140,13 @@ def test_a_picture_depends_on_its_own_seed_and_person_alone(backbone):
     together = generate(backbone, [PROMPT] * 3, [7, 8, 9], config, personal=loras)
     alone = generate(backbone, [PROMPT], [9], config, personal=loras.select(2))
     torch.testing.assert_close(together[2:], alone, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", schedulers(False))
+def test_a_scheduler_that_adds_noise_draws_each_picture_from_its_own_seed(backbone, name):
+    config = GenerateConfig(steps=4, scheduler=name)
+    together = generate(backbone, [PROMPT] * 2, [7, 8], config)
+    torch.testing.assert_close(together[1:], generate(backbone, [PROMPT], [8], config), atol=1e-3, rtol=1e-3)
 
 
 def test_styles_stay_in_every_branch(backbone):

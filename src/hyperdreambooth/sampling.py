@@ -123,20 +123,21 @@ def sample(
     settings: GenerateConfig,
     *,
     personal: LoraSet | None = None,
-    generator: torch.Generator | None = None,
+    generators: list[torch.Generator] | None = None,
 ) -> Tensor:
     """Denoises `noise` (B, C, h, w) into latents of the same shape.
 
     Args:
         settings: steps, scheduler and the scales of guidance.
         personal: one person's LoRA, or a batch of B; it is in every branch that is "with person".
+        generators: one for each of the B samples, for the noise that stochastic schedulers add in every step.
     """
     schedule = make_scheduler(backbone.pipe, settings.scheduler)
     backbone.set_timesteps(schedule, settings.steps, noise)
     # flow schedulers start from unit noise and scale nothing
     latents = noise * getattr(schedule, "init_noise_sigma", 1.0)
     scale_input = getattr(schedule, "scale_model_input", lambda value, timestep: value)
-    extra = {"generator": generator} if "generator" in schedule.step.__code__.co_varnames else {}
+    extra = {"generator": generators} if "generator" in schedule.step.__code__.co_varnames else {}
     count = len(noise)
     first, until, then = phases(settings) if personal else (branches(settings.guidance, None), 1.0, [])
     early = round(until * len(schedule.timesteps))
@@ -247,8 +248,8 @@ def generate(
             with applied(backbone.components, text), torch.no_grad():
                 conditioning = backbone.encode_prompts(wanted, longest)
                 negative = negative if config.identity is not None else backbone.encode_prompts(without, longest)
-        generator = torch.Generator().manual_seed(seeds[start])
-        latents = sample(backbone, Prompts(conditioning, negative, plain), noise, config, personal=mine, generator=generator)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        latents = sample(backbone, Prompts(conditioning, negative, plain), noise, config, personal=mine, generators=generators)
         pictures.append(decoded(backbone, latents).cpu())
         if on_picture:
             on_picture(start + len(wanted))

@@ -149,6 +149,17 @@ def test_a_scheduler_that_adds_noise_draws_each_picture_from_its_own_seed(backbo
     torch.testing.assert_close(together[1:], generate(backbone, [PROMPT], [8], config), atol=1e-3, rtol=1e-3)
 
 
+def test_a_long_prompt_changes_no_picture_beside_it_and_all_come_in_the_order_given(backbone):
+    long, people = " ".join(["face"] * 40), random_loras(backbone, 4, patterns=("*attn2.to_v", "text_encoder*_proj"))
+    prompts, seeds, done = [PROMPT, long, PROMPT, "a face"], [7, 8, 9, 10], []
+    config = GenerateConfig(steps=2, batch=2)
+    together = generate(backbone, prompts, seeds, config, personal=people, on_picture=done.append)
+    assert done == [2, 3, 4]
+    for index in range(4):
+        alone = generate(backbone, prompts[index : index + 1], seeds[index : index + 1], config, personal=people.select(index))
+        torch.testing.assert_close(together[index : index + 1], alone, atol=1e-4, rtol=1e-3)
+
+
 def test_styles_stay_in_every_branch(backbone):
     person, style = random_loras(backbone, seed=1), random_loras(backbone, seed=2)
     config = GenerateConfig(steps=2, guidance=2.0)

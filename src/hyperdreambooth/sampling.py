@@ -231,29 +231,30 @@ def generate(
     for name, value in (("width", config.width), ("height", config.height)):
         if value is not None and (value < 1 or value % backbone.unit):
             raise InputError(f"{name} must be a multiple of {backbone.unit} for this base, not {value}.")
-    cache, pictures = PromptCache(backbone), []
+    cache, pictures, groups = PromptCache(backbone), dict[int, Tensor](), dict[int, list[int]]()
     scaled = personal.scaled(config.strength) if personal else None
     batched = scaled is not None and next(iter(scaled.values())).down.ndim == 3
-    for start in range(0, len(prompts), config.batch):
-        part = slice(start, start + config.batch)
-        mine = scaled.select(part) if scaled and batched else scaled
-        wanted = list(prompts[part])
-        noise = noise_for(backbone, seeds[part], config.height, config.width)
+    # a batch is padded to its longest prompt, and the denoiser attends to empty chunks: prompts of as many chunks are drawn together
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(cache.longest([prompt, config.negative]), []).append(index)
+    for chunks, part in ((n, group[i : i + config.batch]) for n, group in groups.items() for i in range(0, len(group), config.batch)):
+        mine = scaled.select(torch.tensor(part)) if scaled and batched else scaled
+        wanted, own_seeds = [prompts[index] for index in part], [seeds[index] for index in part]
+        noise = noise_for(backbone, own_seeds, config.height, config.width)
         without = [config.negative] * len(wanted)
         conditioning = plain = cache(wanted, without)
         negative = cache(without, wanted)
         text = LoraSet({path: lora for path, lora in (mine or {}).items() if is_text(path, backbone)})
         if text:  # it belongs to the branches with the person
-            longest = cache.longest([*wanted, config.negative])
             with applied(backbone.components, text), torch.no_grad():
-                conditioning = backbone.encode_prompts(wanted, longest)
-                negative = negative if config.identity is not None else backbone.encode_prompts(without, longest)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+                conditioning = backbone.encode_prompts(wanted, chunks)
+                negative = negative if config.identity is not None else backbone.encode_prompts(without, chunks)
+        generators = [torch.Generator().manual_seed(seed) for seed in own_seeds]
         latents = sample(backbone, Prompts(conditioning, negative, plain), noise, config, personal=mine, generators=generators)
-        pictures.append(decoded(backbone, latents).cpu())
+        pictures |= zip(part, decoded(backbone, latents).cpu(), strict=True)
         if on_picture:
-            on_picture(start + len(wanted))
-    return torch.cat(pictures)
+            on_picture(len(pictures))
+    return torch.stack([pictures[index] for index in range(len(prompts))])
 
 
 def decoded(backbone: Backbone, latents: Tensor) -> Tensor:

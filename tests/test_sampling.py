@@ -134,6 +134,14 @@ def test_the_base_branch_of_identity_guidance_has_the_bases_prompt_too(backbone)
     assert (generate(backbone, [PROMPT], [1], config, personal=person) - base).abs().max() > 0.01
 
 
+def test_context_guidance_begins_with_the_bases_own_negative_prompt(backbone):
+    person = random_loras(backbone, patterns=("text_encoder*_proj",))
+    config = GenerateConfig(steps=2, guidance=2.0, negative="a hat", context_guidance=3.0, context_until=1.0)
+    wanted = GenerateConfig(steps=2, guidance=3.0, negative="a hat", identity_guidance=1.0)
+    found, expected = (generate(backbone, [PROMPT], [1], settings, personal=person) for settings in (config, wanted))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_a_picture_depends_on_its_own_seed_and_person_alone(backbone):
     loras = random_loras(backbone, batch=3)
     config = GenerateConfig(steps=2, identity_guidance=2.0, batch=2)

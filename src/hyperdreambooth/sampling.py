@@ -113,6 +113,8 @@ class Prompts:
     negative: Conditioning  # Of the negative prompt, which may be empty.
     plain: Conditioning | None = None
     """Of the prompt by text encoders without the person's LoRA, for the branches without the person. Default: `positive`."""
+    plain_negative: Conditioning | None = None
+    """Of the negative prompt by text encoders without the person's LoRA, for the same branches. Default: `negative`."""
 
 
 @torch.no_grad()
@@ -144,8 +146,9 @@ def sample(
     for mix, timesteps in ((first, schedule.timesteps[:early]), (then, schedule.timesteps[early:])):
         if not len(timesteps):
             continue
-        plain = prompts.plain or prompts.positive
-        parts = [(prompts.positive if with_person else plain) if prompted else prompts.negative for _, prompted, with_person in mix]
+        plain, plain_negative = prompts.plain or prompts.positive, prompts.plain_negative or prompts.negative
+        own, base = (prompts.negative, prompts.positive), (plain_negative, plain)
+        parts = [(own if with_person else base)[prompted] for _, prompted, with_person in mix]
         conditioning = {key: torch.cat([part[key] for part in parts]) for key in prompts.positive}
         person = torch.tensor([float(with_person) for _, _, with_person in mix], device=noise.device).repeat_interleave(count)
         weights = torch.tensor([weight for weight, _, _ in mix], device=noise.device, dtype=noise.dtype).reshape(-1, 1, 1, 1, 1)
@@ -243,14 +246,15 @@ def generate(
         noise = noise_for(backbone, own_seeds, config.height, config.width)
         without = [config.negative] * len(wanted)
         conditioning = plain = cache(wanted, without)
-        negative = cache(without, wanted)
+        negative = plain_negative = cache(without, wanted)
         text = LoraSet({path: lora for path, lora in (mine or {}).items() if is_text(path, backbone)})
         if text:  # it belongs to the branches with the person
             with applied(backbone.components, text), torch.no_grad():
                 conditioning = backbone.encode_prompts(wanted, chunks)
                 negative = negative if config.identity is not None else backbone.encode_prompts(without, chunks)
         generators = [torch.Generator().manual_seed(seed) for seed in own_seeds]
-        latents = sample(backbone, Prompts(conditioning, negative, plain), noise, config, personal=mine, generators=generators)
+        embedded = Prompts(conditioning, negative, plain, plain_negative)
+        latents = sample(backbone, embedded, noise, config, personal=mine, generators=generators)
         pictures |= zip(part, decoded(backbone, latents).cpu(), strict=True)
         if on_picture:
             on_picture(len(pictures))

@@ -264,7 +264,7 @@ def generate(
 def decoded(backbone: Backbone, latents: Tensor) -> Tensor:
     """Decodes latents into pictures (B, 3, H, W) in -1..1.
 
-    If the autoencoder overflows in half precision, it is moved to float32, with a message. Raises InputError, naming the culprit, if values
+    If the autoencoder overflows in half precision, it computes in float32 from then on, with a message. Raises InputError, naming the culprit, if values
     still aren't finite or a picture has one color alone.
     """
     dtype = str(backbone.denoiser.dtype).removeprefix("torch.")
@@ -272,10 +272,10 @@ def decoded(backbone: Backbone, latents: Tensor) -> Tensor:
         culprit = f"the denoiser, or a LoRA in it, gave values that aren't finite in {dtype}"
         raise InputError(f"no picture came out: {culprit}. Try --dtype float32, or a lower strength of the LoRA.")
     pixels = backbone.decode_images(latents)
-    vae = backbone.pipe.vae
-    if not pixels.isfinite().all() and vae.dtype != torch.float32:
-        say(f"the autoencoder overflowed in {str(vae.dtype).removeprefix('torch.')}: it goes on in float32.")
-        vae.to(torch.float32)
+    precision = backbone.pipe.vae.dtype
+    if not pixels.isfinite().all() and precision != torch.float32 and not backbone.vae_in_float32:
+        say(f"the autoencoder overflowed in {str(precision).removeprefix('torch.')}: it goes on in float32.")
+        backbone.vae_in_float32 = True
         pixels = backbone.decode_images(latents)
     if not pixels.isfinite().all():
         raise InputError("no picture came out: the autoencoder gave values that aren't finite. Are the base's weights whole?")

@@ -43,6 +43,20 @@ def test_a_photo_is_trained_under_the_words_that_are_found_for_it(hdb):
     assert any(not torch.allclose(found.loras[p].delta(), other.loras[p].delta(), atol=1e-6) for p in found.loras)
 
 
+def test_a_long_caption_changes_nothing_for_the_others_of_a_folder(tmp_path):
+    hdb, settings = HyperDreamBooth.from_pretrained("toon", hypernetwork=None, device="cpu"), {"steps": 2, "targets": ("unet*attn2.to_v",)}
+    for seed, caption in enumerate(("a [V] face", "a [V] face and" + " face" * 40, "")):
+        picture(seed).save(tmp_path / f"{seed}.png")
+        (tmp_path / f"{seed}.txt").write_text(caption)
+    together = dict(hdb.personalize_all(tmp_path, quiet=True, crop="center", **settings))
+    for name in ("0", "2"):
+        alone = hdb.personalize(picture(int(name)), quiet=True, crop="center", **settings).loras
+        for path, lora in alone.items():
+            mine, delta = together[name].loras[path].delta(), lora.delta()
+            torch.testing.assert_close(mine, delta, atol=2e-3 * float(delta.abs().max()), rtol=0)
+    assert list(together) == ["0", "2", "1"]
+
+
 def test_a_mix_is_of_tokens_where_everyone_has_some_and_else_a_sum(hdb, tmp_path):
     a, b = (hdb.personalize(picture(seed), steps=0) for seed in (1, 2))
     both = hdb.mix([(a, 0.25), (b, 0.75)])

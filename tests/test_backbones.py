@@ -111,6 +111,36 @@ def test_long_prompts_are_read_in_chunks(family, base):
     torch.testing.assert_close(both[:1, :clip], rest[key][:, :clip], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
+def test_every_chunk_of_a_long_prompt_gets_the_update_of_its_own_person(name):
+    base = wrap(families.make(name), name)
+    people = random_loras(base, 2, patterns=("text_encoder*_proj",))
+    prompts = [f"{CHUNK} a hat", f"{CHUNK} a smiling [V] face"]
+    with torch.no_grad(), applied(base.components, people):
+        together = base.encode_prompts(prompts)
+    for index, prompt in enumerate(prompts):
+        with torch.no_grad(), applied(base.components, people.select(index)):
+            alone = base.encode_prompts([prompt])
+        for key, value in alone.items():
+            torch.testing.assert_close(together[key][index : index + 1], value, atol=1e-4, rtol=1e-3)
+
+
+def test_an_autoencoder_that_needs_float32_has_it_only_while_the_library_uses_it():
+    pipe, same = families.make("sd1"), families.make("sd1")
+    pipe.vae.half()
+    same.vae.half().float()
+    before = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
+    base, exact = wrap(pipe, "sd1"), wrap(same, "sd1")
+    pixels, latents = torch.rand(1, 3, 64, 64) * 2 - 1, torch.randn(1, 4, 8, 8)
+    assert torch.equal(base.encode_images(pixels), exact.encode_images(pixels))
+    assert torch.equal(base.decode_images(latents), exact.decode_images(latents))
+    with pytest.raises(RuntimeError):
+        base.decode_images(pixels)
+    assert all(torch.equal(value, before[name]) for name, value in pipe.vae.state_dict().items())
+    assert pipe.vae.dtype == torch.float16
+    assert pipe.vae.decode(latents.half()).sample.dtype == torch.float16  # as the pipeline itself calls it
+
+
 def test_text_encoders_leave_the_device_once_prompts_are_encoded_where_memory_is_short(family, monkeypatch):
     base, moves = wrap(families.make(family), family), []
     texts = [model for name, model in base.pipe.components.items() if name.startswith("text_encoder") and model is not None]

@@ -8,7 +8,7 @@ import torch
 from hyperdreambooth import formats, photos
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import Lora, LoraSet, applied, merged
-from hyperdreambooth.sampling import branches, generate, noise_for
+from hyperdreambooth.sampling import branches, generate, noise_for, schedulers
 from hyperdreambooth.settings import GenerateConfig
 
 from .conftest import conditioning, random_loras, sampled, tiny_pipe
@@ -134,12 +134,38 @@ def test_the_base_branch_of_identity_guidance_has_the_bases_prompt_too(backbone)
     assert (generate(backbone, [PROMPT], [1], config, personal=person) - base).abs().max() > 0.01
 
 
+def test_context_guidance_begins_with_the_bases_own_negative_prompt(backbone):
+    person = random_loras(backbone, patterns=("text_encoder*_proj",))
+    config = GenerateConfig(steps=2, guidance=2.0, negative="a hat", context_guidance=3.0, context_until=1.0)
+    wanted = GenerateConfig(steps=2, guidance=3.0, negative="a hat", identity_guidance=1.0)
+    found, expected = (generate(backbone, [PROMPT], [1], settings, personal=person) for settings in (config, wanted))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_a_picture_depends_on_its_own_seed_and_person_alone(backbone):
     loras = random_loras(backbone, batch=3)
     config = GenerateConfig(steps=2, identity_guidance=2.0, batch=2)
     together = generate(backbone, [PROMPT] * 3, [7, 8, 9], config, personal=loras)
     alone = generate(backbone, [PROMPT], [9], config, personal=loras.select(2))
     torch.testing.assert_close(together[2:], alone, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", schedulers(False))
+def test_a_scheduler_that_adds_noise_draws_each_picture_from_its_own_seed(backbone, name):
+    config = GenerateConfig(steps=4, scheduler=name)
+    together = generate(backbone, [PROMPT] * 2, [7, 8], config)
+    torch.testing.assert_close(together[1:], generate(backbone, [PROMPT], [8], config), atol=1e-3, rtol=1e-3)
+
+
+def test_a_long_prompt_changes_no_picture_beside_it_and_all_come_in_the_order_given(backbone):
+    long, people = " ".join(["face"] * 40), random_loras(backbone, 4, patterns=("*attn2.to_v", "text_encoder*_proj"))
+    prompts, seeds, done = [PROMPT, long, PROMPT, "a face"], [7, 8, 9, 10], []
+    config = GenerateConfig(steps=2, batch=2)
+    together = generate(backbone, prompts, seeds, config, personal=people, on_picture=done.append)
+    assert done == [2, 3, 4]
+    for index in range(4):
+        alone = generate(backbone, prompts[index : index + 1], seeds[index : index + 1], config, personal=people.select(index))
+        torch.testing.assert_close(together[index : index + 1], alone, atol=1e-4, rtol=1e-3)
 
 
 def test_styles_stay_in_every_branch(backbone):
@@ -208,11 +234,12 @@ def test_an_autoencoder_that_overflows_in_half_precision_goes_on_in_float32(caps
 
     half = StableDiffusion(tiny_pipe())
     half.pipe.vae.config.force_upcast = False
-    half.pipe.vae.to(torch.bfloat16)
-    real = half.decode_images
-    half.decode_images = lambda latents: real(latents) * (torch.nan if half.pipe.vae.dtype == torch.bfloat16 else 1.0)
-    assert torch.isfinite(generate(half, [PROMPT], [1], GenerateConfig(steps=1))).all()
-    assert "overflowed in bfloat16" in capsys.readouterr().err
+    vae = half.pipe.vae.to(torch.bfloat16)
+    vae.decoder.register_forward_hook(lambda *call: call[-1] * (torch.nan if vae.dtype == torch.bfloat16 else 1.0))
+    for said in (1, 0):
+        assert torch.isfinite(generate(half, [PROMPT], [1], GenerateConfig(steps=1))).all()
+        assert capsys.readouterr().err.count("overflowed in bfloat16") == said
+        assert vae.dtype == torch.bfloat16
 
 
 def test_merging_gives_what_hooks_give_and_puts_the_weights_back(backbone):

@@ -205,12 +205,14 @@ class HyperDreamBooth:
         config = self.personalize_config(config, **changes)
         known = list_identities(people) if isinstance(people, (str, Path)) else people
         count = side_by_side or self.backbone.side_by_side
-        ready: dict[int, list[tuple[str, Tensor, str | None]]] = {}
+        ready: dict[tuple[int, int], list[tuple[str, Tensor, str | None]]] = {}
         for number, (name, files) in enumerate(known.items(), 1):
             try:
                 pixels, _ = self.read_photos(files, crop=config.crop, face=config.face)
-                # people of one batch have the same number of photos
-                ready.setdefault(len(pixels), []).append((name, pixels, self.naming(caption_of(files))))
+                prompt = self.naming(caption_of(files))
+                # people of one batch have the same number of photos, and of chunks, as the denoiser attends to empty ones too
+                chunks = self.backbone.chunks([(prompt or self.prompt).replace(PLACEHOLDER, self.identifier)])
+                ready.setdefault((len(pixels), chunks), []).append((name, pixels, prompt))
             except InputError as error:
                 (on_refused or (lambda who, why: say(f"{who} is left out: {why}")))(name, error)
             for group in list(ready.values()):
@@ -301,9 +303,7 @@ class HyperDreamBooth:
         tokens = [person.tokens * weight for person, weight in people if person.tokens is not None]
         if self.source and len(tokens) == len(people):
             return self.from_tokens(torch.stack(tokens).sum(0))
-        total = LoraSet()
-        for person, weight in people:
-            total = total + person.loras.scaled(weight)
+        total = sum((person.loras.scaled(weight) for person, weight in people), LoraSet())
         return self.person(finish(total), identifier=people[0][0].identifier)
 
     def generate(

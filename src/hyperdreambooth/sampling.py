@@ -113,6 +113,8 @@ class Prompts:
     negative: Conditioning  # Of the negative prompt, which may be empty.
     plain: Conditioning | None = None
     """Of the prompt by text encoders without the person's LoRA, for the branches without the person. Default: `positive`."""
+    plain_negative: Conditioning | None = None
+    """Of the negative prompt by text encoders without the person's LoRA, for the same branches. Default: `negative`."""
 
 
 @torch.no_grad()
@@ -123,28 +125,30 @@ def sample(
     settings: GenerateConfig,
     *,
     personal: LoraSet | None = None,
-    generator: torch.Generator | None = None,
+    generators: list[torch.Generator] | None = None,
 ) -> Tensor:
     """Denoises `noise` (B, C, h, w) into latents of the same shape.
 
     Args:
         settings: steps, scheduler and the scales of guidance.
         personal: one person's LoRA, or a batch of B; it is in every branch that is "with person".
+        generators: one for each of the B samples, for the noise that stochastic schedulers add in every step.
     """
     schedule = make_scheduler(backbone.pipe, settings.scheduler)
     backbone.set_timesteps(schedule, settings.steps, noise)
     # flow schedulers start from unit noise and scale nothing
     latents = noise * getattr(schedule, "init_noise_sigma", 1.0)
     scale_input = getattr(schedule, "scale_model_input", lambda value, timestep: value)
-    extra = {"generator": generator} if "generator" in schedule.step.__code__.co_varnames else {}
+    extra = {"generator": generators} if "generator" in schedule.step.__code__.co_varnames else {}
     count = len(noise)
     first, until, then = phases(settings) if personal else (branches(settings.guidance, None), 1.0, [])
     early = round(until * len(schedule.timesteps))
     for mix, timesteps in ((first, schedule.timesteps[:early]), (then, schedule.timesteps[early:])):
         if not len(timesteps):
             continue
-        plain = prompts.plain or prompts.positive
-        parts = [(prompts.positive if with_person else plain) if prompted else prompts.negative for _, prompted, with_person in mix]
+        plain, plain_negative = prompts.plain or prompts.positive, prompts.plain_negative or prompts.negative
+        own, base = (prompts.negative, prompts.positive), (plain_negative, plain)
+        parts = [(own if with_person else base)[prompted] for _, prompted, with_person in mix]
         conditioning = {key: torch.cat([part[key] for part in parts]) for key in prompts.positive}
         person = torch.tensor([float(with_person) for _, _, with_person in mix], device=noise.device).repeat_interleave(count)
         weights = torch.tensor([weight for weight, _, _ in mix], device=noise.device, dtype=noise.dtype).reshape(-1, 1, 1, 1, 1)
@@ -230,35 +234,37 @@ def generate(
     for name, value in (("width", config.width), ("height", config.height)):
         if value is not None and (value < 1 or value % backbone.unit):
             raise InputError(f"{name} must be a multiple of {backbone.unit} for this base, not {value}.")
-    cache, pictures = PromptCache(backbone), []
+    cache, pictures, groups = PromptCache(backbone), dict[int, Tensor](), dict[int, list[int]]()
     scaled = personal.scaled(config.strength) if personal else None
     batched = scaled is not None and next(iter(scaled.values())).down.ndim == 3
-    for start in range(0, len(prompts), config.batch):
-        part = slice(start, start + config.batch)
-        mine = scaled.select(part) if scaled and batched else scaled
-        wanted = list(prompts[part])
-        noise = noise_for(backbone, seeds[part], config.height, config.width)
+    # a batch is padded to its longest prompt, and the denoiser attends to empty chunks: prompts of as many chunks are drawn together
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(cache.longest([prompt, config.negative]), []).append(index)
+    for chunks, part in ((n, group[i : i + config.batch]) for n, group in groups.items() for i in range(0, len(group), config.batch)):
+        mine = scaled.select(torch.tensor(part)) if scaled and batched else scaled
+        wanted, own_seeds = [prompts[index] for index in part], [seeds[index] for index in part]
+        noise = noise_for(backbone, own_seeds, config.height, config.width)
         without = [config.negative] * len(wanted)
         conditioning = plain = cache(wanted, without)
-        negative = cache(without, wanted)
+        negative = plain_negative = cache(without, wanted)
         text = LoraSet({path: lora for path, lora in (mine or {}).items() if is_text(path, backbone)})
         if text:  # it belongs to the branches with the person
-            longest = cache.longest([*wanted, config.negative])
             with applied(backbone.components, text), torch.no_grad():
-                conditioning = backbone.encode_prompts(wanted, longest)
-                negative = negative if config.identity is not None else backbone.encode_prompts(without, longest)
-        generator = torch.Generator().manual_seed(seeds[start])
-        latents = sample(backbone, Prompts(conditioning, negative, plain), noise, config, personal=mine, generator=generator)
-        pictures.append(decoded(backbone, latents).cpu())
+                conditioning = backbone.encode_prompts(wanted, chunks)
+                negative = negative if config.identity is not None else backbone.encode_prompts(without, chunks)
+        generators = [torch.Generator().manual_seed(seed) for seed in own_seeds]
+        embedded = Prompts(conditioning, negative, plain, plain_negative)
+        latents = sample(backbone, embedded, noise, config, personal=mine, generators=generators)
+        pictures |= zip(part, decoded(backbone, latents).cpu(), strict=True)
         if on_picture:
-            on_picture(start + len(wanted))
-    return torch.cat(pictures)
+            on_picture(len(pictures))
+    return torch.stack([pictures[index] for index in range(len(prompts))])
 
 
 def decoded(backbone: Backbone, latents: Tensor) -> Tensor:
     """Decodes latents into pictures (B, 3, H, W) in -1..1.
 
-    If the autoencoder overflows in half precision, it is moved to float32, with a message. Raises InputError, naming the culprit, if values
+    If the autoencoder overflows in half precision, it computes in float32 from then on, with a message. Raises InputError, naming the culprit, if values
     still aren't finite or a picture has one color alone.
     """
     dtype = str(backbone.denoiser.dtype).removeprefix("torch.")
@@ -266,10 +272,10 @@ def decoded(backbone: Backbone, latents: Tensor) -> Tensor:
         culprit = f"the denoiser, or a LoRA in it, gave values that aren't finite in {dtype}"
         raise InputError(f"no picture came out: {culprit}. Try --dtype float32, or a lower strength of the LoRA.")
     pixels = backbone.decode_images(latents)
-    vae = backbone.pipe.vae
-    if not pixels.isfinite().all() and vae.dtype != torch.float32:
-        say(f"the autoencoder overflowed in {str(vae.dtype).removeprefix('torch.')}: it goes on in float32.")
-        vae.to(torch.float32)
+    precision = backbone.pipe.vae.dtype
+    if not pixels.isfinite().all() and precision != torch.float32 and not backbone.vae_in_float32:
+        say(f"the autoencoder overflowed in {str(precision).removeprefix('torch.')}: it goes on in float32.")
+        backbone.vae_in_float32 = True
         pixels = backbone.decode_images(latents)
     if not pixels.isfinite().all():
         raise InputError("no picture came out: the autoencoder gave values that aren't finite. Are the base's weights whole?")

@@ -10,7 +10,8 @@ For flow matching it is the time itself; with a discrete schedule it stands for 
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -49,11 +50,10 @@ class Backbone(ABC):
         for model in pipe.components.values():
             if isinstance(model, nn.Module):
                 model.requires_grad_(False).eval()
-        # `force_upcast` marks an autoencoder that overflows in fp16
-        if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
-            pipe.vae.to(torch.float32)
         names = [name for name in (self.denoiser_name, *self.text_components) if getattr(pipe, name, None) is not None]
         self.pipe: Any = pipe
+        self.vae_in_float32: bool = pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast
+        """Whether the autoencoder computes in float32, whatever its weights' precision: `force_upcast` marks one that overflows in fp16."""
         self.components = nn.ModuleDict({name: getattr(pipe, name) for name in names})
         """The models that can carry a LoRA which other tools load."""
         self.denoiser: Any = self.components[self.denoiser_name]
@@ -80,17 +80,33 @@ class Backbone(ABC):
         factor = self.pipe.vae_scale_factor
         return int(self.pipe.vae.config.latent_channels), (height or self.size) // factor, (width or self.size) // factor
 
+    @contextmanager
+    def autoencoder(self) -> Iterator[Any]:
+        """The pipeline's autoencoder, with `vae_in_float32` in float32 until the context closes, also after an error.
+
+        Then its weights are the same tensors as before: the pipeline belongs to the user, whose own calls need them in their precision.
+        """
+        vae = self.pipe.vae
+        tensors = [*vae.parameters(), *vae.buffers()] if self.vae_in_float32 else []
+        weights = [tensor for tensor in tensors if tensor.is_floating_point()]
+        originals = [weight.data for weight in weights]
+        try:
+            for weight in weights:
+                weight.data = weight.data.float()
+            yield vae
+        finally:
+            for weight, original in zip(weights, originals, strict=True):
+                weight.data = original
+
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in -1..1 -> latents (B, C, h, w), scaled as the denoiser expects."""
-        vae = self.pipe.vae
-        with torch.no_grad():
+        with torch.no_grad(), self.autoencoder() as vae:
             latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
         return cast(Tensor, (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).to(self.denoiser.dtype)
 
     def decode_images(self, latents: Tensor) -> Tensor:
         """Latents -> pictures (B, 3, H, W) in -1..1."""
-        vae = self.pipe.vae
-        with torch.no_grad():
+        with torch.no_grad(), self.autoencoder() as vae:
             pixels: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample
         return pixels.float().clamp(-1, 1)
 
@@ -184,12 +200,20 @@ def t5_ids(tokenizer: Any, prompts: list[str], length: int) -> Tensor:
     return cast(Tensor, tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids)
 
 
+def by_chunk(ids: Tensor) -> Tensor:
+    """Token ids (B, chunks, 77) as a batch for CLIP, (chunks * B, 77): the first chunks of all prompts, then the second ones, and so on.
+
+    In this order a batch of LoRA updates, which `Lora.added` tiles over the samples, gives every chunk the update of its prompt's person.
+    """
+    return ids.transpose(0, 1).flatten(0, 1)
+
+
 def joined(hidden: Tensor, ids: Tensor) -> Tensor:
-    """Hidden states of chunks (B * chunks, 77, width), concatenated along each prompt's sequence: (B, chunks * 77, width)."""
-    return hidden.unflatten(0, ids.shape[:2]).flatten(1, 2)
+    """Hidden states (chunks * B, 77, width) of `by_chunk(ids)`, concatenated along each prompt's sequence: (B, chunks * 77, width)."""
+    return hidden.unflatten(0, (ids.shape[1], ids.shape[0])).transpose(0, 1).flatten(1, 2)
 
 
 def clip_embeddings(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """CLIP's penultimate hidden states (B, chunks * 77, width), as SDXL and SD 3 use them, and the first chunk's projected pooled text."""
-    output = encoder(ids.flatten(0, 1), output_hidden_states=True)
-    return joined(output.hidden_states[-2], ids), output[0].unflatten(0, ids.shape[:2])[:, 0]
+    output = encoder(by_chunk(ids), output_hidden_states=True)
+    return joined(output.hidden_states[-2], ids), output[0][: len(ids)]

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from ..errors import InputError
-from .base import Backbone, Conditioning, clip_embeddings, joined
+from .base import Backbone, Conditioning, by_chunk, clip_embeddings, joined
 
 
 class Discrete(Backbone):
@@ -51,7 +51,7 @@ class StableDiffusion(Discrete):
 
     def encode_tokens(self, tokens: Conditioning) -> Conditioning:
         ids = tokens["ids"]
-        return {"encoder_hidden_states": joined(self.components["text_encoder"](ids.flatten(0, 1))[0], ids)}
+        return {"encoder_hidden_states": joined(self.components["text_encoder"](by_chunk(ids))[0], ids)}
 
 
 class StableDiffusionXL(Discrete):

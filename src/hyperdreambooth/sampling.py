@@ -264,8 +264,8 @@ def generate(
 def decoded(backbone: Backbone, latents: Tensor) -> Tensor:
     """Decodes latents into pictures (B, 3, H, W) in -1..1.
 
-    If the autoencoder overflows in half precision, it computes in float32 from then on, with a message. Raises InputError, naming the culprit, if values
-    still aren't finite or a picture has one color alone.
+    If the autoencoder overflows in half precision, it computes in float32 from then on, with a message. Raises InputError, naming the
+    culprit, if values still aren't finite or a picture has one color alone.
     """
     dtype = str(backbone.denoiser.dtype).removeprefix("torch.")
     if not latents.isfinite().all():

@@ -324,8 +324,7 @@ def tokenizers(kind: str, parts: Parts, given: dict[str, Any], folders: Sequence
             found[key] = clip.tokenizer() if part == "clip_l" else clip.tokenizer("!")
             continue
         try:
-            # without a connection this fails at once, where transformers would retry for most of a minute
-            folder = own[0] if own else snapshot_download(T5_NAME, allow_patterns=["*.json", "spiece.model"])
+            folder = own[0] if own else snapshot_download(T5_NAME, allow_patterns=["*.json", "spiece.model"])  # offline it fails at once
             found[key] = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             what = f"T5's tokenizer is neither shipped nor on the hub that can be reached ({T5_NAME}): give its folder as --parts"
@@ -347,6 +346,5 @@ def require(kind: str, parts: Parts, given: Mapping[str, Any], path: Path) -> No
         lacking = [part for part in lacking if part == "vae"]
     if lacking:
         what = ", ".join(DISPLAY_NAMES[part] for part in lacking)
-        raise InputError(
-            f"{path} lacks {what}. Give files that hold them, or a directory of the same family in diffusers' layout, as --parts FILE ..."
-        )
+        advice = "Give files that hold them, or a directory of the same family in diffusers' layout, as --parts FILE ..."
+        raise InputError(f"{path} lacks {what}. {advice}")

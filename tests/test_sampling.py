@@ -206,6 +206,8 @@ def test_bad_settings_raise(backbone):
         generate(backbone, [PROMPT], [1], GenerateConfig(scheduler="NoSuchScheduler"))
     with pytest.raises(InputError, match="multiple of 8"):
         generate(backbone, [PROMPT], [1], GenerateConfig(width=63))
+    with pytest.raises(InputError, match="PNDMScheduler can't take 3 steps"):
+        generate(backbone, [PROMPT], [1], GenerateConfig(scheduler="PNDMScheduler", steps=3))
     with pytest.raises(InputError):
         GenerateConfig(steps=0)
 

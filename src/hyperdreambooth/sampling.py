@@ -28,7 +28,7 @@ from torch import Tensor
 from . import replay
 from .backbones import Backbone, Conditioning
 from .data import PromptCache
-from .errors import InputError
+from .errors import InputError, refusing
 from .lora import Hooks, Lora, LoraSet, applied, mergeable, merged
 from .progress import say
 from .settings import GenerateConfig
@@ -135,7 +135,9 @@ def sample(
         generators: one for each of the B samples, for the noise that stochastic schedulers add in every step.
     """
     schedule = make_scheduler(backbone.pipe, settings.scheduler)
-    backbone.set_timesteps(schedule, settings.steps, noise)
+    what = f"{type(schedule).__name__} can't take {settings.steps} steps"
+    with refusing(what, ValueError, IndexError, ZeroDivisionError, advice="Take more steps, or another scheduler."):
+        backbone.set_timesteps(schedule, settings.steps, noise)
     # flow schedulers start from unit noise and scale nothing
     latents = noise * getattr(schedule, "init_noise_sigma", 1.0)
     scale_input = getattr(schedule, "scale_model_input", lambda value, timestep: value)

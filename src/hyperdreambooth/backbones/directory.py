@@ -25,7 +25,7 @@ FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 NEEDED = {"tokenizer": ("tokenizer.json", "vocab.json", "spiece.model"), "scheduler": ("scheduler_config.json",)}
 """Component -> files of which it needs one; a model needs its config.json."""
 VARIANTS = ("", "fp16", "bf16", "fp32")
-"""Which weights to prefer where a component comes in several variants: plain ones first; after these any other, those with "ema" in their names last."""
+"""Which weights to prefer of several variants: plain ones first; after these any other, those with "ema" in their names last."""
 
 
 def read_index(folder: Path) -> tuple[dict[str, Any], str]:

@@ -203,6 +203,20 @@ def test_identities_of_a_folder(tmp_path, people):
             folders.list_identities(folder)
 
 
+@pytest.mark.parametrize("other", ["anna.png", "anna/1.png"])
+def test_two_people_of_one_name_are_refused(tmp_path, other):
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    for name in ("anna.jpg", "bob.png"):
+        picture().save(tmp_path / name)
+    (tmp_path / "anna.txt").write_text("a caption")
+    (tmp_path / "bob").mkdir()
+    (tmp_path / "bob" / "notes.doc").write_text("no picture")
+    assert list(folders.list_identities(tmp_path)) == ["anna", "bob"]
+    picture().save(tmp_path / other)
+    with pytest.raises(InputError, match=r"anna\S* and anna\S* are both called anna\. Rename one"):
+        folders.list_identities(tmp_path)
+
+
 def test_png_metadata_and_overwriting(tmp_path):
     path = photos.save_png(picture(), tmp_path / "a.png", {"prompt": "ein Gesicht, größer"})
     assert photos.read_png_metadata(path)["prompt"] == "ein Gesicht, größer"

@@ -19,7 +19,8 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
     """Maps each identity to its pictures: a subfolder with all pictures in it (at any depth), or a single picture, is one identity.
 
     Files that aren't pictures, and those in folders named mask or masks, are left out and listed on stderr; captions, hidden files and
-    those of operating systems are left out silently. Raises InputError if there is no such folder or no picture in it.
+    those of operating systems are left out silently. Raises InputError if there is no such folder or no picture in it, and where two
+    people would have one name, such as anna.jpg and anna.png.
 
     Args:
         folder: a local path, or an address that `path_at` accepts.
@@ -28,15 +29,20 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder.")
     found: dict[str, list[Path]] = {}
+    owners: dict[str, Path] = {}  # The subfolder or picture that each name is from.
     refused: list[str] = []
     for entry in sorted(folder.iterdir(), key=_natural):
+        name = entry.name if entry.is_dir() else entry.stem
         inside = sorted((f for f in entry.rglob("*") if not f.is_dir()), key=_natural) if entry.is_dir() else [entry]
         for file in inside:
             parts = file.relative_to(folder).parts
             if file.suffix in CAPTIONS or any(part.startswith(".") or part.lower() in SYSTEM_FILES for part in parts):
                 continue
             if _looks_like_picture(file) and not {"mask", "masks"} & {part.lower() for part in parts[:-1]}:
-                found.setdefault(entry.name if entry.is_dir() else entry.stem, []).append(file)
+                if owners.setdefault(name, entry) != entry:
+                    both = f"{owners[name].name} and {entry.name} are both called {name}"
+                    raise InputError(f"{folder}: {both}. Rename one, or put a person's pictures into a folder of their own.")
+                found.setdefault(name, []).append(file)
             else:
                 refused.append("/".join(parts))
     if refused:

@@ -1,8 +1,10 @@
 """Folders of photos: which files are pictures, which person each belongs to, and the captions beside them."""
 
+import os
 import re
 import warnings
 from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -20,7 +22,7 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
 
     Files that aren't pictures, and those in folders named mask or masks, are left out and listed on stderr; captions, hidden files and
     those of operating systems are left out silently. Raises InputError if there is no such folder or no picture in it, and where two
-    people would have one name, such as anna.jpg and anna.png.
+    people would have one name, such as anna.jpg and anna.png. Names that aren't valid UTF-8 are percent-encoded.
 
     Args:
         folder: a local path, or an address that `path_at` accepts.
@@ -32,7 +34,7 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
     owners: dict[str, Path] = {}  # The subfolder or picture that each name is from.
     refused: list[str] = []
     for entry in sorted(folder.iterdir(), key=_natural):
-        name = entry.name if entry.is_dir() else entry.stem
+        name = _encodable(entry.name if entry.is_dir() else entry.stem)
         inside = sorted((f for f in entry.rglob("*") if not f.is_dir()), key=_natural) if entry.is_dir() else [entry]
         for file in inside:
             parts = file.relative_to(folder).parts
@@ -50,6 +52,15 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
     if not found:
         raise InputError(f"{folder} holds no pictures. Expected: {folder}/identity/picture.png, or {folder}/identity.png, one each.")
     return found
+
+
+def _encodable(name: str) -> str:
+    """A file's name, percent-encoded byte by byte where it isn't valid UTF-8, which files and tables of people couldn't hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return quote(os.fsencode(name), safe=" ")
+    return name
 
 
 def _looks_like_picture(file: Path) -> bool:

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import __version__, header
-from ..checkpoint import save_tensors
+from ..checkpoint import escaped, save_tensors
 from ..errors import InputError, fresh, refusing
 from ..lora import Lora, LoraSet, applied, can_be_added_to, canonical
 from . import keys
@@ -155,7 +155,7 @@ def save_lora(
         else:  # loaders scale by alpha / rank: alpha = rank leaves up @ down as it is
             name, alpha = keys.kohya_name(layer, two_text_encoders=two), torch.tensor(float(largest), dtype=dtype)
             tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
-    about = {"format": "pt", **metadata, "hyperdreambooth.fingerprint": fingerprint(whole)}
+    about = escaped({"format": "pt", **metadata, "hyperdreambooth.fingerprint": fingerprint(whole)})
     return save_tensors(path, tensors, about | hashes(tensors, about))
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import warnings
 from pathlib import Path
+from typing import cast
 from urllib.parse import quote
 
 from PIL import Image
@@ -77,9 +78,9 @@ def _looks_like_picture(file: Path) -> bool:
 def caption_of(photos: object) -> str | None:
     """A single photo's caption in one line, from NAME.txt, NAME.caption or NAME.jpg.txt beside it. InputError if it can't be read."""
     group = photos if isinstance(photos, (list, tuple)) else [photos]
-    if len(group) != 1 or not isinstance(group[0], (str, Path)):
+    if len(group) != 1 or not (isinstance(group[0], (str, Path)) or hasattr(group[0], "protocol")):  # a UPath
         return None
-    photo = Path(group[0])
+    photo = Path(group[0]) if isinstance(group[0], str) else cast(Path, group[0])
     for file in [photo.parent / name for name in (*(photo.stem + suffix for suffix in CAPTIONS), f"{photo.name}.txt")]:
         with refusing(f"the caption {file} can't be read", OSError, UnicodeDecodeError, advice="Save it as UTF-8 text."):
             if file.is_file() and (words := file.read_text("utf-8-sig").split()):

@@ -57,7 +57,7 @@ class HyperDreamBooth:
         base: str | Path = "toon",
         *,
         hypernetwork: str | Path | None = "auto",
-        device: str | None = None,
+        device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         prediction: str = "auto",
         parts: Sequence[str | Path] = (),

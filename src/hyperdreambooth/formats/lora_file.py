@@ -33,8 +33,8 @@ from .adapters import Adapter, read_adapters
 from .keys import TABLES, Names
 
 Layout = Literal["diffusers", "kohya"]
-Style = str | Path | tuple[str | Path, float]
-"""A LoRA: a file, a folder or a repository with one, or (one of these, strength)."""
+Style = str | Path | tuple[str | Path, float] | list[Any]
+"""A LoRA: a file, a folder or a repository with one, or (one of these, strength), which may be a list, as from JSON."""
 
 CARRIERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # The components that a LoRA may change.
 REPOSITORY = re.compile(r"(?:https?:/+(?:huggingface\.co|hf\.co)/)?([\w.-]*\w/[\w.-]+)(?:/(?:blob|resolve|tree)/([^/]+))?(?:/(.+))?")
@@ -249,7 +249,7 @@ def styled(pipe: Any, styles: Sequence[Style]) -> Iterator[None]:
         return
     root = nn.ModuleDict({name: part for name, part in pipe.components.items() if name in CARRIERS and part is not None})
     names = Names(root)
-    pairs = [(find_lora(name), strength) for name, strength in (one if isinstance(one, tuple) else (one, 1.0) for one in styles)]
+    pairs = [(find_lora(name), strength) for name, strength in (one if isinstance(one, (tuple, list)) else (one, 1.0) for one in styles)]
     opened = [(path, read_adapters(path, names)[0], strength) for path, strength in pairs]
     originals: dict[Tensor, Tensor] = {}
 

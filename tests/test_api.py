@@ -22,6 +22,11 @@ def hdb():
     return HyperDreamBooth.from_pretrained("toon", device="cpu")
 
 
+def test_a_device_may_be_torchs_own():
+    opened = HyperDreamBooth.from_pretrained("toon", hypernetwork=None, device=torch.device("cpu"), dtype=None)
+    assert opened.device == torch.device("cpu")
+
+
 def test_a_stopped_person_is_what_the_last_step_showed(hdb):
     shown = []
     me = hdb.personalize(picture(), steps=3, quiet=True, on_step=lambda done, loras: shown.append(loras) or done == 2)

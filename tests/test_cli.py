@@ -98,6 +98,19 @@ def test_a_caption_names_the_person_in_a_folder_as_it_does_alone(tmp_path, tiny_
     ] * 2
 
 
+def test_notes_on_photos_are_said_for_one_person_and_for_many(tmp_path, tiny_world, capsys):
+    frames = [picture(1), picture(2)]
+    frames[0].save(tmp_path / "anna.gif", save_all=True, append_images=frames[1:])
+    note, hdb = f"{tmp_path / 'anna.gif'}: took the first of 2 frames.", HyperDreamBooth.from_pretrained("toon", device="cpu")
+    hdb.personalize(tmp_path / "anna.gif", steps=0, crop="center")
+    assert capsys.readouterr().err.count(note) == 1
+    for quiet in (False, True):
+        assert [me.notes for _, me in hdb.personalize_all(tmp_path, steps=0, crop="center", quiet=quiet)] == [[note]]
+        assert capsys.readouterr().err.count(note) == (not quiet)
+    assert run("personalize", tmp_path, "-o", tmp_path / "loras", "--steps", 0, "--crop", "center") == 0
+    assert capsys.readouterr().err.count(note) == 1
+
+
 def test_a_batch_that_is_too_large_for_the_memory_is_halved_and_loses_nobody(tiny_world, monkeypatch):
     from hyperdreambooth import api
 

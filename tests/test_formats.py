@@ -79,6 +79,13 @@ def test_what_is_in_a_file_is_the_same_with_torch_and_without(backbone, tmp_path
             formats.describe(path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_file_in_fp8_is_described(backbone, tmp_path, dtype):
+    path = formats.save_lora(tmp_path / "a.safetensors", random_loras(backbone, rank=2), {})
+    save_file({name: value.to(dtype) for name, value in load_file(path).items()}, path)
+    assert formats.describe(path)["rank"] == 2
+
+
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 def test_diffusers_opens_it_and_text_encoder_output_is_the_hooks(backbone, tmp_path, layout):
     loras = random_loras(backbone, patterns=(TEXT,))

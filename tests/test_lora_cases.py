@@ -370,6 +370,11 @@ def test_several_files_with_strengths_are_diffusers_own(tmp_path, family):
     same(found, {path: after[path] - before[path] for path in after if not torch.equal(after[path], before[path])})
 
 
+def test_a_style_with_a_strength_may_be_a_list_as_from_json(tmp_path):
+    pipe, path = pipeline("sd1"), written(tmp_path, PLAIN)
+    same(effect(pipe, [str(path), 0.5]), effect(pipe, (path, 0.5)))
+
+
 def test_a_style_is_taken_out_again_after_an_error_and_leaves_other_adapters(tmp_path):
     pipe, path = pipeline("sd1"), written(tmp_path, PLAIN)
     before = weights(pipe)

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 
 import pytest
 import safetensors.torch
@@ -64,6 +65,13 @@ def test_the_base_is_named_by_what_it_is(make, architecture, version, second):
     assert about["ss_v2"] == second
     assert about["modelspec.resolution"] == "512x512"
     assert about["ss_sd_model_name"] == "my/base"
+
+
+def test_a_base_whose_name_is_no_utf_8_is_named_by_escapes(tmp_path):
+    name = os.fsdecode(b"b\xe4se.safetensors")
+    path = formats.save_lora(tmp_path / "me.safetensors", ONE, {"ss_sd_model_name": name})
+    with safe_open(str(path), framework="pt") as file:
+        assert file.metadata()["ss_sd_model_name"] == "b\\udce4se.safetensors"
 
 
 def test_whatever_the_standard_demands_is_there(backbone, tmp_path):

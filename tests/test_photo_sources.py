@@ -136,6 +136,18 @@ def test_photos_come_in_every_form(tmp_path, wrap):
             photos.read_photos(wrong, 32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_tensor_of_photos_is_float32_and_doubts_are_said(dtype):
+    pixels = photos.to_tensor([picture(1, (32, 32)), picture(2, (32, 32))]).to(dtype)
+    found, notes = photos.read_photos(pixels, 32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, pixels.float())
+    assert notes == []
+    assert "taken as -1..1" in photos.read_photos((pixels + 1) / 2, 32)[1][0]
+    with pytest.raises(InputError, match="no photo was given"):
+        photos.read_photos(pixels[:0], 32)
+
+
 def test_long_texts_profiles_and_web_addresses(tmp_path):
     from PIL import PngImagePlugin
 

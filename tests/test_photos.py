@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import warnings
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from hyperdreambooth import folders, photos
+from hyperdreambooth import checkpoint, folders, photos
 from hyperdreambooth.errors import InputError
 
 from .conftest import picture
@@ -201,6 +203,30 @@ def test_identities_of_a_folder(tmp_path, people):
     for folder, says in ((tmp_path / "empty", "holds no pictures"), (tmp_path / "nowhere", "no such folder")):
         with pytest.raises(InputError, match=says):
             folders.list_identities(folder)
+
+
+@pytest.mark.parametrize("other", ["anna.png", "anna/1.png"])
+def test_two_people_of_one_name_are_refused(tmp_path, other):
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    for name in ("anna.jpg", "bob.png"):
+        picture().save(tmp_path / name)
+    (tmp_path / "anna.txt").write_text("a caption")
+    (tmp_path / "bob").mkdir()
+    (tmp_path / "bob" / "notes.doc").write_text("no picture")
+    assert list(folders.list_identities(tmp_path)) == ["anna", "bob"]
+    picture().save(tmp_path / other)
+    with pytest.raises(InputError, match=r"anna\S* and anna\S* are both called anna\. Rename one"):
+        folders.list_identities(tmp_path)
+
+
+def test_names_that_are_no_utf_8_are_percent_encoded_and_can_be_written(tmp_path):
+    name = os.fsdecode(b"m\xfcller 1")
+    picture().save(tmp_path / f"{name}.png")
+    picture().save(tmp_path / "müller 2%.png")
+    assert list(folders.list_identities(tmp_path)) == ["müller 2%", "m%FCller 1"]
+    written = checkpoint.save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {"name": name, "other": "müller"})
+    assert checkpoint.read_tensors(written)[1] == {"name": "m\\udcfcller 1", "other": "müller"}
+    assert checkpoint.read_json(checkpoint.write_json(tmp_path / "a.json", {"file": name})) == {"file": name}
 
 
 def test_png_metadata_and_overwriting(tmp_path):

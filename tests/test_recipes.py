@@ -249,6 +249,28 @@ def test_people_of_parquet_files(hub_server, tiny_world, faces, tmp_path, capsys
     assert len(list(unpack([tmp_path / "plain.parquet"], tmp_path / "plain").iterdir())) == len(files)
 
 
+def test_parquet_files_with_different_columns(faces, tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    from hyperdreambooth.parquet import unpack
+
+    def write(file, **columns):
+        parquet.write_table(pyarrow.table(columns), tmp_path / file)
+        return tmp_path / file
+
+    files = [file.read_bytes() for file in sorted(faces.iterdir())[:2]]
+    named, plain = write("a.parquet", image=files, name=["ann", ""]), write("b.parquet", extra=[1, 2], image=files)
+    assert sorted(place.name for place in unpack([named], tmp_path / "named").iterdir()) == ["0000001", "ann"]
+    for order in ([named, plain], [plain, named]):
+        folder = unpack(order, tmp_path / f"{order[0].stem}-first")
+        assert sorted(place.name for place in folder.iterdir()) == [f"{number:07}" for number in range(4)]
+        assert "no column that every file has says who" in capsys.readouterr().err
+    for order in ([named, write("c.parquet", image=["words"])], [named, write("d.parquet", text=["words"])]):
+        with pytest.raises(InputError, match=rf"{order[1].name} has no column of pictures called image, only"):
+            unpack(order, tmp_path / "none")
+
+
 def test_a_data_set_that_cant_be_read_is_refused(hub_server, tiny_world, faces, tmp_path, capsys):
     from hyperdreambooth import hub
 

@@ -44,6 +44,12 @@ def test_the_same_people_are_found_as_here(people, bucket):
         folders.list_identities(f"{bucket}/nowhere")
 
 
+def test_captions_elsewhere_are_read(bucket):
+    (bucket / "zoe.txt").write_text("a [V] face\nwearing a cap")
+    assert folders.caption_of([bucket / "zoe.png"]) == folders.caption_of(bucket / "zoe.jpg") == "a [V] face wearing a cap"
+    assert folders.caption_of([bucket / "yan.png"]) is None
+
+
 def test_a_table_elsewhere_is_that_of_the_same_people_here(people, bucket, tmp_path, capsys):
     """Made by shards, packed, and read again; there is nothing but the table. A broken picture is named by its address."""
     (bucket / "zed.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")

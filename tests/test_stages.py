@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from hyperdreambooth.data import IdentityData, PromptCache, load_identities
+from hyperdreambooth.backbones import load_backbone
+from hyperdreambooth.data import FolderOfPeople, IdentityData, PromptCache, load_identities
 from hyperdreambooth.errors import InputError
 from hyperdreambooth.lora import Hooks, LoraSet, applied, find_targets, shared_norm, update_norms
 from hyperdreambooth.objectives import denoising
@@ -514,6 +515,26 @@ def test_a_trained_encoder_gets_the_pictures_of_a_folder(backbone, people, tmp_p
     with torch.no_grad():
         seen = encoder(data.inputs(torch.arange(5)))
     torch.testing.assert_close(seen, frozen.inputs(torch.arange(5)), atol=0.05, rtol=0.05)  # tolerance for rounding of 8-bit pictures
+
+
+def test_notes_on_pictures_of_a_folder_are_counted(backbone, tmp_path, capsys):
+    for name in ("anna", "bob"):
+        picture(1).save(tmp_path / f"{name}.gif", save_all=True, append_images=[picture(2)])
+    picture().save(tmp_path / "cyd.png")
+    load_identities(tmp_path, backbone, None, "a face", crop="center")
+    assert "2 pictures: took the first of 2 frames.\n" in capsys.readouterr().err
+    FolderOfPeople(tmp_path, backbone, "center").latents_of(["anna", "cyd"])
+    assert "1 picture: took the first of 2 frames.\n" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny_world")
+def test_a_cache_is_of_one_precision_and_of_crops_with_or_without_opencv(people, tmp_path, monkeypatch):
+    for there in (None, object()):
+        monkeypatch.setattr("hyperdreambooth.data.find_spec", lambda name, there=there: there)
+        for dtype in (torch.float32, torch.bfloat16):
+            data = load_identities(people, load_backbone("toon", dtype=dtype), None, "a face", cache=tmp_path)
+            assert data.latents.dtype == dtype
+    assert len(list(tmp_path.glob("identities-*"))) == 4
 
 
 def test_folders_are_encoded_once_and_broken_pictures_skipped(backbone, people, tmp_path, capsys):

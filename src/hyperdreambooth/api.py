@@ -57,7 +57,7 @@ class HyperDreamBooth:
         base: str | Path = "toon",
         *,
         hypernetwork: str | Path | None = "auto",
-        device: str | None = None,
+        device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         prediction: str = "auto",
         parts: Sequence[str | Path] = (),
@@ -182,8 +182,8 @@ class HyperDreamBooth:
                 `generate` takes; if it returns True, fine-tuning ends there. Called in this thread, between two steps.
         """
         config = self.personalize_config(config, **changes)
-        pixels, _ = self.read_photos(files, crop=config.crop, face=config.face)
-        return self._people([pixels], [prompt], config, directory=directory, on_step=on_step, quiet=quiet)[0]
+        pixels, notes = self.read_photos(files, crop=config.crop, face=config.face)
+        return self._people([pixels], [notes], [prompt], config, directory=directory, on_step=on_step, quiet=quiet)[0]
 
     def personalize_all(
         self,
@@ -205,32 +205,34 @@ class HyperDreamBooth:
         config = self.personalize_config(config, **changes)
         known = list_identities(people) if isinstance(people, (str, Path)) else people
         count = side_by_side or self.backbone.side_by_side
-        ready: dict[tuple[int, int], list[tuple[str, Tensor, str | None]]] = {}
+        ready: dict[tuple[int, int], list[tuple[str, Tensor, list[str], str | None]]] = {}
         for number, (name, files) in enumerate(known.items(), 1):
             try:
-                pixels, _ = self.read_photos(files, crop=config.crop, face=config.face)
+                pixels, notes = self.read_photos(files, crop=config.crop, face=config.face)
                 prompt = self.naming(caption_of(files))
                 # people of one batch have the same number of photos, and of chunks, as the denoiser attends to empty ones too
                 chunks = self.backbone.chunks([(prompt or self.prompt).replace(PLACEHOLDER, self.identifier)])
-                ready.setdefault((len(pixels), chunks), []).append((name, pixels, prompt))
+                ready.setdefault((len(pixels), chunks), []).append((name, pixels, notes, prompt))
             except InputError as error:
                 (on_refused or (lambda who, why: say(f"{who} is left out: {why}")))(name, error)
             for group in list(ready.values()):
                 while len(group) >= count or (group and number == len(known)):
                     batch, group[:] = group[:count], group[count:]
                     try:
-                        made = self._people([p for _, p, _ in batch], [t for *_, t in batch], config, quiet=quiet)
+                        names, pictures, said, texts = zip(*batch, strict=True)
+                        made = self._people(pictures, said, texts, config, quiet=quiet)
                     except torch.OutOfMemoryError:
                         if len(batch) == 1:
                             raise
                         count = max(1, len(batch) // 2)
                         group[:0] = batch
                         continue
-                    yield from zip([who for who, *_ in batch], made, strict=True)
+                    yield from zip(names, made, strict=True)
 
     def _people(
         self,
         pixels: Sequence[Tensor],
+        notes: Sequence[list[str]],
         prompts: Sequence[str | None],
         config: PersonalizeConfig,
         *,
@@ -238,7 +240,7 @@ class HyperDreamBooth:
         on_step: OnStep = None,
         quiet: bool = False,
     ) -> list[PersonalLora]:
-        """Personalizes people in one batch, by n photos (n, 3, size, size) each, n being the same for all. `on_step` is for one person."""
+        """Personalizes people in one batch, by n photos (n, 3, size, size) each, n being the same for all. `on_step`: for one person."""
         clocks, count, each = [time.perf_counter()], len(pixels), len(pixels[0])
         tokens = torch.stack([self.predict(mine) for mine in pixels]) if self.source else None
         predicted = self.source.lightweight(tokens).detach() if self.source else None
@@ -246,8 +248,8 @@ class HyperDreamBooth:
         # trained weights and latents are float32, whatever the base's precision
         latents = torch.stack([self.backbone.encode_images(mine).float() for mine in pixels])
         warnings = [self.unlike(mine) for mine in latents]
-        for warning in filter(None, () if quiet else warnings):
-            say(warning)
+        for text in filter(None, () if quiet else itertools.chain(*notes, warnings)):
+            say(text)
         texts = []
         for index, (prompt, warning) in enumerate(zip(prompts, warnings, strict=True)):
             given = (prompt or self.prompt).replace(PLACEHOLDER, self.identifier)
@@ -267,7 +269,7 @@ class HyperDreamBooth:
             own: dict[str, Any] = {"shown": texts[index], "warning": warnings[index], "losses": report.losses, "seconds": seconds}
             if self.source and predicted is not None and tokens is not None:
                 own |= {"predicted": predicted.select(index), "tokens": tokens[index].cpu(), "lightweight": self.source.lightweight}
-            made.append(self.person(mine, **own, metadata={"hyperdreambooth.steps": str(report.steps)}))
+            made.append(self.person(mine, notes=notes[index], **own, metadata={"hyperdreambooth.steps": str(report.steps)}))
         return made
 
     def load(self, path: str | Path) -> PersonalLora:

@@ -69,9 +69,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Writes `value` as indented JSON, atomically."""
+    """Writes `value` as indented JSON, atomically. Bytes of file names that aren't valid UTF-8 become escapes, which read back the same."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    return write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+    return write_atomically(path, lambda file: file.write_bytes(text.encode(errors="backslashreplace")))
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -89,16 +89,22 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return value
 
 
+def escaped(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata with bytes that aren't valid UTF-8, such as a file name's, as escapes (`\\udcfc`), since safetensors refuses them."""
+    return {key: value.encode(errors="backslashreplace").decode() for key, value in metadata.items()}
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Writes a safetensors file, atomically, with the same bytes for the same content. Tensors may be on any device and not contiguous."""
+    about = escaped(metadata or {})
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
     def write(file: Path) -> None:
-        save_file(ready, file, metadata=dict(metadata or {}))
+        save_file(ready, file, metadata=about)
         with file.open("r+b") as opened:  # safetensors writes the metadata in random order
             size = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(size))
-            header |= {"__metadata__": dict(sorted(header["__metadata__"].items()))} if metadata else {}
+            header |= {"__metadata__": dict(sorted(header["__metadata__"].items()))} if about else {}
             text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
             opened.seek(8)
             opened.write(text if len(text) == size else b"")

@@ -6,9 +6,11 @@ import hashlib
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +163,15 @@ def load_identities(
 
     Args:
         encoder: computes the features; None leaves them empty.
-        cache: a folder where the results are kept, under a hash of the settings and of the files' names, sizes and modification times.
+        cache: a folder where the results are kept, under a hash of the settings, the base's precision, whether OpenCV is installed, and
+            the files' names, sizes and modification times.
         share: with `cache`, has other processes encode pieces by `encoding`: [start, end, file], the range of pictures and the output.
     """
     files = [(name, file) for name, group in list_identities(folder).items() for file in group]
     features = encoder and (getattr(encoder.model, "name_or_path", ""), encoder.trained, encoder.size)
-    config = f"{getattr(backbone.pipe, 'name_or_path', '')}|{features}|{crop}|{backbone.size}"
+    detector = find_spec("cv2") is not None  # without OpenCV, "auto" takes the middle where it would find a face
+    about = getattr(backbone.pipe, "name_or_path", ""), features, crop, backbone.size, backbone.denoiser.dtype, detector
+    config = "|".join(map(str, about))
     marks = config + "".join(f"{file}|{state.st_size}|{state.st_mtime_ns}" for _, file in files for state in [file.stat()])
     stamp = hashlib.sha256(os.fsencode(marks)).hexdigest()[:16]  # file names may be invalid UTF-8
     stored = Path(cache) / f"identities-{stamp}.safetensors" if cache else None
@@ -222,9 +227,10 @@ def _grouped(files: list[tuple[str, Path]], tensors: dict[str, Tensor], prompt: 
 def decoded(files: Sequence[Path], size: int, crop: photos.Crop, many: int, progress: str = "") -> Iterator[dict[int, Image.Image]]:
     """Yields batches of up to `many` pictures from `photos.prepare`, as index in `files` -> picture; `progress` labels a progress bar.
 
-    Threads decode the next batch meanwhile. Broken pictures are left out and reported at the end; empty batches are skipped.
+    Threads decode the next batch meanwhile. Broken pictures are left out and reported at the end, as is how many pictures have each note
+    of `photos.prepare`; empty batches are skipped.
     """
-    skipped = []
+    skipped, notes = [], Counter[str]()
     threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     # Warnings are silenced here for all threads at once: each thread leaving its own catch_warnings would end that of the others
     with warnings.catch_warnings(action="ignore"), threads as pool, Progress(progress, len(files), quiet=not progress) as bar:
@@ -234,12 +240,16 @@ def decoded(files: Sequence[Path], size: int, crop: photos.Crop, many: int, prog
             ahead = [pool.submit(photos.prepare, file, size, crop) for file in files[start + many : start + 2 * many]]
             for index, future in enumerate(batch, start):
                 try:
-                    images[index] = future.result()[0]
+                    images[index], note = future.result()
+                    notes[note.replace(f"{photos.photo_name(files[index])}: ", "")] += 1
                 except InputError as error:
                     skipped.append(str(error))
             if images:
                 yield images
             bar.update(start + len(batch))
+    for note, count in notes.items():
+        if note:
+            say(f"{count} picture{'s' * (count > 1)}: {note}")
     for message in skipped:
         say(f"skipped: {message}")
     if skipped:

@@ -1,8 +1,11 @@
 """Folders of photos: which files are pictures, which person each belongs to, and the captions beside them."""
 
+import os
 import re
 import warnings
 from pathlib import Path
+from typing import cast
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -19,7 +22,8 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
     """Maps each identity to its pictures: a subfolder with all pictures in it (at any depth), or a single picture, is one identity.
 
     Files that aren't pictures, and those in folders named mask or masks, are left out and listed on stderr; captions, hidden files and
-    those of operating systems are left out silently. Raises InputError if there is no such folder or no picture in it.
+    those of operating systems are left out silently. Raises InputError if there is no such folder or no picture in it, and where two
+    people would have one name, such as anna.jpg and anna.png. Names that aren't valid UTF-8 are percent-encoded.
 
     Args:
         folder: a local path, or an address that `path_at` accepts.
@@ -28,15 +32,20 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder.")
     found: dict[str, list[Path]] = {}
+    owners: dict[str, Path] = {}  # The subfolder or picture that each name is from.
     refused: list[str] = []
     for entry in sorted(folder.iterdir(), key=_natural):
+        name = _encodable(entry.name if entry.is_dir() else entry.stem)
         inside = sorted((f for f in entry.rglob("*") if not f.is_dir()), key=_natural) if entry.is_dir() else [entry]
         for file in inside:
             parts = file.relative_to(folder).parts
             if file.suffix in CAPTIONS or any(part.startswith(".") or part.lower() in SYSTEM_FILES for part in parts):
                 continue
             if _looks_like_picture(file) and not {"mask", "masks"} & {part.lower() for part in parts[:-1]}:
-                found.setdefault(entry.name if entry.is_dir() else entry.stem, []).append(file)
+                if owners.setdefault(name, entry) != entry:
+                    both = f"{owners[name].name} and {entry.name} are both called {name}"
+                    raise InputError(f"{folder}: {both}. Rename one, or put a person's pictures into a folder of their own.")
+                found.setdefault(name, []).append(file)
             else:
                 refused.append("/".join(parts))
     if refused:
@@ -44,6 +53,15 @@ def list_identities(folder: str | Path) -> dict[str, list[Path]]:
     if not found:
         raise InputError(f"{folder} holds no pictures. Expected: {folder}/identity/picture.png, or {folder}/identity.png, one each.")
     return found
+
+
+def _encodable(name: str) -> str:
+    """A file's name, percent-encoded byte by byte where it isn't valid UTF-8, which files and tables of people couldn't hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return quote(os.fsencode(name), safe=" ")
+    return name
 
 
 def _looks_like_picture(file: Path) -> bool:
@@ -60,9 +78,9 @@ def _looks_like_picture(file: Path) -> bool:
 def caption_of(photos: object) -> str | None:
     """A single photo's caption in one line, from NAME.txt, NAME.caption or NAME.jpg.txt beside it. InputError if it can't be read."""
     group = photos if isinstance(photos, (list, tuple)) else [photos]
-    if len(group) != 1 or not isinstance(group[0], (str, Path)):
+    if len(group) != 1 or not (isinstance(group[0], (str, Path)) or hasattr(group[0], "protocol")):  # a UPath
         return None
-    photo = Path(group[0])
+    photo = Path(group[0]) if isinstance(group[0], str) else cast(Path, group[0])
     for file in [photo.parent / name for name in (*(photo.stem + suffix for suffix in CAPTIONS), f"{photo.name}.txt")]:
         with refusing(f"the caption {file} can't be read", OSError, UnicodeDecodeError, advice="Save it as UTF-8 text."):
             if file.is_file() and (words := file.read_text("utf-8-sig").split()):

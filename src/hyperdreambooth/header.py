@@ -34,7 +34,7 @@ def describe(path: str | Path) -> dict[str, Any] | None:
             if len(names) != 2 * len(layers) or not layers:
                 return None
             found = {layer: (file.get_tensor(f"{layer}.lora_A.weight"), file.get_tensor(f"{layer}.lora_B.weight")) for layer in layers}
-    except (safetensors.SafetensorError, OSError, TypeError):  # TypeError is for bfloat16, which numpy lacks
+    except (safetensors.SafetensorError, OSError, TypeError, AttributeError):  # the last two are for bfloat16 and fp8, which numpy lacks
         return None
     for down, up in found.values():
         if (down.ndim, up.ndim) != (2, 2) or len(down) != up.shape[1] or not (np.isfinite(down).all() and np.isfinite(up).all()):

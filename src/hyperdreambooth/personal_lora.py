@@ -30,6 +30,7 @@ class PersonalLora:
     losses: list[tuple[int, float]] = field(default_factory=list)  # Of the fine-tuning: (step, mean since the last entry).
     seconds: dict[str, float] = field(default_factory=dict)  # By stage: predict, describe, finetune, export.
     shown: list[str] = field(default_factory=list)  # A description of each photo.
+    notes: list[str] = field(default_factory=list)  # What was chosen when the photos were read, see `photos.read_photos`.
     warning: str = ""  # Why pictures may not look like the person, or "".
     metadata: dict[str, str] = field(default_factory=dict)  # More entries for the file's header: about the base, or from a loaded file.
     convolutions: frozenset[str] = frozenset()  # Layers whose LoRA a loaded file holds as 1 x 1 convolutions.

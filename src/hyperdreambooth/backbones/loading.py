@@ -28,11 +28,11 @@ FAMILIES: dict[str, type[Backbone]] = {
 """diffusers' pipeline class -> the backbone of its family. A new family is a class and a line here."""
 
 
-def best_for(base: str | Path, device: str | None, dtype: torch.dtype | None) -> dict[str, Any]:
+def best_for(base: str | Path, device: str | torch.device | None, dtype: torch.dtype | None) -> dict[str, Any]:
     """`device` and `dtype` for `load_backbone`, with the best available in place of None; off CUDA, and for toon, that is float32."""
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one GPU for each process of `accelerate launch`
-    device = device or ("mps" if torch.backends.mps.is_available() else "cpu")
+    device = str(device or ("mps" if torch.backends.mps.is_available() else "cpu"))
     if dtype is None and device.startswith("cuda") and str(base) != "toon":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return {"device": device, "dtype": dtype or torch.float32}

@@ -177,7 +177,7 @@ class People:
             if name in missing:
                 file, args = self.args.output / f"{name}.safetensors", self.args
                 me.save(file, layout=args.format, author=args.author, license=args.license, overwrite=True)
-                made[name] = "; ".join(filter(None, [f"rank {me.rank}", *me.shown[:1], me.warning]))
+                made[name] = "; ".join(filter(None, [f"rank {me.rank}", *me.shown[:1], *me.notes, me.warning]))
         return made, {name: str(why) for name, why in refused.items() if name in missing}
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import __version__, header
-from ..checkpoint import save_tensors
+from ..checkpoint import escaped, save_tensors
 from ..errors import InputError, fresh, refusing
 from ..lora import Lora, LoraSet, applied, can_be_added_to, canonical
 from . import keys
@@ -33,8 +33,8 @@ from .adapters import Adapter, read_adapters
 from .keys import TABLES, Names
 
 Layout = Literal["diffusers", "kohya"]
-Style = str | Path | tuple[str | Path, float]
-"""A LoRA: a file, a folder or a repository with one, or (one of these, strength)."""
+Style = str | Path | tuple[str | Path, float] | list[Any]
+"""A LoRA: a file, a folder or a repository with one, or (one of these, strength), which may be a list, as from JSON."""
 
 CARRIERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # The components that a LoRA may change.
 REPOSITORY = re.compile(r"(?:https?:/+(?:huggingface\.co|hf\.co)/)?([\w.-]*\w/[\w.-]+)(?:/(?:blob|resolve|tree)/([^/]+))?(?:/(.+))?")
@@ -155,7 +155,7 @@ def save_lora(
         else:  # loaders scale by alpha / rank: alpha = rank leaves up @ down as it is
             name, alpha = keys.kohya_name(layer, two_text_encoders=two), torch.tensor(float(largest), dtype=dtype)
             tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
-    about = {"format": "pt", **metadata, "hyperdreambooth.fingerprint": fingerprint(whole)}
+    about = escaped({"format": "pt", **metadata, "hyperdreambooth.fingerprint": fingerprint(whole)})
     return save_tensors(path, tensors, about | hashes(tensors, about))
 
 
@@ -249,7 +249,7 @@ def styled(pipe: Any, styles: Sequence[Style]) -> Iterator[None]:
         return
     root = nn.ModuleDict({name: part for name, part in pipe.components.items() if name in CARRIERS and part is not None})
     names = Names(root)
-    pairs = [(find_lora(name), strength) for name, strength in (one if isinstance(one, tuple) else (one, 1.0) for one in styles)]
+    pairs = [(find_lora(name), strength) for name, strength in (one if isinstance(one, (tuple, list)) else (one, 1.0) for one in styles)]
     opened = [(path, read_adapters(path, names)[0], strength) for path, strength in pairs]
     originals: dict[Tensor, Tensor] = {}
 

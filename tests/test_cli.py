@@ -301,6 +301,15 @@ def test_train_light_and_its_export(tmp_path, face):
     torch.testing.assert_close(a[path].delta(), b[path].delta(), atol=1e-3, rtol=1e-2)
 
 
+def test_train_light_of_another_person_starts_anew_where_it_may_overwrite(tmp_path, people):
+    alice, bob = sorted(people.rglob("*.png"))[:2]
+    words = ["--training.steps", 2, *SMALL]
+    for photo, folder in ((alice, "light"), (bob, "light"), (bob, "alone")):
+        assert run("train-light", photo, "-o", tmp_path / folder, "--overwrite", *words) == 0
+    a, b = (formats.read_lora(tmp_path / folder / "lora.safetensors").loras for folder in ("light", "alone"))
+    assert all(torch.equal(a[path].down, b[path].down) and torch.equal(a[path].up, b[path].up) for path in b)
+
+
 WORKER = """
 import runpy, sys
 import torch

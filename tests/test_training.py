@@ -258,6 +258,18 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         fit(step, nn.Linear(4, 1), batches, CONFIG, Run(directory=tmp_path, quiet=True, device="cpu"))
 
 
+def test_a_checkpoint_of_other_data_is_refused_and_one_without_a_stamp_is_accepted(tmp_path):
+    def trained(stamp: str, folder: str = "stamped"):
+        return fit(step, model(), batches, CONFIG, Run(directory=tmp_path / folder, stamp=stamp, quiet=True, device="cpu"))
+
+    trained("alice")
+    assert trained("alice").finished
+    with pytest.raises(InputError, match=r"state.safetensors holds the training of other photos or settings. Give another folder"):
+        trained("bob")
+    trained("", "older")
+    assert trained("bob", "older").finished
+
+
 def test_nothing_to_train_raises():
     with pytest.raises(InputError, match="nothing to train"):
         fit(step, model().requires_grad_(False), batches, CONFIG, Run(quiet=True, device="cpu"))

@@ -177,7 +177,7 @@ class HyperDreamBooth:
             config: the same as one object; `changes` win over it.
             prompt: what the photos show, such as "a [V] face wearing a cap on a blue background": what it names isn't learned as
                 part of the person. Default: what `describe` finds in each.
-            directory: where checkpoints are kept, from which an interrupted fine-tuning resumes.
+            directory: where checkpoints are kept, from which an interrupted fine-tuning of the same photos resumes.
             on_step: called after every fine-tuning step with the number of steps done and the person's update so far, which
                 `generate` takes; if it returns True, fine-tuning ends there. Called in this thread, between two steps.
         """

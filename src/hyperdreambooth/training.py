@@ -55,6 +55,7 @@ class Run:
     minutes: float | None = None  # Time after which the training writes a checkpoint and stops; a later call resumes it.
     name: str = "training"
     quiet: bool = False
+    stamp: str = ""  # Identifies data, initial weights and settings, see `stamp_of`: a checkpoint with another stamp is refused.
 
 
 @dataclass
@@ -231,7 +232,7 @@ class State:
     """The state of a training, as it is checkpointed: weights, buffers, optimizer, averaged weights, step count, report."""
 
     def __init__(self, model: nn.Module, config: TrainingConfig, run: Run, device: torch.device):
-        self.model, self.config, self.name = model, config, run.name
+        self.model, self.config, self.name, self.stamp = model, config, run.name, run.stamp
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise InputError(f"{run.name}: nothing to train, no parameter requires gradients.")
@@ -247,18 +248,20 @@ class State:
     def save(self) -> None:
         if self.file:
             report = {"losses": self.report.losses, "validations": self.report.validations}
-            meta = {"step": self.done, **report, "config": dataclasses.asdict(self.config)}
+            meta = {"step": self.done, "stamp": self.stamp, **report, "config": dataclasses.asdict(self.config)}
             checkpoint.save(self.file, self.saved, self.optimizer.state_dict(), self.average, meta)
 
     def restore(self, file: Path) -> None:
-        """Loads a checkpoint. Raises InputError for that of another model or optimizer."""
+        """Loads a checkpoint. Raises InputError for that of another model, optimizer or stamp; older ones have no stamp."""
         model, optimizer, average, meta = checkpoint.load(file)
+        what_to_do = "Give another folder, or delete that file to start anew."
         if differing := {(n, t.shape) for n, t in self.saved.items()} ^ {(n, t.shape) for n, t in model.items()}:
-            what_to_do = "Give another folder, or delete that file to start anew."
             raise InputError(f"{file} belongs to another {self.name}: {min(differing)[0]} differs. {what_to_do}")
         before, now = meta["config"].get("optimizer", "adamw"), self.config.optimizer
         if before != now:
             raise InputError(f"{file} was trained with {before}, and its state means nothing to {now}. Go on with {before}, or start anew.")
+        if meta.get("stamp") and meta["stamp"] != self.stamp:
+            raise InputError(f"{file} holds the training of other photos or settings. {what_to_do}")
         with torch.no_grad():
             for n, tensor in self.saved.items():
                 tensor.copy_(model[n])

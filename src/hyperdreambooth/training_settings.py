@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import InputError, in_range
 
@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 
 TRACKERS = ("tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")
 LARGEST_LAYER = 1 << 17  # Most inputs or outputs of a layer; the largest known bases have a tenth of it.
+
+NOT_DECISIVE = ("log_every", "validate_every", "checkpoint_minutes", "tracker", "give_up")  # Settings that don't change trained weights.
+RESUMABLE = (*NOT_DECISIVE, "steps", "gradient_accumulation")
+"""Settings that may differ when a training resumes. Batches per step are processes times `gradient_accumulation`, and both may change."""
+
+
+def identifying(settings: TrainingConfig | NoiseLevels | StageConfig) -> dict[str, Any]:
+    """The settings that tell one training from another, nested ones included: all but RESUMABLE."""
+    return asdict(settings, dict_factory=lambda items: {name: value for name, value in items if name not in RESUMABLE})
 
 
 @dataclass

@@ -182,10 +182,12 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
             progress.note(f"stopped at step {state.done}; the same command goes on from {place}")
             raise
         report.steps, report.finished = state.done, state.done >= config.steps
+        if saves:
+            state.save()  # before the validation, which may fail
         if run.validate and report.finished:
             state.validate(run.validate, accelerator, progress)
-        if saves:
-            state.save()
+            if saves:
+                state.save()  # again, with the validation's figures
         if received:  # during the last step
             raise KeyboardInterrupt
     if report.finished:
@@ -295,16 +297,19 @@ class State:
     def validate(self, validate: Validate, accelerator: Accelerator, progress: Progress) -> None:
         """Logs the figures and pictures of `validate`, by the averaged weights if there are any. Raises TrainingError for a NaN."""
         self.swap()
-        with torch.no_grad():
-            found = validate(self.done, self.model)
-        self.swap()
+        try:
+            with torch.no_grad():
+                found = validate(self.done, self.model)
+        finally:
+            self.swap()
         pictures = {key: value for key, value in found.items() if isinstance(value, Image.Image)}
         figures = {key: float(value) for key, value in found.items() if not isinstance(value, Image.Image)}
         if any(math.isnan(value) for value in figures.values()):
             raise TrainingError(f"validation at step {self.done} gave {figures}.")
         self.report.validations.append({"step": self.done, **figures})
         accelerator.log(figures, step=self.done)
-        for tracker in accelerator.trackers if pictures else ():
+        # accelerate logs pictures to some trackers only (tensorboard, wandb, aim, clearml, swanlab); the others get the figures
+        for tracker in [one for one in accelerator.trackers if pictures and hasattr(one, "log_images")]:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({key: np.asarray(picture)[None] for key, picture in pictures.items()}, step=self.done, **layout)
         progress.note(f"step {self.done} validation: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))

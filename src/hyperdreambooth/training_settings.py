@@ -48,7 +48,8 @@ class TrainingConfig:
     checkpoint_minutes: float = 3.0  # Minutes between two checkpoints.
     tracker: str | None = None
     """Experiment tracker for losses, learning rates, validations and preview pictures: tensorboard (files in the output's folder) or wandb,
-    which are extras, or another one of accelerate's that is installed (aim, clearml, comet_ml, dvclive, mlflow, swanlab, trackio)."""
+    which are extras, or another one of accelerate's that is installed (aim, clearml, swanlab; without pictures comet_ml, dvclive, mlflow,
+    trackio)."""
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.gradient_accumulation < 1:

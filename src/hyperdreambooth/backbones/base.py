@@ -70,7 +70,7 @@ class Backbone(ABC):
     @property
     def name(self) -> str:
         """The last part of the path or hub id that the base was opened from; "" where it isn't known."""
-        return Path(getattr(self.pipe, "name_or_path", "")).name
+        return Path(getattr(self.pipe, "name_or_path", None) or "").name
 
     @property
     def device(self) -> torch.device:

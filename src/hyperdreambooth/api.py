@@ -226,6 +226,7 @@ class HyperDreamBooth:
                         continue
                     yield from zip([who for who, *_ in batch], made, strict=True)
 
+    @torch.inference_mode(False)  # this turns gradients on too: callers such as web servers turn them off
     def _people(
         self,
         pixels: Sequence[Tensor],
@@ -241,8 +242,7 @@ class HyperDreamBooth:
         tokens = torch.stack([self.predict(mine) for mine in pixels]) if self.source else None
         predicted = self.source.lightweight(tokens).detach() if self.source else None
         clocks.append(time.perf_counter())
-        # trained weights and latents are float32, whatever the base's precision
-        latents = torch.stack([self.backbone.encode_images(mine).float() for mine in pixels])
+        latents = torch.stack([self.backbone.encode_images(mine).float() for mine in pixels])  # float32, whatever the base's precision
         warnings = [self.unlike(mine) for mine in latents]
         for warning in filter(None, () if quiet else warnings):
             say(warning)

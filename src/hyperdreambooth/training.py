@@ -124,6 +124,7 @@ def interrupts() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@torch.inference_mode(False)  # this turns gradients on too
 def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, run: Run | None = None) -> TrainingReport:
     """Trains the parameters of `model` that require gradients, in place.
 
@@ -131,6 +132,7 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
         losses: `losses(model, batch)` gives per-sample losses, shape (B,). An attribute `key` identifies the computation (see `replay.py`).
         draw: `draw(i, generator)` gives the i-th batch; n processes take n batches at a time, one each.
 
+    Gradients are on here, even where the caller turned them off by `torch.no_grad` or `torch.inference_mode`.
     Ctrl-C writes a checkpoint after the current step and raises KeyboardInterrupt; a second one raises it at once, without a checkpoint.
     Raises TrainingError at the first loss that isn't finite. With `average`, a training that finishes leaves the averaged weights in the
     model. Under a launcher, call `leave` after the last training.

@@ -39,6 +39,7 @@ def best_for(base: str | Path, device: str | None, dtype: torch.dtype | None) ->
 
 
 @hushed()
+@torch.inference_mode(False)  # weights that are made in inference mode can't take part in a training
 def load_backbone(
     base: str | Path,
     *,

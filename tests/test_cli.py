@@ -17,10 +17,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hyperdreambooth import commands, formats, photos, progress
+from hyperdreambooth import commands, formats, photos, progress, settings
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.cli import main
 from hyperdreambooth.commands import options
+from hyperdreambooth.errors import InputError
+from hyperdreambooth.settings import GenerateConfig
+from hyperdreambooth.training_settings import TrainingConfig
 
 from .conftest import picture
 from .test_photos import png_header
@@ -195,6 +198,18 @@ def test_a_config_file_gives_the_flags(tmp_path, face, capsys):
         assert run("personalize", face, "-o", tmp_path / "b.safetensors", "--config", tmp_path / "bad.yaml") == 2
         assert says in capsys.readouterr().err
     assert run("personalize", "--config", tmp_path / "a.json", "--overwrite") == 0  # what was saved is a config again
+
+
+def test_off_and_no_of_yaml_are_the_choices_of_that_name(tmp_path):
+    """YAML 1.1 reads them as False."""
+    (tmp_path / "c.yaml").write_text("identity_guidance: off\n")
+    assert settings.updated(GenerateConfig(identity_guidance=2.0), settings.read_config(tmp_path / "c.yaml"), "c").identity is None
+    (tmp_path / "c.yaml").write_text("mixed_precision: no\n")
+    assert settings.updated(TrainingConfig(mixed_precision="bf16"), settings.read_config(tmp_path / "c.yaml"), "c").mixed_precision == "no"
+    with pytest.raises(InputError, match="c: identity_guidance must be float or off, not True"):
+        settings.updated(GenerateConfig(), {"identity_guidance": True}, "c")
+    with pytest.raises(InputError, match="c: width must be int or null, not 'wide'"):
+        settings.updated(GenerateConfig(), {"width": "wide"}, "c")
 
 
 def test_generate_makes_pictures_that_say_what_they_are(tmp_path, me):

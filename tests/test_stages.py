@@ -501,6 +501,15 @@ def test_a_step_sees_as_many_copies_as_it_was_told(backbone, monkeypatch):
         PersonalizeConfig(copies=0)
 
 
+@pytest.mark.parametrize("kind", [PersonalizeConfig, TrainLightConfig, PreoptimizeConfig])
+def test_no_copies_and_fewer_than_no_prior_pictures_are_refused(kind):
+    with pytest.raises(InputError, match="copies must be at least 1, not 0"):
+        kind(copies=0)
+    if kind is not PreoptimizeConfig:  # it has no prior preservation
+        with pytest.raises(InputError, match="prior_pictures must be at least 0, not -1"):
+            kind(prior_pictures=-1)
+
+
 def test_every_photo_is_trained_under_its_own_words(backbone):
     """Two people under different words get what each gets alone; so do two photos of one person."""
     x = latents(2, 1)

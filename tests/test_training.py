@@ -338,7 +338,7 @@ def test_a_validation_that_fails_loses_no_steps_and_leaves_the_trained_weights(t
     assert checkpoint.load(tmp_path / "state.safetensors")[3]["validations"] == [{"step": CONFIG.steps, "figure": 1.0}]
 
 
-@pytest.mark.parametrize("bad", [{"steps": -1}, {"gradient_accumulation": 0}, {"cooldown": 2.0}, {"average": 1.0}])
+@pytest.mark.parametrize("bad", [{"steps": -1}, {"gradient_accumulation": 0}, {"log_every": 0}, {"cooldown": 2.0}, {"average": 1.0}])
 def test_bad_settings_raise(bad):
     with pytest.raises(InputError):
         TrainingConfig(**bad)

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import InputError, in_range
+from .errors import InputError, at_least, in_range
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +52,7 @@ class TrainingConfig:
     trackio)."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.gradient_accumulation < 1:
-            raise InputError(f"steps must be 0 or more, gradient_accumulation 1 or more, not {self.steps}, {self.gradient_accumulation}.")
+        at_least(self, steps=0, gradient_accumulation=1, log_every=1)
         if not 0 <= self.cooldown <= 1 or not 0 <= self.average < 1:
             raise InputError(f"cooldown must lie in 0..1 and average in 0..1 (exclusive), not {self.cooldown} and {self.average}.")
         if isinstance(self.tracker, str):
@@ -146,6 +145,9 @@ class TrainLightConfig(StageConfig):
     prior_weight: float = 1.0  # Weight of the prior loss.
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=300, learning_rate=5e-3, log_every=20))  # Training loop.
 
+    def __post_init__(self) -> None:
+        at_least(self, copies=1, prior_pictures=0)
+
 
 @dataclass
 class PreoptimizeConfig(StageConfig):
@@ -157,10 +159,9 @@ class PreoptimizeConfig(StageConfig):
     """Training loop of one chunk."""
 
     def __post_init__(self) -> None:
+        at_least(self, chunk=1, copies=1)
         if self.lightweight.learnable:
             raise InputError("pre-optimization needs frozen aux matrices: rows trained one after another can't share learnable ones.")
-        if self.chunk < 1:
-            raise InputError(f"chunk must be at least 1, not {self.chunk}.")
 
 
 @dataclass

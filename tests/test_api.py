@@ -62,6 +62,21 @@ def test_a_long_caption_changes_nothing_for_the_others_of_a_folder(tmp_path):
     assert list(together) == ["0", "2", "1"]
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_person_is_fine_tuned_where_the_caller_turned_gradients_off(hdb, off):
+    """As nodes of ComfyUI and web servers do; the weights are the same, and prediction needs no gradients."""
+    expected = hdb.personalize(picture(), steps=2, quiet=True)
+    with off():
+        opened = HyperDreamBooth.from_pretrained("toon", device="cpu")
+        assert len(opened.generate("a [V] face", steps=1)) == 1
+        found = opened.personalize(picture(), steps=2, quiet=True)
+        assert not opened.predict(opened.read_photos(picture())[0]).requires_grad
+        assert not torch.is_grad_enabled()
+    for path, lora in expected.loras.items():
+        assert torch.equal(found.loras[path].up, lora.up)
+        assert torch.equal(found.loras[path].down, lora.down)
+
+
 def test_a_mix_is_of_tokens_where_everyone_has_some_and_else_a_sum(hdb, tmp_path):
     a, b = (hdb.personalize(picture(seed), steps=0) for seed in (1, 2))
     both = hdb.mix([(a, 0.25), (b, 0.75)])

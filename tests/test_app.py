@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import socket
 import threading
@@ -445,6 +446,20 @@ def test_listening_elsewhere_needs_a_password(world, monkeypatch, capsys):
             app.start(hdb, port=port)
     finally:
         running.close()
+
+
+@pytest.mark.parametrize("before", [None, "/tmp/own"])
+def test_a_page_leaves_the_environment_as_it_was(world, monkeypatch, before):
+    monkeypatch.setenv("HYPERDREAMBOOTH_TOON", str(world))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", before or "")
+    if before is None:
+        monkeypatch.delenv("GRADIO_TEMP_DIR")
+    with socket.socket() as taken:  # the page starts and, since its port is taken, closes
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(InputError, match="--port"):
+            app.start(HyperDreamBooth.from_pretrained("toon", device="cpu"), port=taken.getsockname()[1])
+    assert os.environ.get("GRADIO_TEMP_DIR") == before
 
 
 def test_the_palette_is_what_the_base_knows():

@@ -17,10 +17,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hyperdreambooth import commands, formats, photos, progress
+from hyperdreambooth import commands, formats, photos, progress, settings
 from hyperdreambooth.api import HyperDreamBooth
 from hyperdreambooth.cli import main
 from hyperdreambooth.commands import options
+from hyperdreambooth.errors import InputError
+from hyperdreambooth.settings import GenerateConfig
+from hyperdreambooth.training_settings import TrainingConfig
 
 from .conftest import picture
 from .test_photos import png_header
@@ -210,6 +213,18 @@ def test_a_config_file_gives_the_flags(tmp_path, face, capsys):
     assert run("personalize", "--config", tmp_path / "a.json", "--overwrite") == 0  # saved settings are valid as --config
 
 
+def test_off_and_no_of_yaml_are_the_choices_of_that_name(tmp_path):
+    """YAML 1.1 reads them as False."""
+    (tmp_path / "c.yaml").write_text("identity_guidance: off\n")
+    assert settings.updated(GenerateConfig(identity_guidance=2.0), settings.read_config(tmp_path / "c.yaml"), "c").identity is None
+    (tmp_path / "c.yaml").write_text("mixed_precision: no\n")
+    assert settings.updated(TrainingConfig(mixed_precision="bf16"), settings.read_config(tmp_path / "c.yaml"), "c").mixed_precision == "no"
+    with pytest.raises(InputError, match="c: identity_guidance must be float or off, not True"):
+        settings.updated(GenerateConfig(), {"identity_guidance": True}, "c")
+    with pytest.raises(InputError, match="c: width must be int or null, not 'wide'"):
+        settings.updated(GenerateConfig(), {"width": "wide"}, "c")
+
+
 def test_generate_makes_pictures_that_say_what_they_are(tmp_path, me):
     out = tmp_path / "out"
     formats.save_lora(tmp_path / "style.safetensors", formats.read_lora(me).loras.scaled(0.1), {})
@@ -312,6 +327,15 @@ def test_train_light_and_its_export(tmp_path, face):
     a, b = (formats.read_lora(file).loras for file in (tmp_path / "light" / "lora.safetensors", tmp_path / "again.safetensors"))
     path = next(iter(a))
     torch.testing.assert_close(a[path].delta(), b[path].delta(), atol=1e-3, rtol=1e-2)
+
+
+def test_train_light_of_another_person_starts_anew_where_it_may_overwrite(tmp_path, people):
+    alice, bob = sorted(people.rglob("*.png"))[:2]
+    words = ["--training.steps", 2, *SMALL]
+    for photo, folder in ((alice, "light"), (bob, "light"), (bob, "alone")):
+        assert run("train-light", photo, "-o", tmp_path / folder, "--overwrite", *words) == 0
+    a, b = (formats.read_lora(tmp_path / folder / "lora.safetensors").loras for folder in ("light", "alone"))
+    assert all(torch.equal(a[path].down, b[path].down) and torch.equal(a[path].up, b[path].up) for path in b)
 
 
 WORKER = """

@@ -196,6 +196,41 @@ def test_train_light_with_and_without_the_text_encoder(targets, tmp_path):
     assert loss_of(backbone, loras, x[0]) < loss_of(backbone, start, x[0])
 
 
+def test_a_folder_goes_on_with_its_own_person_only(backbone, tmp_path):
+    predicted = random_loras(backbone, batch=2, rank=1)
+    light = TrainLightConfig(lightweight=FROZEN, training=TrainingConfig(steps=2))
+
+    def tuned(seed: int = 0, prompt: str = "a [V] face", who: int = 0, **changes):
+        subject, mine = Subject(latents(1, 1, seed=seed), prompt), predicted.select(slice(who, who + 1))
+        config = PersonalizeConfig(**{"steps": 2, "rank": 2, **changes})
+        return personalize(backbone, subject, mine, config, directory=tmp_path / "tuned", quiet=True)[1]
+
+    assert tuned().steps == 2
+    assert tuned(steps=4).steps == 4  # the same training, longer
+    for other in ({"seed": 1}, {"prompt": "a smiling [V] face"}, {"who": 1}, {"learning_rate": 1e-2}, {"noise_mean": 0.0}):
+        with pytest.raises(InputError, match="other photos or settings"):
+            tuned(steps=4, **other)
+    train_light(backbone, Subject(latents(1, 1), "a [V] face"), light, directory=tmp_path / "light", quiet=True)
+    with pytest.raises(InputError, match="other photos or settings"):
+        train_light(backbone, Subject(latents(1, 1, seed=1), "a [V] face"), light, directory=tmp_path / "light", quiet=True)
+
+
+def test_a_hypernetwork_goes_on_with_its_own_people_only(backbone, tmp_path):
+    encoder, data = tiny_source(backbone).encoder, identity_data(3)
+    config = TrainHypernetworkConfig(lightweight=TOKENS, hypernetwork=DECODER, batch=2, training=TrainingConfig(steps=2))
+
+    def trained(data: IdentityData, config: TrainHypernetworkConfig) -> int:
+        return train_hypernetwork(backbone, encoder, data, config, run=Run(tmp_path, quiet=True))[1].steps
+
+    trained(data, config)
+    longer = dataclasses.replace(config, give_up=0.5, training=dataclasses.replace(config.training, steps=3))
+    assert trained(data, longer) == 3
+    others = dataclasses.replace(data, latents=data.latents + 1)
+    for people, settings in ((others, config), (data, dataclasses.replace(config, penalty=0.0))):
+        with pytest.raises(InputError, match="other photos or settings"):
+            trained(people, settings)
+
+
 def identity_data(people: int = 6, each: int = 2) -> IdentityData:
     count = people * each
     generator = torch.Generator().manual_seed(0)
@@ -465,6 +500,15 @@ def test_a_step_sees_as_many_copies_as_it_was_told(backbone, monkeypatch):
     assert drawn == [4, 3, 8]  # the default is 4; explicit settings and the hypernetwork's default override it
     with pytest.raises(InputError, match="copies must be at least 1"):
         PersonalizeConfig(copies=0)
+
+
+@pytest.mark.parametrize("kind", [PersonalizeConfig, TrainLightConfig, PreoptimizeConfig])
+def test_no_copies_and_fewer_than_no_prior_pictures_are_refused(kind):
+    with pytest.raises(InputError, match="copies must be at least 1, not 0"):
+        kind(copies=0)
+    if kind is not PreoptimizeConfig:  # it has no prior preservation
+        with pytest.raises(InputError, match="prior_pictures must be at least 0, not -1"):
+            kind(prior_pictures=-1)
 
 
 def test_every_photo_is_trained_under_its_own_words(backbone):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -258,6 +259,18 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         fit(step, nn.Linear(4, 1), batches, CONFIG, Run(directory=tmp_path, quiet=True, device="cpu"))
 
 
+def test_a_checkpoint_of_other_data_is_refused_and_one_without_a_stamp_is_accepted(tmp_path):
+    def trained(stamp: str, folder: str = "stamped"):
+        return fit(step, model(), batches, CONFIG, Run(directory=tmp_path / folder, stamp=stamp, quiet=True, device="cpu"))
+
+    trained("alice")
+    assert trained("alice").finished
+    with pytest.raises(InputError, match=r"state.safetensors holds the training of other photos or settings. Give another folder"):
+        trained("bob")
+    trained("", "older")
+    assert trained("bob", "older").finished
+
+
 def test_nothing_to_train_raises():
     with pytest.raises(InputError, match="nothing to train"):
         fit(step, model().requires_grad_(False), batches, CONFIG, Run(quiet=True, device="cpu"))
@@ -288,7 +301,44 @@ def test_validation_sees_the_averaged_weights_and_leaves_the_model_alone(tmp_pat
     assert torch.equal(seen[-1], weights(net)[0])
 
 
-@pytest.mark.parametrize("bad", [{"steps": -1}, {"gradient_accumulation": 0}, {"cooldown": 2.0}, {"average": 1.0}])
+def test_a_tracker_that_takes_no_pictures_gets_the_figures():
+    from accelerate.tracking import GeneralTracker
+
+    logged = []
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, tracker = "own", False, None
+
+        def log(self, values, step=None, **more):
+            logged.append(values)
+
+    def validate(done, net):
+        return {"figure": 1.0, "preview": Image.new("RGB", (8, 8))}
+
+    fit(step, model(), batches, dataclasses.replace(CONFIG, tracker=Tracker()), Run(validate=validate, quiet=True, device="cpu"))
+    assert {"figure": 1.0} in logged
+
+
+def test_a_validation_that_fails_loses_no_steps_and_leaves_the_trained_weights(tmp_path):
+    seen = []
+
+    def failing(done, net):
+        seen.append(weights(net)[0])
+        raise torch.OutOfMemoryError
+
+    net, validated = model(), Run(tmp_path, validate=lambda done, net: {"figure": 1.0}, quiet=True, device="cpu")
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(step, net, batches, CONFIG, dataclasses.replace(validated, validate=failing))
+    saved, _, average, meta = checkpoint.load(tmp_path / "state.safetensors")
+    assert meta["step"] == CONFIG.steps
+    assert torch.equal(net[0].weight, saved["0.weight"])
+    assert torch.equal(seen[0], average["0.weight"])
+    assert not torch.equal(seen[0], net[0].weight)
+    assert fit(step, model(), batches, CONFIG, validated).finished
+    assert checkpoint.load(tmp_path / "state.safetensors")[3]["validations"] == [{"step": CONFIG.steps, "figure": 1.0}]
+
+
+@pytest.mark.parametrize("bad", [{"steps": -1}, {"gradient_accumulation": 0}, {"log_every": 0}, {"cooldown": 2.0}, {"average": 1.0}])
 def test_bad_settings_raise(bad):
     with pytest.raises(InputError):
         TrainingConfig(**bad)

@@ -177,7 +177,7 @@ class HyperDreamBooth:
             config: the same as one object; `changes` win over it.
             prompt: what the photos show, such as "a [V] face wearing a cap on a blue background": what it names isn't learned as
                 part of the person. Default: what `describe` finds in each.
-            directory: where checkpoints are kept, from which an interrupted fine-tuning resumes.
+            directory: where checkpoints are kept, from which an interrupted fine-tuning of the same photos resumes.
             on_step: called after every fine-tuning step with the number of steps done and the person's update so far, which
                 `generate` takes; if it returns True, fine-tuning ends there. Called in this thread, between two steps.
         """
@@ -229,6 +229,7 @@ class HyperDreamBooth:
                         continue
                     yield from zip(names, made, strict=True)
 
+    @torch.inference_mode(False)  # this turns gradients on too: callers such as web servers turn them off
     def _people(
         self,
         pixels: Sequence[Tensor],
@@ -245,8 +246,7 @@ class HyperDreamBooth:
         tokens = torch.stack([self.predict(mine) for mine in pixels]) if self.source else None
         predicted = self.source.lightweight(tokens).detach() if self.source else None
         clocks.append(time.perf_counter())
-        # trained weights and latents are float32, whatever the base's precision
-        latents = torch.stack([self.backbone.encode_images(mine).float() for mine in pixels])
+        latents = torch.stack([self.backbone.encode_images(mine).float() for mine in pixels])  # float32, whatever the base's precision
         warnings = [self.unlike(mine) for mine in latents]
         for text in filter(None, () if quiet else itertools.chain(*notes, warnings)):
             say(text)

@@ -4,6 +4,7 @@ A checkpoint is one file, so that it is whole or absent: the tensors (model, opt
 else is JSON in the header.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -166,6 +167,19 @@ def damaged(path: str | Path, error: Exception) -> InputError:
             what = "is a text file. Was another one meant?"
         what = next((known for mark, known in OTHER_FILES.items() if re.match(mark, text, re.I)), what)
     return InputError(f"{path} is not a whole safetensors file: {'it ' * what.startswith('is ')}{what}")
+
+
+def stamp_of(*what: Any) -> str:
+    """A hash of tensors, bytes and other values (by their `repr`), which identifies what a training was begun with."""
+    digest = hashlib.sha256()
+    for value in what:
+        data: Any = value if isinstance(value, bytes) else repr(value).encode()
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(f"{len(data)} ".encode())
+        digest.update(data)
+    return digest.hexdigest()[:16]
 
 
 def save(

@@ -50,6 +50,13 @@ def in_range(value: float, low: float, high: float, name: str) -> None:
         raise InputError(f"{name} must lie in {low:,} to {high:,}, not {value}.")
 
 
+def at_least(settings: object, **least: float) -> None:
+    """Raises InputError where a field of `settings` is below the value that is given for it by its name."""
+    for name, low in least.items():
+        if getattr(settings, name) < low:
+            raise InputError(f"{name} must be at least {low}, not {getattr(settings, name)}.")
+
+
 def fresh(path: str | Path, overwrite: bool) -> Path:
     """The path of a file that is to be written. Raises InputError if it exists and `overwrite` isn't set."""
     path = Path(path) if isinstance(path, str) else path

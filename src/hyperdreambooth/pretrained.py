@@ -68,6 +68,7 @@ def save_hypernetwork(folder: str | Path, source: PredictedLora, info: HyperNetw
     return write_json(folder / "config.json", asdict(info))  # written last, so that a folder with a config is complete
 
 
+@torch.inference_mode(False)  # weights that are made in inference mode can't take part in a training
 def load_hypernetwork(folder: str | Path, backbone: Backbone | None = None) -> tuple[PredictedLora, HyperNetworkInfo]:
     """Reads a hypernetwork from a folder or a hub id; with `backbone`, checks that this base has the layers that it predicts.
 

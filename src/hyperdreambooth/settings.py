@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from .errors import InputError
+from .errors import InputError, at_least
 
 RESOLVED = "resolved"  # Key of the resolved values in saved settings: for people to read, ignored when the file is read.
 T = TypeVar("T")
@@ -77,9 +77,7 @@ class PersonalizeConfig:
     origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # Where each value came from, see `resolve`.
 
     def __post_init__(self) -> None:
-        for name, least in (("rank", 1), ("copies", 1), ("steps", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+        at_least(self, rank=1, copies=1, steps=0, prior_pictures=0)
         if not (self.noise_std >= 0 and self.learning_rate > 0):
             raise InputError(f"noise_std must be at least 0 and learning_rate above 0, not {self.noise_std} and {self.learning_rate}.")
 
@@ -141,9 +139,7 @@ class GenerateConfig:
     origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # Where each value came from, see `resolve`.
 
     def __post_init__(self) -> None:
-        for name in ("steps", "count", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        at_least(self, steps=1, count=1, batch=1)
         for name, value in (("identity_until", self.identity_until), ("context_until", self.context_until)):
             if not 0 <= value <= 1:
                 raise InputError(f"{name} is a fraction of the steps, 0 to 1, not {value}.")
@@ -231,7 +227,10 @@ def _short(value: Any) -> str:
 
 
 def _coerced(value: Any, hint: Any, where: str) -> Any:
-    """A YAML value as the type `hint`: YAML 1.1 reads 1e-3 as a string; lists become tuples, strings paths. Raises InputError otherwise."""
+    """A YAML value as the type `hint`: YAML 1.1 reads 1e-3 as a string, and off and no as False; lists become tuples, strings paths.
+
+    Raises InputError otherwise.
+    """
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in choices:
@@ -240,6 +239,8 @@ def _coerced(value: Any, hint: Any, where: str) -> Any:
             with suppress(InputError):
                 return _coerced(value, choice, where)
     elif origin is typing.Literal:
+        if value is False:
+            value = next((choice for choice in choices if choice in ("off", "no")), value)
         if any(value == choice and type(value) is type(choice) for choice in choices):
             return value
         raise InputError(f"{where} must be one of {', '.join(map(str, choices))}, not {_short(value)}.")
@@ -259,4 +260,13 @@ def _coerced(value: Any, hint: Any, where: str) -> Any:
         return Path(value)
     elif hint is Any or (hint is not int and isinstance(hint, type) and isinstance(value, hint)):
         return value
-    raise InputError(f"{where} must be {getattr(hint, '__name__', hint)}, not {_short(value)}.")
+    raise InputError(f"{where} must be {_named(hint)}, not {_short(value)}.")
+
+
+def _named(hint: Any) -> str:
+    """A type as an error names it: "float or off" for `float | Literal["off"]`."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_named(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    return "null" if hint is type(None) else str(getattr(hint, "__name__", hint))

@@ -55,6 +55,7 @@ class Run:
     minutes: float | None = None  # Time after which the training writes a checkpoint and stops; a later call resumes it.
     name: str = "training"
     quiet: bool = False
+    stamp: str = ""  # Identifies data, initial weights and settings, see `stamp_of`: a checkpoint with another stamp is refused.
 
 
 @dataclass
@@ -123,6 +124,7 @@ def interrupts() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@torch.inference_mode(False)  # this turns gradients on too
 def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, run: Run | None = None) -> TrainingReport:
     """Trains the parameters of `model` that require gradients, in place.
 
@@ -130,6 +132,7 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
         losses: `losses(model, batch)` gives per-sample losses, shape (B,). An attribute `key` identifies the computation (see `replay.py`).
         draw: `draw(i, generator)` gives the i-th batch; n processes take n batches at a time, one each.
 
+    Gradients are on here, even where the caller turned them off by `torch.no_grad` or `torch.inference_mode`.
     Ctrl-C writes a checkpoint after the current step and raises KeyboardInterrupt; a second one raises it at once, without a checkpoint.
     Raises TrainingError at the first loss that isn't finite. With `average`, a training that finishes leaves the averaged weights in the
     model. Under a launcher, call `leave` after the last training.
@@ -181,10 +184,12 @@ def fit(losses: Losses, model: nn.Module, draw: Draw, config: TrainingConfig, ru
             progress.note(f"stopped at step {state.done}; the same command goes on from {place}")
             raise
         report.steps, report.finished = state.done, state.done >= config.steps
+        if saves:
+            state.save()  # before the validation, which may fail
         if run.validate and report.finished:
             state.validate(run.validate, accelerator, progress)
-        if saves:
-            state.save()
+            if saves:
+                state.save()  # again, with the validation's figures
         if received:  # during the last step
             raise KeyboardInterrupt
     if report.finished:
@@ -231,7 +236,7 @@ class State:
     """The state of a training, as it is checkpointed: weights, buffers, optimizer, averaged weights, step count, report."""
 
     def __init__(self, model: nn.Module, config: TrainingConfig, run: Run, device: torch.device):
-        self.model, self.config, self.name = model, config, run.name
+        self.model, self.config, self.name, self.stamp = model, config, run.name, run.stamp
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise InputError(f"{run.name}: nothing to train, no parameter requires gradients.")
@@ -247,18 +252,20 @@ class State:
     def save(self) -> None:
         if self.file:
             report = {"losses": self.report.losses, "validations": self.report.validations}
-            meta = {"step": self.done, **report, "config": dataclasses.asdict(self.config)}
+            meta = {"step": self.done, "stamp": self.stamp, **report, "config": dataclasses.asdict(self.config)}
             checkpoint.save(self.file, self.saved, self.optimizer.state_dict(), self.average, meta)
 
     def restore(self, file: Path) -> None:
-        """Loads a checkpoint. Raises InputError for that of another model or optimizer."""
+        """Loads a checkpoint. Raises InputError for that of another model, optimizer or stamp; older ones have no stamp."""
         model, optimizer, average, meta = checkpoint.load(file)
+        what_to_do = "Give another folder, or delete that file to start anew."
         if differing := {(n, t.shape) for n, t in self.saved.items()} ^ {(n, t.shape) for n, t in model.items()}:
-            what_to_do = "Give another folder, or delete that file to start anew."
             raise InputError(f"{file} belongs to another {self.name}: {min(differing)[0]} differs. {what_to_do}")
         before, now = meta["config"].get("optimizer", "adamw"), self.config.optimizer
         if before != now:
             raise InputError(f"{file} was trained with {before}, and its state means nothing to {now}. Go on with {before}, or start anew.")
+        if meta.get("stamp") and meta["stamp"] != self.stamp:
+            raise InputError(f"{file} holds the training of other photos or settings. {what_to_do}")
         with torch.no_grad():
             for n, tensor in self.saved.items():
                 tensor.copy_(model[n])
@@ -292,16 +299,19 @@ class State:
     def validate(self, validate: Validate, accelerator: Accelerator, progress: Progress) -> None:
         """Logs the figures and pictures of `validate`, by the averaged weights if there are any. Raises TrainingError for a NaN."""
         self.swap()
-        with torch.no_grad():
-            found = validate(self.done, self.model)
-        self.swap()
+        try:
+            with torch.no_grad():
+                found = validate(self.done, self.model)
+        finally:
+            self.swap()
         pictures = {key: value for key, value in found.items() if isinstance(value, Image.Image)}
         figures = {key: float(value) for key, value in found.items() if not isinstance(value, Image.Image)}
         if any(math.isnan(value) for value in figures.values()):
             raise TrainingError(f"validation at step {self.done} gave {figures}.")
         self.report.validations.append({"step": self.done, **figures})
         accelerator.log(figures, step=self.done)
-        for tracker in accelerator.trackers if pictures else ():
+        # accelerate logs pictures to some trackers only (tensorboard, wandb, aim, clearml, swanlab); the others get the figures
+        for tracker in [one for one in accelerator.trackers if pictures and hasattr(one, "log_images")]:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({key: np.asarray(picture)[None] for key, picture in pictures.items()}, step=self.done, **layout)
         progress.note(f"step {self.done} validation: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import InputError, in_range
+from .errors import InputError, at_least, in_range
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 
 TRACKERS = ("tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")
 LARGEST_LAYER = 1 << 17  # Most inputs or outputs of a layer; the largest known bases have a tenth of it.
+
+NOT_DECISIVE = ("log_every", "validate_every", "checkpoint_minutes", "tracker", "give_up")  # Settings that don't change trained weights.
+RESUMABLE = (*NOT_DECISIVE, "steps", "gradient_accumulation")
+"""Settings that may differ when a training resumes. Batches per step are processes times `gradient_accumulation`, and both may change."""
+
+
+def identifying(settings: TrainingConfig | NoiseLevels | StageConfig) -> dict[str, Any]:
+    """The settings that tell one training from another, nested ones included: all but RESUMABLE."""
+    return asdict(settings, dict_factory=lambda items: {name: value for name, value in items if name not in RESUMABLE})
 
 
 @dataclass
@@ -39,11 +48,11 @@ class TrainingConfig:
     checkpoint_minutes: float = 3.0  # Minutes between two checkpoints.
     tracker: str | None = None
     """Experiment tracker for losses, learning rates, validations and preview pictures: tensorboard (files in the output's folder) or wandb,
-    which are extras, or another one of accelerate's that is installed (aim, clearml, comet_ml, dvclive, mlflow, swanlab, trackio)."""
+    which are extras, or another one of accelerate's that is installed (aim, clearml, swanlab; without pictures comet_ml, dvclive, mlflow,
+    trackio)."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.gradient_accumulation < 1:
-            raise InputError(f"steps must be 0 or more, gradient_accumulation 1 or more, not {self.steps}, {self.gradient_accumulation}.")
+        at_least(self, steps=0, gradient_accumulation=1, log_every=1)
         if not 0 <= self.cooldown <= 1 or not 0 <= self.average < 1:
             raise InputError(f"cooldown must lie in 0..1 and average in 0..1 (exclusive), not {self.cooldown} and {self.average}.")
         if isinstance(self.tracker, str):
@@ -136,6 +145,9 @@ class TrainLightConfig(StageConfig):
     prior_weight: float = 1.0  # Weight of the prior loss.
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=300, learning_rate=5e-3, log_every=20))  # Training loop.
 
+    def __post_init__(self) -> None:
+        at_least(self, copies=1, prior_pictures=0)
+
 
 @dataclass
 class PreoptimizeConfig(StageConfig):
@@ -147,10 +159,9 @@ class PreoptimizeConfig(StageConfig):
     """Training loop of one chunk."""
 
     def __post_init__(self) -> None:
+        at_least(self, chunk=1, copies=1)
         if self.lightweight.learnable:
             raise InputError("pre-optimization needs frozen aux matrices: rows trained one after another can't share learnable ones.")
-        if self.chunk < 1:
-            raise InputError(f"chunk must be at least 1, not {self.chunk}.")
 
 
 @dataclass

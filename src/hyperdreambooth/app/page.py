@@ -224,7 +224,7 @@ class Server:
     page: gr.Blocks
     url: str
     visits: Visits
-    cache: str  # GRADIO_TEMP_DIR before the page was started.
+    cache: str | None  # GRADIO_TEMP_DIR before the page was started; None where it was unset.
 
     def close(self) -> None:
         """Stops the server, and deletes all uploads and results."""
@@ -233,7 +233,9 @@ class Server:
             self.visits.end(session)
         self.page.close(verbose=False)
         shutil.rmtree(self.visits.root, ignore_errors=True)
-        os.environ["GRADIO_TEMP_DIR"] = self.cache
+        os.environ.pop("GRADIO_TEMP_DIR", None)
+        if self.cache is not None:
+            os.environ["GRADIO_TEMP_DIR"] = self.cache
 
 
 def start(
@@ -261,7 +263,7 @@ def start(
     """
     check_host(host, auth)
     visits = Visits(Path(tempfile.mkdtemp(prefix="hyperdreambooth-")).resolve())
-    cache, os.environ["GRADIO_TEMP_DIR"] = os.environ.get("GRADIO_TEMP_DIR", ""), str(visits.root)
+    cache, os.environ["GRADIO_TEMP_DIR"] = os.environ.get("GRADIO_TEMP_DIR"), str(visits.root)
 
     def sweep() -> None:
         while not visits.over.wait(SWEEP):

@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -65,6 +66,11 @@ class Backbone(ABC):
         side = pipe.unet.config.sample_size if self.denoiser_name == "unet" else pipe.default_sample_size
         self.size = int(side * pipe.vae_scale_factor)
         """Side in pixels of the pictures that the base was made for."""
+
+    @property
+    def name(self) -> str:
+        """The last part of the path or hub id that the base was opened from; "" where it isn't known."""
+        return Path(getattr(self.pipe, "name_or_path", None) or "").name
 
     @property
     def device(self) -> torch.device:

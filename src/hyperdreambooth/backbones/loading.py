@@ -39,6 +39,7 @@ def best_for(base: str | Path, device: str | torch.device | None, dtype: torch.d
 
 
 @hushed()
+@torch.inference_mode(False)  # weights that are made in inference mode can't take part in a training
 def load_backbone(
     base: str | Path,
     *,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import shutil
 import time
 from collections.abc import Iterable
@@ -62,7 +61,10 @@ def run_personalize(args: Personalize) -> None:
         return
     if args.engine != "local":
         raise InputError("--engine is for a folder of people. Leave it out for one person's photos.")
+    import torch
+
     from .. import formats, photos
+    from ..checkpoint import stamp_of
     from ..folders import caption_of
 
     check_lora_name(args.output)
@@ -81,10 +83,11 @@ def run_personalize(args: Personalize) -> None:
     args.machine.explain(config)
     loaded = time.perf_counter()
     # an interrupted fine-tuning resumes with the same photos and settings only; with others a new one starts
-    stamp = hashlib.sha256(repr((args.base, args.hypernetwork, prompt, config)).encode())
-    for file in args.photos:
-        stamp.update(file.read_bytes())
-    state = args.output.with_name(f".{args.output.stem}-{stamp.hexdigest()[:12]}")
+    opened = [args.base, hdb.backbone.denoiser.dtype, *(getattr(args.machine, name) for name in ("quantize", "prediction", "parts"))]
+    opened += [hdb.device.type, torch.get_num_threads()]  # both decide how the photos' latents are rounded
+    weights = hdb.source.state_dict().values() if hdb.source else ()
+    stamp = stamp_of(opened, prompt, config, *weights, *(file.read_bytes() for file in args.photos))
+    state = args.output.with_name(f".{args.output.stem}-{stamp[:12]}")
     me = hdb.personalize(pixels, prompt=prompt, config=config, directory=state)
     for text in dict.fromkeys(me.shown) if not me.warning else ():
         say(f'taken to show "{text}"; --prompt says otherwise')

@@ -13,7 +13,7 @@ import tyro
 
 from ..errors import InputError, some
 from ..progress import say
-from ..training_settings import PreoptimizeConfig, TrainHypernetworkConfig, TrainLightConfig
+from ..training_settings import NOT_DECISIVE, PreoptimizeConfig, TrainHypernetworkConfig, TrainLightConfig
 from .engines import WithEngine, Work, each, sharing
 from .options import Flat, Output, WithBase, WithCrop, Writing, as_json, save_sheet
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ..tables import Table
 
 PROMPTS = ("a pencil sketch of a [V] face", "a smiling [V] face", "a [V] face on a blue background")  # Prompts of a hypernetwork's preview.
-NOT_DECISIVE = ("log_every", "validate_every", "checkpoint_minutes", "tracker", "give_up")  # Settings that don't change trained weights.
 
 
 @dataclass
@@ -37,7 +36,7 @@ class TrainLight(WithBase, WithCrop, Writing):
     """
 
     photos: tyro.conf.Positional[tuple[Path, ...]]  # Photos of one subject.
-    output: Output  # The folder of the run: tokens, LoRA, preview, config, checkpoint.
+    output: Output  # The folder of the run: tokens, LoRA, preview, config, checkpoint. An interrupted run of the same photos resumes.
     config: Annotated[TrainLightConfig, Flat] = field(default_factory=TrainLightConfig)
 
 
@@ -53,6 +52,8 @@ def run_train_light(args: TrainLight) -> None:
     pixels, notes = hdb.read_photos(args.photos, crop=args.crop)
     for note in notes:
         say(note)
+    if args.overwrite:  # otherwise a finished training, or that of other photos, would be resumed
+        (args.output / "state.safetensors").unlink(missing_ok=True)
     prompt = args.config.prompt.replace(PLACEHOLDER, hdb.identifier)
     subject = Subject(hdb.backbone.encode_images(pixels)[None].float(), prompt)
     table, report = train_light(hdb.backbone, subject, args.config, directory=args.output)

@@ -154,7 +154,7 @@ def train(
         # as in `personalize`: the loss is a mean over people, so Adam's epsilon is divided by their number
         groups = [{"params": trained, "eps": 1e-8 / people}]
         run = Run(groups=groups, on_step=after, name=method.kind, quiet=True)
-        training = TrainingConfig(steps=steps, learning_rate=rate, cooldown=0.2, max_grad_norm=0.0, seed=own.seed, log_every=steps)
+        training = TrainingConfig(steps=steps, learning_rate=rate, cooldown=0.2, max_grad_norm=0.0, seed=own.seed, log_every=max(1, steps))
         train_on_photos(hdb.backbone, subject, source, changed, levels, copies, training, run)
     counted = spent[1:] or [0.0]  # the first step also builds the optimizer
     return sum(counted) / len(counted), sum(p.numel() for p in trained) // people

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import replay
 from ..backbones import Backbone
-from ..checkpoint import path_at
+from ..checkpoint import path_at, stamp_of
 from ..data import FolderOfPeople, IdentityData, PromptCache, conditioning_in
 from ..errors import InputError
 from ..lora import Hooks, LoraSet, Shape, compress, find_targets
@@ -32,7 +32,7 @@ from ..settings import GenerateConfig, PersonalizeConfig, resolve
 from ..tables import Table, save_row
 from ..trainable_lora import IdentityTable, LightweightLora, RelaxedLora
 from ..training import Draw, Run, TrainingReport, fit
-from ..training_settings import NoiseLevels, PreoptimizeConfig, TrainingConfig, TrainLightConfig
+from ..training_settings import NoiseLevels, PreoptimizeConfig, TrainingConfig, TrainLightConfig, identifying
 
 
 @dataclass
@@ -134,7 +134,13 @@ def train_on_photos(
             hooks.set({})  # the callback may generate images, with an update of its own
             return bool(run.on_step and run.on_step(done))
 
-        hooked = replace(run, device=subject.latents.device, on_step=after_step)
+        stamp = run.stamp
+        if run.directory and not stamp:
+            # of the latents only rounded means of each channel: their last bits depend on the device and the number of threads
+            photos = (8 * subject.latents.float().mean((-2, -1))).round().tolist()
+            what = [backbone.name, subject.prompt, subject.prior_prompt, subject.prior_weight, dict(carried), photos]
+            stamp = stamp_of(*what, copies, identifying(levels), identifying(training))
+        hooked = replace(run, device=subject.latents.device, on_step=after_step, stamp=stamp)
         return fit(PhotoLosses(backbone, subject.prior_weight, hooks), source, draw, training, hooked)
 
 
@@ -247,7 +253,10 @@ class Rows:
         latents = torch.stack([mine[torch.arange(most) % len(mine)] for mine in photos])
         subject = Subject(latents.to(self.backbone.device).float(), self.config.prompt)
         source = IdentityTable(len(photos), self.lightweight).to(self.backbone.device)
-        what, config, run = (subject, source, self.lightweight.targets), self.config, Run(state, name="chunk", quiet=True)
+        what, config = (subject, source, self.lightweight.targets), self.config
+        # not by latents: other machines may go on with the chunk, and round them differently
+        stamp = stamp_of(self.table.fingerprint, identifying(config))
+        run = Run(state, name="chunk", quiet=True, stamp=stamp)
         train = partial(train_on_photos, self.backbone, *what, config.levels, config.copies, config.training, run)
         within_memory(self.backbone, source, train)
         return source.tokens.detach().cpu()

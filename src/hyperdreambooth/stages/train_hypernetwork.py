@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .. import photos
 from ..backbones import Backbone
+from ..checkpoint import stamp_of
 from ..data import IdentityData, PromptCache, conditioning_in
 from ..encoder import FaceEncoder
 from ..errors import InputError, TrainingError
@@ -33,7 +34,7 @@ from ..sampling import generate
 from ..settings import GenerateConfig, resolve
 from ..trainable_lora import LightweightLora, PredictedLora
 from ..training import Draw, Run, TrainingReport, fit
-from ..training_settings import NoiseLevels, TrainHypernetworkConfig
+from ..training_settings import NoiseLevels, TrainHypernetworkConfig, identifying
 from .dreambooth import trains_text, within_memory
 
 NAME = re.compile(rf"({re.escape(PLACEHOLDER)}|\b{RARE_TOKEN}\b) ?")  # The word for the person in a prompt.
@@ -149,6 +150,10 @@ def train_hypernetwork(
 
         here = replace(run or Run(), device=backbone.device, groups=[group for group in groups if group["params"]])
         here = replace(here, validate=validate if gain else None, name=f"hypernetwork ({config.mode})")
+        if here.directory:
+            given = start.state_dict().values() if start is not None else ()
+            people = [data.names[person] for person in data.people.tolist()]  # of each picture
+            here = replace(here, stamp=stamp_of(backbone.name, identifying(config), people, data.prompts, *given))
         losses = HyperNetworkLosses(backbone, config, source.lightweight, hooks, teacher)
         report = within_memory(backbone, source, lambda: fit(losses, source, draw, config.training, here))
     return source, report

@@ -67,6 +67,10 @@ def run_personalize(args: Personalize) -> None:
 
     check_lora_name(args.output)
     args.refuse_existing(args.output, args.tokens)
+    args.refuse_foreign_settings(args.output.with_suffix(".json"))
+    preview = photos.preview_path(args.output, args.photos)
+    if not photos.is_generated(preview):
+        args.refuse_existing(preview)
     for file in args.photos:  # a bad photo is reported before the base is loaded, which takes seconds
         photos.load_photo(file)
     hdb = args.machine.open(args.base, args.hypernetwork)
@@ -97,7 +101,6 @@ def run_personalize(args: Personalize) -> None:
         say(f"{args.tokens}: {args.tokens.stat().st_size / 1e3:.0f} KB")
     picture = hdb.generate(args.preview or me.prompt, me, seed=config.seed)[0]
     save(thumbnail=picture)
-    preview = photos.preview_path(args.output)
     metadata = hdb.picture_metadata(args.preview or me.prompt, config.seed, hdb.generate_config(), [(str(args.output), 1.0)])
     photos.save_png(picture, preview, metadata, overwrite=True)
     took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in me.seconds.items())
@@ -117,6 +120,7 @@ def run_folder(args: Personalize) -> None:
     for flag, value in alone.items():
         if value:
             raise InputError(f"{flag} is for one person, and {args.photos[0]} is a folder of people. Leave it out, or personalize each.")
+    args.refuse_foreign_settings(args.output / "personalize.json")
     hdb = args.machine.open(args.base, args.hypernetwork)
     formats.check_layout(args.format, hdb.backbone.components)
     work = People(args, hdb)
@@ -207,6 +211,7 @@ def run_generate(args: Generate) -> None:
     from ..sampling import check_scheduler
 
     check_scheduler(args.config.scheduler, trained_by_flow(args.base))
+    args.refuse_foreign_settings(args.output / "generate.json")
     hdb = args.machine.open(args.base)
     config = hdb.generate_config(args.config)
     loras = [weighted(text) for text in args.lora]

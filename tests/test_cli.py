@@ -215,7 +215,7 @@ def test_generate_makes_pictures_that_say_what_they_are(tmp_path, me):
     settings = json.loads(metadata["hyperdreambooth"])
     assert settings["prompt"] == "a pencil sketch of a [V] face"
     assert settings["seed"] == 6
-    assert settings["loras"][0] == [str(me), 0.9]
+    assert settings["loras"][0] == ["me.safetensors", 0.9]
     assert "trainedAlgorithmicMedia" in metadata["XML:com.adobe.xmp"]
     # the same seed gives the same picture
     assert (

@@ -347,4 +347,5 @@ class HyperDreamBooth:
     def picture_metadata(self, prompt: str, seed: int, config: GenerateConfig, loras: Sequence[tuple[str, float]]) -> dict[str, str]:
         """Metadata of a generated PNG: how it was made, and that it is generated."""
         made = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("seed", "count", "batch", "origins")}
-        return photos.generated({"prompt": prompt, "seed": seed, **made, "base": self.base, "loras": [list(lora) for lora in loras]})
+        made |= {"base": formats.public_name(self.base), "loras": [[formats.public_name(name), weight] for name, weight in loras]}
+        return photos.generated({"prompt": prompt, "seed": seed, **made})

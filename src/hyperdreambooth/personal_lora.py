@@ -67,5 +67,5 @@ class PersonalLora:
         """Writes the prediction's tokens, without the fine-tuned residual. Raises InputError where there are none, or `path` exists."""
         if self.tokens is None or self.lightweight is None:
             raise InputError("only a hypernetwork's prediction has tokens: this LoRA was trained from scratch or loaded from a file.")
-        about = {"base": self.base, "identifier": self.identifier, "prompt": self.prompt}
+        about = {"base": formats.public_name(self.base), "identifier": self.identifier, "prompt": self.prompt}
         return formats.save_tokens(path, self.tokens, self.lightweight, about, overwrite=overwrite)

@@ -7,6 +7,7 @@ from .lora_file import Style as Style
 from .lora_file import base_metadata as base_metadata
 from .lora_file import describe as describe
 from .lora_file import find_lora as find_lora
+from .lora_file import public_name as public_name
 from .lora_file import read_lora as read_lora
 from .lora_file import save_lora as save_lora
 from .lora_file import standard_metadata as standard_metadata

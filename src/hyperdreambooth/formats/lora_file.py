@@ -52,11 +52,16 @@ class LoraFile:
     convolutions: frozenset[str] = frozenset()  # Layers that are 1 x 1 convolutions in their base.
 
 
+def public_name(name: str) -> str:
+    """A base's or LoRA's name without its folders, where it is a path on this machine: those don't belong in a file that may leave it."""
+    return Path(name).absolute().name if Path(name).exists() else name
+
+
 def base_metadata(pipe: Any, base: str, resolution: int) -> dict[str, str]:
     """The header's entries about a LoRA's base. `base`: its path or hub id; `resolution`: the side of its pictures in pixels."""
     architecture, version = _architecture(pipe)
-    name = Path(base).name if Path(base).exists() else base  # a path on this machine doesn't belong in a file
-    values = {"architecture": architecture, "version": version, "second": version.startswith("sd_v2"), "name": name, "side": resolution}
+    values = {"architecture": architecture, "version": version, "second": version.startswith("sd_v2"), "side": resolution}
+    values["name"] = public_name(base)
     metadata = {key: text.format(**values) for key, text in TABLES["header"]["base"].items()}
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(pipe.scheduler.config.get("prediction_type", ""))
     return metadata | ({"modelspec.prediction_type": prediction} if prediction else {})

@@ -280,8 +280,9 @@ class HyperDreamBooth:
             return self.from_tokens(formats.read_tokens(path, self.source.lightweight))
         file = formats.read_lora(path, self.backbone.components)
         loras = file.loras.map(lambda tensor: tensor.to(self.device, torch.float32))
-        identifier = file.metadata.get("hyperdreambooth.identifier", self.identifier)
-        return self.person(loras, identifier=identifier, metadata=file.metadata, convolutions=file.convolutions)
+        identifier = file.metadata.get("hyperdreambooth.identifier") or self.identifier
+        prompt = file.metadata.get("modelspec.trigger_phrase", "").replace(identifier, PLACEHOLDER)
+        return self.person(loras, prompt, identifier=identifier, metadata=file.metadata, convolutions=file.convolutions)
 
     def from_tokens(self, tokens: Tensor) -> PersonalLora:
         """Tokens (layers, width) of this hypernetwork, or a blend of them, as a PersonalLora. Raises InputError without a hypernetwork."""
@@ -301,10 +302,9 @@ class HyperDreamBooth:
         tokens = [person.tokens * weight for person, weight in people if person.tokens is not None]
         if self.source and len(tokens) == len(people):
             return self.from_tokens(torch.stack(tokens).sum(0))
-        total = LoraSet()
-        for person, weight in people:
-            total = total + person.loras.scaled(weight)
-        return self.person(finish(total), identifier=people[0][0].identifier)
+        total = sum((person.loras.scaled(weight) for person, weight in people), LoraSet())
+        convolutions = frozenset[str]().union(*(person.convolutions for person, _ in people))
+        return self.person(finish(total), identifier=people[0][0].identifier, convolutions=convolutions)
 
     def generate(
         self,

@@ -60,7 +60,8 @@ class PersonalLora:
         """
         title, trigger = Path(path).stem, self.prompt.replace(PLACEHOLDER, self.identifier)
         shown = {"author": author, "license": license, "thumbnail": thumbnail}
-        about = self.metadata | formats.standard_metadata(self.loras, title=title, trigger=trigger, identifier=self.identifier, **shown)
+        about = formats.standard_metadata(self.loras, title=title, trigger=trigger, identifier=self.identifier, **shown)
+        about = formats.with_own_words(self.metadata | about, self.metadata)
         return formats.save_lora(path, self.loras, about, layout=layout, dtype=dtype, convolutions=self.convolutions, overwrite=overwrite)
 
     def save_tokens(self, path: str | Path, *, overwrite: bool = False) -> Path:

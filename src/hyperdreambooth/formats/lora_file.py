@@ -38,6 +38,8 @@ Style = str | Path | tuple[str | Path, float]
 
 CARRIERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # The components that a LoRA may change.
 REPOSITORY = re.compile(r"(?:https?:/+(?:huggingface\.co|hf\.co)/)?([\w.-]*\w/[\w.-]+)(?:/(?:blob|resolve|tree)/([^/]+))?(?:/(.+))?")
+OWN_WORDS = ("modelspec.title", "modelspec.description", "modelspec.tags", "modelspec.usage_hint", "ss_tag_frequency")
+"""The header's entries that say in words what a LoRA is and how it is prompted, besides its trigger phrase."""
 HUB_ERRORS = (HTTPError, OSError, ValueError)
 """What huggingface_hub raises for a hub that can't be reached, a refused token, an invalid name, and an invalid model card."""
 
@@ -99,6 +101,17 @@ def standard_metadata(loras: LoraSet, *, title: str, trigger: str, identifier: s
             value = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         metadata |= {f"modelspec.{name}": value} if value else {}
     return metadata
+
+
+def with_own_words(metadata: Mapping[str, str], loaded: Mapping[str, str]) -> dict[str, str]:
+    """The header of a file that is written, with the words of the file that it was loaded from, where that has some.
+
+    A title that was only the loaded file's name is left out, as the new file has a name of its own.
+    """
+    words = {key: loaded[key] for key in OWN_WORDS if loaded.get(key)}
+    if words.get("modelspec.title") == loaded.get("ss_output_name"):
+        words.pop("modelspec.title", None)
+    return {**metadata, **words}
 
 
 def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

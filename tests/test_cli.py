@@ -244,6 +244,12 @@ def test_generate_takes_token_files_and_no_lora_at_all(tmp_path, me):
     assert run("generate", "a face", "--steps", 1, "--scheduler", "DDIMScheduler", "--negative", "hat", "-o", tmp_path / "n") == 0
 
 
+def test_generate_reads_tokens_with_ones_own_hypernetwork(tmp_path, me, tiny_world, capsys):
+    draw = ["generate", "a [V] face", "--base", tiny_world / "base", "--lora", me.with_suffix(".tokens"), "--steps", 1]
+    refused(capsys, "no hypernetwork here", *draw, "-o", tmp_path / "without")
+    assert run(*draw, "--hypernetwork", tiny_world / "hypernetwork", "-o", tmp_path / "with") == 0
+
+
 def test_info_targets_export_and_mix(tmp_path, me, capsys):
     assert run("info", me) == 0
     assert "trigger: a [V] face" in capsys.readouterr().out

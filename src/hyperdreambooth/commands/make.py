@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..progress import Progress, say
 from ..settings import GenerateChoices, Layout, PersonalizeChoices
 from .engines import WithEngine, each
-from .options import Flat, Output, WithBase, WithHypernetwork, Writing, check_lora_name, save_settings, save_sheet, weighted
+from .options import Flat, Output, WithHypernetwork, Writing, check_lora_name, save_settings, save_sheet, weighted
 
 if TYPE_CHECKING:
     from ..api import HyperDreamBooth
@@ -186,7 +186,7 @@ class People:
 
 
 @dataclass
-class Generate(WithBase, Writing):
+class Generate(WithHypernetwork, Writing):
     """Make pictures from prompts, with a personal LoRA and any number of style LoRAs.
 
     Write [V] where a prompt means the person. A LoRA's weight follows a colon.
@@ -198,8 +198,8 @@ class Generate(WithBase, Writing):
     prompts: tyro.conf.Positional[tuple[str, ...]]  # What to draw.
     output: Output  # Folder for the pictures and, where there are several, a grid.
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FILE[:WEIGHT]; also a folder with one LoRA, or user/repo[/file] on the hub. The first is the person (a LoRA or a token file), further
-    ones are styles. Can be repeated."""
+    """FILE[:WEIGHT]; also a folder with one LoRA, or user/repo[/file] on the hub. The first is the person (a LoRA, or a token file of
+    the hypernetwork), further ones are styles. Can be repeated."""
     style: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FILE[:WEIGHT] of a style LoRA of any kind, also without a personal one. Can be repeated."""
     config: Annotated[GenerateChoices, Flat] = field(default_factory=GenerateChoices)
@@ -212,7 +212,7 @@ def run_generate(args: Generate) -> None:
 
     check_scheduler(args.config.scheduler, trained_by_flow(args.base))
     args.refuse_foreign_settings(args.output / "generate.json")
-    hdb = args.machine.open(args.base)
+    hdb = args.machine.open(args.base, args.hypernetwork)
     config = hdb.generate_config(args.config)
     loras = [weighted(text) for text in args.lora]
     styles = [*loras[1:], *(weighted(text) for text in args.style)]

@@ -94,7 +94,7 @@ class WithBase(Command):
 
 @dataclass(kw_only=True)
 class WithHypernetwork(WithBase):
-    hypernetwork: str = "auto"  # A directory or hub id. "none": train from scratch, on any base. "auto": the shipped one for toon.
+    hypernetwork: str = "auto"  # A directory or hub id. "none": none, so people are trained from scratch. "auto": the shipped one for toon.
 
 
 @dataclass(kw_only=True)

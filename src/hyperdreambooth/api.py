@@ -276,7 +276,7 @@ class HyperDreamBooth:
         path = formats.find_lora(path)
         if formats.is_tokens(path):
             if self.source is None:
-                raise InputError(f"{path} is a token file, and there is no hypernetwork here to read it with. Name its own (`--hypernetwork`).")
+                raise InputError(f"{path} is a token file, and there is no hypernetwork here to read it with. Name its own.")
             return self.from_tokens(formats.read_tokens(path, self.source.lightweight))
         file = formats.read_lora(path, self.backbone.components)
         loras = file.loras.map(lambda tensor: tensor.to(self.device, torch.float32))

@@ -112,6 +112,8 @@ def test_what_generate_is_given_means_something_or_is_one_sentence(hdb, capsys):
     me = hdb.personalize(picture(), steps=0, quiet=True)
     with pytest.raises(InputError, match="not a list"):
         hdb.generate("a [V] face", [me, me], steps=1)
+    with pytest.raises(InputError, match="there is no prompt"):
+        hdb.generate([], me)
     hdb.generate(["a face", "a [V] face"], me, steps=1)
     assert capsys.readouterr().err.count("doesn't name the person") == 1
     hdb.generate("a face", None, steps=1)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hyperdreambooth import formats, photos
+from hyperdreambooth import HyperDreamBooth, formats, photos
 
 from . import test_cli
 from .conftest import picture
@@ -90,6 +90,14 @@ def test_train_light_replaces_files_of_its_own_runs_alone(tmp_path, face, capsys
     for _ in range(2):
         assert run("train-light", face, "-o", tmp_path, *small) == 0
         (tmp_path / "lora.safetensors").unlink()
+
+
+def test_what_a_command_cannot_do_is_said_before_it_works(tmp_path, face, capsys, monkeypatch):
+    monkeypatch.setattr(HyperDreamBooth, "personalize", None)
+    scratch = ["--hypernetwork", "none", "--tokens", tmp_path / "t.tokens", "-o", tmp_path / "t.safetensors"]
+    refused(capsys, "t.tokens: only a hypernetwork's prediction has tokens", "personalize", face, *scratch)
+    monkeypatch.setattr(HyperDreamBooth, "from_pretrained", None)
+    refused(capsys, "there is no prompt", "generate", "-o", tmp_path)
 
 
 def test_the_thumbnail_and_the_authors_words_are_in_the_file(tmp_path, face, me):

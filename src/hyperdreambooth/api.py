@@ -324,17 +324,16 @@ class HyperDreamBooth:
             changes: any field of GenerateChoices, such as `steps`, `seed` (of each prompt's first picture; the next ones count up) and
                 `count`; they win over `config`.
         """
+        wanted = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not wanted:
+            raise InputError(f'there is no prompt. Write what to draw, such as "{self.prompt}".')
         config = self.generate_config(config, **changes)
-        if isinstance(person, (str, Path)):
-            person = self.load(person)
+        person = self.load(person) if isinstance(person, (str, Path)) else person
         if person is not None and not isinstance(person, (PersonalLora, LoraSet)):
-            raise InputError(
-                f"generate draws one person at a time: a PersonalLora, a LoRA or token file, or None, not a {type(person).__name__}. "
-                "Call it for each person, or blend several with mix."
-            )
+            one = f"one person at a time: a PersonalLora, a LoRA or token file, or None, not a {type(person).__name__}"
+            raise InputError(f"generate draws {one}. Call it for each person, or blend several with mix.")
         loras = person.loras if isinstance(person, PersonalLora) else person
         identifier = person.identifier if isinstance(person, PersonalLora) else self.identifier
-        wanted = [prompts] if isinstance(prompts, str) else list(prompts)
         without = [prompt for prompt in wanted if PLACEHOLDER not in prompt and identifier not in prompt]
         if loras and without:
             say(f'"{without[0]}" doesn\'t name the person: write {PLACEHOLDER} where the person belongs.')

@@ -74,6 +74,8 @@ def run_personalize(args: Personalize) -> None:
     for file in args.photos:  # a bad photo is reported before the base is loaded, which takes seconds
         photos.load_photo(file)
     hdb = args.machine.open(args.base, args.hypernetwork)
+    if args.tokens and hdb.source is None:
+        raise InputError(f"{args.tokens}: only a hypernetwork's prediction has tokens, and none is open. Name one, or leave --tokens out.")
     if hdb.source is None and args.hypernetwork == "auto":
         say(f"There is no hypernetwork for {args.base}: training from scratch.")
     config = hdb.personalize_config(args.config)
@@ -210,6 +212,8 @@ def run_generate(args: Generate) -> None:
     from ..backbones import trained_by_flow
     from ..sampling import check_scheduler
 
+    if not args.prompts:
+        raise InputError('there is no prompt. Write what to draw, such as "a [V] face".')
     check_scheduler(args.config.scheduler, trained_by_flow(args.base))
     args.refuse_foreign_settings(args.output / "generate.json")
     hdb = args.machine.open(args.base, args.hypernetwork)

@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 
-from hyperdreambooth import HyperDreamBooth
+from hyperdreambooth import HyperDreamBooth, formats
 from hyperdreambooth.errors import InputError
+from hyperdreambooth.lora import Lora, LoraSet
 
 from .conftest import picture
+from .families import make
 
 pytestmark = pytest.mark.usefixtures("tiny_world")
 
@@ -91,6 +93,36 @@ def test_a_mix_is_of_tokens_where_everyone_has_some_and_else_a_sum(hdb, tmp_path
         hdb.mix([])
 
 
+def test_a_lora_that_is_loaded_and_written_again_keeps_its_own_words(hdb, tmp_path):
+    me = hdb.person(hdb.personalize(picture(), steps=0, quiet=True).loras, "a photo of [V] in a hat")
+    again = hdb.load(me.save(tmp_path / "me.safetensors"))
+    assert again.prompt == "a photo of [V] in a hat"
+    header = formats.read_lora(again.save(tmp_path / "again.safetensors")).metadata
+    assert (header["modelspec.trigger_phrase"], header["modelspec.title"]) == ("a photo of [V] in a hat", "again")
+    words = {
+        "modelspec.trigger_phrase": "sks dog",
+        "modelspec.title": "My dog",
+        "modelspec.description": "A good dog.",
+        "modelspec.tags": "dog, pet",
+        "modelspec.usage_hint": "weight 0.8",
+        "ss_tag_frequency": '{"dogs": {"sks dog": 9}}',
+        "ss_output_name": "dog-v2",
+    }
+    file = formats.save_lora(tmp_path / "dog.safetensors", me.loras, words)
+    for name in ("second", "third"):
+        file = hdb.load(file).save(tmp_path / f"{name}.safetensors")
+        assert words | {"ss_output_name": name} == {key: formats.read_lora(file).metadata[key] for key in words}
+
+
+def test_a_mix_of_loras_of_convolutions_opens_in_diffusers(tmp_path):
+    one = HyperDreamBooth.from_pipeline(make("sd1"))
+    layer, size = "unet.down_blocks.1.attentions.0.proj_in", 64  # a 1 x 1 convolution
+    loras = LoraSet({layer: Lora(torch.randn(2, size), torch.randn(size, 2))})
+    person = one.load(formats.save_lora(tmp_path / "a.safetensors", loras, {}, convolutions={layer}))
+    mixed = one.mix([(person, 0.5), (person, 0.5)]).save(tmp_path / "mix.safetensors")
+    one.backbone.pipe.load_lora_weights(mixed)  # raises for matrices
+
+
 def test_pictures_say_how_and_by_what_they_were_made(hdb):
     data = hdb.picture_metadata("a [V] face", 7, hdb.generate_config(strength=0.5), [("me.safetensors", 0.5)])
     assert data["ai_generated"] == "true"
@@ -114,6 +146,8 @@ def test_what_generate_is_given_means_something_or_is_one_sentence(hdb, capsys):
     me = hdb.personalize(picture(), steps=0, quiet=True)
     with pytest.raises(InputError, match="not a list"):
         hdb.generate("a [V] face", [me, me], steps=1)
+    with pytest.raises(InputError, match="there is no prompt"):
+        hdb.generate([], me)
     hdb.generate(["a face", "a [V] face"], me, steps=1)
     assert capsys.readouterr().err.count("doesn't name the person") == 1
     hdb.generate("a face", None, steps=1)

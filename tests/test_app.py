@@ -12,6 +12,7 @@ import time
 import weakref
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,6 +34,7 @@ from hyperdreambooth.errors import InputError
 from worlds.toon import pictures
 
 from .conftest import picture
+from .families import make
 from .test_photos import png_header
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +171,16 @@ def test_a_base_without_a_hypernetwork(world, face):
         assert not any(file.endswith(".tokens") for file in client.predict(api_name="/take"))
     finally:
         running.close()
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux-schnell"])
+def test_a_person_on_a_transformer_is_taken_home_in_the_layout_that_it_has(family, tmp_path):
+    hdb = HyperDreamBooth.from_pipeline(make(family))
+    actions, request = Actions(hdb, Visits(tmp_path)), gr.Request(session_hash="one")
+    request.request = SimpleNamespace(cookies={sessions.COOKIE: "x" * 40})
+    actions.visit(request).person = hdb.personalize(picture(), steps=1, quiet=True)
+    assert [Path(file).name for file in actions.take(request)] == ["person.safetensors"]
+    assert "opens in diffusers and ComfyUI;" in page.first_values(hdb)["home"]
 
 
 def test_a_visit_chooses_its_base(world, face):

@@ -243,7 +243,7 @@ def test_generate_makes_pictures_that_say_what_they_are(tmp_path, me):
     settings = json.loads(metadata["hyperdreambooth"])
     assert settings["prompt"] == "a pencil sketch of a [V] face"
     assert settings["seed"] == 6
-    assert settings["loras"][0] == [str(me), 0.9]
+    assert settings["loras"][0] == ["me.safetensors", 0.9]
     assert "trainedAlgorithmicMedia" in metadata["XML:com.adobe.xmp"]
     # the same seed must give the same picture
     assert (
@@ -270,6 +270,12 @@ def test_generate_makes_pictures_that_say_what_they_are(tmp_path, me):
 def test_generate_takes_token_files_and_no_lora_at_all(tmp_path, me):
     assert run("generate", "a [V] face", "--lora", me.with_suffix(".tokens"), "--steps", 1, "-o", tmp_path / "t") == 0
     assert run("generate", "a face", "--steps", 1, "--scheduler", "DDIMScheduler", "--negative", "hat", "-o", tmp_path / "n") == 0
+
+
+def test_generate_reads_tokens_with_ones_own_hypernetwork(tmp_path, me, tiny_world, capsys):
+    draw = ["generate", "a [V] face", "--base", tiny_world / "base", "--lora", me.with_suffix(".tokens"), "--steps", 1]
+    refused(capsys, "no hypernetwork here", *draw, "-o", tmp_path / "without")
+    assert run(*draw, "--hypernetwork", tiny_world / "hypernetwork", "-o", tmp_path / "with") == 0
 
 
 def test_info_targets_export_and_mix(tmp_path, me, capsys):

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 from hyperdreambooth import hub
 from hyperdreambooth.api import HyperDreamBooth
+from hyperdreambooth.checkpoint import read_header
 from hyperdreambooth.errors import InputError
-from hyperdreambooth.pretrained import HyperNetworkInfo, load_hypernetwork
+from hyperdreambooth.pretrained import HyperNetworkInfo, load_hypernetwork, save_hypernetwork
 
 from . import test_cli
 from .conftest import picture
@@ -213,6 +214,20 @@ def test_a_folder_on_this_machine_isnt_named(tmp_path, world):
     own = info()
     own.base = str(world / "base")
     assert str(world) not in hub.hypernetwork_card(asdict(own))
+
+
+def test_no_file_that_can_be_uploaded_names_a_folder_of_this_machine(tmp_path, world):
+    hdb = HyperDreamBooth.from_pretrained(world / "base", hypernetwork=world / "hypernetwork", device="cpu")
+    me = hdb.personalize(picture(), steps=0, quiet=True)
+    lora, tokens = me.save(tmp_path / "me.safetensors"), me.save_tokens(tmp_path / "me.tokens")
+    save_hypernetwork(tmp_path / "hyper", hdb.source, replace(hdb.info, base=hdb.base))
+    shown = hdb.picture_metadata("a [V] face", 0, hdb.generate_config(), [(str(lora), 0.5), ("ann/style", 1.0)])
+    settings = json.loads(shown["hyperdreambooth"])
+    assert (settings["base"], settings["loras"]) == ("base", [["me.safetensors", 0.5], ["ann/style", 1.0]])
+    assert read_header(tokens)[1]["base"] == "base"
+    assert load_hypernetwork(tmp_path / "hyper")[1].base == "base"
+    written = [file.read_bytes() for file in (lora, tokens, *(tmp_path / "hyper").rglob("*")) if file.is_file()]
+    assert not any(str(folder).encode() in content for folder in (world, tmp_path) for content in [*written, str(shown).encode()])
 
 
 def test_every_saved_folder_has_its_card(world):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hyperdreambooth import formats, photos
+from hyperdreambooth import HyperDreamBooth, formats, photos
 
 from . import test_cli
 from .conftest import picture
@@ -40,6 +40,64 @@ def test_a_photo_of_the_loras_name_is_never_replaced(tmp_path):
         assert run("personalize", photo, "--steps", 0, "-o", tmp_path / "ann.safetensors", "--overwrite") == 0
         assert photo.read_bytes() == before
         assert photos.is_generated(tmp_path / "ann.preview.png")
+
+
+def test_a_generated_picture_that_is_the_photo_is_never_replaced(tmp_path):
+    assert run("generate", "a [V] face", "--steps", 1, "-o", tmp_path) == 0
+    photo, preview = tmp_path / "01-0.png", tmp_path / "01-0.preview.png"
+    before = photo.read_bytes()
+    assert run("personalize", photo, "--steps", 0, "-o", tmp_path / "01-0.safetensors") == 0
+    assert photo.read_bytes() == before
+    assert photos.is_generated(preview)
+    assert photos.preview_path(tmp_path / "01-0.safetensors") == preview  # what `push` uploads
+
+
+def test_a_file_of_ones_own_is_replaced_only_where_that_is_said(tmp_path, face, capsys):
+    out, settings, shown = (tmp_path / f"zoe.{suffix}" for suffix in ("safetensors", "json", "png"))
+    personalize = ["personalize", face, "--steps", 0, "-o", out]
+    settings.write_text('{"likes": "tea"}')
+    refused(capsys, "zoe.json exists", *personalize)
+    settings.write_text('["tea"]')
+    refused(capsys, "zoe.json exists", *personalize)
+    settings.write_text('{"seed": 3}')
+    assert run(*personalize, "--config", settings) == 0
+    out.unlink()
+    assert run(*personalize) == 0  # the settings and the preview are this command's own
+    out.unlink()
+    for file in (shown, tmp_path / "zoe.preview.png"):
+        picture(4).save(file)
+    refused(capsys, "zoe.preview.png exists", *personalize)
+    (tmp_path / "generate.json").write_text("{}")
+    refused(capsys, "generate.json exists", "generate", "a face", "-o", tmp_path)
+    (tmp_path / "people").mkdir()
+    picture(5).save(tmp_path / "people" / "ann.png")
+    (tmp_path / "personalize.json").write_text("{}")
+    refused(capsys, "personalize.json exists", "personalize", tmp_path / "people", "-o", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["me.safetensors", "me.tokens", "grid.png"])
+def test_demo_replaces_none_of_its_outputs_by_itself(tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(b"mine")
+    refused(capsys, f"{name} exists", "demo", "-o", tmp_path)
+
+
+def test_train_light_replaces_files_of_its_own_runs_alone(tmp_path, face, capsys):
+    small = ["--training.steps", 1, "--lightweight.down-dim", 12, "--lightweight.up-dim", 8]
+    for name in ("config.json", "preview.png"):
+        (tmp_path / name).write_text('{"folder": "people", "config": {}}')  # such as a table of `preoptimize`
+        refused(capsys, f"{name} exists", "train-light", face, "-o", tmp_path, *small)
+        (tmp_path / name).unlink()
+    for _ in range(2):
+        assert run("train-light", face, "-o", tmp_path, *small) == 0
+        (tmp_path / "lora.safetensors").unlink()
+
+
+def test_what_a_command_cannot_do_is_said_before_it_works(tmp_path, face, capsys, monkeypatch):
+    monkeypatch.setattr(HyperDreamBooth, "personalize", None)
+    scratch = ["--hypernetwork", "none", "--tokens", tmp_path / "t.tokens", "-o", tmp_path / "t.safetensors"]
+    refused(capsys, "t.tokens: only a hypernetwork's prediction has tokens", "personalize", face, *scratch)
+    monkeypatch.setattr(HyperDreamBooth, "from_pretrained", None)
+    refused(capsys, "there is no prompt", "generate", "-o", tmp_path)
 
 
 def test_the_thumbnail_and_the_authors_words_are_in_the_file(tmp_path, face, me):

@@ -280,12 +280,13 @@ class HyperDreamBooth:
         path = formats.find_lora(path)
         if formats.is_tokens(path):
             if self.source is None:
-                raise InputError(f"{path} is a token file, and there is no hypernetwork here to read it with.")
+                raise InputError(f"{path} is a token file, and there is no hypernetwork here to read it with. Name its own.")
             return self.from_tokens(formats.read_tokens(path, self.source.lightweight))
         file = formats.read_lora(path, self.backbone.components)
         loras = file.loras.map(lambda tensor: tensor.to(self.device, torch.float32))
-        identifier = file.metadata.get("hyperdreambooth.identifier", self.identifier)
-        return self.person(loras, identifier=identifier, metadata=file.metadata, convolutions=file.convolutions)
+        identifier = file.metadata.get("hyperdreambooth.identifier") or self.identifier
+        prompt = file.metadata.get("modelspec.trigger_phrase", "").replace(identifier, PLACEHOLDER)
+        return self.person(loras, prompt, identifier=identifier, metadata=file.metadata, convolutions=file.convolutions)
 
     def from_tokens(self, tokens: Tensor) -> PersonalLora:
         """Tokens (layers, width) of this hypernetwork, or a blend of them, as a PersonalLora. Raises InputError without a hypernetwork."""
@@ -306,7 +307,8 @@ class HyperDreamBooth:
         if self.source and len(tokens) == len(people):
             return self.from_tokens(torch.stack(tokens).sum(0))
         total = sum((person.loras.scaled(weight) for person, weight in people), LoraSet())
-        return self.person(finish(total), identifier=people[0][0].identifier)
+        convolutions = frozenset[str]().union(*(person.convolutions for person, _ in people))
+        return self.person(finish(total), identifier=people[0][0].identifier, convolutions=convolutions)
 
     def generate(
         self,
@@ -326,17 +328,16 @@ class HyperDreamBooth:
             changes: any field of GenerateChoices, such as `steps`, `seed` (of each prompt's first picture; the next ones count up) and
                 `count`; they win over `config`.
         """
+        wanted = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not wanted:
+            raise InputError(f'there is no prompt. Write what to draw, such as "{self.prompt}".')
         config = self.generate_config(config, **changes)
-        if isinstance(person, (str, Path)):
-            person = self.load(person)
+        person = self.load(person) if isinstance(person, (str, Path)) else person
         if person is not None and not isinstance(person, (PersonalLora, LoraSet)):
-            raise InputError(
-                f"generate draws one person at a time: a PersonalLora, a LoRA or token file, or None, not a {type(person).__name__}. "
-                "Call it for each person, or blend several with mix."
-            )
+            one = f"one person at a time: a PersonalLora, a LoRA or token file, or None, not a {type(person).__name__}"
+            raise InputError(f"generate draws {one}. Call it for each person, or blend several with mix.")
         loras = person.loras if isinstance(person, PersonalLora) else person
         identifier = person.identifier if isinstance(person, PersonalLora) else self.identifier
-        wanted = [prompts] if isinstance(prompts, str) else list(prompts)
         without = [prompt for prompt in wanted if PLACEHOLDER not in prompt and identifier not in prompt]
         if loras and without:
             say(f'"{without[0]}" doesn\'t name the person: write {PLACEHOLDER} where the person belongs.')
@@ -349,4 +350,5 @@ class HyperDreamBooth:
     def picture_metadata(self, prompt: str, seed: int, config: GenerateConfig, loras: Sequence[tuple[str, float]]) -> dict[str, str]:
         """Metadata of a generated PNG: how it was made, and that it is generated."""
         made = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("seed", "count", "batch", "origins")}
-        return photos.generated({"prompt": prompt, "seed": seed, **made, "base": self.base, "loras": [list(lora) for lora in loras]})
+        made |= {"base": formats.public_name(self.base), "loras": [[formats.public_name(name), weight] for name, weight in loras]}
+        return photos.generated({"prompt": prompt, "seed": seed, **made})

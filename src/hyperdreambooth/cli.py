@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(name: str, kind: type, arguments: list[str]) -> object:
     """Makes a command's dataclass from its flags; where `--config` names a file, its values are the defaults. Raises InputError."""
     arguments = [part for given in arguments for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
-    default = None
+    default, file = None, None
     arguments = getattr(kind, "expanded", list)(arguments)
     if "--config" in arguments[:-1]:
         file = arguments.pop(arguments.index("--config") + 1)
@@ -82,4 +82,6 @@ def parse(name: str, kind: type, arguments: list[str]) -> object:
     # tyro keeps indented lines as they are; examples that aren't indented would be joined into one paragraph
     lines = inspect.cleandoc(str(kind.__doc__)).splitlines()
     about = "\n".join(f"    {line}" if line.startswith("hyperdreambooth ") else line for line in lines)
-    return tyro.cli(kind, prog=f"hyperdreambooth {name}", args=arguments, default=default, description=about)
+    args = tyro.cli(kind, prog=f"hyperdreambooth {name}", args=arguments, default=default, description=about)
+    args.config_file = file
+    return args

@@ -1,7 +1,7 @@
 """Fetches models and data sets from the Hugging Face hub, and uploads hypernetworks and LoRAs with model cards.
 
 Only the files listed here are uploaded: a hypernetwork's weights and config, or a LoRA and its preview. Training folders
-also hold caches of people's photos and paths of this machine, which aren't uploaded.
+also hold caches of people's photos and paths of this machine, which aren't uploaded; the files here name a base or a LoRA without its folders.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 
 from .errors import InputError, refusing
-from .formats import HUB_ERRORS, read_lora
+from .formats import HUB_ERRORS, public_name, read_lora
 from .photos import SUFFIXES, is_generated, preview_path
 
 HYPERNETWORK_FILES = ["README.md", "config.json", "model.safetensors", "encoder/*.json", "encoder/*.safetensors"]
@@ -84,7 +84,7 @@ def lora_card(metadata: Mapping[str, str], file: str, picture: str | None = None
 
 def hypernetwork_card(config: Mapping[str, Any]) -> str:
     """The model card of a hypernetwork, from its config.json: base, sizes, data, metrics, license, and how to use it in three lines."""
-    base = Path(config["base"]).name if Path(config["base"]).exists() else config["base"]  # no paths of this machine
+    base = public_name(config["base"])
     sizes, layers, trained = config["lightweight"], len(config["targets"]), dict(config["trained"])
     rank, width = sizes.get("rank", 1), sizes.get("down_dim", 100) + sizes.get("up_dim", 50)
     metrics = (trained.pop("validation", None) or [{}])[-1]

@@ -61,12 +61,13 @@ class PersonalLora:
         """
         title, trigger = Path(path).stem, self.prompt.replace(PLACEHOLDER, self.identifier)
         shown = {"author": author, "license": license, "thumbnail": thumbnail}
-        about = self.metadata | formats.standard_metadata(self.loras, title=title, trigger=trigger, identifier=self.identifier, **shown)
+        about = formats.standard_metadata(self.loras, title=title, trigger=trigger, identifier=self.identifier, **shown)
+        about = formats.with_own_words(self.metadata | about, self.metadata)
         return formats.save_lora(path, self.loras, about, layout=layout, dtype=dtype, convolutions=self.convolutions, overwrite=overwrite)
 
     def save_tokens(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the prediction's tokens, without the fine-tuned residual. Raises InputError where there are none, or `path` exists."""
         if self.tokens is None or self.lightweight is None:
             raise InputError("only a hypernetwork's prediction has tokens: this LoRA was trained from scratch or loaded from a file.")
-        about = {"base": self.base, "identifier": self.identifier, "prompt": self.prompt}
+        about = {"base": formats.public_name(self.base), "identifier": self.identifier, "prompt": self.prompt}
         return formats.save_tokens(path, self.tokens, self.lightweight, about, overwrite=overwrite)

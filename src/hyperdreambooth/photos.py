@@ -295,10 +295,14 @@ def is_generated(path: str | Path) -> bool:
         return False
 
 
-def preview_path(lora: Path) -> Path:
-    """Where UIs look for a LoRA's preview: NAME.png, or NAME.preview.png if NAME.png isn't generated (such as the person's photo)."""
-    first = lora.with_suffix(".png")
-    return lora.with_suffix(".preview.png") if first.exists() and not is_generated(first) else first
+def preview_path(lora: Path, inputs: Iterable[Path] = ()) -> Path:
+    """Where UIs look for a LoRA's preview: NAME.png, or NAME.preview.png if NAME.png isn't a preview.
+
+    That is a picture that isn't generated (such as the person's photo), one of `inputs`, or one beside which NAME.preview.png is generated.
+    """
+    first, second = lora.with_suffix(".png"), lora.with_suffix(".preview.png")
+    taken = first.exists() and (not is_generated(first) or is_generated(second) or first.resolve() in {path.resolve() for path in inputs})
+    return second if taken else first
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int = 0) -> Image.Image:

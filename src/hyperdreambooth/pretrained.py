@@ -13,6 +13,7 @@ from .backbones import Backbone
 from .checkpoint import read_header, read_json, read_tensors, save_tensors, write_atomically, write_json
 from .encoder import FaceEncoder
 from .errors import InputError, in_range, some
+from .formats import public_name
 from .hub import download, hypernetwork_card
 from .lora import Shape, canonical_modules, linear_shape
 from .settings import GenerateConfig, PersonalizeConfig, parsed
@@ -32,7 +33,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 class HyperNetworkInfo:
     """What a hypernetwork was trained for and with: the contents of its config.json."""
 
-    base: str  # The base it predicts for.
+    base: str  # The base it predicts for; in config.json its name without this machine's folders.
     targets: dict[str, list[int]]  # Layer path -> [inputs, outputs].
     lightweight: dict[str, Any]
     hypernetwork: dict[str, Any]
@@ -60,12 +61,13 @@ def build(targets: dict[str, Shape], encoder: FaceEncoder, lightweight: Lightwei
 def save_hypernetwork(folder: str | Path, source: PredictedLora, info: HyperNetworkInfo, dtype: torch.dtype = torch.float16) -> Path:
     """Writes the weights in `dtype`, the encoder (if `info` names it "encoder"), a model card and the config; returns the config's path."""
     folder = Path(folder)
+    about = asdict(info) | {"base": public_name(info.base)}
     tensors = {name: value.to(dtype) for name, value in source.state_dict().items() if not name.startswith("encoder.")}
     if info.encoder == "encoder":
         source.encoder.save_pretrained(folder / "encoder")
     save_tensors(folder / "model.safetensors", tensors)
-    write_atomically(folder / "README.md", lambda file: file.write_text(hypernetwork_card(asdict(info)), encoding="utf-8"))
-    return write_json(folder / "config.json", asdict(info))  # written last, so that a folder with a config is complete
+    write_atomically(folder / "README.md", lambda file: file.write_text(hypernetwork_card(about), encoding="utf-8"))
+    return write_json(folder / "config.json", about)  # written last, so that a folder with a config is complete
 
 
 @torch.inference_mode(False)  # weights that are made in inference mode can't take part in a training

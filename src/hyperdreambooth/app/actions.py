@@ -325,11 +325,13 @@ class Actions:
 
     @in_one_sentence
     def take(self, request: gr.Request) -> list[str]:
-        """The files to download: the LoRA in both layouts, the tokens, and a zip of all pictures and a contact sheet."""
+        """The files to download: the LoRA, also in kohya's layout for bases with a UNet, the tokens, and a zip of all pictures and a contact sheet."""
         visit = self.visit(request)
         folder, files = visit.new_folder(), []
         if (me := visit.person) is not None:
-            files += [me.save(folder / "person.safetensors"), me.save(folder / "person-kohya.safetensors", layout="kohya")]
+            files.append(me.save(folder / "person.safetensors"))
+            if "transformer" not in self.hdb(visit).backbone.components:  # kohya's layout has no names for its layers
+                files.append(me.save(folder / "person-kohya.safetensors", layout="kohya"))
             files += [me.save_tokens(folder / "person.tokens")] if me.tokens is not None else []
         if visit.pictures:
             rows = [visit.pictures[i : i + COLUMNS] for i in range(0, len(visit.pictures), COLUMNS)]

@@ -80,10 +80,12 @@ def first_values(hdb: HyperDreamBooth) -> dict[str, Any]:
     note = f"The base `{hdb.base}` draws it" + (". " if hdb.source else ", without a hypernetwork: a person is trained from scratch.")
     cartoon_note = "It knows small cartoon faces: a photograph of a person won't come out as that person. Example faces will."
     trigger = hdb.prompt.replace("[V]", hdb.identifier)
+    kohya = "transformer" not in hdb.backbone.components
+    opens = "diffusers, `person-kohya.safetensors` in A1111 and ComfyUI" if kohya else "diffusers and ComfyUI"
     return {
         "base": note + cartoon_note * (hdb.base == "toon"),
-        "home": "## 4. Take it home\n`person.safetensors` opens in diffusers, `person-kohya.safetensors` in A1111 and ComfyUI; put "
-        f"`{trigger}` into the prompt there. The zip holds every picture and a contact sheet.",
+        "home": f"## 4. Take it home\n`person.safetensors` opens in {opens}; put `{trigger}` into the prompt there. "
+        "The zip holds every picture and a contact sheet.",
         "fine-tuning": hdb.personalize_config().steps,
         "prompts": hdb.prompt,
         "contexts": [name for name, prompt in toon.palette()["contexts"].items() if prompt == hdb.prompt],

@@ -26,7 +26,7 @@ def run_demo(args: Demo) -> None:
     from ..checkpoint import read_json, write_atomically
     from ..evaluation.report import document, embedded
 
-    args.refuse_existing(args.output / "index.html")
+    args.refuse_existing(*(args.output / name for name in ("index.html", "me.safetensors", "me.tokens", "grid.png")))
     hdb = args.machine.open("toon")
     folder = toon.directory("faces")
     about = read_json(folder / "faces.json")

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..progress import Progress, say
 from ..settings import GenerateChoices, Layout, PersonalizeChoices
 from .engines import WithEngine, each
-from .options import Flat, Output, WithBase, WithHypernetwork, Writing, check_lora_name, save_settings, save_sheet, weighted
+from .options import Flat, Output, WithHypernetwork, Writing, check_lora_name, save_settings, save_sheet, weighted
 
 if TYPE_CHECKING:
     from ..api import HyperDreamBooth
@@ -69,9 +69,15 @@ def run_personalize(args: Personalize) -> None:
 
     check_lora_name(args.output)
     args.refuse_existing(args.output, args.tokens)
+    args.refuse_foreign_settings(args.output.with_suffix(".json"))
+    preview = photos.preview_path(args.output, args.photos)
+    if not photos.is_generated(preview):
+        args.refuse_existing(preview)
     for file in args.photos:  # a bad photo is reported before the base is loaded, which takes seconds
         photos.load_photo(file)
     hdb = args.machine.open(args.base, args.hypernetwork)
+    if args.tokens and hdb.source is None:
+        raise InputError(f"{args.tokens}: only a hypernetwork's prediction has tokens, and none is open. Name one, or leave --tokens out.")
     if hdb.source is None and args.hypernetwork == "auto":
         say(f"There is no hypernetwork for {args.base}: training from scratch.")
     config = hdb.personalize_config(args.config)
@@ -100,7 +106,6 @@ def run_personalize(args: Personalize) -> None:
         say(f"{args.tokens}: {args.tokens.stat().st_size / 1e3:.0f} KB")
     picture = hdb.generate(args.preview or me.prompt, me, seed=config.seed)[0]
     save(thumbnail=picture)
-    preview = photos.preview_path(args.output)
     metadata = hdb.picture_metadata(args.preview or me.prompt, config.seed, hdb.generate_config(), [(str(args.output), 1.0)])
     photos.save_png(picture, preview, metadata, overwrite=True)
     took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in me.seconds.items())
@@ -120,6 +125,7 @@ def run_folder(args: Personalize) -> None:
     for flag, value in alone.items():
         if value:
             raise InputError(f"{flag} is for one person, and {args.photos[0]} is a folder of people. Leave it out, or personalize each.")
+    args.refuse_foreign_settings(args.output / "personalize.json")
     hdb = args.machine.open(args.base, args.hypernetwork)
     formats.check_layout(args.format, hdb.backbone.components)
     work = People(args, hdb)
@@ -185,7 +191,7 @@ class People:
 
 
 @dataclass
-class Generate(WithBase, Writing):
+class Generate(WithHypernetwork, Writing):
     """Make pictures from prompts, with a personal LoRA and any number of style LoRAs.
 
     Write [V] where a prompt means the person. A LoRA's weight follows a colon.
@@ -197,8 +203,8 @@ class Generate(WithBase, Writing):
     prompts: tyro.conf.Positional[tuple[str, ...]]  # What to draw.
     output: Output  # Folder for the pictures and, where there are several, a grid.
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FILE[:WEIGHT]; also a folder with one LoRA, or user/repo[/file] on the hub. The first is the person (a LoRA or a token file), further
-    ones are styles. Can be repeated."""
+    """FILE[:WEIGHT]; also a folder with one LoRA, or user/repo[/file] on the hub. The first is the person (a LoRA, or a token file of
+    the hypernetwork), further ones are styles. Can be repeated."""
     style: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FILE[:WEIGHT] of a style LoRA of any kind, also without a personal one. Can be repeated."""
     config: Annotated[GenerateChoices, Flat] = field(default_factory=GenerateChoices)
@@ -209,8 +215,11 @@ def run_generate(args: Generate) -> None:
     from ..backbones import trained_by_flow
     from ..sampling import check_scheduler
 
+    if not args.prompts:
+        raise InputError('there is no prompt. Write what to draw, such as "a [V] face".')
     check_scheduler(args.config.scheduler, trained_by_flow(args.base))
-    hdb = args.machine.open(args.base)
+    args.refuse_foreign_settings(args.output / "generate.json")
+    hdb = args.machine.open(args.base, args.hypernetwork)
     config = hdb.generate_config(args.config)
     loras = [weighted(text) for text in args.lora]
     styles = [*loras[1:], *(weighted(text) for text in args.style)]

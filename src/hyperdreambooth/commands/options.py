@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -94,7 +94,7 @@ class WithBase(Command):
 
 @dataclass(kw_only=True)
 class WithHypernetwork(WithBase):
-    hypernetwork: str = "auto"  # A directory or hub id. "none": train from scratch, on any base. "auto": the shipped one for toon.
+    hypernetwork: str = "auto"  # A directory or hub id. "none": none, so people are trained from scratch. "auto": the shipped one for toon.
 
 
 @dataclass(kw_only=True)
@@ -107,12 +107,29 @@ class WithCrop:
 @dataclass(kw_only=True)
 class Writing:
     overwrite: bool = False  # Replace existing output.
+    config_file: ClassVar[str | None] = None  # Set for each call to the file that --config names.
 
     def refuse_existing(self, *paths: Path | None) -> None:
         """Called before any work is done: raises InputError where an output exists, unless `overwrite` is set."""
         for path in paths:
             if path:
                 fresh(path, self.overwrite)
+
+    def refuse_foreign_settings(self, path: Path) -> None:
+        """The same for a file of settings, which may be replaced where a command saved it or --config names it."""
+        named = self.config_file is not None and Path(self.config_file).resolve() == path.resolve()
+        if not named and RESOLVED not in json_at(path):
+            self.refuse_existing(path)
+
+
+def json_at(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that anybody may have written; empty where there is none."""
+    from ..checkpoint import read_json
+
+    try:
+        return read_json(path)
+    except InputError:
+        return {}
 
 
 def check_lora_name(path: Path) -> None:

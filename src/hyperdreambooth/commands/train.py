@@ -15,7 +15,7 @@ from ..errors import InputError, some
 from ..progress import say
 from ..training_settings import NOT_DECISIVE, PreoptimizeConfig, TrainHypernetworkConfig, TrainLightConfig
 from .engines import WithEngine, Work, each, sharing
-from .options import Flat, Output, WithBase, WithCrop, Writing, as_json, save_sheet
+from .options import Flat, Output, WithBase, WithCrop, Writing, as_json, json_at, save_sheet
 
 if TYPE_CHECKING:
     from ..api import HyperDreamBooth
@@ -48,6 +48,9 @@ def run_train_light(args: TrainLight) -> None:
 
     lora = args.output / "lora.safetensors"
     args.refuse_existing(lora)
+    config, preview = args.output / "config.json", args.output / "preview.png"
+    if not (args.output / "state.safetensors").exists() and not json_at(config).keys() >= {"photos", "config"}:  # no earlier run
+        args.refuse_existing(config, preview)
     hdb = args.machine.open(args.base, None)
     pixels, notes = hdb.read_photos(args.photos, crop=args.crop)
     for note in notes:
@@ -61,10 +64,10 @@ def run_train_light(args: TrainLight) -> None:
     me = hdb.person(loras, args.config.prompt, tokens=table.tokens[0].detach().cpu(), lightweight=table.lightweight)
     me.save(lora, overwrite=True)
     save_row(args.output, "subject", table.tokens[0].detach().cpu(), table.lightweight.fingerprint())
-    write_json(args.output / "config.json", as_json(args))
+    write_json(config, as_json(args))
     say(f"{lora}: rank {me.rank}, {len(me.loras)} layers, {report.seconds:.0f} s")
     pictures = hdb.generate([args.config.prompt] * 4, me, seed=0)
-    save_sheet(args.output / "preview.png", [pictures], [args.config.prompt], [""] * 4, "a preview")
+    save_sheet(preview, [pictures], [args.config.prompt], [""] * 4, "a preview")
 
 
 @dataclass

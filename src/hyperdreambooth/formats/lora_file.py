@@ -38,6 +38,8 @@ Style = str | Path | tuple[str | Path, float] | list[Any]
 
 CARRIERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # The components that a LoRA may change.
 REPOSITORY = re.compile(r"(?:https?:/+(?:huggingface\.co|hf\.co)/)?([\w.-]*\w/[\w.-]+)(?:/(?:blob|resolve|tree)/([^/]+))?(?:/(.+))?")
+OWN_WORDS = ("modelspec.title", "modelspec.description", "modelspec.tags", "modelspec.usage_hint", "ss_tag_frequency")
+"""The header's entries that say in words what a LoRA is and how it is prompted, besides its trigger phrase."""
 HUB_ERRORS = (HTTPError, OSError, ValueError)
 """What huggingface_hub raises for a hub that can't be reached, a refused token, an invalid name, and an invalid model card."""
 
@@ -52,11 +54,16 @@ class LoraFile:
     convolutions: frozenset[str] = frozenset()  # Layers that are 1 x 1 convolutions in their base.
 
 
+def public_name(name: str) -> str:
+    """A base's or LoRA's name without its folders, where it is a path on this machine: those don't belong in a file that may leave it."""
+    return Path(name).absolute().name if Path(name).exists() else name
+
+
 def base_metadata(pipe: Any, base: str, resolution: int) -> dict[str, str]:
     """The header's entries about a LoRA's base. `base`: its path or hub id; `resolution`: the side of its pictures in pixels."""
     architecture, version = _architecture(pipe)
-    name = Path(base).name if Path(base).exists() else base  # a path on this machine doesn't belong in a file
-    values = {"architecture": architecture, "version": version, "second": version.startswith("sd_v2"), "name": name, "side": resolution}
+    values = {"architecture": architecture, "version": version, "second": version.startswith("sd_v2"), "side": resolution}
+    values["name"] = public_name(base)
     metadata = {key: text.format(**values) for key, text in TABLES["header"]["base"].items()}
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(pipe.scheduler.config.get("prediction_type", ""))
     return metadata | ({"modelspec.prediction_type": prediction} if prediction else {})
@@ -94,6 +101,17 @@ def standard_metadata(loras: LoraSet, *, title: str, trigger: str, identifier: s
             value = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         metadata |= {f"modelspec.{name}": value} if value else {}
     return metadata
+
+
+def with_own_words(metadata: Mapping[str, str], loaded: Mapping[str, str]) -> dict[str, str]:
+    """The header of a file that is written, with the words of the file that it was loaded from, where that has some.
+
+    A title that was only the loaded file's name is left out, as the new file has a name of its own.
+    """
+    words = {key: loaded[key] for key in OWN_WORDS if loaded.get(key)}
+    if words.get("modelspec.title") == loaded.get("ss_output_name"):
+        words.pop("modelspec.title", None)
+    return {**metadata, **words}
 
 
 def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

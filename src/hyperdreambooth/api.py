@@ -1,7 +1,6 @@
 """The Python API.
 
 from hyperdreambooth import HyperDreamBooth
-
 hdb = HyperDreamBooth.from_pretrained("toon")
 me = hdb.personalize("face.png", steps=25)
 me.save("me.safetensors")
@@ -73,8 +72,7 @@ class HyperDreamBooth:
                 elsewhere and for toon, which is small.
             prediction, parts, quantize: as `load_backbone` takes them.
         """
-        best = best_for(base, device, dtype)
-        backbone = load_backbone(base, **best, prediction=prediction, parts=parts, quantize=quantize)
+        backbone = load_backbone(base, **best_for(base, device, dtype), prediction=prediction, parts=parts, quantize=quantize)
         if hypernetwork == "auto":
             hypernetwork = toon.directory("hypernetwork") if str(base) == "toon" else None
         return cls._opened(backbone, str(base), hypernetwork)
@@ -148,12 +146,10 @@ class HyperDreamBooth:
     def unlike(self, latents: Tensor) -> str:
         """A warning where the `strangeness` of photos, latents (N, C, h, w), is above the hypernetwork's limit `familiar`, else ""."""
         limit = self.info.familiar if self.info else None
-        found = strangeness(self.backbone, latents, self.prompt).max().item() if limit else 0.0
-        if limit is None or found <= limit:
+        if not limit or (found := strangeness(self.backbone, latents, self.prompt).max().item()) <= limit:
             return ""
-        figures = f"its loss is {found:.2f}, familiar pictures stay under {limit:.2f}"
-        unlike = f"this photo is unlike anything that {self.base} was trained on ({figures})"
-        return f"{unlike}: what is drawn won't look like the person. Take a base that can draw such photos (--base)."
+        unlike = f"its loss is {found:.2f}, familiar pictures stay under {limit:.2f}): what is drawn won't look like the person"
+        return f"this photo is unlike anything that {self.base} was trained on ({unlike}. Take a base that can draw such photos (--base)."
 
     def naming(self, prompt: str | None) -> str | None:
         """A caption as a prompt: one that doesn't name the person has the person's own prompt put before it; None stays None."""
@@ -258,8 +254,8 @@ class HyperDreamBooth:
             texts.append([given] * each if plain else self.describe(latents[index], mine))
         clocks.append(time.perf_counter())
         step = (lambda done, loras: on_step(done, loras.select(0))) if on_step else None
-        subject = Subject(latents, texts)
-        loras, report = personalize(self.backbone, subject, predicted, config, directory=directory, on_step=step, quiet=quiet)
+        more: dict[str, Any] = {"directory": directory, "on_step": step, "quiet": quiet}
+        loras, report = personalize(self.backbone, Subject(latents, texts), predicted, config, **more)
         clocks.append(time.perf_counter())
         merged = [finish(loras.select(index)) for index in range(count)]
         ends = zip(("predict", "describe", "finetune", "export"), itertools.pairwise([*clocks, time.perf_counter()]), strict=True)

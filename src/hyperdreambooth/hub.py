@@ -1,7 +1,8 @@
 """Fetches models and data sets from the Hugging Face hub, and uploads hypernetworks and LoRAs with model cards.
 
 Only the files listed here are uploaded: a hypernetwork's weights and config, or a LoRA and its preview. Training folders
-also hold caches of people's photos and paths of this machine, which aren't uploaded; the files here name a base or a LoRA without its folders.
+also hold caches of people's photos and paths of this machine, which aren't uploaded: these files name a base or a LoRA without its
+folders.
 """
 
 import shutil

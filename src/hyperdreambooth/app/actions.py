@@ -325,7 +325,7 @@ class Actions:
 
     @in_one_sentence
     def take(self, request: gr.Request) -> list[str]:
-        """The files to download: the LoRA, also in kohya's layout for bases with a UNet, the tokens, and a zip of all pictures and a contact sheet."""
+        """The files to download: the LoRA (for bases with a UNet also in kohya's layout), the tokens, and a zip of all pictures."""
         visit = self.visit(request)
         folder, files = visit.new_folder(), []
         if (me := visit.person) is not None:

@@ -124,5 +124,5 @@ def absolute(args: Args) -> Args:
         path = value.removeprefix(kind)
         return f"{kind}{Path(path).resolve()}" if path not in NAMES and Path(path).exists() else value
 
-    settings = {name: resolved(value, name in STRING_PATHS) for name, value in vars(args).items()}
+    settings = {one.name: resolved(getattr(args, one.name), one.name in STRING_PATHS) for one in dataclasses.fields(args)}
     return dataclasses.replace(args, **{**settings, "machine": dataclasses.replace(args.machine, parts=resolved(args.machine.parts))})

@@ -62,7 +62,12 @@ def test_data_flows_one_way():
 def test_rooms_stay_small_and_nothing_unpickles():
     for file in files():
         text = file.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 400, f"{file.name} has more than 400 lines"
+        assert len(text.splitlines()) <= 350, f"{file.name} has more than 350 lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                names = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                assert (node.end_lineno or 0) - node.lineno < 80, f"{file.name}: {node.name} has more than 80 lines"
+                assert len(set(names) - {"self", "cls"}) <= 8, f"{file.name}: {node.name} has more than 8 parameters"
         assert "torch.load(" not in text
         assert "import pickle" not in text
 

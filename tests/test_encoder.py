@@ -77,6 +77,16 @@ def test_a_vit_sees_what_transformers_own_pipeline_gives_it(tmp_path):
     torch.testing.assert_close(encoder(pixels), expected)
 
 
+def test_a_hub_that_cannot_be_reached_is_said_before_transformers_retries(monkeypatch):
+    def unreachable(*args: object, **more: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("hyperdreambooth.encoder.snapshot_download", unreachable)
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", None)
+    with pytest.raises(InputError, match="no network"):
+        FaceEncoder.from_pretrained("ann/vit")
+
+
 def test_no_vision_model_is_one_clear_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="can't be opened as a vision model"):

@@ -395,6 +395,7 @@ def test_a_search_is_written_down_and_used(tmp_path, evaluated, capsys):
     result = json.loads(out.read_text())
     assert result["settings"]["denoising_steps"] == 2
     assert result["settings"]["guidance"] == {**protocol.GUIDANCE, "guidance": 3.0, "context_until": 0.0}
+    assert result["settings"]["identity_guidance"] == {**protocol.IDENTITY_GUIDANCE, "guidance": 3.0}
     assert evaluated(*given) == 2
     assert "with other settings" in capsys.readouterr().err
     assert result["methods"]["DreamBooth, 40 steps"]["rate"] == found["best"]["rate"]

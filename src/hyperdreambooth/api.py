@@ -148,8 +148,9 @@ class HyperDreamBooth:
         limit = self.info.familiar if self.info else None
         if not limit or (found := strangeness(self.backbone, latents, self.prompt).max().item()) <= limit:
             return ""
-        unlike = f"its loss is {found:.2f}, familiar pictures stay under {limit:.2f}): what is drawn won't look like the person"
-        return f"this photo is unlike anything that {self.base} was trained on ({unlike}. Take a base that can draw such photos (--base)."
+        unlike = f"this photo is unlike anything that {self.base} was trained on"
+        figures = f"its loss is {found:.2f}, familiar pictures stay under {limit:.2f}"
+        return f"{unlike} ({figures}): what is drawn won't look like the person. Take a base that can draw such photos (--base)."
 
     def naming(self, prompt: str | None) -> str | None:
         """A caption as a prompt: one that doesn't name the person has the person's own prompt put before it; None stays None."""
@@ -332,8 +333,7 @@ class HyperDreamBooth:
         if person is not None and not isinstance(person, (PersonalLora, LoraSet)):
             one = f"one person at a time: a PersonalLora, a LoRA or token file, or None, not a {type(person).__name__}"
             raise InputError(f"generate draws {one}. Call it for each person, or blend several with mix.")
-        loras = person.loras if isinstance(person, PersonalLora) else person
-        identifier = person.identifier if isinstance(person, PersonalLora) else self.identifier
+        loras, identifier = (person.loras, person.identifier) if isinstance(person, PersonalLora) else (person, self.identifier)
         without = [prompt for prompt in wanted if PLACEHOLDER not in prompt and identifier not in prompt]
         if loras and without:
             say(f'"{without[0]}" doesn\'t name the person: write {PLACEHOLDER} where the person belongs.')

@@ -237,9 +237,8 @@ def read_photos(files: Any, size: int, crop: Crop = "auto", face: int | None = N
     Raises InputError where there is no photo, or one can't be read.
     """
     if isinstance(files, Tensor) and files.shape[1:] == (3, size, size) and files.is_floating_point() and len(files):
-        bright = bool((pixels := files.float()).min() >= 0)
         note = "no value of the tensor is negative; it is taken as -1..1. Give pictures in 0..1 one by one, each as (3, H, W)."
-        return pixels, [note] * bright
+        return files.float(), [note] if files.min() >= 0 else []
     alone = isinstance(files, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(files, "read") or not isinstance(files, Iterable)
     if isinstance(files, (np.ndarray, Tensor)):
         alone = files.ndim < 4

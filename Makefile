@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/pip install --disable-pip-version-check --no-compile -c constraints.txt
 MINUTES ?= 170
 WORLD ?= toon
 
